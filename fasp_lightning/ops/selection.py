@@ -1,0 +1,42 @@
+"""Which columns stay."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def select_columns(scores: Tensor, keep: int, groups: int = 1) -> Tensor:
+    """Indices of the best columns, the same number in each group.
+
+    The columns are split in ``groups`` consecutive groups of equal size (for value dims: one group a KV head).
+    Ties go to the lower index, so the outcome depends on the scores alone.
+
+    Args:
+        scores: (n,) column scores.
+        keep: Number of columns to keep in each group.
+        groups: Number of groups; must divide n.
+
+    Returns:
+        (groups · keep,) ascending indices into the n columns.
+
+    Raises:
+        ValueError: If ``groups`` does not divide n, or ``keep`` is not between 1 and the group's size.
+    """
+    width = scores.numel()
+    if groups < 1 or width % groups:
+        raise ValueError(f"groups must divide the number of columns {width}, got {groups}")
+    size = width // groups
+    if not 1 <= keep <= size:
+        raise ValueError(f"keep must be in [1, {size}], got {keep}")
+    order = scores.reshape(groups, size).sort(dim=1, descending=True, stable=True).indices
+    kept = order[:, :keep].sort(dim=1).values
+    offsets = torch.arange(groups, device=scores.device).unsqueeze(1) * size
+    return (kept + offsets).reshape(-1)
+
+
+def complement(kept: Tensor, width: int) -> Tensor:
+    """Ascending indices in range(width) that are not in ``kept``."""
+    removed = torch.ones(width, dtype=torch.bool, device=kept.device)
+    removed[kept] = False
+    return removed.nonzero().squeeze(1)

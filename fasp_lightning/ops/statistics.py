@@ -1,0 +1,101 @@
+"""Streaming second moments of a consumer's inputs."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+DOUBLE_LIMIT = 8192
+"""Widest consumer whose gram is kept in float64; beyond it n² doubles cost more memory than they are worth."""
+
+PANELS = 6
+"""Column panels of the symmetric update: (PANELS + 1) / (2 · PANELS) = 58 % of the full product's work."""
+
+PANEL_WIDTH = 128
+"""Narrowest panel: below it, the calls cost more than the saved half of the product."""
+
+
+class GramStatistics:
+    """Gram matrix, column sums and token count of the inputs X of one consumer, batch after batch.
+
+    Only the lower triangle is computed (X Xᵀ is symmetric); :meth:`gram` mirrors it. The statistics are sums
+    over tokens, so those of several processes add up.
+
+    Args:
+        width: Number n of input columns.
+        device: Where the sums live.
+
+    Attributes:
+        lower: (n, n) lower triangle of Σ xᵀx in panels; what lies above the panels is not filled.
+        sums: (n,) Σ x.
+        tokens: Number of rows seen.
+    """
+
+    def __init__(self, width: int, device: torch.device | str) -> None:
+        dtype = torch.float64 if width <= DOUBLE_LIMIT else torch.float32
+        self.width = width
+        self.lower = torch.zeros(width, width, dtype=dtype, device=device)
+        self.sums = torch.zeros(width, dtype=torch.float64, device=device)
+        self.tokens = 0
+
+    def update(self, inputs: Tensor) -> None:
+        """Add the rows of one batch.
+
+        Args:
+            inputs: (tokens, n) consumer inputs, any floating dtype. Products of 16-bit values are exact in the
+                float32 in which they are summed up within the batch.
+        """
+        if inputs.ndim != 2 or inputs.shape[1] != self.width:
+            raise ValueError(f"inputs must be (tokens, {self.width}), got {tuple(inputs.shape)}")
+        self.tokens += inputs.shape[0]
+        self.sums += inputs.sum(0, dtype=torch.float64 if inputs.device.type == "cpu" else torch.float32)
+        inputs = _summable(inputs)
+        step = max(PANEL_WIDTH, -(-self.width // PANELS))
+        for start in range(0, self.width, step):
+            end = min(start + step, self.width)
+            # rows start..end of the lower triangle: everything left of, and including, the diagonal block
+            self.lower[start:end, :end] += _product(inputs[:, start:end].T, inputs[:, :end])
+
+    def gram(self) -> Tensor:
+        """G = X Xᵀ, (n, n), float64 up to ``DOUBLE_LIMIT`` columns and float32 beyond."""
+        return torch.tril(self.lower) + torch.tril(self.lower, -1).T
+
+    def mean(self) -> Tensor:
+        """Column means μ, (n,) float64."""
+        return self.sums / max(self.tokens, 1)
+
+    def norms(self) -> Tensor:
+        """Column norms ‖X_j‖₂, (n,) float64; not centred."""
+        return self.lower.diagonal().double().clamp_min(0).sqrt()
+
+    def is_finite(self) -> bool:
+        """Whether no NaN or infinite input was seen: either one would show in its column's squared norm."""
+        return bool(torch.isfinite(self.lower.diagonal()).all())
+
+
+def _summable(inputs: Tensor) -> Tensor:
+    """16-bit inputs stay as they are where the matmul itself sums in float32, and are upcast elsewhere."""
+    if inputs.dtype in (torch.float16, torch.bfloat16) and inputs.device.type != "cuda":
+        return inputs.float()
+    return inputs
+
+
+def _product(left: Tensor, right: Tensor) -> Tensor:
+    if left.dtype in (torch.float16, torch.bfloat16):
+        return torch.mm(left, right, out_dtype=torch.float32)  # 16-bit operands, float32 sums and result
+    return left @ right
+
+
+def centre(gram: Tensor, mean: Tensor, tokens: int) -> Tensor:
+    """Gram of the centred inputs, G − T μ μᵀ.
+
+    Args:
+        gram: (n, n) uncentred gram.
+        mean: (n,) column means.
+        tokens: Number T of tokens behind them.
+
+    Returns:
+        (n, n) gram of X − μ, in the dtype of ``gram``.
+    """
+    mean = mean.to(gram.dtype)
+    return gram - tokens * torch.outer(mean, mean)

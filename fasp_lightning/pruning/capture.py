@@ -1,0 +1,103 @@
+"""What the decoder blocks are called with on the calibration set."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from fasp_lightning.pruning.batches import as_inputs, check_vocabulary
+from fasp_lightning.pruning.standins import BlockTap, stand_ins
+from fasp_lightning.pruning.store import TensorStore
+from fasp_lightning.structure.spec import ArchitectureSpec
+
+Stored = Tensor | Path
+
+
+@dataclass
+class Sample:
+    """One (micro-)batch on its way through the blocks.
+
+    Attributes:
+        tokens: Real tokens in it.
+        mask: (batch · seq,) true where a token is real, or ``None`` if all are.
+        calls: For each block, the arguments it was called with: positional ones after the hidden states, and named.
+        hidden: (batch, seq, hidden) input of the next block.
+        attention: Finished output of the attention module in the present block.
+        form: Form of that output (a tensor or a tuple).
+        inputs: (…, columns) recorded consumer inputs in the present block.
+        named_hidden: The hidden states are passed by name.
+    """
+
+    tokens: int
+    mask: Tensor | None
+    calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = field(default_factory=list)
+    hidden: Stored | None = None
+    attention: Stored | None = None
+    form: Any = None
+    inputs: Stored | None = None
+    named_hidden: bool = False
+
+
+def micro_batches(
+    batches: Iterable[Any], size: int | None, vocabulary: int | None
+) -> Iterator[tuple[Tensor, Tensor | None]]:
+    """Batches in pieces of ``size`` sequences, checked: (input_ids, attention_mask or ``None``)."""
+    for batch in batches:
+        input_ids, mask = as_inputs(batch)
+        if vocabulary is not None:
+            check_vocabulary(input_ids, vocabulary)
+        if mask is not None and bool(mask.bool().all()):
+            mask = None
+        step = size or input_ids.shape[0]
+        for start in range(0, input_ids.shape[0], step):
+            piece = slice(start, start + step)
+            yield input_ids[piece], None if mask is None else mask[piece]
+
+
+def capture(
+    model: nn.Module, spec: ArchitectureSpec, batches: Iterable[Any], micro_batch_size: int | None, store: TensorStore
+) -> list[Sample]:
+    """Run everything around the blocks once a batch, and note what each block is called with.
+
+    The model's own forward runs with a stand-in for every block, so that masks, rotary embeddings, position ids and
+    per-layer variants are what this family makes of them. The language-model head is not run.
+
+    Args:
+        model: The causal LM.
+        spec: Its row.
+        batches: Read once.
+        micro_batch_size: Sequences in a piece.
+        store: Where hidden states are kept.
+
+    Raises:
+        ValueError: If there is no batch, or a token id lies outside the vocabulary.
+    """
+    samples: list[Sample] = []
+    shape: list[Any] = []
+    blocks = model.get_submodule(spec.layers)
+    assert isinstance(blocks, nn.ModuleList)
+
+    def note(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        sample = samples[-1]
+        if not sample.calls:
+            sample.named_hidden = not args
+            sample.hidden = store.put(kwargs["hidden_states"] if sample.named_hidden else args[0])
+        named = {name: value for name, value in kwargs.items() if name != "hidden_states"}
+        sample.calls.append((store.share(args[1:]), store.share(named)))
+
+    replacements = {str(index): BlockTap(block, note, shape) for index, block in enumerate(blocks)}
+    embeddings = model.get_input_embeddings()
+    device = embeddings.weight.device
+    with stand_ins(blocks, replacements):
+        for input_ids, mask in micro_batches(batches, micro_batch_size, embeddings.num_embeddings):
+            real = None if mask is None else mask.bool().reshape(-1)
+            samples.append(Sample(input_ids.numel() if real is None else int(real.sum()), real))
+            on_device = None if mask is None else mask.to(device)
+            model.base_model(input_ids=input_ids.to(device), attention_mask=on_device, use_cache=False)
+    if not samples:
+        raise ValueError("batches must hold at least one calibration batch, got none")
+    return samples

@@ -1,0 +1,88 @@
+"""How to prune: one frozen dataclass."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import Any, Literal, get_args, get_type_hints
+
+import torch
+
+
+@dataclass(frozen=True)
+class PruningConfig:
+    """Settings of one pruning. All fields have defaults; each is checked at construction.
+
+    Attributes:
+        sparsity: Fraction in [0, 1) of the decoder blocks' linear parameters (weights and biases of q, k, v, o and
+            the FFN) to remove, counted from the original model.
+        attention: "value_dims" cuts V rows with O columns, the same number in each KV head; "none" cuts the FFN
+            only; "auto" is "none" with grouped-query attention, where it measured better at equal size, and
+            "value_dims" elsewhere.
+        score: "wanda" is the sum over a column of |weight| times the norm of its input; "magnitude" leaves the
+            input out.
+        restoration: "least_squares" refits the remaining weights in closed form; "none" leaves them.
+        ridge: What the least squares are pulled towards: the "original" weights, or "zero".
+        damping: Strength of that pull, times the mean diagonal of the gram matrix; at least 0.
+        refit_bias: Refit the bias of consumers that have one, on centred inputs.
+        multiple_of: Round the FFN widths that are left to a multiple of this.
+        device: Device to compute on, block by block, such as "cuda" or "cpu"; by default where the model is.
+        offload: Where the calibration set's hidden states and consumer inputs live: "cpu", "accelerator" or "disk".
+        micro_batch_size: Split the calibration batches into pieces of this many sequences; by default they are
+            taken as they come.
+    """
+
+    sparsity: float = 0.2
+    attention: Literal["auto", "value_dims", "none"] = "auto"
+    score: Literal["wanda", "magnitude"] = "wanda"
+    restoration: Literal["least_squares", "none"] = "least_squares"
+    ridge: Literal["original", "zero"] = "original"
+    damping: float = 0.1
+    refit_bias: bool = True
+    multiple_of: int = 1
+    device: str | None = None
+    offload: Literal["cpu", "accelerator", "disk"] = "cpu"
+    micro_batch_size: int | None = None
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.sparsity < 1:
+            raise ValueError(f"sparsity must be in [0, 1), got {self.sparsity}")
+        hints = get_type_hints(type(self))
+        for name in ("attention", "score", "restoration", "ridge", "offload"):
+            _require_choice(name, getattr(self, name), get_args(hints[name]))
+        if not 0 <= self.damping < float("inf"):
+            raise ValueError(f"damping must be a finite number >= 0, got {self.damping}")
+        if self.multiple_of < 1:
+            raise ValueError(f"multiple_of must be at least 1, got {self.multiple_of}")
+        if self.micro_batch_size is not None and self.micro_batch_size < 1:
+            raise ValueError(f"micro_batch_size must be at least 1, got {self.micro_batch_size}")
+        if self.device is not None:
+            _require_device(self.device)
+
+    @classmethod
+    def paper(cls, sparsity: float = 0.2, **changes: Any) -> PruningConfig:
+        """The settings of the FASP paper: V/O and FFN, Wanda score, least squares with the ridge towards zero.
+
+        The paper gives no damping; 1e-4 is ours. It does not refit biases.
+
+        Args:
+            sparsity: As in the class.
+            changes: Fields to set otherwise.
+        """
+        settings: dict[str, Any] = dict(attention="value_dims", ridge="zero", damping=1e-4, refit_bias=False)
+        return cls(sparsity=sparsity, **{**settings, **changes})
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as plain data."""
+        return {field.name: getattr(self, field.name) for field in fields(self)}
+
+
+def _require_choice(name: str, value: Any, choices: tuple[Any, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
+
+
+def _require_device(device: str) -> None:
+    try:
+        torch.device(device)
+    except RuntimeError:
+        raise ValueError(f"device must be a torch device such as 'cpu' or 'cuda:0', got {device!r}") from None

@@ -1,0 +1,162 @@
+"""The one outcome that checkpoint, resume and export share: which units are left, as plain data."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from fasp_lightning.structure.layout import PairLayout
+from fasp_lightning.structure.registry import spec_for
+from fasp_lightning.structure.resolve import Kept, ResolvedPair, resolve
+from fasp_lightning.structure.spec import ArchitectureSpec
+
+VERSION = 1
+
+
+@dataclass(frozen=True)
+class PairPlan:
+    """One pair of one block.
+
+    Attributes:
+        layout: Numbering of the original pair.
+        kept: Units that are left, ascending, in that numbering.
+    """
+
+    layout: PairLayout
+    kept: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class PruningPlan:
+    """Kept units of a whole model. Plain data: JSON in both directions, no tensors.
+
+    Attributes:
+        model_type: The family, ``config.model_type``.
+        blocks: One mapping a decoder block: consumer path → :class:`PairPlan`. Pairs that were not cut are absent.
+    """
+
+    model_type: str
+    blocks: tuple[dict[str, PairPlan], ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain dictionaries and lists."""
+        blocks = [
+            {path: {**asdict(pair.layout), "kept": list(pair.kept)} for path, pair in block.items()}
+            for block in self.blocks
+        ]
+        return {"version": VERSION, "model_type": self.model_type, "blocks": blocks}
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> PruningPlan:
+        """Inverse of :meth:`to_dict`.
+
+        Raises:
+            ValueError: If ``data`` is not a plan, or one of another version.
+        """
+        if not isinstance(data, dict) or data.get("version") != VERSION:
+            raise ValueError(f"a plan must be a mapping with version {VERSION}, got {str(data)[:60]!r}")
+        try:
+            blocks = tuple({path: _pair_plan(pair) for path, pair in block.items()} for block in data["blocks"])
+            return cls(data["model_type"], blocks)
+        except (AttributeError, KeyError, TypeError) as error:
+            raise ValueError(f"a plan must hold model_type, blocks and the layout of each pair; missing: {error}") from None
+
+    def to_json(self) -> str:
+        """The plan as one line of JSON."""
+        return json.dumps(self.to_dict(), separators=(",", ":"))
+
+    @classmethod
+    def from_json(cls, text: str) -> PruningPlan:
+        """Inverse of :meth:`to_json`.
+
+        Raises:
+            ValueError: If the text is not the JSON of a plan.
+        """
+        return cls.from_dict(json.loads(text))
+
+    def cuts(self) -> list[Kept]:
+        """The plan as :func:`~fasp_lightning.structure.resolve.resolve` takes it."""
+        return [
+            {path: (pair.layout, torch.tensor(pair.kept, dtype=torch.long)) for path, pair in block.items()}
+            for block in self.blocks
+        ]
+
+
+def _pair_plan(data: dict[str, Any]) -> PairPlan:
+    layout = {**data, "producer_rows": tuple(data["producer_rows"])}
+    kept = tuple(layout.pop("kept"))
+    return PairPlan(PairLayout(**layout), kept)
+
+
+def plan_of(model: nn.Module) -> PruningPlan | None:
+    """The plan that a pruned model carries, or ``None``."""
+    return getattr(model, "fasp_plan", None)
+
+
+def resolve_pruned(model: nn.Module, spec: ArchitectureSpec | None = None) -> list[list[ResolvedPair]]:
+    """The pairs of a model that may carry a plan."""
+    plan = plan_of(model)
+    return resolve(model, spec or spec_for(model), plan.cuts() if plan else None)
+
+
+def record_plan(model: nn.Module, pairs: list[list[ResolvedPair]]) -> PruningPlan:
+    """Write what is left of ``pairs`` on the model as its plan, and the common FFN width into its config."""
+    blocks = tuple(
+        {
+            pair.spec.consumer: PairPlan(pair.layout, tuple(pair.kept.tolist()))
+            for pair in block
+            if pair.kept.numel() < pair.layout.width
+        }
+        for block in pairs
+    )
+    plan = PruningPlan(model.config.model_type, blocks)
+    model.fasp_plan = plan  # type: ignore[assignment]
+    field = spec_for(model).width_field
+    widths = {pair.kept.numel() for block in pairs for pair in block if pair.spec.kind == "ffn"}
+    if field is not None and len(widths) == 1:
+        setattr(model.config, field, widths.pop())
+    return plan
+
+
+def apply_plan(model: nn.Module, plan: PruningPlan) -> nn.Module:
+    """Give a model the shapes of a plan, in place. Nothing is restored: the weights kept are the model's own.
+
+    Args:
+        model: The original model (any device, ``meta`` included), or one pruned less far.
+        plan: What to keep.
+
+    Returns:
+        The same model, which now carries the plan.
+
+    Raises:
+        ValueError: If the plan belongs to another family or to other shapes, or keeps a unit that is gone.
+    """
+    if plan.model_type != model.config.model_type:
+        raise ValueError(f"plan must be one of a {model.config.model_type} model, got one of {plan.model_type!r}")
+    pairs = resolve_pruned(model)
+    if len(plan.blocks) != len(pairs):
+        raise ValueError(f"plan must have {len(pairs)} blocks as the model has, got {len(plan.blocks)}")
+    targets = [
+        (pair, _target(pair, block[pair.spec.consumer]))
+        for resolved, block in zip(pairs, plan.blocks, strict=True)
+        for pair in resolved
+        if pair.spec.consumer in block
+    ]
+    for pair, kept in targets:  # all were checked before the first is cut
+        pair.cut(kept)
+    record_plan(model, pairs)
+    return model
+
+
+def _target(pair: ResolvedPair, planned: PairPlan) -> torch.Tensor:
+    name = f"{pair.name}.{pair.spec.consumer}"
+    if planned.layout != pair.layout:
+        raise ValueError(f"plan of {name} must be for {pair.layout}, got {planned.layout}")
+    kept = torch.tensor(planned.kept, dtype=torch.long)
+    if not torch.isin(kept, pair.kept).all() or not (kept[1:] > kept[:-1]).all() or not kept.numel():
+        raise ValueError(f"plan of {name} must keep ascending units out of the {pair.kept.numel()} that are left")
+    return kept

@@ -1,0 +1,217 @@
+"""The engine: block after block, later blocks seeing the ones already pruned."""
+
+from __future__ import annotations
+
+import logging
+import time
+import warnings
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fasp_lightning.ops.scores import magnitude_score, wanda_score
+from fasp_lightning.ops.selection import select_columns
+from fasp_lightning.ops.statistics import GramStatistics
+from fasp_lightning.pruning.capture import Sample, capture
+from fasp_lightning.pruning.config import PruningConfig
+from fasp_lightning.pruning.plan import record_plan, resolve_pruned
+from fasp_lightning.pruning.replay import BlockReplay
+from fasp_lightning.pruning.report import PairReport, PruningReport, Stopwatch, peak_memory
+from fasp_lightning.pruning.restore import restore_pair
+from fasp_lightning.pruning.standins import evaluating
+from fasp_lightning.pruning.store import TensorStore
+from fasp_lightning.pruning.widths import PairWidth, plan_widths
+from fasp_lightning.structure.registry import spec_for
+from fasp_lightning.structure.resolve import ResolvedPair
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class ProgressEvent:
+    """Where a pruning is.
+
+    Attributes:
+        block: Index of the block, from 0.
+        blocks: Number of blocks.
+        phase: ``"capture"``, ``"statistics"``, ``"solve"`` or ``"apply"``.
+        done: Units of work done.
+        total: Units of work in all: calibration pieces times passes over them.
+    """
+
+    block: int
+    blocks: int
+    phase: str
+    done: int
+    total: int
+
+
+Progress = Callable[[ProgressEvent], None]
+
+
+class FASPPruner:
+    """Prunes a causal LM in place, in one pass over its blocks (FASP: Fast and Accurate Structured Pruning).
+
+    Args:
+        config: The settings; the defaults prune 20 %.
+    """
+
+    def __init__(self, config: PruningConfig | None = None) -> None:
+        self.config = config or PruningConfig()
+
+    def prune(self, model: nn.Module, batches: Iterable[Any], progress: Progress | None = None) -> PruningReport:
+        """Prune ``model`` in place. Afterwards it carries its plan as ``model.fasp_plan``.
+
+        If this raises half-way, the blocks done so far stay pruned and the model's plan says so.
+
+        Args:
+            model: A Hugging Face causal LM of a registered family, pruned before or not.
+            batches: Any iterable of (batch, seq) token ids or of mappings with ``input_ids`` and optionally
+                ``attention_mask``; read once. Padding enters no statistic.
+            progress: Called after each unit of work.
+
+        Returns:
+            Widths, errors, seconds and memory.
+
+        Raises:
+            ValueError: Before the first batch is read, if the family is unknown, its shapes do not fit or the
+                sparsity cannot be reached; later, if an activation is not finite (the message names the layer).
+        """
+        widths = plan_widths(model, self.config)
+        report = PruningReport.of_widths(widths, self.config.to_dict())
+        pairs = resolve_pruned(model)
+        _require_weights(model)
+        device = torch.device(self.config.device) if self.config.device else _device_of(pairs)
+        if widths.parameters_after == widths.parameters_before:
+            record_plan(model, pairs)
+            return report
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+        start = time.perf_counter()
+        run = _Run(self.config, device, report, progress, len(pairs))
+        with evaluating(model), TensorStore(self.config.offload, device) as store:
+            try:
+                with run.watch.phase("capture"):
+                    samples = capture(model, spec_for(model), batches, self.config.micro_batch_size, store)
+                run.start(samples, widths.pairs)
+                for index, block in enumerate(pairs):
+                    run.prune_block(index, block, widths.pairs[index], samples, store, spec_for(model).attention)
+            finally:
+                record_plan(model, pairs)
+        report.seconds = {**run.watch.seconds, "total": time.perf_counter() - start}
+        report.peak_memory = peak_memory(device)
+        return report
+
+
+class _Run:
+    """One call of :meth:`FASPPruner.prune`: settings, clock, progress and report."""
+
+    def __init__(
+        self, config: PruningConfig, device: torch.device, report: PruningReport, progress: Progress | None, blocks: int
+    ) -> None:
+        self.config = config
+        self.device = device
+        self.report = report
+        self.watch = Stopwatch(device)
+        self._progress = progress
+        self._blocks = blocks
+        self._done = self._total = 0
+
+    def start(self, samples: list[Sample], widths: tuple[tuple[PairWidth, ...], ...]) -> None:
+        """Count the work, and warn if the calibration set is small."""
+        cut = [pair for block in widths for pair in block if pair.after < pair.before]
+        self._total = len(samples) * (len(cut) + self._blocks)
+        self.report.tokens = sum(sample.tokens for sample in samples)
+        widest = max((pair.columns for pair in cut), default=0)
+        if self.report.tokens < widest:
+            self.warn(
+                f"{self.report.tokens} calibration tokens are fewer than the {widest} columns of the widest pair: the "
+                "restoration will fit them and little else; give more text or raise damping"
+            )
+
+    def warn(self, message: str) -> None:
+        """Tell the user now, and in the report."""
+        self.report.warnings.append(message)
+        warnings.warn(message, stacklevel=4)
+
+    def tick(self, block: int, phase: str) -> None:
+        """One unit of work is done."""
+        self._done += 1
+        if self._progress is not None:
+            self._progress(ProgressEvent(block, self._blocks, phase, self._done, self._total))
+
+    def prune_block(
+        self,
+        index: int,
+        pairs: list[ResolvedPair],
+        widths: tuple[PairWidth, ...],
+        samples: list[Sample],
+        store: TensorStore,
+        attention: str | None,
+    ) -> None:
+        """Statistics, selection, restoration and cut of each pair; then the block's output for the next block."""
+        block = pairs[0].block
+        home = next(block.parameters()).device
+        block.to(self.device)
+        replay = BlockReplay(block, index, pairs, attention, store, self.watch)
+        for pair, width in zip(pairs, widths, strict=True):
+            if width.after == width.before:
+                continue
+            start = time.perf_counter()
+            statistics = GramStatistics(pair.columns, self.device)
+            for sample in samples:
+                replay.record(pair, sample, statistics)
+                self.tick(index, "statistics")
+            kept = self._cut(pair, width, statistics)
+            self.report.pairs[-1].seconds = time.perf_counter() - start
+            replay.finish(pair, kept, samples)
+        for sample in samples:
+            replay.advance(sample)
+            self.tick(index, "apply")
+        block.to(home)
+
+    def _cut(self, pair: ResolvedPair, width: PairWidth, statistics: GramStatistics) -> Tensor:
+        """Choose, restore and cut; returns the positions kept among the consumer's columns so far."""
+        if not statistics.is_finite():
+            raise ValueError(
+                f"activations must be finite, got NaN or Inf at the input of {width.layer}; "
+                "check the checkpoint, or run the model in float32 or bfloat16"
+            )
+        with self.watch.phase("solve"):
+            units = self._select(pair, width, statistics)
+            columns = torch.searchsorted(pair.layout.columns(pair.kept), pair.layout.columns(units))
+            restored, entry = restore_pair(pair, width, columns.to(self.device), statistics, self.config)
+        if entry.damping > self.config.damping or entry.solver == "eigh":
+            self.warn(f"{width.layer}: the gram was singular; solved by {entry.solver} with damping {entry.damping:g}")
+        self.report.pairs.append(entry)
+        with self.watch.phase("cut"), torch.no_grad():
+            pair.cut(units)
+            weight = pair.consumer.weight
+            weight.copy_(restored.weight.T if pair.transposed else restored.weight)
+            if restored.bias is not None:
+                pair.consumer.bias.copy_(restored.bias)
+        log.debug("%s: %d -> %d, error %.4f", width.layer, width.before, width.after, entry.error_after)
+        return columns.to(self.device)
+
+    def _select(self, pair: ResolvedPair, width: PairWidth, statistics: GramStatistics) -> Tensor:
+        """Units to keep, in original numbering; a value dim's score is the sum over the columns it feeds."""
+        if self.config.score == "wanda":
+            scores = wanda_score(pair.weight, statistics.norms())
+        else:
+            scores = magnitude_score(pair.weight)
+        groups = pair.layout.groups
+        scores = scores.reshape(groups, pair.layout.repeats, -1).sum(1).reshape(-1).cpu()
+        return pair.kept[select_columns(scores, width.after // groups, groups)]
+
+
+def _device_of(pairs: list[list[ResolvedPair]]) -> torch.device:
+    return next(pairs[0][0].block.parameters()).device
+
+
+def _require_weights(model: nn.Module) -> None:
+    for name, parameter in model.named_parameters():
+        if parameter.is_meta:
+            raise ValueError(f"model must have its weights in memory, got {name} on the meta device; load it fully first")

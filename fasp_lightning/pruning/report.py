@@ -1,0 +1,121 @@
+"""What a pruning did, in figures."""
+
+from __future__ import annotations
+
+import resource
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+
+from fasp_lightning.pruning.widths import WidthPlan
+
+
+@dataclass
+class PairReport:
+    """One pair of one block.
+
+    Attributes:
+        layer: Path of the consumer.
+        kind: ``"ffn"`` or ``"value"``.
+        width_before: Units before this pruning.
+        width_after: Units after it.
+        error_before: ‖WX − W_M X_M‖/‖WX‖, the relative reconstruction error without restoration.
+        error_after: ‖WX − ŴX_M‖/‖WX‖, with it.
+        damping: Damping that was used; 0 if nothing was solved.
+        solver: ``"cholesky"``, ``"eigh"`` or ``"none"``.
+        seconds: Wall-clock seconds of statistics, solve and cut.
+    """
+
+    layer: str
+    kind: str
+    width_before: int
+    width_after: int
+    error_before: float
+    error_after: float
+    damping: float
+    solver: str
+    seconds: float
+
+
+@dataclass
+class PruningReport:
+    """Outcome of :meth:`fasp_lightning.FASPPruner.prune`.
+
+    Attributes:
+        sparsity: Fraction of the original blocks' linear parameters that is gone.
+        sparsity_total: Fraction of all original parameters that is gone.
+        parameters_before: All parameters before this pruning; tied ones count once.
+        parameters_after: All parameters after it.
+        tokens: Calibration tokens, padding left out.
+        pairs: One entry for each pair that was cut, in the order of the cuts.
+        seconds: Wall-clock seconds by phase: capture, forward, gram, solve, cut, apply, and total.
+        peak_memory: Bytes: ``"rss"`` of the process (its highest so far) and ``"cuda"``.
+        warnings: What the user should know.
+        config: The settings.
+    """
+
+    sparsity: float
+    sparsity_total: float
+    parameters_before: int
+    parameters_after: int
+    tokens: int = 0
+    pairs: list[PairReport] = field(default_factory=list)
+    seconds: dict[str, float] = field(default_factory=dict)
+    peak_memory: dict[str, int] = field(default_factory=dict)
+    warnings: list[str] = field(default_factory=list)
+    config: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def of_widths(cls, widths: WidthPlan, config: dict[str, Any]) -> PruningReport:
+        """A report with the figures that are known in advance."""
+        return cls(
+            widths.sparsity, widths.sparsity_total, widths.parameters_before, widths.parameters_after, config=config
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report as plain data."""
+        return asdict(self)
+
+
+class Stopwatch:
+    """Wall-clock seconds by phase. Phases nest: an inner phase's time is taken off the outer one's.
+
+    Args:
+        device: Work queued on a CUDA device is waited for, so that it counts where it was asked for.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.seconds: dict[str, float] = {}
+        self._device = device
+        self._inner = [0.0]
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Count the time of this block of code as ``name``."""
+        start = self._now()
+        self._inner.append(0.0)
+        try:
+            yield
+        finally:
+            spent = self._now() - start
+            self.seconds[name] = self.seconds.get(name, 0.0) + spent - self._inner.pop()
+            self._inner[-1] += spent
+
+    def _now(self) -> float:
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+        return time.perf_counter()
+
+
+def peak_memory(device: torch.device) -> dict[str, int]:
+    """Highest resident set of the process so far, and of CUDA since its last reset, in bytes."""
+    unit = 1 if sys.platform == "darwin" else 1024
+    peak = {"rss": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit}
+    if device.type == "cuda":
+        peak["cuda"] = torch.cuda.max_memory_allocated(device)
+    return peak

@@ -1,0 +1,67 @@
+"""From statistics to the restored weights of one pair."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+from torch import Tensor
+
+from fasp_lightning.ops.restoration import output_energy, refit_bias, residual_energy, restore_weight
+from fasp_lightning.ops.statistics import GramStatistics, centre
+from fasp_lightning.pruning.config import PruningConfig
+from fasp_lightning.pruning.report import PairReport
+from fasp_lightning.pruning.widths import PairWidth
+from fasp_lightning.structure.resolve import ResolvedPair
+
+
+class Restored(NamedTuple):
+    """(out, columns kept) weight, and the (out,) bias if it is refitted."""
+
+    weight: Tensor
+    bias: Tensor | None
+
+
+def restore_pair(
+    pair: ResolvedPair, width: PairWidth, kept: Tensor, statistics: GramStatistics, config: PruningConfig
+) -> tuple[Restored, PairReport]:
+    """Restore a consumer on the columns ``kept``, and measure the error before and after.
+
+    A restoration that raises the calibration error (a ridge towards zero with strong damping can) is not taken.
+
+    Args:
+        pair: The pair, not cut yet.
+        width: Its widths.
+        kept: Ascending positions among the consumer's columns so far.
+        statistics: Of the consumer's inputs.
+        config: ``restoration``, ``ridge``, ``damping`` and ``refit_bias`` are read.
+    """
+    weight, gram = pair.weight.double(), statistics.gram()
+    energy = output_energy(weight, gram)
+    plain = residual_energy(weight, weight[:, kept], gram, kept)
+    best, bias, error, damping, solver = weight[:, kept], None, plain, 0.0, "none"
+    if config.restoration == "least_squares":
+        old = getattr(pair.consumer, "bias", None) if config.refit_bias else None
+        mean = statistics.mean()
+        used = gram if old is None else centre(gram, mean, statistics.tokens)
+        found = restore_weight(weight, used, kept, damping=config.damping, ridge=config.ridge)
+        restored_error = residual_energy(weight, found.weight, used, kept)
+        if restored_error <= plain:
+            best, error, damping, solver = found.weight, restored_error, found.damping, found.solver
+            bias = None if old is None else refit_bias(old.detach(), weight, best, mean, kept)
+    entry = PairReport(
+        layer=width.layer,
+        kind=width.kind,
+        width_before=width.before,
+        width_after=width.after,
+        error_before=_relative(plain, energy),
+        error_after=_relative(error, energy),
+        damping=damping,
+        solver=solver,
+        seconds=0.0,
+    )
+    return Restored(best, bias), entry
+
+
+def _relative(error: float, energy: float) -> float:
+    return math.sqrt(error / energy) if energy > 0 else 0.0

@@ -1,0 +1,90 @@
+"""Where the calibration set's tensors live between two uses."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class TensorStore:
+    """Keeps tensors on the CPU, on the accelerator, or on disk, and hands them back on the compute device.
+
+    Use it as a context manager: the files of ``"disk"`` go when it ends. They are put in the directory for
+    temporary files (``TMPDIR``).
+
+    Args:
+        place: ``"cpu"``, ``"accelerator"`` or ``"disk"``.
+        device: The compute device.
+    """
+
+    def __init__(self, place: str, device: torch.device) -> None:
+        self.place = place
+        self.device = device
+        self._folder: Path | None = None
+        self._files = 0
+        self._shared: dict[tuple[Any, ...], Tensor] = {}
+
+    def __enter__(self) -> TensorStore:
+        if self.place == "disk":
+            self._folder = Path(tempfile.mkdtemp(prefix="fasp-"))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._shared.clear()
+        if self._folder is not None:
+            shutil.rmtree(self._folder, ignore_errors=True)
+
+    def put(self, tensor: Tensor) -> Tensor | Path:
+        """Store a tensor; the result is what :meth:`get` and :meth:`drop` take."""
+        if self._folder is not None:
+            self._files += 1
+            path = self._folder / f"{self._files}.pt"
+            torch.save(tensor.contiguous().cpu(), path)
+            return path
+        return tensor.to("cpu" if self.place == "cpu" else self.device)
+
+    def get(self, stored: Tensor | Path) -> Tensor:
+        """The tensor, on the compute device."""
+        tensor = torch.load(stored, mmap=True, weights_only=True) if isinstance(stored, Path) else stored
+        return tensor.to(self.device, non_blocking=True)
+
+    def drop(self, stored: Tensor | Path | None) -> None:
+        """Free what a file takes up; memory goes with the last reference."""
+        if isinstance(stored, Path):
+            stored.unlink(missing_ok=True)
+
+    def share(self, value: Any) -> Any:
+        """A call's argument for keeping: tensors equal to one kept before are kept once.
+
+        Rotary embeddings and masks are the same for all blocks and for most batches. Containers are rebuilt.
+        """
+        if isinstance(value, Tensor):
+            return self._share_tensor(value)
+        if isinstance(value, dict):
+            return {key: self.share(item) for key, item in value.items()}
+        if type(value) in (tuple, list):
+            return type(value)(self.share(item) for item in value)
+        return value
+
+    def _share_tensor(self, tensor: Tensor) -> Tensor:
+        key = (tuple(tensor.shape), tensor.dtype, tensor.device)
+        known = self._shared.get(key)
+        if known is not None and (known is tensor or torch.equal(known, tensor)):
+            return known
+        self._shared[key] = tensor
+        return tensor
+
+    def load(self, value: Any) -> Any:
+        """A kept argument with its tensors on the compute device."""
+        if isinstance(value, Tensor):
+            return value.to(self.device, non_blocking=True)
+        if isinstance(value, dict):
+            return {key: self.load(item) for key, item in value.items()}
+        if type(value) in (tuple, list):
+            return type(value)(self.load(item) for item in value)
+        return value

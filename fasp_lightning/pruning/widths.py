@@ -1,0 +1,155 @@
+"""How many units each pair keeps: exact arithmetic before any computing."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from torch import nn
+
+from fasp_lightning.pruning.config import PruningConfig
+from fasp_lightning.pruning.plan import resolve_pruned
+from fasp_lightning.structure.linears import linear_parameters, parameter_count
+from fasp_lightning.structure.registry import spec_for
+from fasp_lightning.structure.resolve import ResolvedPair
+
+
+@dataclass(frozen=True)
+class PairWidth:
+    """Width of one pair, in units (hidden units of the FFN, value dims over all KV heads).
+
+    Attributes:
+        layer: Path of the consumer, from the causal LM.
+        kind: ``"ffn"`` or ``"value"``.
+        original: Units of the original model.
+        before: Units before this pruning.
+        after: Units after it.
+        columns: Columns of the consumer before this pruning: the size of its gram matrix.
+        cost: Parameters that go with one unit.
+    """
+
+    layer: str
+    kind: str
+    original: int
+    before: int
+    after: int
+    columns: int
+    cost: int
+
+
+@dataclass(frozen=True)
+class WidthPlan:
+    """Widths of a whole model and what they amount to.
+
+    Attributes:
+        pairs: One tuple a block.
+        linear_parameters: P_all, the linear parameters in the blocks of the original model.
+        original_parameters: All parameters of the original model; tied ones count once.
+        parameters_before: All parameters before this pruning.
+        parameters_after: All parameters after it.
+        attention: ``"value_dims"`` or ``"none"``, as decided.
+    """
+
+    pairs: tuple[tuple[PairWidth, ...], ...]
+    linear_parameters: int
+    original_parameters: int
+    parameters_before: int
+    parameters_after: int
+    attention: str
+
+    @property
+    def sparsity(self) -> float:
+        """Fraction of the original blocks' linear parameters that is removed."""
+        return (self.original_parameters - self.parameters_after) / self.linear_parameters
+
+    @property
+    def sparsity_total(self) -> float:
+        """Fraction of all original parameters that is removed."""
+        return 1 - self.parameters_after / self.original_parameters
+
+
+def plan_widths(model: nn.Module, config: PruningConfig) -> WidthPlan:
+    """Decide the widths; needs shapes only, so the model may be on the ``meta`` device.
+
+    P_all counts the blocks' linear parameters, c_p the parameters of one unit of pair p. R = sparsity · P_all and
+    r = R / Σ n_p c_p over the pairs to be pruned. Value pairs lose round(r · head size) dims in each KV head; the
+    FFN pair takes up what is left of the block's share, to the nearest column and then to the nearest multiple.
+
+    Args:
+        model: A causal LM, pruned before or not; sparsity counts from the original.
+        config: ``sparsity``, ``attention`` and ``multiple_of`` are read.
+
+    Raises:
+        ValueError: If the sparsity cannot be reached with queries and keys kept (the message gives the highest
+            that can), lies below what is pruned already, or ``multiple_of`` exceeds the FFN width.
+    """
+    pairs = resolve_pruned(model)
+    attention = _decide_attention(pairs, config.attention)
+    pruned = {"ffn", "value"} if attention == "value_dims" else {"ffn"}
+    gone = sum(_removed(pair) for block in pairs for pair in block)
+    total = linear_parameters(model, spec_for(model)) + gone
+    share = _share(pairs, pruned, config.sparsity, total)
+    widths = tuple(tuple(_block_widths(block, pruned, share, config)) for block in pairs)
+    parameters = parameter_count(model)
+    newly = sum((pair.before - pair.after) * pair.cost for block in widths for pair in block)
+    plan = WidthPlan(widths, total, parameters + gone, parameters, parameters - newly, attention)
+    if gone and newly == 0:
+        raise ValueError(f"sparsity must exceed {plan.sparsity:.4f}, which is pruned already, got {config.sparsity}")
+    return plan
+
+
+def _decide_attention(pairs: list[list[ResolvedPair]], attention: str) -> str:
+    value = [pair for block in pairs for pair in block if pair.spec.kind == "value"]
+    if attention == "value_dims" and not value:
+        raise ValueError("attention='value_dims' needs a value pair in the architecture's row, which has none; use 'none'")
+    if attention == "auto":
+        return "value_dims" if value and all(pair.layout.repeats == 1 for pair in value) else "none"
+    return attention
+
+
+def _removed(pair: ResolvedPair) -> int:
+    return (pair.layout.width - pair.kept.numel()) * pair.column_cost
+
+
+def _share(pairs: list[list[ResolvedPair]], pruned: set[str], sparsity: float, total: int) -> float:
+    """r = R / Σ n_p c_p: the fraction that each pair to be pruned loses."""
+    prunable = sum(
+        pair.layout.width * pair.column_cost for block in pairs for pair in block if pair.spec.kind in pruned
+    )
+    if sparsity * total >= prunable:
+        highest = math.floor(prunable / total * 1e4 - 1e-9) / 1e4
+        kept = "queries and keys" if "value" in pruned else "the attention"
+        raise ValueError(f"sparsity must be below {highest} with {kept} kept, got {sparsity}")
+    return sparsity * total / prunable
+
+
+def _block_widths(
+    block: list[ResolvedPair], pruned: set[str], share: float, config: PruningConfig
+) -> list[PairWidth]:
+    wanted = share * sum(pair.layout.width * pair.column_cost for pair in block if pair.spec.kind in pruned)
+    widths = []
+    for pair in block:  # value before ffn: the FFN takes up what is left
+        before = pair.kept.numel()
+        if pair.spec.kind == "value":
+            left = pair.layout.width
+            if "value" in pruned:
+                dims = min(round(share * pair.layout.size), pair.layout.size - 1)
+                left -= pair.layout.groups * dims
+        else:
+            left = _ffn_width(pair, wanted, config.multiple_of)
+        left = min(left, before)
+        wanted -= (pair.layout.width - left) * pair.column_cost
+        name = f"{pair.name}.{pair.spec.consumer}"
+        cost = pair.column_cost
+        widths.append(PairWidth(name, pair.spec.kind, pair.layout.width, before, left, pair.columns, cost))
+    return widths
+
+
+def _ffn_width(pair: ResolvedPair, wanted: float, multiple_of: int) -> int:
+    width = pair.layout.width
+    if multiple_of > width:
+        raise ValueError(f"multiple_of must be at most the FFN width {width}, got {multiple_of}")
+    left = width - round(max(wanted, 0.0) / pair.column_cost)
+    if left < width:
+        left = max(multiple_of, round(left / multiple_of) * multiple_of)
+    return max(1, min(left, width))

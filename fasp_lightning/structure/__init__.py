@@ -1,0 +1,1 @@
+"""Floor 1: where the coupled pairs are in a module tree."""

@@ -1,0 +1,100 @@
+"""Run-time modules for value pairs: the stock attention code sees its full widths, the weights are compact.
+
+Both are transparent to ``state_dict``: the keys are those of the module inside, so that a compact checkpoint meets
+a stock model with a size mismatch, loudly, and never with a key that is quietly initialised anew.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+_INNER = "linear."
+
+
+class _Transparent(nn.Module):
+    """Holds one linear module and hides its own level from the keys of the state dict."""
+
+    def __init__(self, linear: nn.Module) -> None:
+        super().__init__()
+        self.linear = linear
+        self.register_state_dict_post_hook(_strip_level)
+        self.register_load_state_dict_pre_hook(_add_level)
+
+
+def _strip_level(module: nn.Module, state: dict[str, Any], prefix: str, _metadata: Any) -> None:
+    for key in [key for key in state if key.startswith(prefix + _INNER)]:
+        state[prefix + key.removeprefix(prefix + _INNER)] = state.pop(key)
+
+
+def _add_level(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
+    for key in [key for key in state if key.startswith(prefix) and not key.startswith(prefix + _INNER)]:
+        state[prefix + _INNER + key.removeprefix(prefix)] = state.pop(key)
+
+
+class ScatterRows(_Transparent):
+    """A producer with fewer rows whose output is scattered into zeros of the full width.
+
+    Args:
+        linear: The producer; its weight has one row an entry of ``rows``.
+        rows: (m,) positions of its outputs in the full width.
+        width: Full output width.
+    """
+
+    rows: Tensor
+
+    def __init__(self, linear: nn.Module, rows: Tensor, width: int) -> None:
+        super().__init__(linear)
+        self.width = width
+        self.register_buffer("rows", rows, persistent=False)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """(…, in) → (…, width)."""
+        outputs = self.linear(inputs)
+        full = outputs.new_zeros(*outputs.shape[:-1], self.width)
+        return full.index_copy(-1, self.rows, outputs)
+
+
+class GatherColumns(_Transparent):
+    """A consumer with fewer columns that gathers them from an input of the full width.
+
+    Args:
+        linear: The consumer; its weight has one column an entry of ``columns``.
+        columns: (m,) positions of its inputs in the full width.
+    """
+
+    columns: Tensor
+
+    def __init__(self, linear: nn.Module, columns: Tensor) -> None:
+        super().__init__(linear)
+        self.register_buffer("columns", columns, persistent=False)
+
+    def gather(self, inputs: Tensor) -> Tensor:
+        """(…, full width) → (…, m)."""
+        return inputs.index_select(-1, self.columns)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """(…, full width) → (…, out)."""
+        return self.linear(self.gather(inputs))
+
+
+def inner(module: nn.Module) -> nn.Module:
+    """The linear module itself, whether or not it is wrapped."""
+    return module.linear if isinstance(module, _Transparent) else module
+
+
+def replace_module(root: nn.Module, path: str, module: nn.Module) -> None:
+    """Put ``module`` at ``path`` below ``root``."""
+    parent, _, name = path.rpartition(".")
+    setattr(root.get_submodule(parent), name, module)
+
+
+def set_features(linear: nn.Module, transposed: bool) -> None:
+    """Make the width attributes of a linear module agree with its weight again."""
+    weight = linear.weight
+    assert isinstance(weight, Tensor)
+    outputs, inputs = weight.shape[::-1] if transposed else weight.shape
+    names = ("nf", "nx") if transposed else ("out_features", "in_features")
+    for name, value in zip(names, (outputs, inputs), strict=True):
+        setattr(linear, name, value)

@@ -1,0 +1,125 @@
+"""The table of architectures, one row a ``config.model_type``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fasp_lightning.structure.spec import ArchitectureSpec, CoupledPair
+
+_LLAMA = ArchitectureSpec(
+    layers="model.layers",
+    pairs=(
+        CoupledPair("self_attn.o_proj", producers=("self_attn.v_proj",), kind="value"),
+        CoupledPair("mlp.down_proj", producers=("mlp.gate_proj", "mlp.up_proj"), kind="ffn"),
+    ),
+)
+
+_REGISTRY: dict[str, ArchitectureSpec] = {
+    "opt": ArchitectureSpec(
+        layers="model.decoder.layers",
+        pairs=(
+            CoupledPair("self_attn.out_proj", producers=("self_attn.v_proj",), kind="value"),
+            CoupledPair("fc2", producers=("fc1",), kind="ffn"),
+        ),
+        width_field="ffn_dim",
+    ),
+    "llama": _LLAMA,
+    "mistral": _LLAMA,
+    "qwen2": _LLAMA,
+    "qwen3": _LLAMA,
+    "gemma": _LLAMA,
+    "gemma2": _LLAMA,
+    "gemma3_text": _LLAMA,
+    "phi": ArchitectureSpec(
+        layers="model.layers",
+        pairs=(
+            CoupledPair("self_attn.dense", producers=("self_attn.v_proj",), kind="value"),
+            CoupledPair("mlp.fc2", producers=("mlp.fc1",), kind="ffn"),
+        ),
+    ),
+    "phi3": ArchitectureSpec(
+        layers="model.layers",
+        pairs=(
+            CoupledPair("self_attn.o_proj", ("self_attn.qkv_proj",), kind="value", fused="concatenated"),
+            CoupledPair("mlp.down_proj", ("mlp.gate_up_proj",), kind="ffn", fused="concatenated"),
+        ),
+    ),
+    "gpt2": ArchitectureSpec(
+        layers="transformer.h",
+        pairs=(
+            CoupledPair("attn.c_proj", producers=("attn.c_attn",), kind="value", fused="concatenated"),
+            CoupledPair("mlp.c_proj", producers=("mlp.c_fc",), kind="ffn"),
+        ),
+        width_field="n_inner",
+        transposed=True,
+    ),
+    "gpt_neox": ArchitectureSpec(
+        layers="gpt_neox.layers",
+        pairs=(
+            CoupledPair("attention.dense", ("attention.query_key_value",), kind="value", fused="interleaved"),
+            CoupledPair("mlp.dense_4h_to_h", producers=("mlp.dense_h_to_4h",), kind="ffn"),
+        ),
+    ),
+    "bloom": ArchitectureSpec(
+        layers="transformer.h",
+        pairs=(
+            CoupledPair("self_attention.dense", ("self_attention.query_key_value",), "value", "interleaved"),
+            CoupledPair("mlp.dense_4h_to_h", producers=("mlp.dense_h_to_4h",), kind="ffn"),
+        ),
+        width_field=None,  # 4 · hidden_size is fixed in its code
+    ),
+    "falcon": ArchitectureSpec(
+        layers="transformer.h",
+        pairs=(
+            CoupledPair("self_attention.dense", ("self_attention.query_key_value",), "value", "interleaved"),
+            CoupledPair("mlp.dense_4h_to_h", producers=("mlp.dense_h_to_4h",), kind="ffn"),
+        ),
+        width_field="ffn_hidden_size",
+    ),
+}
+
+_EXAMPLE = (
+    'register_architecture("{model_type}", ArchitectureSpec(layers="model.layers", pairs=('
+    'CoupledPair("self_attn.o_proj", producers=("self_attn.v_proj",), kind="value"), '
+    'CoupledPair("mlp.down_proj", producers=("mlp.gate_proj", "mlp.up_proj"), kind="ffn"))))'
+)
+
+
+def known_architectures() -> tuple[str, ...]:
+    """The registered model types, in alphabetical order."""
+    return tuple(sorted(_REGISTRY))
+
+
+def register_architecture(model_type: str, spec: ArchitectureSpec, overwrite: bool = False) -> None:
+    """Add a row to the table.
+
+    Args:
+        model_type: The ``config.model_type`` of the family.
+        spec: Where its pairs are.
+        overwrite: Replace an existing row.
+
+    Raises:
+        ValueError: If there is such a row, and ``overwrite`` is false.
+    """
+    if model_type in _REGISTRY and not overwrite:
+        raise ValueError(f"model_type {model_type!r} is registered already; pass overwrite=True to replace its row")
+    _REGISTRY[model_type] = spec
+
+
+def spec_for(model_or_config: Any) -> ArchitectureSpec:
+    """The row of a model, or of its config.
+
+    Args:
+        model_or_config: A causal LM, or a config with ``model_type``.
+
+    Raises:
+        ValueError: If its ``model_type`` is not in the table; the message lists the known ones and shows the row
+            that would register it.
+    """
+    model_type = getattr(getattr(model_or_config, "config", model_or_config), "model_type", None)
+    if model_type not in _REGISTRY:
+        raise ValueError(
+            f"model_type must be one of {', '.join(known_architectures())}, got {model_type!r}; for a family of this "
+            f"kind register a row: {_EXAMPLE.format(model_type=model_type)}"
+        )
+    return _REGISTRY[model_type]

@@ -1,0 +1,200 @@
+"""Spec + model → modules, with every shape checked up front."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from fasp_lightning.ops.slicing import shrink
+from fasp_lightning.structure.compact import GatherColumns, ScatterRows, inner, replace_module, set_features
+from fasp_lightning.structure.layout import PairLayout
+from fasp_lightning.structure.spec import ArchitectureSpec, CoupledPair
+
+Kept = Mapping[str, tuple[PairLayout, Tensor]]
+"""Consumer path → (original layout, units left), for the pairs of one block that were cut before."""
+
+
+@dataclass
+class ResolvedPair:
+    """One pair of one block.
+
+    Attributes:
+        block: The decoder block.
+        name: Path of the block, for messages.
+        spec: The pair's row.
+        layout: Original numbering.
+        kept: (m,) units left, ascending, in original numbering.
+        transposed: Weights are stored (in, out).
+    """
+
+    block: nn.Module
+    name: str
+    spec: CoupledPair
+    layout: PairLayout
+    kept: Tensor
+    transposed: bool
+
+    @property
+    def consumer(self) -> nn.Module:
+        """The consumer's linear module."""
+        return inner(self.block.get_submodule(self.spec.consumer))
+
+    @property
+    def producers(self) -> list[nn.Module]:
+        """The producers' linear modules."""
+        return [inner(self.block.get_submodule(path)) for path in self.spec.producers]
+
+    @property
+    def weight(self) -> Tensor:
+        """(out, columns left) weight of the consumer."""
+        weight = self.consumer.weight.detach()
+        return weight.T if self.transposed else weight
+
+    @property
+    def columns(self) -> int:
+        """Number of consumer columns left."""
+        return self.weight.shape[1]
+
+    @property
+    def column_cost(self) -> int:
+        """Parameters that go with one unit: its consumer columns, and its producer rows with their bias entries."""
+        cost = self.weight.shape[0] * self.layout.repeats
+        unit = torch.zeros(1, dtype=torch.long)
+        for index, producer in enumerate(self.producers):
+            rows = self.layout.unit_rows(index, unit).numel()
+            cost += rows * (_shape(producer, self.transposed)[1] + (getattr(producer, "bias", None) is not None))
+        return cost
+
+    def cut(self, kept: Tensor) -> None:
+        """Remove all units but ``kept`` on both sides, in place.
+
+        Args:
+            kept: Ascending units in original numbering, a subset of those left.
+        """
+        kept = kept.to("cpu")
+        if torch.equal(kept, self.kept):
+            return
+        self._cut_consumer(self.layout.columns(self.kept), self.layout.columns(kept))
+        for index, path in enumerate(self.spec.producers):
+            self._cut_producer(path, index, self.layout.rows(index, self.kept), self.layout.rows(index, kept))
+        self.kept = kept
+
+    def _cut_consumer(self, old: Tensor, new: Tensor) -> None:
+        linear = self.consumer
+        shrink(linear.weight, torch.searchsorted(old, new), 0 if self.transposed else 1)
+        set_features(linear, self.transposed)
+        if self.spec.kind == "value":  # an FFN is cut on both sides and needs no gathering
+            wrapper = GatherColumns(linear, new.to(linear.weight.device))
+            replace_module(self.block, self.spec.consumer, wrapper)
+
+    def _cut_producer(self, path: str, index: int, old: Tensor, new: Tensor) -> None:
+        linear = self.producers[index]
+        position = torch.searchsorted(old, new)
+        shrink(linear.weight, position, 1 if self.transposed else 0)
+        if getattr(linear, "bias", None) is not None:
+            shrink(linear.bias, position, 0)
+        set_features(linear, self.transposed)
+        if self.spec.kind == "value":
+            wrapper = ScatterRows(linear, new.to(linear.weight.device), self.layout.producer_rows[index])
+            replace_module(self.block, path, wrapper)
+
+
+def find_blocks(model: nn.Module, spec: ArchitectureSpec) -> nn.ModuleList:
+    """The decoder blocks.
+
+    Raises:
+        ValueError: If ``spec.layers`` is not the path of a ``ModuleList`` in this model.
+    """
+    try:
+        blocks = model.get_submodule(spec.layers)
+    except AttributeError:
+        blocks = None
+    if not isinstance(blocks, nn.ModuleList):
+        raise ValueError(f"layers must be the path of a ModuleList in {type(model).__name__}, got {spec.layers!r}")
+    return blocks
+
+
+def resolve(
+    model: nn.Module, spec: ArchitectureSpec, cuts: Sequence[Kept] | None = None
+) -> list[list[ResolvedPair]]:
+    """Find the pairs of every block, and check their shapes against the model's config.
+
+    Args:
+        model: A causal LM, on any device, ``meta`` included.
+        spec: Its row.
+        cuts: What was cut before, one mapping a block.
+
+    Returns:
+        For each block its pairs, in the order of the forward pass.
+
+    Raises:
+        ValueError: If a path or shape does not fit; the message names the layer.
+    """
+    blocks = find_blocks(model, spec)
+    heads = getattr(model.config, "num_attention_heads", None)
+    resolved = []
+    for index, block in enumerate(blocks):
+        name = f"{spec.layers}.{index}"
+        before = cuts[index] if cuts else {}
+        resolved.append([_resolve_pair(block, name, pair, spec.transposed, heads, before) for pair in spec.pairs])
+    return resolved
+
+
+def _resolve_pair(
+    block: nn.Module, name: str, pair: CoupledPair, transposed: bool, heads: int | None, before: Kept
+) -> ResolvedPair:
+    columns = _shape(_linear_at(block, name, pair.consumer), transposed)[1]
+    rows = tuple(_shape(_linear_at(block, name, path), transposed)[0] for path in pair.producers)
+    if pair.consumer in before:
+        layout, kept = before[pair.consumer]
+    else:
+        layout = _fresh_layout(f"{name}.{pair.consumer}", pair, columns, rows, heads)
+        kept = torch.arange(layout.width, device="cpu")
+    resolved = ResolvedPair(block, name, pair, layout, kept, transposed)
+    expected = (layout.columns(kept).numel(), *(layout.rows(i, kept).numel() for i in range(len(rows))))
+    for path, found, wanted in zip((pair.consumer, *pair.producers), (columns, *rows), expected, strict=True):
+        if found != wanted:
+            raise ValueError(f"{name}.{path} must have a width of {wanted} to match {pair.consumer}, got {found}")
+    return resolved
+
+
+def _fresh_layout(
+    name: str, pair: CoupledPair, columns: int, rows: tuple[int, ...], heads: int | None
+) -> PairLayout:
+    """Layout of a pair that was never cut; head counts follow from the shapes and the number of query heads."""
+    if pair.kind == "ffn":
+        parts = 2 if pair.fused else 1
+        for path, found in zip(pair.producers, rows, strict=True):
+            if found != parts * columns:
+                raise ValueError(f"{path} must have {parts * columns} rows to feed {name}, got {found}")
+        return PairLayout("ffn", columns, 1, 1, pair.fused, rows)
+    if not isinstance(heads, int) or columns % heads:
+        raise ValueError(f"{name}: num_attention_heads must divide its {columns} columns, got {heads}")
+    size = columns // heads
+    groups = rows[0] // size if pair.fused is None else (rows[0] // size - heads) // 2
+    if groups < 1 or heads % groups or rows[0] % size:
+        raise ValueError(f"{name}: {heads} query heads must divide evenly among its KV heads, got {groups}")
+    return PairLayout("value", groups * size, groups, heads // groups, pair.fused, rows)
+
+
+def _linear_at(block: nn.Module, name: str, path: str) -> nn.Module:
+    try:
+        linear = inner(block.get_submodule(path))
+    except AttributeError:
+        raise ValueError(f"{name} must have a module {path!r}; correct the row of this model_type") from None
+    weight = getattr(linear, "weight", None)
+    if not isinstance(weight, Tensor) or weight.ndim != 2 or not weight.is_floating_point():
+        kind = f"{type(linear).__name__} of {getattr(weight, 'dtype', 'no weight')}"
+        raise ValueError(f"{name}.{path} must be a linear layer with a floating-point weight, got {kind}")
+    return linear
+
+
+def _shape(linear: nn.Module, transposed: bool) -> tuple[int, int]:
+    """(outputs, inputs) of a linear module."""
+    weight = linear.weight
+    assert isinstance(weight, Tensor)
+    outputs, inputs = weight.shape[::-1] if transposed else weight.shape
+    return outputs, inputs

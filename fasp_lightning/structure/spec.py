@@ -1,0 +1,73 @@
+"""How an architecture is described: frozen dataclasses of strings, no modules."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+KINDS = ("ffn", "value")
+LAYOUTS = (None, "concatenated", "interleaved")
+
+
+@dataclass(frozen=True)
+class CoupledPair:
+    """A consumer, and the producers whose output rows feed its input columns position by position.
+
+    Attributes:
+        consumer: Path of the consumer linear inside the block, for example ``"mlp.down_proj"``.
+        producers: Paths of the producer linears inside the block.
+        kind: ``"ffn"`` (one hidden unit a column) or ``"value"`` (value dims; with grouped-query attention one
+            value row feeds a column of each query head of its group).
+        fused: How a fused producer holds its parts: ``None`` (not fused), ``"concatenated"`` (gate | up, or
+            q | k | v one behind the other) or ``"interleaved"`` (each KV head's queries, key and value together).
+    """
+
+    consumer: str
+    producers: tuple[str, ...]
+    kind: str
+    fused: str | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "producers", tuple(self.producers))
+        if self.kind not in KINDS:
+            raise ValueError(f"kind must be one of {KINDS}, got {self.kind!r}")
+        if self.fused not in LAYOUTS:
+            raise ValueError(f"fused must be one of {LAYOUTS}, got {self.fused!r}")
+        if not self.producers:
+            raise ValueError(f"producers of {self.consumer!r} must name at least one linear layer, got none")
+        if self.fused == "interleaved" and self.kind != "value":
+            raise ValueError(f"fused='interleaved' is a layout of value pairs, got kind={self.kind!r}")
+
+
+@dataclass(frozen=True)
+class ArchitectureSpec:
+    """Where the coupled pairs of one ``model_type`` are.
+
+    Attributes:
+        layers: Path of the ``ModuleList`` of decoder blocks, from the causal LM.
+        pairs: The pairs of each block, in the order of the forward pass.
+        width_field: Config field that holds the FFN width, or ``None`` if the width is fixed in the model's code.
+        transposed: Weights are stored (in, out), as in ``Conv1D``.
+        attention: Path of the attention module inside the block; by default the parent of the value pair's
+            consumer. With neither, the engine runs the attention a second time.
+    """
+
+    layers: str
+    pairs: tuple[CoupledPair, ...]
+    width_field: str | None = "intermediate_size"
+    transposed: bool = False
+    attention: str | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "pairs", tuple(self.pairs))
+        kinds = [pair.kind for pair in self.pairs]
+        if not kinds or any(kinds.count(kind) > 1 for kind in kinds):
+            raise ValueError(f"pairs must hold one pair of a kind, at least one in all, got kinds {kinds}")
+        if kinds == ["ffn", "value"]:
+            raise ValueError("pairs must be in the order of the forward pass: value before ffn")
+        if self.attention is None:
+            for pair in self.pairs:
+                if pair.kind == "value":
+                    object.__setattr__(self, "attention", pair.consumer.rpartition(".")[0])
+        for pair in self.pairs:
+            if pair.kind == "value" and not (self.attention and pair.consumer.startswith(f"{self.attention}.")):
+                raise ValueError(f"attention must be the module that holds {pair.consumer!r}, got {self.attention!r}")
