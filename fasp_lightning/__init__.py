@@ -1,0 +1,63 @@
+"""FASP: fast and accurate structured pruning of causal language models.
+
+The public names are loaded on first use (PEP 562), so that ``import fasp_lightning`` costs nothing.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from fasp_lightning.pruning.checkpoint import load_pruned, save_pruned
+    from fasp_lightning.pruning.config import PruningConfig
+    from fasp_lightning.pruning.perplexity import perplexity
+    from fasp_lightning.pruning.plan import PruningPlan, apply_plan
+    from fasp_lightning.pruning.pruner import FASPPruner
+    from fasp_lightning.pruning.report import PruningReport
+    from fasp_lightning.structure.registry import register_architecture, spec_for
+    from fasp_lightning.structure.spec import ArchitectureSpec, CoupledPair
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "ArchitectureSpec",
+    "CoupledPair",
+    "FASPPruner",
+    "PruningConfig",
+    "PruningPlan",
+    "PruningReport",
+    "apply_plan",
+    "load_pruned",
+    "perplexity",
+    "register_architecture",
+    "save_pruned",
+    "spec_for",
+]
+
+_HOMES = {
+    "ArchitectureSpec": "structure.spec",
+    "CoupledPair": "structure.spec",
+    "FASPPruner": "pruning.pruner",
+    "PruningConfig": "pruning.config",
+    "PruningPlan": "pruning.plan",
+    "PruningReport": "pruning.report",
+    "apply_plan": "pruning.plan",
+    "load_pruned": "pruning.checkpoint",
+    "perplexity": "pruning.perplexity",
+    "register_architecture": "structure.registry",
+    "save_pruned": "pruning.checkpoint",
+    "spec_for": "structure.registry",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+    globals()[name] = value  # the next access does not come here
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

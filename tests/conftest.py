@@ -1,0 +1,80 @@
+"""Fixtures all tests share; tiny models come from ``tiny.py``."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+# Set before transformers and datasets are imported: they read these once.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ.setdefault("HF_HOME", str(Path(__file__).parents[1] / ".cache" / "huggingface"))
+
+import pytest
+import torch
+from tiny import TINY, tiny_model
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+torch.set_num_threads(2)
+
+ALPHABET = "ĊĠ" + "".join(chr(code) for code in range(33, 127) if chr(code) not in "`|~")
+"""What the tiny tokenizer knows, newline and space in byte-level form; with four special tokens it has 97."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip what needs CUDA where there is none."""
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("cuda"):
+                item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> Iterator[None]:
+    """Every test starts from the same global random state, and leaves the threads as they were."""
+    torch.manual_seed(0)
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(params=list(TINY))
+def family(request: pytest.FixtureRequest) -> str:
+    """Name of a tiny model, each in turn; ``@pytest.mark.parametrize("family", …)`` takes some of them."""
+    return request.param
+
+
+@pytest.fixture
+def tiny(family: str) -> PreTrainedModel:
+    """A new tiny model of each family in turn: fp32, in eval mode, on the CPU."""
+    return tiny_model(family)
+
+
+@pytest.fixture(scope="session")
+def tiny_tokenizer() -> PreTrainedTokenizerFast:
+    """One token a character, with the special ids of the tiny configs (pad 0, bos 1, eos 2); unknown is 3."""
+    specials = ["<pad>", "<bos>", "<eos>", "<unk>"]
+    vocab = {token: index for index, token in enumerate([*specials, *ALPHABET])}
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[], unk_token="<unk>"))
+    # Byte-level, because AutoTokenizer puts that on every qwen2 folder, whatever was saved.
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    pad, bos, eos, unk = specials
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token=pad, bos_token=bos, eos_token=eos, unk_token=unk
+    )
+
+
+@pytest.fixture
+def tiny_folder(tmp_path: Path, tiny_tokenizer: PreTrainedTokenizerFast) -> Callable[..., Path]:
+    """``tiny_folder("opt")`` saves that tiny model with its tokenizer, and returns the folder."""
+
+    def save(name: str = "llama", **options: object) -> Path:
+        folder = tmp_path / f"tiny-{name}"
+        tiny_model(name, **options).save_pretrained(folder)
+        tiny_tokenizer.save_pretrained(folder)
+        return folder
+
+    return save
