@@ -1,0 +1,66 @@
+"""Which checkpoints can be pruned, told from the config alone."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fasp_lightning.structure.registry import known_architectures
+
+
+def check_supported(config: Any, name: str) -> None:
+    """Refuse a config that is not a full-precision causal LM.
+
+    Args:
+        config: A transformers config.
+        name: The model's name, for the message.
+
+    Raises:
+        ValueError: Naming the ``model_type`` or the quantisation, and what to do instead.
+    """
+    problem = _not_causal(config)
+    if problem:
+        raise ValueError(
+            f"model {name!r} must be a decoder-only causal LM, got model_type {config.model_type!r} "
+            f"({problem}); supported are {', '.join(known_architectures())}, and what register_architecture adds"
+        )
+    method = quantization_method(config)
+    if method is not None:
+        raise ValueError(
+            f"model {name!r} is quantised ({method}); pruning needs its full-precision weights: "
+            "name the checkpoint it was made from, and quantise the pruned model afterwards"
+        )
+
+
+def quantization_method(config: Any) -> str | None:
+    """Name of a checkpoint's quantisation, or ``None``; the leftover of a GGUF file does not count."""
+    for part in (config, getattr(config, "text_config", None)):
+        settings = getattr(part, "quantization_config", None)
+        if settings is None:
+            continue
+        fields = settings if isinstance(settings, dict) else vars(settings)
+        method = fields.get("quant_method", "unknown method")
+        method = str(getattr(method, "value", method))
+        if method != "gguf":
+            return method
+    return None
+
+
+def _not_causal(config: Any) -> str | None:
+    """Why a config is not that of a decoder-only causal LM, or ``None`` if it is one."""
+    from transformers.models.auto import modeling_auto as auto
+
+    model_type = getattr(config, "model_type", None)
+    if getattr(config, "is_encoder_decoder", False):
+        return "an encoder-decoder"
+    if any(getattr(config, part, None) is not None for part in ("vision_config", "audio_config")):
+        return "a multimodal model"
+    # encoders such as BERT are listed as causal LMs too, for their use as decoders
+    if model_type in auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES and not getattr(config, "is_decoder", False):
+        return "an encoder"
+    custom = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
+    if model_type not in (*auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, *known_architectures()) and not custom:
+        return "not a causal LM"
+    heads = [name for name in getattr(config, "architectures", None) or () if "For" in name]
+    if heads and not any(name.endswith("ForCausalLM") for name in heads):
+        return f"saved as {heads[0]}"
+    return None
