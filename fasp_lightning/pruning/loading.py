@@ -12,7 +12,7 @@ from fasp_lightning.pruning.source import ModelSource, check_files, resolve_sour
 from fasp_lightning.pruning.supported import check_supported, quantization_method
 
 GGUF_MARKS = ("hf_quantizer", "is_quantized", "quantization_method")
-"""Attributes by which transformers takes a dequantised GGUF model for a quantised one and will not save it."""
+"""Attributes for which transformers takes a dequantised GGUF model for a quantised one."""
 
 
 def load_config(

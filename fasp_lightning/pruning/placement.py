@@ -69,8 +69,8 @@ def choose_dtype(
 ) -> torch.dtype:
     """The dtype to load a model in.
 
-        checkpoint_dtype: Dtype of the stored weights; ``None`` if they have none of their own (GGUF), read as
-            bf16 on an accelerator and fp32 on a CPU.
+    ``"auto"`` takes the checkpoint's dtype on an accelerator. On a CPU it takes bf16 or fp16 only where a probe
+    shows that this is faster than fp32: without hardware for it, half precision is hundreds of times slower.
 
     Args:
         requested: ``"auto"`` or a dtype.

@@ -21,7 +21,7 @@ def check_supported(config: Any, name: str) -> None:
     if problem:
         raise ValueError(
             f"model {name!r} must be a decoder-only causal LM, got model_type {config.model_type!r} "
-            f"({problem}); supported are {', '.join(known_architectures())}, and what register_architecture adds"
+            f"({problem}); supported are {', '.join(known_architectures())}, and what is registered"
         )
     method = quantization_method(config)
     if method is not None:
