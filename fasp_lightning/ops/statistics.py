@@ -8,6 +8,9 @@ from torch import Tensor
 DOUBLE_LIMIT = 8192
 """Widest consumer whose gram is kept in float64; beyond it n² doubles cost more memory than they are worth."""
 
+FLUSH_TOKENS = 8192
+"""Tokens that are summed in float32 before they go to the float64 sum: short enough to round to ~1e-6."""
+
 PANELS = 6
 """Column panels of the symmetric update: (PANELS + 1) / (2 · PANELS) = 58 % of the full product's work."""
 
@@ -26,15 +29,15 @@ class GramStatistics:
         device: Where the sums live.
 
     Attributes:
-        lower: (n, n) lower triangle of Σ xᵀx in panels; what lies above the panels is not filled.
         sums: (n,) Σ x.
         tokens: Number of rows seen.
     """
 
     def __init__(self, width: int, device: torch.device | str) -> None:
-        dtype = torch.float64 if width <= DOUBLE_LIMIT else torch.float32
         self.width = width
-        self.lower = torch.zeros(width, width, dtype=dtype, device=device)
+        self._partial = torch.zeros(width, width, dtype=torch.float32, device=device)
+        self._pending = 0
+        self._flushed = self._partial.double() if width <= DOUBLE_LIMIT else self._partial
         self.sums = torch.zeros(width, dtype=torch.float64, device=device)
         self.tokens = 0
 
@@ -48,17 +51,35 @@ class GramStatistics:
         if inputs.ndim != 2 or inputs.shape[1] != self.width:
             raise ValueError(f"inputs must be (tokens, {self.width}), got {tuple(inputs.shape)}")
         self.tokens += inputs.shape[0]
+        self._pending += inputs.shape[0]
         self.sums += inputs.sum(0, dtype=torch.float64 if inputs.device.type == "cpu" else torch.float32)
         inputs = _summable(inputs)
         step = max(PANEL_WIDTH, -(-self.width // PANELS))
         for start in range(0, self.width, step):
             end = min(start + step, self.width)
             # rows start..end of the lower triangle: everything left of, and including, the diagonal block
-            self.lower[start:end, :end] += _product(inputs[:, start:end].T, inputs[:, :end])
+            _add_product(self._partial[start:end, :end], inputs[:, start:end].T, inputs[:, :end])
+        if self._pending >= FLUSH_TOKENS:
+            self._flush()
+
+    def _flush(self) -> None:
+        if self._flushed is not self._partial:
+            self._flushed += self._partial
+            self._partial.zero_()
+        self._pending = 0
+
+    @property
+    def lower(self) -> Tensor:
+        """(n, n) sum so far; the tensor itself, so that sums of several processes can be added in place."""
+        self._flush()
+        return self._flushed
 
     def gram(self) -> Tensor:
         """G = X Xᵀ, (n, n), float64 up to ``DOUBLE_LIMIT`` columns and float32 beyond."""
-        return torch.tril(self.lower) + torch.tril(self.lower, -1).T
+        below = self.lower.tril(-1)
+        gram = below + below.T
+        gram.diagonal().copy_(self.lower.diagonal())
+        return gram
 
     def mean(self) -> Tensor:
         """Column means μ, (n,) float64."""
@@ -80,10 +101,11 @@ def _summable(inputs: Tensor) -> Tensor:
     return inputs
 
 
-def _product(left: Tensor, right: Tensor) -> Tensor:
+def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
     if left.dtype in (torch.float16, torch.bfloat16):
-        return torch.mm(left, right, out_dtype=torch.float32)  # 16-bit operands, float32 sums and result
-    return left @ right
+        total += torch.mm(left, right, out_dtype=torch.float32)  # 16-bit operands, float32 sums and result
+    else:
+        total.addmm_(left.to(total.dtype), right.to(total.dtype))
 
 
 def centre(gram: Tensor, mean: Tensor, tokens: int) -> Tensor:

@@ -122,12 +122,13 @@ def record_plan(model: nn.Module, pairs: list[list[ResolvedPair]]) -> PruningPla
     return plan
 
 
-def apply_plan(model: nn.Module, plan: PruningPlan) -> nn.Module:
+def apply_plan(model: nn.Module, plan: PruningPlan, *, wrap: bool = True) -> nn.Module:
     """Give a model the shapes of a plan, in place. Nothing is restored: the weights kept are the model's own.
 
     Args:
         model: The original model (any device, ``meta`` included), or one pruned less far.
         plan: What to keep.
+        wrap: See :meth:`fasp_lightning.structure.resolve.ResolvedPair.cut`.
 
     Returns:
         The same model, which now carries the plan.
@@ -147,7 +148,7 @@ def apply_plan(model: nn.Module, plan: PruningPlan) -> nn.Module:
         if pair.spec.consumer in block
     ]
     for pair, kept in targets:  # all were checked before the first is cut
-        pair.cut(kept)
+        pair.cut(kept, wrap=wrap)
     record_plan(model, pairs)
     return model
 

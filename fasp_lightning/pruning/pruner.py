@@ -103,6 +103,7 @@ class FASPPruner:
                 record_plan(model, pairs)
         report.seconds = {**run.watch.seconds, "total": time.perf_counter() - start}
         report.peak_memory = peak_memory(device)
+        model.fasp_report = report.to_dict()  # saved along
         return report
 
 

@@ -8,6 +8,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from fasp_lightning.ops.restoration import output_energy, refit_bias, residual_energy, restore_weight
+from fasp_lightning.ops.selection import complement
 from fasp_lightning.ops.statistics import GramStatistics, centre
 from fasp_lightning.pruning.config import PruningConfig
 from fasp_lightning.pruning.report import PairReport
@@ -38,7 +39,8 @@ def restore_pair(
     """
     weight, gram = pair.weight.double(), statistics.gram()
     energy = output_energy(weight, gram)
-    plain = residual_energy(weight, weight[:, kept], gram, kept)
+    removed = complement(kept, weight.shape[1])
+    plain = output_energy(weight[:, removed], gram[removed[:, None], removed])  # what the removed columns gave
     best, bias, error, damping, solver = weight[:, kept], None, plain, 0.0, "none"
     if config.restoration == "least_squares":
         old = getattr(pair.consumer, "bias", None) if config.refit_bias else None

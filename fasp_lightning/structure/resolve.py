@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from fasp_lightning.ops.slicing import shrink
+from fasp_lightning.ops.slicing import expand, shrink
 from fasp_lightning.structure.compact import GatherColumns, ScatterRows, inner, replace_module, set_features
 from fasp_lightning.structure.layout import PairLayout
 from fasp_lightning.structure.spec import ArchitectureSpec, CoupledPair
@@ -68,38 +68,65 @@ class ResolvedPair:
             cost += rows * (_shape(producer, self.transposed)[1] + (getattr(producer, "bias", None) is not None))
         return cost
 
-    def cut(self, kept: Tensor) -> None:
+    def cut(self, kept: Tensor, *, wrap: bool = True) -> None:
         """Remove all units but ``kept`` on both sides, in place.
 
         Args:
             kept: Ascending units in original numbering, a subset of those left.
+            wrap: Let the stock attention code go on seeing full widths. Without, the model cannot run until
+                :meth:`wrap` was called; loaders that address parameters by path need that.
         """
         kept = kept.to("cpu")
         if torch.equal(kept, self.kept):
             return
-        self._cut_consumer(self.layout.columns(self.kept), self.layout.columns(kept))
-        for index, path in enumerate(self.spec.producers):
-            self._cut_producer(path, index, self.layout.rows(index, self.kept), self.layout.rows(index, kept))
+        self._shrink_consumer(torch.searchsorted(self.layout.columns(self.kept), self.layout.columns(kept)))
+        for index in range(len(self.spec.producers)):
+            old, new = self.layout.rows(index, self.kept), self.layout.rows(index, kept)
+            self._shrink_producer(index, torch.searchsorted(old, new))
         self.kept = kept
+        if wrap:
+            self.wrap()
 
-    def _cut_consumer(self, old: Tensor, new: Tensor) -> None:
+    def wrap(self) -> None:
+        """Put a cut value pair behind its run-time modules; an FFN, cut on both sides, needs none."""
+        if self.spec.kind == "ffn":
+            return
+        consumer = self.consumer
+        columns = self.layout.columns(self.kept).to(consumer.weight.device)
+        replace_module(self.block, self.spec.consumer, GatherColumns(consumer, columns))
+        for index, (path, producer) in enumerate(zip(self.spec.producers, self.producers, strict=True)):
+            rows = self.layout.rows(index, self.kept).to(producer.weight.device)
+            scatter = ScatterRows(producer, rows, self.layout.producer_rows[index])
+            replace_module(self.block, path, scatter)
+
+    def _shrink_consumer(self, positions: Tensor) -> None:
         linear = self.consumer
-        shrink(linear.weight, torch.searchsorted(old, new), 0 if self.transposed else 1)
+        shrink(linear.weight, positions, self._column_dim)
         set_features(linear, self.transposed)
-        if self.spec.kind == "value":  # an FFN is cut on both sides and needs no gathering
-            wrapper = GatherColumns(linear, new.to(linear.weight.device))
-            replace_module(self.block, self.spec.consumer, wrapper)
 
-    def _cut_producer(self, path: str, index: int, old: Tensor, new: Tensor) -> None:
+    def _shrink_producer(self, index: int, positions: Tensor) -> None:
         linear = self.producers[index]
-        position = torch.searchsorted(old, new)
-        shrink(linear.weight, position, 1 if self.transposed else 0)
+        shrink(linear.weight, positions, 1 - self._column_dim)
         if getattr(linear, "bias", None) is not None:
-            shrink(linear.bias, position, 0)
+            shrink(linear.bias, positions, 0)
         set_features(linear, self.transposed)
-        if self.spec.kind == "value":
-            wrapper = ScatterRows(linear, new.to(linear.weight.device), self.layout.producer_rows[index])
-            replace_module(self.block, path, wrapper)
+
+    @property
+    def _column_dim(self) -> int:
+        return 0 if self.transposed else 1
+
+    def zero_filled(self) -> dict[str, Tensor]:
+        """The pair's tensors in their original shapes, zero where units are gone; keys are paths in the block."""
+        columns = self.layout.columns(self.kept)
+        width = self.layout.width * self.layout.repeats
+        path = self.spec.consumer
+        tensors = {f"{path}.weight": expand(self.consumer.weight.detach(), columns, self._column_dim, width)}
+        for index, (path, linear) in enumerate(zip(self.spec.producers, self.producers, strict=True)):
+            rows, width = self.layout.rows(index, self.kept), self.layout.producer_rows[index]
+            tensors[f"{path}.weight"] = expand(linear.weight.detach(), rows, 1 - self._column_dim, width)
+            if getattr(linear, "bias", None) is not None:
+                tensors[f"{path}.bias"] = expand(linear.bias.detach(), rows, 0, width)
+        return tensors
 
 
 def find_blocks(model: nn.Module, spec: ArchitectureSpec) -> nn.ModuleList:

@@ -1,0 +1,296 @@
+"""Saved models: written beside and renamed, checked by reloading."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fasp_lightning.pruning.forms import FORMS, Loader, choose_form, loaders_for
+from fasp_lightning.pruning.plan import PruningPlan, apply_plan, plan_of, resolve_pruned
+from fasp_lightning.pruning.standins import evaluating
+from fasp_lightning.structure.registry import spec_for
+from fasp_lightning.structure.spec import ArchitectureSpec
+
+PLAN_FILE = "fasp_plan.json"
+REPORT_FILE = "fasp_report.json"
+TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-8}
+HALF_TOLERANCE = 3e-2
+"""Largest difference of reloaded logits, relative to the largest logit; zero-filled sums round differently."""
+
+
+@dataclass(frozen=True)
+class SavedModel:
+    """What :func:`save_pruned` wrote.
+
+    Attributes:
+        path: The folder.
+        form: ``"stock"``, ``"compact"`` or ``"zero_filled"``.
+        bytes: Size of the folder's files.
+        loaders: Which loaders take it, and why.
+        logit_difference: Largest difference of the reloaded model's logits, ``None`` if not verified.
+    """
+
+    path: Path
+    form: str
+    bytes: int
+    loaders: list[Loader]
+    logit_difference: float | None
+
+
+def save_pruned(
+    model: nn.Module,
+    path: str | Path,
+    tokenizer: Any = None,
+    form: str = "auto",
+    verify: bool = True,
+    overwrite: bool = False,
+) -> SavedModel:
+    """Write a pruned model as safetensors, config, plan and report; all or nothing.
+
+    Everything is written to a folder beside ``path``, reloaded and compared, and then renamed. A crash, a full disk
+    or a kill leaves what was at ``path``.
+
+    Args:
+        model: A causal LM that carries a plan.
+        path: Folder to write.
+        tokenizer: Saved along if given.
+        form: ``"auto"`` (what stock ``transformers`` can load), ``"stock"``, ``"compact"`` or ``"zero_filled"``; see
+            :func:`fasp_lightning.pruning.forms.choose_form`.
+        verify: Load the result again (a second copy of the model in memory) and compare the logits.
+        overwrite: Replace a folder that holds a pruned model.
+
+    Raises:
+        ValueError: If the model carries no plan, or ``form`` cannot hold it.
+        FileExistsError: If ``path`` is not empty and ``overwrite`` is false, or is no pruned model.
+        OSError: If the disk has too little room.
+        RuntimeError: If the reloaded model's logits differ.
+    """
+    path = Path(path)
+    plan, spec = plan_of(model), spec_for(model)
+    if plan is None:
+        raise ValueError("model must carry a plan; prune it with FASPPruner or give it one with apply_plan first")
+    kinds = {pair.kind for pair in spec.pairs if any(pair.consumer in block for block in plan.blocks)}
+    form = choose_form(form, spec, kinds)
+    check_output(path, overwrite)
+    tensors = _zero_filled(model) if form == "zero_filled" else {}
+    _require_space(path, model, tensors)
+    with _staged(path) as stage:
+        with _config_of(model, form, plan):
+            state = {**model.state_dict(), **tensors} if tensors else None
+            model.save_pretrained(stage, state_dict=state)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(stage)
+        _write_json(stage / PLAN_FILE, {"form": form, **plan.to_dict()})
+        _write_json(stage / REPORT_FILE, getattr(model, "fasp_report", {}))
+        difference = _verify(model, stage, form) if verify else None
+    size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+    return SavedModel(path, form, size, loaders_for(form, spec, kinds), difference)
+
+
+def load_pruned(
+    path: str | Path, *, dtype: str | torch.dtype = "auto", attn_implementation: str | None = None
+) -> nn.Module:
+    """Load a folder that :func:`save_pruned` wrote, in any form, with its plan; a zero-filled one comes back compact.
+
+    Args:
+        path: The folder.
+        dtype: ``"auto"`` for the one it was saved in, or another.
+        attn_implementation: As in ``from_pretrained``.
+
+    Returns:
+        The model on the CPU, in evaluation mode.
+
+    Raises:
+        FileNotFoundError: If the folder holds no plan.
+        ValueError: If its plan is damaged.
+        OSError: If its weights are.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    path = Path(path)
+    form, plan = read_plan(path)
+    options = {"dtype": dtype, "attn_implementation": attn_implementation}
+    if form == "compact":
+        config = AutoConfig.from_pretrained(path)
+        model = _load_compact(config, path, plan, options)
+    else:
+        model = _from_pretrained(AutoModelForCausalLM, path, **options)
+        model.fasp_plan = _stock_part(plan, spec_for(model))  # what the config's width has cut already
+        apply_plan(model, plan)
+    report = path / REPORT_FILE
+    model.fasp_report = _read_json(report) if report.exists() else {}
+    return model.eval()
+
+
+def read_plan(path: str | Path) -> tuple[str, PruningPlan]:
+    """Form and plan of a saved folder.
+
+    Raises:
+        FileNotFoundError: If the folder holds no plan.
+        ValueError: If the plan is damaged.
+    """
+    file = Path(path) / PLAN_FILE
+    if not file.is_file():
+        raise FileNotFoundError(f"{path} holds no {PLAN_FILE}; load a model that is not pruned with transformers")
+    data = _read_json(file)
+    if data.get("form") not in FORMS:
+        raise ValueError(f"form in {file} must be one of {', '.join(map(repr, FORMS))}, got {data.get('form')!r}")
+    return data["form"], PruningPlan.from_dict(data)
+
+
+def check_output(path: str | Path, overwrite: bool) -> None:
+    """Refuse an output folder before anything is spent.
+
+    Raises:
+        FileExistsError: If it is not empty and ``overwrite`` is false, or holds something else than a pruned model.
+    """
+    path = Path(path)
+    if not path.exists() or (path.is_dir() and not any(path.iterdir())):
+        return
+    if not overwrite:
+        raise FileExistsError(f"output folder {path} must be empty; choose another one, or overwrite it")
+    if not (path / PLAN_FILE).is_file():
+        raise FileExistsError(f"output folder {path} holds no pruned model ({PLAN_FILE}) and is not overwritten; empty it first")
+
+
+@contextmanager
+def _staged(path: Path) -> Iterator[Path]:
+    """A folder beside ``path`` that takes its place at the end; on an error it goes and ``path`` stays."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    mark = uuid.uuid4().hex[:8]
+    stage, old = path.with_name(f".{path.name}.{mark}.new"), path.with_name(f".{path.name}.{mark}.old")
+    stage.mkdir()
+    try:
+        yield stage
+        if path.exists():
+            path.rename(old)
+        stage.rename(path)
+    finally:
+        shutil.rmtree(stage, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
+
+
+@contextmanager
+def _config_of(model: nn.Module, form: str, plan: PruningPlan) -> Iterator[None]:
+    """The model's config as the form wants it: a compact one keeps the original width, so that stock code refuses."""
+    config, field = model.config, spec_for(model).width_field
+    before = {name: getattr(config, name) for name in (field, "fasp") if name and hasattr(config, name)}
+    if form == "compact":
+        config.fasp = {"form": form, "plan": PLAN_FILE}
+        widths = {pair.layout.width for block in plan.blocks for pair in block.values() if pair.layout.kind == "ffn"}
+        if field is not None and widths:
+            setattr(config, field, widths.pop())
+    elif hasattr(config, "fasp"):
+        del config.fasp
+    try:
+        yield
+    finally:
+        if hasattr(config, "fasp"):
+            del config.fasp
+        for name, value in before.items():
+            setattr(config, name, value)
+
+
+def _zero_filled(model: nn.Module) -> dict[str, Tensor]:
+    """State entries in stock shapes, for the pairs whose width stock code does not read from the config."""
+    fixed = spec_for(model).width_field is None
+    return {
+        f"{pair.name}.{key}": tensor
+        for block in resolve_pruned(model)
+        for pair in block
+        if pair.spec.kind == "value" or fixed
+        for key, tensor in pair.zero_filled().items()
+    }
+
+
+def _stock_part(plan: PruningPlan, spec: ArchitectureSpec) -> PruningPlan:
+    """The part of a plan that a stock config expresses: FFNs, where it has a field for their width."""
+    kind = None if spec.width_field is None else "ffn"
+    blocks = ({path: pair for path, pair in block.items() if pair.layout.kind == kind} for block in plan.blocks)
+    return PruningPlan(plan.model_type, tuple(blocks))
+
+
+def _load_compact(config: Any, path: Path, plan: PruningPlan, options: dict[str, Any]) -> nn.Module:
+    """Let ``from_pretrained`` fill a model whose constructor gives it the plan's shapes.
+
+    So dtype, shards, tied weights and buffers are read as for any model. The run-time modules come afterwards,
+    since the loader addresses parameters by their stock paths.
+    """
+    from transformers import AutoModelForCausalLM
+
+    stock = AutoModelForCausalLM._model_mapping[type(config)]
+
+    def build(self: nn.Module, *args: Any, **kwargs: Any) -> None:
+        stock.__init__(self, *args, **kwargs)
+        with torch.device("cpu"):  # from_pretrained builds on meta, where indices would have no values
+            apply_plan(self, plan, wrap=False)
+
+    planned = type(stock.__name__, (stock,), {"__init__": build})  # the name decides how old keys are read
+    model = _from_pretrained(planned, path, config=config, **options)
+    model.__class__ = stock
+    for pair in (pair for block in resolve_pruned(model) for pair in block):
+        if pair.kept.numel() < pair.layout.width:
+            pair.wrap()
+    return model
+
+
+def _from_pretrained(model_class: Any, path: Path, **options: Any) -> nn.Module:
+    """``from_pretrained`` that does not initialise what it misses."""
+    model, info = model_class.from_pretrained(path, output_loading_info=True, **options)
+    if missing := sorted(info["missing_keys"]):
+        raise OSError(f"{path} must hold all weights, got none for {', '.join(missing[:3])} ({len(missing)} in all)")
+    loaded: nn.Module = model
+    return loaded
+
+
+def _require_space(path: Path, model: nn.Module, tensors: dict[str, Tensor]) -> None:
+    parts = [*model.parameters(), *tensors.values()]
+    needed = sum(part.numel() * part.element_size() for part in parts)
+    parent = next(folder for folder in path.absolute().parents if folder.exists())
+    free = shutil.disk_usage(parent).free
+    if needed > free:
+        raise OSError(f"saving to {path} needs {needed / 1e6:.0f} MB, but only {free / 1e6:.0f} MB are free")
+
+
+def _verify(model: nn.Module, stage: Path, form: str) -> float:
+    """Largest difference between the model's logits and those of what was written, as its users load it."""
+    from transformers import AutoModelForCausalLM
+
+    attention = getattr(model.config, "_attn_implementation", None)
+    options = {"dtype": next(model.parameters()).dtype, "attn_implementation": attention}
+    load = load_pruned if form == "compact" else AutoModelForCausalLM.from_pretrained
+    device = model.get_input_embeddings().weight.device
+    reloaded = load(stage, **options).to(device)
+    vocabulary = model.get_input_embeddings().num_embeddings
+    ids = (torch.arange(16, device=device) * 37 % vocabulary).unsqueeze(0)
+    with evaluating(model), evaluating(reloaded):
+        expected = model(input_ids=ids, use_cache=False).logits.float()
+        found = reloaded(input_ids=ids, use_cache=False).logits.float()
+    difference = (found - expected).abs().max().item()
+    allowed = TOLERANCE.get(options["dtype"], HALF_TOLERANCE) * max(1.0, expected.abs().max().item())
+    if not difference <= allowed:
+        raise RuntimeError(f"logits of the saved model must equal the model's within {allowed:.1e}, got {difference:.1e}")
+    return difference
+
+
+def _write_json(file: Path, data: Any) -> None:
+    file.write_text(json.dumps(data, separators=(",", ":")) + "\n", encoding="utf-8")
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    try:
+        data = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{file} must be JSON: {error}") from None
+    if not isinstance(data, dict):
+        raise ValueError(f"{file} must hold a mapping, got {type(data).__name__}")
+    return data
