@@ -234,7 +234,8 @@ def _load_compact(config: Any, path: Path, plan: PruningPlan, options: dict[str,
         with torch.device("cpu"):  # from_pretrained builds on meta, where indices would have no values
             apply_plan(self, plan, wrap=False)
 
-    planned = type(stock.__name__, (stock,), {"__init__": build})  # the name decides how old keys are read
+    # transformers decides by name and module how a family's stored keys are read
+    planned = type(stock.__name__, (stock,), {"__init__": build, "__module__": stock.__module__})
     model = _from_pretrained(planned, path, config=config, **options)
     model.__class__ = stock
     for pair in (pair for block in resolve_pruned(model) for pair in block):
