@@ -33,7 +33,6 @@ def test_smollm2_keeps_its_perplexity_only_with_restoration(tmp_path: Path) -> N
     assert all(pair.error_after < pair.error_before for pair in report.pairs)
     before = perplexity(dense, held_out)
     ratios = [perplexity(model, held_out) / before for model in (pruned, plain)]
-    print(f"dense {before:.2f}, ratios {ratios}")
     assert ratios[0] < RATIO < ratios[1], f"restored and unrestored perplexity ratios: {ratios}"
 
     save_pruned(pruned, tmp_path / "pruned", tokenizer=tokenizer)

@@ -1,0 +1,51 @@
+"""The README says what the code says. ``python tests/test_readme.py`` prints the family table."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from fasp_lightning.structure.registry import known_architectures, spec_for
+
+README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+MEASURED = {"llama": "SmolLM2-135M (table above)"}
+"""Families whose quality was measured on real weights."""
+
+
+def family_table() -> str:
+    """The rows of the registry, as Markdown."""
+    heads = ("`model_type`", "pairs", "stock FFN width", "structure", "quality on real weights")
+    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
+    for model_type in known_architectures():
+        spec = spec_for(type("Config", (), {"model_type": model_type}))
+        pairs = "; ".join(f"{pair.consumer} ← {', '.join(pair.producers)}" for pair in spec.pairs)
+        field = f"`{spec.width_field}`" if spec.width_field else "none: zero-filled or compact"
+        measured = MEASURED.get(model_type, "not measured")
+        lines.append(f"| {model_type} | {pairs} | {field} | tiny | {measured} |")
+    return "\n".join(lines)
+
+
+def test_family_table_is_that_of_the_registry() -> None:
+    found = re.search(r"<!-- families:.*?-->\n(.*?)\n<!-- end of families -->", README, re.DOTALL)
+    assert found is not None
+    assert found.group(1) == family_table()
+
+
+@pytest.mark.parametrize("path", sorted(set(re.findall(r"(?:examples|configs|tests)/[\w/.]+\.\w+", README))))
+def test_files_named_in_the_readme_exist(path: str) -> None:
+    assert (Path(__file__).parents[1] / path).is_file()
+
+
+def test_python_of_the_readme_compiles_and_names_what_exists() -> None:
+    import fasp_lightning
+
+    for code in re.findall(r"```python\n(.*?)```", README, re.DOTALL):
+        compile(code, "README.md", "exec")
+        for names in re.findall(r"from fasp_lightning import (.*)", code):
+            assert all(hasattr(fasp_lightning, name.strip()) for name in names.split(","))
+
+
+if __name__ == "__main__":
+    print(family_table())  # noqa: T201
