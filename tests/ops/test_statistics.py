@@ -1,0 +1,86 @@
+"""The streaming gram is X Xᵀ, however the batches are cut."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from fasp_lightning.ops import statistics
+from fasp_lightning.ops.statistics import GramStatistics, centre
+
+
+@pytest.mark.parametrize("width", [1, 7, 128, 129, 300, 777, 800])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64], ids=str)
+def test_gram_is_that_of_the_whole_text(width: int, dtype: torch.dtype) -> None:
+    inputs = torch.randn(90, width).to(dtype)
+    found = GramStatistics(width, "cpu")
+    for batch in inputs.split([1, 40, 49]):
+        found.update(batch)
+    exact = inputs.double().T @ inputs.double()
+    torch.testing.assert_close(found.gram(), exact, atol=1e-4, rtol=1e-5)
+    torch.testing.assert_close(found.norms(), inputs.double().norm(dim=0), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(found.mean(), inputs.double().mean(0), atol=1e-6, rtol=1e-5)
+    assert found.tokens == 90
+    assert torch.equal(found.gram(), found.gram().T)
+
+
+def test_long_texts_are_summed_in_float64(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In float32, ones stop counting at 2²⁴."""
+    monkeypatch.setattr(statistics, "FLUSH_TOKENS", 1)
+    found = GramStatistics(1, "cpu")
+    found.update(torch.tensor([[2.0**12]]))  # 2²⁴
+    for _ in range(3):
+        found.update(torch.ones(1, 1))
+    assert found.gram().item() == 2.0**24 + 3
+
+
+def test_wide_grams_stay_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(statistics, "DOUBLE_LIMIT", 4)
+    found = GramStatistics(5, "cpu")
+    inputs = torch.randn(9, 5)
+    found.update(inputs)
+    assert found.gram().dtype == torch.float32
+    torch.testing.assert_close(found.gram(), inputs.T @ inputs)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("column", [0, 200, 299])
+def test_one_bad_input_shows(value: float, column: int) -> None:
+    found = GramStatistics(300, "cpu")
+    inputs = torch.randn(4, 300)
+    found.update(inputs)
+    assert found.is_finite()
+    inputs[2, column] = value
+    found.update(inputs)
+    assert not found.is_finite()
+
+
+def test_sums_of_two_processes_add_up() -> None:
+    inputs = torch.randn(20, 150)
+    whole, *parts = (GramStatistics(150, "cpu") for _ in range(3))
+    whole.update(inputs)
+    for part, half in zip(parts, inputs.split(10), strict=True):
+        part.update(half)
+    parts[0].lower.add_(parts[1].lower)
+    torch.testing.assert_close(parts[0].gram(), whole.gram(), atol=1e-4, rtol=1e-5)
+
+
+def test_centred_gram_is_that_of_centred_inputs() -> None:
+    inputs = torch.randn(50, 6, dtype=torch.float64) + 3
+    centred = inputs - inputs.mean(0)
+    found = centre(inputs.T @ inputs, inputs.mean(0), 50)
+    torch.testing.assert_close(found, centred.T @ centred)
+
+
+def test_inputs_of_another_width_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"inputs must be \(tokens, 6\), got \(3, 5\)"):
+        GramStatistics(6, "cpu").update(torch.ones(3, 5))
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_gram_on_cuda_equals_that_on_the_cpu(dtype: torch.dtype) -> None:
+    inputs = torch.randn(90, 300).to(dtype)
+    found = GramStatistics(300, "cuda")
+    found.update(inputs.cuda())
+    torch.testing.assert_close(found.gram().cpu(), inputs.double().T @ inputs.double(), atol=1e-3, rtol=1e-4)
