@@ -11,9 +11,8 @@ from fasp_lightning.ops.selection import complement, select_columns
 
 def test_wanda_score_is_its_equation() -> None:
     weight, inputs = torch.randn(4, 6), torch.randn(30, 6)
-    expected = [
-        sum(abs(weight[i, j].item()) for i in range(4)) * inputs[:, j].double().norm().item() for j in range(6)
-    ]
+    magnitude = [sum(abs(weight[i, j].item()) for i in range(4)) for j in range(6)]
+    expected = [magnitude[j] * inputs[:, j].double().norm().item() for j in range(6)]
     found = wanda_score(weight, inputs.double().norm(dim=0))
     torch.testing.assert_close(found, torch.tensor(expected, dtype=torch.float64), atol=1e-5, rtol=1e-5)
 
