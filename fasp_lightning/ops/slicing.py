@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 
 @torch.no_grad()
-def shrink(parameter: nn.Parameter, index: Tensor, dim: int) -> None:
+def shrink(parameter: Tensor, index: Tensor, dim: int) -> None:
     """Keep only the entries ``index`` of one dimension; the Parameter object stays the same.
 
     Identity is kept so that optimizers, schedulers and hooks which hold the parameter stay valid. The new

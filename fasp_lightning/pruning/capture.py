@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
@@ -13,6 +13,9 @@ from fasp_lightning.pruning.batches import as_inputs, check_vocabulary
 from fasp_lightning.pruning.standins import BlockTap, stand_ins
 from fasp_lightning.pruning.store import TensorStore
 from fasp_lightning.structure.spec import ArchitectureSpec
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 Stored = Tensor | Path
 
@@ -59,7 +62,11 @@ def micro_batches(
 
 
 def capture(
-    model: nn.Module, spec: ArchitectureSpec, batches: Iterable[Any], micro_batch_size: int | None, store: TensorStore
+    model: PreTrainedModel,
+    spec: ArchitectureSpec,
+    batches: Iterable[Any],
+    micro_batch_size: int | None,
+    store: TensorStore,
 ) -> list[Sample]:
     """Run everything around the blocks once a batch, and note what each block is called with.
 
@@ -90,7 +97,7 @@ def capture(
         sample.calls.append((store.share(args[1:]), store.share(named)))
 
     replacements = {str(index): BlockTap(block, note, shape) for index, block in enumerate(blocks)}
-    embeddings = model.get_input_embeddings()
+    embeddings: Any = model.get_input_embeddings()
     device = embeddings.weight.device
     with stand_ins(blocks, replacements):
         for input_ids, mask in micro_batches(batches, micro_batch_size, embeddings.num_embeddings):

@@ -9,16 +9,19 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fasp_lightning.pruning.forms import FORMS, Loader, choose_form, loaders_for
 from fasp_lightning.pruning.plan import PruningPlan, apply_plan, plan_of, resolve_pruned
 from fasp_lightning.pruning.standins import evaluating
 from fasp_lightning.structure.registry import spec_for
 from fasp_lightning.structure.spec import ArchitectureSpec
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 PLAN_FILE = "fasp_plan.json"
 REPORT_FILE = "fasp_report.json"
@@ -47,7 +50,7 @@ class SavedModel:
 
 
 def save_pruned(
-    model: nn.Module,
+    model: PreTrainedModel,
     path: str | Path,
     tokenizer: Any = None,
     form: str = "auto",
@@ -98,7 +101,7 @@ def save_pruned(
 
 def load_pruned(
     path: str | Path, *, dtype: str | torch.dtype = "auto", attn_implementation: str | None = None
-) -> nn.Module:
+) -> PreTrainedModel:
     """Load a folder that :func:`save_pruned` wrote, in any form, with its plan; a zero-filled one comes back compact.
 
     Args:
@@ -124,10 +127,11 @@ def load_pruned(
         model = _load_compact(config, path, plan, options)
     else:
         model = _from_pretrained(AutoModelForCausalLM, path, **options)
-        model.fasp_plan = _stock_part(plan, spec_for(model))  # what the config's width has cut already
+        # what the config's width has cut already
+        model.fasp_plan = _stock_part(plan, spec_for(model))  # type: ignore[assignment]
         apply_plan(model, plan)
     report = path / REPORT_FILE
-    model.fasp_report = _read_json(report) if report.exists() else {}
+    model.fasp_report = _read_json(report) if report.exists() else {}  # type: ignore[assignment]
     return model.eval()
 
 
@@ -159,7 +163,9 @@ def check_output(path: str | Path, overwrite: bool) -> None:
     if not overwrite:
         raise FileExistsError(f"output folder {path} must be empty; choose another one, or overwrite it")
     if not (path / PLAN_FILE).is_file():
-        raise FileExistsError(f"output folder {path} holds no pruned model ({PLAN_FILE}) and is not overwritten; empty it first")
+        raise FileExistsError(
+            f"output folder {path} holds no pruned model ({PLAN_FILE}) and is not overwritten; empty it first"
+        )
 
 
 @contextmanager
@@ -180,9 +186,10 @@ def _staged(path: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def _config_of(model: nn.Module, form: str, plan: PruningPlan) -> Iterator[None]:
+def _config_of(model: PreTrainedModel, form: str, plan: PruningPlan) -> Iterator[None]:
     """The model's config as the form wants it: a compact one keeps the original width, so that stock code refuses."""
-    config, field = model.config, spec_for(model).width_field
+    config: Any = model.config
+    field = spec_for(model).width_field
     before = {name: getattr(config, name) for name in (field, "fasp") if name and hasattr(config, name)}
     if form == "compact":
         config.fasp = {"form": form, "plan": PLAN_FILE}
@@ -200,7 +207,7 @@ def _config_of(model: nn.Module, form: str, plan: PruningPlan) -> Iterator[None]
             setattr(config, name, value)
 
 
-def _zero_filled(model: nn.Module) -> dict[str, Tensor]:
+def _zero_filled(model: PreTrainedModel) -> dict[str, Tensor]:
     """State entries in stock shapes, for the pairs whose width stock code does not read from the config."""
     fixed = spec_for(model).width_field is None
     return {
@@ -219,7 +226,7 @@ def _stock_part(plan: PruningPlan, spec: ArchitectureSpec) -> PruningPlan:
     return PruningPlan(plan.model_type, tuple(blocks))
 
 
-def _load_compact(config: Any, path: Path, plan: PruningPlan, options: dict[str, Any]) -> nn.Module:
+def _load_compact(config: Any, path: Path, plan: PruningPlan, options: dict[str, Any]) -> PreTrainedModel:
     """Let ``from_pretrained`` fill a model whose constructor gives it the plan's shapes.
 
     So dtype, shards, tied weights and buffers are read as for any model. The run-time modules come afterwards,
@@ -227,9 +234,9 @@ def _load_compact(config: Any, path: Path, plan: PruningPlan, options: dict[str,
     """
     from transformers import AutoModelForCausalLM
 
-    stock = AutoModelForCausalLM._model_mapping[type(config)]
+    stock: Any = AutoModelForCausalLM._model_mapping[type(config)]
 
-    def build(self: nn.Module, *args: Any, **kwargs: Any) -> None:
+    def build(self: PreTrainedModel, *args: Any, **kwargs: Any) -> None:
         stock.__init__(self, *args, **kwargs)
         with torch.device("cpu"):  # from_pretrained builds on meta, where indices would have no values
             apply_plan(self, plan, wrap=False)
@@ -244,16 +251,16 @@ def _load_compact(config: Any, path: Path, plan: PruningPlan, options: dict[str,
     return model
 
 
-def _from_pretrained(model_class: Any, path: Path, **options: Any) -> nn.Module:
+def _from_pretrained(model_class: Any, path: Path, **options: Any) -> PreTrainedModel:
     """``from_pretrained`` that does not initialise what it misses."""
     model, info = model_class.from_pretrained(path, output_loading_info=True, **options)
     if missing := sorted(info["missing_keys"]):
         raise OSError(f"{path} must hold all weights, got none for {', '.join(missing[:3])} ({len(missing)} in all)")
-    loaded: nn.Module = model
+    loaded: PreTrainedModel = model
     return loaded
 
 
-def _require_space(path: Path, model: nn.Module, tensors: dict[str, Tensor]) -> None:
+def _require_space(path: Path, model: PreTrainedModel, tensors: dict[str, Tensor]) -> None:
     parts = [*model.parameters(), *tensors.values()]
     needed = sum(part.numel() * part.element_size() for part in parts)
     parent = next(folder for folder in path.absolute().parents if folder.exists())
@@ -262,16 +269,16 @@ def _require_space(path: Path, model: nn.Module, tensors: dict[str, Tensor]) -> 
         raise OSError(f"saving to {path} needs {needed / 1e6:.0f} MB, but only {free / 1e6:.0f} MB are free")
 
 
-def _verify(model: nn.Module, stage: Path, form: str) -> float:
+def _verify(model: PreTrainedModel, stage: Path, form: str) -> float:
     """Largest difference between the model's logits and those of what was written, as its users load it."""
     from transformers import AutoModelForCausalLM
 
     attention = getattr(model.config, "_attn_implementation", None)
-    options = {"dtype": next(model.parameters()).dtype, "attn_implementation": attention}
-    load = load_pruned if form == "compact" else AutoModelForCausalLM.from_pretrained
-    device = model.get_input_embeddings().weight.device
+    options: dict[str, Any] = {"dtype": next(model.parameters()).dtype, "attn_implementation": attention}
+    load: Any = load_pruned if form == "compact" else AutoModelForCausalLM.from_pretrained
+    embeddings: Any = model.get_input_embeddings()
+    device, vocabulary = embeddings.weight.device, embeddings.num_embeddings
     reloaded = load(stage, **options).to(device)
-    vocabulary = model.get_input_embeddings().num_embeddings
     ids = (torch.arange(16, device=device) * 37 % vocabulary).unsqueeze(0)
     with evaluating(model), evaluating(reloaded):
         expected = model(input_ids=ids, use_cache=False).logits.float()
@@ -279,7 +286,9 @@ def _verify(model: nn.Module, stage: Path, form: str) -> float:
     difference = (found - expected).abs().max().item()
     allowed = TOLERANCE.get(options["dtype"], HALF_TOLERANCE) * max(1.0, expected.abs().max().item())
     if not difference <= allowed:
-        raise RuntimeError(f"logits of the saved model must equal the model's within {allowed:.1e}, got {difference:.1e}")
+        raise RuntimeError(
+            f"logits of the saved model must equal the model's within {allowed:.1e}, got {difference:.1e}"
+        )
     return difference
 
 

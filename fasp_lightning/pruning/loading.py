@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from fasp_lightning.pruning.checkpoint import load_pruned
 from fasp_lightning.pruning.placement import choose_device, choose_dtype, parse_dtype
 from fasp_lightning.pruning.source import ModelSource, check_files, resolve_source, weight_files
 from fasp_lightning.pruning.supported import check_supported, quantization_method
@@ -15,9 +16,7 @@ GGUF_MARKS = ("hf_quantizer", "is_quantized", "quantization_method")
 """Attributes for which transformers takes a dequantised GGUF model for a quantised one."""
 
 
-def load_config(
-    name_or_path: str | Path, *, revision: str | None = None, trust_remote_code: bool = False
-) -> Any:
+def load_config(name_or_path: str | Path, *, revision: str | None = None, trust_remote_code: bool = False) -> Any:
     """Config of a model, without its weights.
 
     Args:
@@ -36,9 +35,7 @@ def load_config(
     return config
 
 
-def load_tokenizer(
-    name_or_path: str | Path, *, revision: str | None = None, trust_remote_code: bool = False
-) -> Any:
+def load_tokenizer(name_or_path: str | Path, *, revision: str | None = None, trust_remote_code: bool = False) -> Any:
     """Tokenizer of a model.
 
     Args:
@@ -60,9 +57,7 @@ def load_tokenizer(
         )
     except Exception as error:  # transformers raises a dozen kinds for what is always: nothing readable there
         reason = _first_line(error)
-        raise OSError(
-            f"no readable tokenizer in {source.name!r}: {reason}; name another one to load"
-        ) from error
+        raise OSError(f"no readable tokenizer in {source.name!r}: {reason}; name another one to load") from error
 
 
 def load_model(
@@ -98,8 +93,9 @@ def load_model(
         config = load_config(name_or_path, revision=revision, trust_remote_code=trust_remote_code)
     check_files(source)
     chosen = choose_dtype(dtype, checkpoint_dtype(source, config), place)
+    model: Any
     if source.pruned:
-        model = _load_pruned(source, attn_implementation).to(dtype=chosen)
+        model = load_pruned(source.location, dtype=chosen, attn_implementation=attn_implementation)
     else:
         hub = {"revision": revision} if revision else {}
         attention = {"attn_implementation": attn_implementation} if attn_implementation else {}
@@ -149,21 +145,12 @@ def _read_config(source: ModelSource, revision: str | None, trust_remote_code: b
         config = AutoConfig.from_pretrained(
             source.location, trust_remote_code=trust_remote_code, **hub, **source.arguments()
         )
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # config classes raise whatever their validators do
         kind = "config of" if source.local else "folder or reachable hub model"
         raise OSError(f"no readable {kind} {source.name!r}: {_first_line(error)}") from error
     if source.gguf_file is not None or quantization_method(config) is None:
         _drop_quantization(config)
     return config
-
-
-def _load_pruned(source: ModelSource, attn_implementation: str | None) -> torch.nn.Module:
-    from fasp_lightning.pruning.checkpoint import load_pruned
-
-    model = load_pruned(source.location)
-    if attn_implementation:
-        model.set_attn_implementation(attn_implementation)
-    return model
 
 
 def _load_dense(source: ModelSource, config: Any, dtype: torch.dtype, **arguments: Any) -> Any:
@@ -178,7 +165,7 @@ def _load_dense(source: ModelSource, config: Any, dtype: torch.dtype, **argument
         raise OSError(
             f"the weights of {source.name!r} are not readable safetensors ({error}); fetch them again"
         ) from error
-    except OSError as error:
+    except (OSError, ValueError) as error:
         raise OSError(f"no readable weights of {source.name!r}: {_first_line(error)}") from error
     for mark in GGUF_MARKS if source.gguf_file is not None else ():
         vars(model).pop(mark, None)
@@ -201,4 +188,6 @@ def _drop_quantization(config: Any) -> None:
 
 
 def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".:")
+    """The first line of a message, with the second where that is what the first announces."""
+    lines = [" ".join(line.split()) for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    return " ".join(lines[: 2 if lines[0].endswith(":") else 1]).rstrip(".:")

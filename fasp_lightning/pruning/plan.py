@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
 
 from fasp_lightning.structure.layout import PairLayout
 from fasp_lightning.structure.registry import spec_for
 from fasp_lightning.structure.resolve import Kept, ResolvedPair, resolve
 from fasp_lightning.structure.spec import ArchitectureSpec
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 VERSION = 1
 
@@ -63,7 +65,8 @@ class PruningPlan:
             blocks = tuple({path: _pair_plan(pair) for path, pair in block.items()} for block in data["blocks"])
             return cls(data["model_type"], blocks)
         except (AttributeError, KeyError, TypeError) as error:
-            raise ValueError(f"a plan must hold model_type, blocks and the layout of each pair; missing: {error}") from None
+            reason = f"a plan must hold model_type, blocks and the layout of each pair; missing: {error}"
+            raise ValueError(reason) from None
 
     def to_json(self) -> str:
         """The plan as one line of JSON."""
@@ -92,18 +95,18 @@ def _pair_plan(data: dict[str, Any]) -> PairPlan:
     return PairPlan(PairLayout(**layout), kept)
 
 
-def plan_of(model: nn.Module) -> PruningPlan | None:
+def plan_of(model: PreTrainedModel) -> PruningPlan | None:
     """The plan that a pruned model carries, or ``None``."""
     return getattr(model, "fasp_plan", None)
 
 
-def resolve_pruned(model: nn.Module, spec: ArchitectureSpec | None = None) -> list[list[ResolvedPair]]:
+def resolve_pruned(model: PreTrainedModel, spec: ArchitectureSpec | None = None) -> list[list[ResolvedPair]]:
     """The pairs of a model that may carry a plan."""
     plan = plan_of(model)
     return resolve(model, spec or spec_for(model), plan.cuts() if plan else None)
 
 
-def record_plan(model: nn.Module, pairs: list[list[ResolvedPair]]) -> PruningPlan:
+def record_plan(model: PreTrainedModel, pairs: list[list[ResolvedPair]]) -> PruningPlan:
     """Write what is left of ``pairs`` on the model as its plan, and the common FFN width into its config."""
     blocks = tuple(
         {
@@ -122,7 +125,7 @@ def record_plan(model: nn.Module, pairs: list[list[ResolvedPair]]) -> PruningPla
     return plan
 
 
-def apply_plan(model: nn.Module, plan: PruningPlan, *, wrap: bool = True) -> nn.Module:
+def apply_plan(model: PreTrainedModel, plan: PruningPlan, *, wrap: bool = True) -> PreTrainedModel:
     """Give a model the shapes of a plan, in place. Nothing is restored: the weights kept are the model's own.
 
     Args:

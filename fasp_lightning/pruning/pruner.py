@@ -7,10 +7,10 @@ import time
 import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fasp_lightning.ops.scores import magnitude_score, wanda_score
 from fasp_lightning.ops.selection import select_columns
@@ -19,13 +19,16 @@ from fasp_lightning.pruning.capture import Sample, capture
 from fasp_lightning.pruning.config import PruningConfig
 from fasp_lightning.pruning.plan import record_plan, resolve_pruned
 from fasp_lightning.pruning.replay import BlockReplay
-from fasp_lightning.pruning.report import PairReport, PruningReport, Stopwatch, peak_memory
+from fasp_lightning.pruning.report import PruningReport, Stopwatch, peak_memory
 from fasp_lightning.pruning.restore import restore_pair
 from fasp_lightning.pruning.standins import evaluating
 from fasp_lightning.pruning.store import TensorStore
 from fasp_lightning.pruning.widths import PairWidth, plan_widths
 from fasp_lightning.structure.registry import spec_for
 from fasp_lightning.structure.resolve import ResolvedPair
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 log = logging.getLogger(__name__)
 
@@ -62,7 +65,7 @@ class FASPPruner:
     def __init__(self, config: PruningConfig | None = None) -> None:
         self.config = config or PruningConfig()
 
-    def prune(self, model: nn.Module, batches: Iterable[Any], progress: Progress | None = None) -> PruningReport:
+    def prune(self, model: PreTrainedModel, batches: Iterable[Any], progress: Progress | None = None) -> PruningReport:
         """Prune ``model`` in place. Afterwards it carries its plan as ``model.fasp_plan``.
 
         If this raises half-way, the blocks done so far stay pruned and the model's plan says so.
@@ -103,7 +106,7 @@ class FASPPruner:
                 record_plan(model, pairs)
         report.seconds = {**run.watch.seconds, "total": time.perf_counter() - start}
         report.peak_memory = peak_memory(device)
-        model.fasp_report = report.to_dict()  # saved along
+        model.fasp_report = report.to_dict()  # type: ignore[assignment]  # saved along
         return report
 
 
@@ -212,7 +215,9 @@ def _device_of(pairs: list[list[ResolvedPair]]) -> torch.device:
     return next(pairs[0][0].block.parameters()).device
 
 
-def _require_weights(model: nn.Module) -> None:
+def _require_weights(model: PreTrainedModel) -> None:
     for name, parameter in model.named_parameters():
         if parameter.is_meta:
-            raise ValueError(f"model must have its weights in memory, got {name} on the meta device; load it fully first")
+            raise ValueError(
+                f"model must have its weights in memory, got {name} on the meta device; load it fully first"
+            )

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from fasp_lightning.ops.statistics import GramStatistics
 from fasp_lightning.pruning.capture import Sample
 from fasp_lightning.pruning.report import Stopwatch
-from fasp_lightning.pruning.standins import Fixed, Narrow, Recorder, Tap, first, stand_ins, with_first
+from fasp_lightning.pruning.standins import Fixed, Narrow, Recorder, Tap, first, form, stand_ins, with_first
 from fasp_lightning.pruning.store import TensorStore
 from fasp_lightning.structure.resolve import ResolvedPair
 
@@ -71,7 +71,7 @@ class BlockReplay:
             self._run(sample, replacements)
         if isinstance(tap, Tap):
             output = first(tap.value)
-            sample.form = with_first(tap.value, None)
+            sample.form = form(tap.value)
             # zero almost everywhere: most attention modules add nothing to what their consumer returns
             empty = pair.spec.kind == "value" and not output.any()
             sample.attention = None if empty else self.store.put(output)

@@ -7,8 +7,9 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
+from fasp_lightning.pruning.checkpoint import PLAN_FILE
+
 PACKAGE_PREFIX = "package:"
-PLAN_FILE = "fasp_plan.json"
 WEIGHTS_INDEX = "model.safetensors.index.json"
 
 

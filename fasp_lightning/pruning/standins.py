@@ -103,12 +103,12 @@ class BlockTap(StandIn):
         """The hidden states, in the form in which the block would return them."""
         self.sink(args, kwargs)
         if not self.shape:
-            self.shape.append(_tail(self.__dict__["original"](*args, **kwargs)))
+            self.shape.append(form(self.__dict__["original"](*args, **kwargs)))
         hidden = args[0] if args else kwargs["hidden_states"]
         return with_first(self.shape[0], hidden)
 
 
-def _tail(output: Any) -> Any:
+def form(output: Any) -> Any:
     """The form of a module's output, without the tensors in it."""
     return (None,) * len(output) if isinstance(output, tuple) else None
 

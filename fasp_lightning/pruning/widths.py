@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-
-from torch import nn
+from typing import TYPE_CHECKING
 
 from fasp_lightning.pruning.config import PruningConfig
 from fasp_lightning.pruning.plan import resolve_pruned
 from fasp_lightning.structure.linears import linear_parameters, parameter_count
 from fasp_lightning.structure.registry import spec_for
 from fasp_lightning.structure.resolve import ResolvedPair
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 @dataclass(frozen=True)
@@ -68,7 +70,7 @@ class WidthPlan:
         return 1 - self.parameters_after / self.original_parameters
 
 
-def plan_widths(model: nn.Module, config: PruningConfig) -> WidthPlan:
+def plan_widths(model: PreTrainedModel, config: PruningConfig) -> WidthPlan:
     """Decide the widths; needs shapes only, so the model may be on the ``meta`` device.
 
     P_all counts the blocks' linear parameters, c_p the parameters of one unit of pair p. R = sparsity · P_all and
@@ -101,7 +103,9 @@ def plan_widths(model: nn.Module, config: PruningConfig) -> WidthPlan:
 def _decide_attention(pairs: list[list[ResolvedPair]], attention: str) -> str:
     value = [pair for block in pairs for pair in block if pair.spec.kind == "value"]
     if attention == "value_dims" and not value:
-        raise ValueError("attention='value_dims' needs a value pair in the architecture's row, which has none; use 'none'")
+        raise ValueError(
+            "attention='value_dims' needs a value pair in the architecture's row, which has none; use 'none'"
+        )
     if attention == "auto":
         return "value_dims" if value and all(pair.layout.repeats == 1 for pair in value) else "none"
     return attention

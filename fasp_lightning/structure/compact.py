@@ -6,7 +6,7 @@ a stock model with a size mismatch, loudly, and never with a key that is quietly
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor, nn
 
@@ -79,9 +79,9 @@ class GatherColumns(_Transparent):
         return self.linear(self.gather(inputs))
 
 
-def inner(module: nn.Module) -> nn.Module:
-    """The linear module itself, whether or not it is wrapped."""
-    return module.linear if isinstance(module, _Transparent) else module
+def inner(module: nn.Module) -> nn.Linear:
+    """The linear module itself, whether or not it is wrapped; a ``Conv1D`` is typed as what it is used like."""
+    return cast(nn.Linear, module.linear if isinstance(module, _Transparent) else module)
 
 
 def replace_module(root: nn.Module, path: str, module: nn.Module) -> None:
@@ -90,11 +90,9 @@ def replace_module(root: nn.Module, path: str, module: nn.Module) -> None:
     setattr(root.get_submodule(parent), name, module)
 
 
-def set_features(linear: nn.Module, transposed: bool) -> None:
+def set_features(linear: nn.Linear, transposed: bool) -> None:
     """Make the width attributes of a linear module agree with its weight again."""
-    weight = linear.weight
-    assert isinstance(weight, Tensor)
-    outputs, inputs = weight.shape[::-1] if transposed else weight.shape
+    outputs, inputs = linear.weight.shape[::-1] if transposed else linear.weight.shape
     names = ("nf", "nx") if transposed else ("out_features", "in_features")
     for name, value in zip(names, (outputs, inputs), strict=True):
         setattr(linear, name, value)

@@ -38,12 +38,12 @@ class ResolvedPair:
     transposed: bool
 
     @property
-    def consumer(self) -> nn.Module:
+    def consumer(self) -> nn.Linear:
         """The consumer's linear module."""
         return inner(self.block.get_submodule(self.spec.consumer))
 
     @property
-    def producers(self) -> list[nn.Module]:
+    def producers(self) -> list[nn.Linear]:
         """The producers' linear modules."""
         return [inner(self.block.get_submodule(path)) for path in self.spec.producers]
 
@@ -207,7 +207,7 @@ def _fresh_layout(
     return PairLayout("value", groups * size, groups, heads // groups, pair.fused, rows)
 
 
-def _linear_at(block: nn.Module, name: str, path: str) -> nn.Module:
+def _linear_at(block: nn.Module, name: str, path: str) -> nn.Linear:
     try:
         linear = inner(block.get_submodule(path))
     except AttributeError:
@@ -219,9 +219,7 @@ def _linear_at(block: nn.Module, name: str, path: str) -> nn.Module:
     return linear
 
 
-def _shape(linear: nn.Module, transposed: bool) -> tuple[int, int]:
+def _shape(linear: nn.Linear, transposed: bool) -> tuple[int, int]:
     """(outputs, inputs) of a linear module."""
-    weight = linear.weight
-    assert isinstance(weight, Tensor)
-    outputs, inputs = weight.shape[::-1] if transposed else weight.shape
+    outputs, inputs = linear.weight.shape[::-1] if transposed else linear.weight.shape
     return outputs, inputs

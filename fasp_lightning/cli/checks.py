@@ -1,0 +1,127 @@
+"""Refuse before spending: what can be wrong with a job is found before the model's weights are read."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from fasp_lightning.cli.errors import UsageError
+from fasp_lightning.cli.jobs import ModelConfig, PruneJob
+from fasp_lightning.pruning.batches import check_vocabulary
+from fasp_lightning.pruning.text import TextConfig, describe, for_role, token_batches
+from fasp_lightning.pruning.text_files import local_files
+
+
+@dataclass(frozen=True)
+class Text:
+    """A text that is ready to be measured.
+
+    Attributes:
+        name: For tables.
+        batches: (batch, seq) token ids.
+        config: Where it came from.
+    """
+
+    name: str
+    batches: list[Tensor]
+    config: TextConfig
+
+    @property
+    def tokens(self) -> int:
+        """All tokens."""
+        return sum(batch.numel() for batch in self.batches)
+
+
+def texts_of(job: PruneJob) -> tuple[TextConfig, list[TextConfig]]:
+    """Calibration and evaluation texts with their splits, which must not overlap.
+
+    Raises:
+        UsageError: If a text would serve for both.
+    """
+    calibration = for_role(job.calibration, "calibration")
+    if job.seed is not None:
+        calibration = dataclasses.replace(calibration, seed=job.seed)
+    evaluation = [for_role(text, "test") for text in job.evaluation]
+    for text in evaluation:
+        if overlap(calibration, text):
+            raise UsageError(
+                f"calibration and evaluation must not share text, got {describe(text)} for both; "
+                "set another source, or another split"
+            )
+    return calibration, evaluation
+
+
+def overlap(first: TextConfig, second: TextConfig) -> bool:
+    """Whether two texts may share documents. Splits of one source do not; local text without one is whole."""
+    if first.kind != second.kind:
+        return False
+    if first.kind == "local":
+        same = bool(set(_files(first)) & set(_files(second)))
+        return same and (first.split == second.split or None in (first.split, second.split))
+    return (first.source, first.subset, first.split) == (second.source, second.subset, second.split)
+
+
+def _files(text: TextConfig) -> list[Path]:
+    return [file.resolve() for file in local_files(text.source)]
+
+
+def load_text(config: TextConfig, tokenizer: Any, model: Any, name: str) -> Text:
+    """Tokenize a text, and check that the model can take it.
+
+    Args:
+        config: The text.
+        tokenizer: The model's tokenizer.
+        model: The model, on any device.
+        name: The option's name, for messages.
+
+    Raises:
+        ValueError: If the text is too short, its sequences too long, or a token has no embedding.
+        OSError: If a file cannot be read.
+    """
+    longest = getattr(model.config, "max_position_embeddings", None)
+    if isinstance(longest, int) and config.seq_len > longest:
+        raise UsageError(f"{name}.seq_len must be at most {longest}, the positions of the model, got {config.seq_len}")
+    batches = token_batches(config, tokenizer)
+    vocabulary = model.get_input_embeddings().num_embeddings
+    for batch in batches:
+        check_vocabulary(batch, vocabulary)
+    return Text(describe(config), batches, config)
+
+
+def tokenizer_of(model: ModelConfig) -> Any:
+    """The tokenizer a job names, or the model's own.
+
+    Raises:
+        OSError: If there is none.
+    """
+    from fasp_lightning.pruning.loading import load_tokenizer
+
+    if model.tokenizer is not None:
+        return load_tokenizer(model.tokenizer, trust_remote_code=model.trust_remote_code)
+    try:
+        return load_tokenizer(model.name_or_path, revision=model.revision, trust_remote_code=model.trust_remote_code)
+    except OSError as error:
+        raise OSError(f"{error} with --model.tokenizer") from error
+
+
+def check_output_dir(job: PruneJob) -> None:
+    """Refuse an output folder that is taken, or that is the model's own.
+
+    Raises:
+        FileExistsError: If it is not empty and may not be overwritten.
+        UsageError: If it is a file, or the folder that is pruned.
+    """
+    from fasp_lightning.pruning.checkpoint import check_output
+
+    if job.output_dir is None:
+        return
+    path = Path(job.output_dir)
+    if path.exists() and not path.is_dir():
+        raise UsageError(f"output_dir must be a folder, got the file {job.output_dir!r}")
+    if path.exists() and path.resolve() == Path(job.model.name_or_path).expanduser().resolve():
+        raise UsageError(f"output_dir must not be the folder of the model that is pruned, got {job.output_dir!r}")
+    check_output(path, job.overwrite)

@@ -1,0 +1,125 @@
+"""The options of the commands: frozen dataclasses, documented once."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from fasp_lightning.pruning.config import PruningConfig
+from fasp_lightning.pruning.forms import FORMS
+from fasp_lightning.pruning.placement import parse_dtype
+from fasp_lightning.pruning.text import TextConfig
+
+EVALUATED_SEQUENCES = 16
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Which model.
+
+    Attributes:
+        name_or_path: A hub id, a folder, a .gguf file, or package:NAME for the GGUF file inside an installed
+            Python package.
+        tokenizer: Where the tokenizer comes from, if it is not the model's own.
+        revision: Branch, tag or commit on the hub.
+        trust_remote_code: Run code that comes with the model.
+        attn_implementation: "eager", "sdpa" and the like; by default what transformers chooses.
+    """
+
+    name_or_path: str
+    tokenizer: str | None = None
+    revision: str | None = None
+    trust_remote_code: bool = False
+    attn_implementation: str | None = None
+
+
+def default_evaluation() -> list[TextConfig]:
+    """Both built-in corpora, small samples of what calibration never sees."""
+    return [
+        TextConfig(source=source, split="test", sequences=EVALUATED_SEQUENCES)
+        for source in ("builtin:topics", "builtin:docstrings")
+    ]
+
+
+@dataclass(frozen=True)
+class PruneJob:
+    """Prune a causal language model with FASP, measure it before and after, and save it.
+
+    Attributes:
+        model: Which model.
+        pruning: How to prune it.
+        calibration: The text on which columns are scored and weights restored.
+        evaluation: The texts on which perplexity is measured before and after; a list such as
+            '[{source: builtin:topics, split: test}]', which replaces the default, or '[]' for none.
+        output_dir: Folder to save to; null saves nothing.
+        form: "auto" is what stock transformers can load; "stock", "compact" (small, needs fasp_lightning) or
+            "zero_filled" (original shapes where stock code wants them).
+        overwrite: Replace a pruned model in output_dir.
+        verify: Load what was saved again and compare the logits.
+        dtype: "auto" (the checkpoint's, on a CPU only if it is not slower than float32), "float32",
+            "bfloat16" or "float16".
+        device: "auto", "cpu", "cuda" or "cuda:N".
+        seed: Seed of the drawing of calibration sequences, instead of calibration.seed.
+        prompt: Print how the model continues this text, before and after.
+        new_tokens: Length of that continuation.
+    """
+
+    model: ModelConfig
+    pruning: PruningConfig = field(default_factory=PruningConfig)
+    calibration: TextConfig = field(default_factory=TextConfig)
+    evaluation: list[TextConfig] = field(default_factory=default_evaluation)
+    output_dir: str | None = "outputs/pruned"
+    form: str = "auto"
+    overwrite: bool = False
+    verify: bool = True
+    dtype: str = "auto"
+    device: str = "auto"
+    seed: int | None = None
+    prompt: str | None = None
+    new_tokens: int = 40
+
+    def __post_init__(self) -> None:
+        if self.form not in ("auto", *FORMS):
+            raise ValueError(f"form must be one of {', '.join(('auto', *FORMS))}, got {self.form!r}")
+        if self.dtype != "auto":
+            parse_dtype(self.dtype)
+        if self.new_tokens < 1:
+            raise ValueError(f"new_tokens must be at least 1, got {self.new_tokens}")
+
+
+@dataclass(frozen=True)
+class EvaluateJob:
+    """Measure the perplexity of a model, pruned or not, and run tasks of the evaluation harness.
+
+    Attributes:
+        model: Which model.
+        evaluation: The texts on which perplexity is measured; a list such as
+            '[{source: builtin:topics, split: test}]', which replaces the default, or '[]' for none.
+        dtype: As for fasp prune.
+        device: "auto", "cpu", "cuda" or "cuda:N".
+        tasks: Tasks of lm-evaluation-harness, separated by commas; needs the extra: pip install
+            'fasp-lightning[eval]'.
+        task_folder: Folder with task definitions of your own.
+        task_limit: Examples of each task; null takes all.
+        task_batch_size: Requests in a batch.
+        output_file: JSON file for the figures.
+    """
+
+    model: ModelConfig
+    evaluation: list[TextConfig] = field(default_factory=default_evaluation)
+    dtype: str = "auto"
+    device: str = "auto"
+    tasks: str | None = None
+    task_folder: str | None = None
+    task_limit: int | None = None
+    task_batch_size: int = 8
+    output_file: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.dtype != "auto":
+            parse_dtype(self.dtype)
+        if not self.evaluation and not self.tasks:
+            raise ValueError("evaluation must name a text where there are no tasks, got an empty list")
+        for name in ("task_limit", "task_batch_size"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")

@@ -1,0 +1,69 @@
+"""The entry point ``fasp``: which command, and what its errors look like."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+from pathlib import Path
+
+import fasp_lightning
+from fasp_lightning.cli.errors import UsageError, is_user_error, one_line
+
+COMMANDS = {
+    "prune": "prune a model and save it",
+    "plan": "say what a pruning would give; reads no weights",
+    "evaluate": "perplexity of a model, and tasks of the evaluation harness",
+}
+"""Name → help. Each is a module of this package with ``JOB`` (a dataclass) and ``run(job)``."""
+
+USAGE = f"""\
+usage: fasp COMMAND [options]
+
+commands:
+{chr(10).join(f"  {name:<10} {text}" for name, text in COMMANDS.items())}
+
+fasp COMMAND --help shows the options of a command; fasp --version the version."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command.
+
+    Args:
+        argv: Arguments without the program's name; by default those of the process.
+
+    Returns:
+        The exit code: 0, 2 for a mistake of the user (one line on stderr says which), 130 after Ctrl-C. Other
+        errors are ours, and keep their traceback.
+    """
+    try:
+        return _dispatch(list(sys.argv[1:] if argv is None else argv))
+    except SystemExit as stop:  # --help and --print_config end this way
+        return stop.code if isinstance(stop.code, int) else 0
+    except KeyboardInterrupt:
+        sys.stderr.write("fasp: interrupted\n")
+        return 130
+    except Exception as error:
+        if not is_user_error(error, Path(fasp_lightning.__file__).parent):
+            raise
+        sys.stderr.write(f"fasp: {one_line(error)}\n")
+        return 2
+
+
+def _dispatch(argv: list[str]) -> int:
+    command, *rest = argv or [""]
+    if command in ("-h", "--help", "help"):
+        sys.stdout.write(USAGE + "\n")
+        return 0
+    if command == "--version":
+        sys.stdout.write(f"fasp_lightning {fasp_lightning.__version__}\n")
+        return 0
+    if command not in COMMANDS:
+        got = repr(command) if command else "none"
+        raise UsageError(f"command must be one of {', '.join(COMMANDS)}, got {got}; see fasp --help")
+    # imported here: the other commands' modules, and what they need, stay out of the process
+    from fasp_lightning.cli.parsing import parse
+
+    module = import_module(f"fasp_lightning.cli.{command}")
+    job = parse(module.JOB, f"fasp {command}", rest)
+    return module.run(job)

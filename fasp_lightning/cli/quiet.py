@@ -1,0 +1,40 @@
+"""Libraries speak only when something is wrong: their hints would run through our output."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+
+def quiet_libraries() -> None:
+    """Switch off the hints of transformers, off a terminal its bars too; show our own log on stderr."""
+    plain = not sys.stderr.isatty()
+    if plain:
+        os.environ.setdefault("TQDM_DISABLE", "1")  # for bars that ask nobody; read when tqdm is imported
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.set_verbosity_error()
+    if plain:
+        transformers_logging.disable_progress_bar()
+    logger = logging.getLogger("fasp_lightning")
+    if not logger.handlers:
+        handler = logging.StreamHandler()
+        handler.setFormatter(logging.Formatter("%(message)s"))
+        logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Thousands of tiny tensor operations: a second thread costs each some ms wherever the cores are busy."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)

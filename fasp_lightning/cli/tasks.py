@@ -1,0 +1,79 @@
+"""Tasks of lm-evaluation-harness, if it is installed."""
+
+from __future__ import annotations
+
+import importlib.util
+from typing import Any, NamedTuple
+
+from fasp_lightning.cli.errors import UsageError
+from fasp_lightning.cli.jobs import EvaluateJob
+
+SHOWN = ("acc", "acc_norm", "exact_match", "word_perplexity", "perplexity", "f1", "bleu")
+
+
+class TaskResult(NamedTuple):
+    """One figure of one task.
+
+    Attributes:
+        task: Its name.
+        metric: Name of the figure.
+        value: The figure.
+        error: Its standard error; NaN where the harness gives none.
+        examples: Number of examples.
+    """
+
+    task: str
+    metric: str
+    value: float
+    error: float
+    examples: int
+
+
+def require_harness() -> None:
+    """Refuse if the harness is not installed.
+
+    Raises:
+        UsageError: With the line that installs it.
+    """
+    if importlib.util.find_spec("lm_eval") is None:
+        raise UsageError(
+            "tasks need lm-evaluation-harness, which is not installed; run pip install 'fasp-lightning[eval]'"
+        )
+
+
+def run_tasks(model: Any, tokenizer: Any, job: EvaluateJob) -> list[TaskResult]:
+    """Run the tasks a job names on a loaded model.
+
+    Raises:
+        UsageError: If a task is unknown.
+    """
+    from lm_eval import simple_evaluate
+    from lm_eval.models.huggingface import HFLM
+    from lm_eval.tasks import TaskManager
+
+    assert job.tasks is not None
+    names = [name.strip() for name in job.tasks.split(",") if name.strip()]
+    manager = TaskManager(include_path=job.task_folder)
+    unknown = [name for name in names if name not in manager.all_tasks]
+    if unknown or not names:
+        raise UsageError(f"tasks must be names of the harness or of --task_folder, got {', '.join(unknown) or 'none'}")
+    wrapped = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=job.task_batch_size)
+    found = simple_evaluate(wrapped, tasks=names, limit=job.task_limit, task_manager=manager, bootstrap_iters=0)
+    return [result for task in found["results"] for result in _figures(task, found)]
+
+
+def _figures(task: str, found: dict[str, Any]) -> list[TaskResult]:
+    """The figures of one task; the harness names them ``metric,filter``."""
+    figures = found["results"][task]
+    examples = found.get("n-samples", {}).get(task, {}).get("effective", 0)
+    return [
+        TaskResult(task, name.split(",")[0], float(value), _error(figures, name), examples)
+        for name, value in figures.items()
+        if isinstance(value, (int, float)) and "_stderr" not in name and name.split(",")[0] in SHOWN
+    ]
+
+
+def _error(figures: dict[str, Any], name: str) -> float:
+    metric, _, rule = name.partition(",")
+    value = figures.get(f"{metric}_stderr,{rule}")
+    return float(value) if isinstance(value, (int, float)) else float("nan")

@@ -1,0 +1,218 @@
+"""Mistakes of the user: exit code 2, one line that holds the offending value, nothing spent or written."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import tiny_model
+from tokenizers import Tokenizer, models
+from transformers import BertConfig, PreTrainedTokenizerFast
+
+from fasp_lightning.pruning import checkpoint
+
+
+def assert_refused(outcome, *fragments: str) -> None:
+    """One line on stderr with all fragments."""
+    assert outcome.code == 2, outcome
+    assert outcome.out == ""
+    assert outcome.err.startswith("fasp: ")
+    assert outcome.err.count("\n") == 1, outcome.err
+    for fragment in fragments:
+        assert fragment in outcome.err
+
+
+@pytest.mark.usefixtures("no_weights")
+@pytest.mark.parametrize(
+    ("options", "fragments"),
+    [
+        (("--pruning.sparsity", "1.3"), ("sparsity must be in [0, 1), got 1.3",)),
+        (("--pruning.sparsity=-0.1",), ("sparsity must be in [0, 1), got -0.1",)),
+        (("--pruning.sparsity", "much"), ('"pruning.sparsity"', "float", "got much")),
+        (("--pruning.sparsity", "0.95"), ("sparsity must be below 0.7", "got 0.95")),
+        (("--pruning.score", "taylor"), ("pruning.score", "'wanda', 'magnitude'", "got taylor")),
+        (("--pruning.multiple_of", "49"), ("multiple_of must be at most the FFN width 48, got 49",)),
+        (("--pruning.damping=-1",), ("damping must be", "got -1")),
+        (("--calibration.seq_len", "65"), ("calibration.seq_len must be at most 64", "got 65")),
+        (("--evaluation.seq_len", "65"), ("evaluation.seq_len must be at most 64", "got 65")),
+        (("--calibration.source", "builtin:novels"), ("source must be one of", "'builtin:novels'")),
+        (("--calibration.source", "missing.txt"), ("missing.txt",)),
+        (
+            ("--calibration.split", "test"),
+            ("calibration and evaluation must not share text", "topics (test)"),
+        ),
+        (("--evaluation.source", "missing.jsonl"), ("missing.jsonl",)),
+        (("--form", "onnx"), ("form must be one of auto, stock", "got 'onnx'")),
+        (("--form", "stock", "--pruning.attention", "value_dims"), ("form 'stock' cannot hold this model",)),
+        (("--dtype", "int4"), ("dtype must be 'auto' or one of", "got 'int4'")),
+        (("--device", "toaster"), ("device must be", "'toaster'")),
+        (("--new_tokens", "0"), ("new_tokens must be at least 1, got 0",)),
+        (("--model.tokenizer", "./missing"), ("no model at './missing'",)),
+        (("--sparsity", "0.2"), ("--sparsity",)),
+        (("--overwrite", "perhaps"), ("perhaps",)),
+        (("-c", "nothing"), ("shipped", "demo", "got 'nothing'")),
+        (("-c", "nothing.yaml"), ("got 'nothing.yaml'",)),
+    ],
+    ids=lambda value: " ".join(value) if value and str(value[0]).startswith("-") else "",
+)
+def test_option_is_refused(prune, tiny_folder, tmp_path: Path, options, fragments) -> None:
+    assert_refused(prune(tiny_folder("llama"), *options), *fragments)
+    assert not (tmp_path / "pruned").exists()
+
+
+@pytest.mark.usefixtures("no_weights")
+@pytest.mark.parametrize(
+    ("text", "fragment"),
+    [
+        ("pruning: {sparsity: 0.3", "is not valid YAML"),
+        ("- pruning", "must be a YAML mapping of options, got list"),
+        ("pruning: {sparsty: 0.3}", "sparsty"),
+        ("prunning: {sparsity: 0.3}", "prunning"),
+        ("pruning: {sparsity: 2}", "sparsity must be in [0, 1), got 2"),
+        ("pruning: {sparsity: much}", "got much"),
+    ],
+)
+def test_bad_yaml_is_refused(prune, tiny_folder, tmp_path: Path, text: str, fragment: str) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text(text)
+    assert_refused(prune(tiny_folder("llama"), "-c", file), fragment)
+
+
+def test_model_must_be_named(fasp) -> None:
+    assert_refused(fasp("prune"), "model.name_or_path")
+
+
+@pytest.mark.parametrize("name", ["./missing", "nobody/no-such-model"])
+def test_missing_model_is_refused(prune, name: str) -> None:
+    assert_refused(prune(name), name)
+
+
+@pytest.mark.usefixtures("no_weights")
+@pytest.mark.parametrize(
+    ("change", "fragments"),
+    [
+        ({"model_type": "mamba", "architectures": ["MambaForCausalLM"]}, ("'mamba'", "register")),
+        (
+            {"model_type": "bert", "architectures": ["BertForMaskedLM"]},
+            ("'bert'", "an encoder", "supported are", "llama"),
+        ),
+        (
+            {"quantization_config": {"quant_method": "gptq", "bits": 4}},
+            ("quantised (gptq)", "full-precision"),
+        ),
+        ({"num_attention_heads": 5}, ("num_attention_heads",)),
+    ],
+    ids=["unknown family", "encoder", "quantised", "contradictory"],
+)
+def test_model_that_cannot_be_pruned_is_refused(prune, tiny_folder, change, fragments) -> None:
+    folder = tiny_folder("llama")
+    file = folder / "config.json"
+    config = json.loads(file.read_text())
+    if change.get("model_type") == "bert":
+        config = BertConfig().to_dict()
+    file.write_text(json.dumps(config | change))
+    assert_refused(prune(folder), *fragments)
+
+
+def test_corrupt_weights_are_named(prune, tiny_folder) -> None:
+    file = tiny_folder("llama") / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:1000])
+    outcome = prune(file.parent)
+    assert outcome.code == 2
+    assert f"'{file}' is not a readable safetensors file" in outcome.err.splitlines()[-1]
+
+
+def test_corrupt_plan_is_named(prune, tiny_folder, tmp_path: Path) -> None:
+    prune(tiny_folder("llama"), "--output_dir", tmp_path / "first")
+    (tmp_path / "first" / "fasp_plan.json").write_text("{")
+    assert_refused(prune(tmp_path / "first"), "fasp_plan.json must be JSON")
+
+
+@pytest.mark.usefixtures("no_weights")
+@pytest.mark.parametrize(("text", "found"), [("", "0 tokens"), ("a few words", "it has 12 tokens")])
+def test_short_text_is_refused(prune, tiny_folder, tmp_path: Path, text: str, found: str) -> None:
+    file = tmp_path / "short.txt"
+    file.write_text(text)
+    outcome = prune(tiny_folder("llama"), "--calibration.source", file)
+    assert_refused(outcome, str(file), found, "need 128")
+
+
+@pytest.mark.usefixtures("no_weights")
+@pytest.mark.parametrize(
+    ("calibration", "evaluation", "shared"),
+    [
+        ("a.txt", "a.txt", True),
+        ("*.txt", "a.txt", True),
+        (".", "b.txt", True),
+        ("a.txt", "b.txt", False),
+    ],
+)
+def test_local_texts_must_not_overlap(
+    prune, tiny_folder, tmp_path: Path, calibration: str, evaluation: str, shared: bool
+) -> None:
+    for name in "ab":
+        (tmp_path / f"{name}.txt").write_text(f"{name} " * 9)  # too short, which is found later
+    sources = [
+        f"--calibration.source={tmp_path}/{calibration}",
+        f"--evaluation.source={tmp_path}/{evaluation}",
+    ]
+    outcome = prune(tiny_folder("llama"), *sources, "--evaluation.split", "null")
+    assert_refused(outcome, "must not share text" if shared else "is too short")
+
+
+@pytest.mark.usefixtures("no_weights")
+def test_token_without_embedding_is_refused(prune, tiny_folder, tmp_path: Path) -> None:
+    vocab = {"<unk>": 97}  # every character is unknown
+    backend = Tokenizer(models.BPE(vocab=vocab, merges=[], unk_token="<unk>"))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>")
+    tokenizer.save_pretrained(tmp_path / "other")
+    outcome = prune(tiny_folder("llama"), "--model.tokenizer", tmp_path / "other")
+    assert_refused(outcome, "input_ids must be in [0, 97)", "got 97")
+
+
+@pytest.mark.usefixtures("no_weights")
+def test_full_output_is_refused(prune, tiny_folder, tmp_path: Path) -> None:
+    (tmp_path / "pruned").mkdir()
+    (tmp_path / "pruned" / "thesis.txt").write_text("unsaved")
+    assert_refused(prune(tiny_folder("llama")), str(tmp_path / "pruned"), "must be empty")
+    assert_refused(prune(tiny_folder("llama"), "--overwrite"), "holds no pruned model")
+    assert (tmp_path / "pruned" / "thesis.txt").read_text() == "unsaved"
+
+
+@pytest.mark.usefixtures("no_weights")
+def test_output_that_is_a_file_is_refused(prune, tiny_folder, tmp_path: Path) -> None:
+    (tmp_path / "pruned").write_text("a file")
+    assert_refused(prune(tiny_folder("llama")), "output_dir must be a folder", str(tmp_path / "pruned"))
+
+
+@pytest.mark.usefixtures("no_weights")
+def test_model_is_not_overwritten_by_its_own_pruning(prune, tiny_folder) -> None:
+    folder = tiny_folder("llama")
+    assert_refused(prune(folder, "--output_dir", folder, "--overwrite"), "must not be the folder of the model")
+
+
+def test_full_disk_leaves_the_old_output(prune, tiny_folder, tmp_path: Path, monkeypatch) -> None:
+    folder = tiny_folder("llama")
+    prune(folder)
+    before = {file.name: file.read_bytes() for file in (tmp_path / "pruned").iterdir()}
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda path: usage._replace(free=10))
+    outcome = prune(folder, "--overwrite", "--pruning.sparsity", 0.3)
+    assert outcome.code == 2
+    assert "free" in outcome.err.splitlines()[-1]
+    assert {file.name: file.read_bytes() for file in (tmp_path / "pruned").iterdir()} == before
+
+
+def test_weights_that_are_not_finite_are_named(prune, tiny_folder, tiny_tokenizer, tmp_path: Path) -> None:
+    model = tiny_model("llama")
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight[3, 4] = float("nan")
+    model.save_pretrained(tmp_path / "nan")
+    tiny_tokenizer.save_pretrained(tmp_path / "nan")
+    outcome = prune(tmp_path / "nan", "--evaluation", "[]")
+    assert outcome.code == 2
+    assert "model.layers.1.mlp.down_proj" in " ".join(outcome.err.split())
+    assert not (tmp_path / "pruned").exists()

@@ -1,0 +1,100 @@
+"""``fasp plan``: from the config alone, and what it says comes true."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from tiny import TINY
+
+from fasp_lightning.cli.jobs import ModelConfig, PruneJob
+from fasp_lightning.cli.setup import set_up
+from fasp_lightning.pruning.config import PruningConfig
+
+LLAMA_70B = {
+    "model_type": "llama",
+    "architectures": ["LlamaForCausalLM"],
+    "hidden_size": 8192,
+    "intermediate_size": 28672,
+    "num_hidden_layers": 80,
+    "num_attention_heads": 64,
+    "num_key_value_heads": 8,
+    "vocab_size": 32000,
+    "max_position_embeddings": 4096,
+    "dtype": "bfloat16",
+}
+HEAVY = ("lightning", "pytorch_lightning", "peft", "datasets")
+
+
+@pytest.fixture
+def large(tmp_path: Path) -> Path:
+    """A folder with the config of a 70B model, and nothing else."""
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA_70B))
+    return tmp_path
+
+
+def test_70b_config_needs_no_weights(fasp, large: Path) -> None:
+    outcome = fasp("plan", "--model.name_or_path", large, "--device", "cpu", "--dtype", "bf16")
+    assert outcome.code == 0
+    assert "68,976,648,192" in outcome.out  # parameters of Llama-2-70B
+    assert re.search(r"size in bfloat16 .* 137,953\.3 MB", outcome.out)
+    assert re.search(r"KV cache per token in bfloat16 .* 327\.7 kB", outcome.out)  # 2 · 80 · 8 · 128 · 2 bytes
+    assert re.search(r"sparsity of the blocks, 20\.00 % asked .* 20\.00 %", outcome.out)
+    assert re.search(r"down_proj .* 80 .* 28672 .* 21709", outcome.out)
+    assert re.search(r"transformers AutoModelForCausalLM .* yes", outcome.out)
+    assert re.search(r"hidden states and consumer inputs .* 2\.75 GiB", outcome.out)  # 32768 · (2 · 8192 + 28672) · 2
+
+
+def test_plan_loads_no_heavy_library(large: Path) -> None:
+    code = (
+        "import sys; from fasp_lightning.cli.main import main; "
+        f"code = main(['plan', '--model.name_or_path', {str(large)!r}, '--dtype', 'fp32']); "
+        f"sys.exit(code or ' '.join(m for m in {HEAVY} if m in sys.modules) or 0)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_plan_agrees_with_the_pruning(prune, tiny_folder, tmp_path: Path, name: str) -> None:
+    folder = tiny_folder(name)
+    job = PruneJob(ModelConfig(str(folder)), PruningConfig(0.25, attention="value_dims"), device="cpu")
+    planned = set_up(job).widths
+    prune(folder, "--pruning.sparsity", 0.25, "--pruning.attention", "value_dims", "--evaluation", "[]")
+    report = json.loads((tmp_path / "pruned" / "fasp_report.json").read_text())
+    assert planned.parameters_after == report["parameters_after"]
+    assert planned.sparsity == report["sparsity"]
+    cut = [pair.after for block in planned.pairs for pair in block if pair.after < pair.before]
+    assert cut == [pair["width_after"] for pair in report["pairs"]]
+
+
+@pytest.mark.parametrize("form", ["stock", "compact", "zero_filled"])
+def test_plan_of_a_pruned_folder_starts_from_what_is_left(prune, fasp, tiny_folder, tmp_path, form: str) -> None:
+    attention = "none" if form == "stock" else "value_dims"
+    prune(tiny_folder("llama"), "--form", form, "--pruning.attention", attention, "--pruning.sparsity", 0.2)
+    report = json.loads((tmp_path / "pruned" / "fasp_report.json").read_text())
+    outcome = fasp("plan", "--model.name_or_path", tmp_path / "pruned", "--pruning.sparsity", 0.4)
+    assert outcome.code == 0
+    assert "already pruned" in outcome.err
+    assert re.search(rf"parameters .* {report['parameters_after']:,} ", outcome.out)
+
+
+def test_plan_says_which_loaders_will_refuse(fasp, tiny_folder) -> None:
+    folder = tiny_folder("llama")
+    out = fasp("plan", "--model.name_or_path", folder, "--form", "compact").out
+    assert re.search(r"transformers AutoModelForCausalLM .* no ", out)
+
+
+def test_plan_takes_the_options_of_prune(fasp, tiny_folder) -> None:
+    outcome = fasp("plan", "-c", "demo", "--model.name_or_path", tiny_folder("llama"))
+    assert outcome.code == 0
+
+
+def test_unreachable_sparsity_is_refused(fasp, large: Path) -> None:
+    outcome = fasp("plan", "--model.name_or_path", large, "--pruning.sparsity", 0.9)
+    assert outcome.code == 2
+    assert re.fullmatch(r"fasp: sparsity must be below 0\.8\d+ with the attention kept, got 0\.9\n", outcome.err)
