@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import shutil
-import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,6 +13,7 @@ from torch import Tensor
 
 from fasp_lightning.pruning.forms import FORMS, Loader, choose_form, loaders_for
 from fasp_lightning.pruning.plan import PruningPlan, apply_plan, plan_of, resolve_pruned
+from fasp_lightning.pruning.staging import read_json, require_space, staged, write_json
 from fasp_lightning.pruning.standins import evaluating
 from fasp_lightning.structure.registry import spec_for
 from fasp_lightning.structure.spec import ArchitectureSpec
@@ -85,15 +83,15 @@ def save_pruned(
     form = choose_form(form, spec, kinds)
     check_output(path, overwrite)
     tensors = _zero_filled(model) if form == "zero_filled" else {}
-    _require_space(path, model, tensors)
-    with _staged(path) as stage:
+    require_space(path, [*model.parameters(), *tensors.values()])
+    with staged(path) as stage:
         with _config_of(model, form, plan):
             state = {**model.state_dict(), **tensors} if tensors else None
             model.save_pretrained(stage, state_dict=state)
         if tokenizer is not None:
             tokenizer.save_pretrained(stage)
-        _write_json(stage / PLAN_FILE, {"form": form, **plan.to_dict()})
-        _write_json(stage / REPORT_FILE, getattr(model, "fasp_report", {}))
+        write_json(stage / PLAN_FILE, {"form": form, **plan.to_dict()})
+        write_json(stage / REPORT_FILE, getattr(model, "fasp_report", {}))
         difference = _verify(model, stage, form) if verify else None
     size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
     return SavedModel(path, form, size, loaders_for(form, spec, kinds), difference)
@@ -131,7 +129,7 @@ def load_pruned(
         model.fasp_plan = _stock_part(plan, spec_for(model))  # type: ignore[assignment]
         apply_plan(model, plan)
     report = path / REPORT_FILE
-    model.fasp_report = _read_json(report) if report.exists() else {}  # type: ignore[assignment]
+    model.fasp_report = read_json(report) if report.exists() else {}  # type: ignore[assignment]
     return model.eval()
 
 
@@ -145,7 +143,7 @@ def read_plan(path: str | Path) -> tuple[str, PruningPlan]:
     file = Path(path) / PLAN_FILE
     if not file.is_file():
         raise FileNotFoundError(f"{path} holds no {PLAN_FILE}; load a model that is not pruned with transformers")
-    data = _read_json(file)
+    data = read_json(file)
     if data.get("form") not in FORMS:
         raise ValueError(f"form in {file} must be one of {', '.join(map(repr, FORMS))}, got {data.get('form')!r}")
     return data["form"], PruningPlan.from_dict(data)
@@ -166,23 +164,6 @@ def check_output(path: str | Path, overwrite: bool) -> None:
         raise FileExistsError(
             f"output folder {path} holds no pruned model ({PLAN_FILE}) and is not overwritten; empty it first"
         )
-
-
-@contextmanager
-def _staged(path: Path) -> Iterator[Path]:
-    """A folder beside ``path`` that takes its place at the end; on an error it goes and ``path`` stays."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    mark = uuid.uuid4().hex[:8]
-    stage, old = path.with_name(f".{path.name}.{mark}.new"), path.with_name(f".{path.name}.{mark}.old")
-    stage.mkdir()
-    try:
-        yield stage
-        if path.exists():
-            path.rename(old)
-        stage.rename(path)
-    finally:
-        shutil.rmtree(stage, ignore_errors=True)
-        shutil.rmtree(old, ignore_errors=True)
 
 
 @contextmanager
@@ -260,15 +241,6 @@ def _from_pretrained(model_class: Any, path: Path, **options: Any) -> PreTrained
     return loaded
 
 
-def _require_space(path: Path, model: PreTrainedModel, tensors: dict[str, Tensor]) -> None:
-    parts = [*model.parameters(), *tensors.values()]
-    needed = sum(part.numel() * part.element_size() for part in parts)
-    parent = next(folder for folder in path.absolute().parents if folder.exists())
-    free = shutil.disk_usage(parent).free
-    if needed > free:
-        raise OSError(f"saving to {path} needs {needed / 1e6:.0f} MB, but only {free / 1e6:.0f} MB are free")
-
-
 def _verify(model: PreTrainedModel, stage: Path, form: str) -> float:
     """Largest difference between the model's logits and those of what was written, as its users load it."""
     from transformers import AutoModelForCausalLM
@@ -290,17 +262,3 @@ def _verify(model: PreTrainedModel, stage: Path, form: str) -> float:
             f"logits of the saved model must equal the model's within {allowed:.1e}, got {difference:.1e}"
         )
     return difference
-
-
-def _write_json(file: Path, data: Any) -> None:
-    file.write_text(json.dumps(data, separators=(",", ":")) + "\n", encoding="utf-8")
-
-
-def _read_json(file: Path) -> dict[str, Any]:
-    try:
-        data = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{file} must be JSON: {error}") from None
-    if not isinstance(data, dict):
-        raise ValueError(f"{file} must hold a mapping, got {type(data).__name__}")
-    return data

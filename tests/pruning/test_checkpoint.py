@@ -15,7 +15,7 @@ from tiny import TINY, random_tokens, tiny_model
 from transformers import AutoModelForCausalLM
 
 from fasp_lightning import FASPPruner, PruningConfig, load_pruned, save_pruned, spec_for
-from fasp_lightning.pruning import checkpoint
+from fasp_lightning.pruning import checkpoint, staging
 
 TOKENS = random_tokens(2, 12, seed=3)
 
@@ -126,7 +126,7 @@ def test_failing_save_leaves_the_old_folder(tmp_path: Path, monkeypatch: pytest.
     def full_disk(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(checkpoint, "_write_json", full_disk)
+    monkeypatch.setattr(checkpoint, "write_json", full_disk)
     with pytest.raises(OSError, match="No space left"):
         save_pruned(pruned("llama"), tmp_path / "p", overwrite=True)
     assert {file.name: file.read_bytes() for file in (tmp_path / "p").iterdir()} == before
@@ -135,7 +135,7 @@ def test_failing_save_leaves_the_old_folder(tmp_path: Path, monkeypatch: pytest.
 
 def test_too_little_room_is_refused_before_writing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = type("Usage", (), {"free": 1000})
-    monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda _: usage)
+    monkeypatch.setattr(staging.shutil, "disk_usage", lambda _: usage)
     with pytest.raises(OSError, match=r"needs \d+ MB, but only 0 MB are free"):
         save_pruned(pruned(), tmp_path / "p")
     assert not list(tmp_path.iterdir())

@@ -1,0 +1,67 @@
+"""Writing folders so that nothing is lost: beside the old one, then renamed."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import uuid
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+
+@contextmanager
+def staged(path: Path) -> Iterator[Path]:
+    """A folder beside ``path`` that takes its place at the end; on an error it goes and ``path`` stays."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    mark = uuid.uuid4().hex[:8]
+    stage, old = path.with_name(f".{path.name}.{mark}.new"), path.with_name(f".{path.name}.{mark}.old")
+    stage.mkdir()
+    try:
+        yield stage
+        if path.exists():
+            path.rename(old)
+        stage.rename(path)
+    finally:
+        shutil.rmtree(stage, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def require_space(path: Path, tensors: Iterable[Tensor]) -> None:
+    """Refuse to write more than the disk takes.
+
+    Args:
+        path: Folder that will be written.
+        tensors: What will stand in it.
+
+    Raises:
+        OSError: If the disk has too little room; the message names both sizes.
+    """
+    needed = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+    parent = next(folder for folder in path.absolute().parents if folder.exists())
+    free = shutil.disk_usage(parent).free
+    if needed > free:
+        raise OSError(f"saving to {path} needs {needed / 1e6:.0f} MB, but only {free / 1e6:.0f} MB are free")
+
+
+def write_json(file: Path, data: Any) -> None:
+    """Write plain data as one line of JSON."""
+    file.write_text(json.dumps(data, separators=(",", ":")) + "\n", encoding="utf-8")
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """Read a mapping.
+
+    Raises:
+        ValueError: If the file holds none; the message names it.
+    """
+    try:
+        data = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{file} must be JSON: {error}") from None
+    if not isinstance(data, dict):
+        raise ValueError(f"{file} must hold a mapping, got {type(data).__name__}")
+    return data
