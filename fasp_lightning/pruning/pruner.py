@@ -202,10 +202,11 @@ class _Run:
 
     def _select(self, pair: ResolvedPair, width: PairWidth, statistics: GramStatistics) -> Tensor:
         """Units to keep, in original numbering; a value dim's score is the sum over the columns it feeds."""
+        norms = statistics.norms()
         if self.config.score == "wanda":
-            scores = wanda_score(pair.weight, statistics.norms())
+            scores = wanda_score(pair.weight, norms)
         else:
-            scores = magnitude_score(pair.weight)
+            scores = magnitude_score(pair.weight) * (norms > 0)  # a dead column goes first, whatever its weights
         groups = pair.layout.groups
         scores = scores.reshape(groups, pair.layout.repeats, -1).sum(1).reshape(-1).cpu()
         return pair.kept[select_columns(scores, width.after // groups, groups)]

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fasp_lightning.structure.compact import GatherColumns, replace_module
+from fasp_lightning.structure.compact import GatherColumns, inner, replace_module
 
 
 class StandIn(nn.Module):
@@ -141,12 +141,12 @@ def stand_ins(root: nn.Module, replacements: Mapping[str, nn.Module]) -> Iterato
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode without gradients; every module's own mode is put back."""
-    modes = [(module, module.training) for module in model.modules()]
+    """Evaluation mode without gradients; every module's own mode is put back, a new wrapper gets that of its linear."""
+    modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
         with torch.no_grad():
             yield
     finally:
-        for module, mode in modes:
-            module.training = mode
+        for module in model.modules():
+            module.training = modes.get(module, modes.get(inner(module), False))

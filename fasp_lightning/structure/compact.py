@@ -19,6 +19,7 @@ class _Transparent(nn.Module):
     def __init__(self, linear: nn.Module) -> None:
         super().__init__()
         self.linear = linear
+        self.training = linear.training
         self.register_state_dict_post_hook(_strip_level)
         self.register_load_state_dict_pre_hook(_add_level)
 
