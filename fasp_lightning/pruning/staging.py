@@ -15,19 +15,35 @@ from torch import Tensor
 
 @contextmanager
 def staged(path: Path) -> Iterator[Path]:
-    """A folder beside ``path`` that takes its place at the end; on an error it goes and ``path`` stays."""
+    """A folder beside ``path`` that takes its place at the end; on an error it goes and ``path`` stays.
+
+    What an earlier process left there when it was killed is removed. A kill between the two renames leaves the
+    old folder beside ``path``, as ``.NAME.….old``.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
+    for left in path.parent.iterdir():
+        if left.name.startswith(f".{path.name}.") and left.suffix == ".new":
+            shutil.rmtree(left, ignore_errors=True)
     mark = uuid.uuid4().hex[:8]
     stage, old = path.with_name(f".{path.name}.{mark}.new"), path.with_name(f".{path.name}.{mark}.old")
     stage.mkdir()
     try:
         yield stage
-        if path.exists():
-            path.rename(old)
-        stage.rename(path)
+        _replace(stage, path, old)
     finally:
         shutil.rmtree(stage, ignore_errors=True)
-        shutil.rmtree(old, ignore_errors=True)
+
+
+def _replace(stage: Path, path: Path, old: Path) -> None:
+    if path.exists():
+        path.rename(old)
+    try:
+        stage.rename(path)
+    except OSError:
+        if old.exists():
+            old.rename(path)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def require_space(path: Path, tensors: Iterable[Tensor]) -> None:

@@ -133,6 +133,23 @@ def test_failing_save_leaves_the_old_folder(tmp_path: Path, monkeypatch: pytest.
     assert [entry.name for entry in tmp_path.iterdir()] == ["p"]
 
 
+def test_failing_rename_puts_the_old_folder_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "p").mkdir()
+    (tmp_path / "p" / "old").touch()
+    rename = Path.rename
+
+    def failing(self: Path, target: Path) -> Path:
+        if self.suffix == ".new":
+            raise OSError(5, "Input/output error")
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", failing)
+    with pytest.raises(OSError, match="Input/output"), staging.staged(tmp_path / "p"):
+        pass
+    assert [file.name for file in (tmp_path / "p").iterdir()] == ["old"]
+    assert [entry.name for entry in tmp_path.iterdir()] == ["p"]
+
+
 def test_too_little_room_is_refused_before_writing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = type("Usage", (), {"free": 1000})
     monkeypatch.setattr(staging.shutil, "disk_usage", lambda _: usage)
@@ -163,6 +180,8 @@ def test_kill_during_saving_leaves_the_old_folder(tmp_path: Path) -> None:
     result = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, check=False)
     assert result.returncode == -signal.SIGKILL, result.stderr.decode()
     assert torch.equal(logits(load_pruned(tmp_path / "p")), logits(old.float()))
+    save_pruned(old, tmp_path / "p", overwrite=True)  # the next save clears what the killed one left
+    assert [entry.name for entry in tmp_path.iterdir()] == ["p"]
 
 
 def test_wrong_logits_are_not_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
