@@ -12,8 +12,8 @@ from fasp_lightning.ops.selection import complement
 LADDER = (1.0, 1e1, 1e2, 1e3)
 """Factors by which the damping grows while the Cholesky factorisation fails."""
 
-LADDER_FLOOR = 1e-10
-"""Damping from which the ladder climbs when none was asked for."""
+LADDER_FLOOR = 1e-8
+"""Damping from which the ladder climbs when none was asked for: the rounding of a float32 gram."""
 
 
 class Restoration(NamedTuple):
@@ -88,8 +88,9 @@ def _solve(block: Tensor, target: Tensor, damping: float, scale: float) -> tuple
         if info.item() == 0 and _is_regular(lower):
             return torch.cholesky_solve(target.T, lower).T, used, "cholesky"
     values, vectors = torch.linalg.eigh(block)
-    # directions without energy carry nothing that could be restored
-    floor = values.abs().max() * values.numel() * torch.finfo(values.dtype).eps
+    # Directions without energy carry nothing that could be restored. A gram has no negative eigenvalue but for
+    # rounding, so that the lowest one measures how much of the rest is noise.
+    floor = torch.maximum(values.abs().max() * values.numel() * torch.finfo(values.dtype).eps, -values.min())
     inverse = torch.where(values > floor, 1 / values.clamp_min(floor), torch.zeros_like(values))
     return ((target @ vectors) * inverse) @ vectors.T, used, "eigh"
 
