@@ -28,17 +28,20 @@ def test_sizes_and_flops_are_those_of_the_pruned_model(tiny: nn.Module) -> None:
         assert foretold.parameters == tiny.num_parameters()
         assert foretold.weight_bytes == sum(p.numel() * p.element_size() for p in tiny.parameters())
         assert foretold.flops_per_token == 2 * (linear_parameters(tiny, spec_for(tiny)) + head)
-        FASPPruner(CONFIG).prune(tiny, [random_tokens(4)])
+        if foretold is before:
+            FASPPruner(CONFIG).prune(tiny, [random_tokens(16)])
 
 
-@pytest.mark.parametrize("family", ["opt", "llama", "llama-gqa", "gemma", "phi3", "gpt2", "gpt_neox", "falcon"])
+@pytest.mark.parametrize("family", ["opt", "llama", "llama-gqa", "gemma", "phi3", "gpt2", "gpt_neox"])
 def test_kv_cache_is_that_of_the_model_before_and_after(tiny: nn.Module) -> None:
-    for foretold in footprints(tiny, plan_widths(tiny, CONFIG), 4):
+    before, after = footprints(tiny, plan_widths(tiny, CONFIG), 4)
+    for foretold in (before, after):
         cache = DynamicCache()
         tiny(random_tokens(1, 12), past_key_values=cache, use_cache=True)
         entries = [tensor for layer in cache.layers for tensor in (layer.keys, layer.values)]
         assert foretold.kv_bytes_per_token == sum(entry.numel() * 4 for entry in entries) // 12
-        FASPPruner(CONFIG).prune(tiny, [random_tokens(4)])
+        if foretold is before:
+            FASPPruner(CONFIG).prune(tiny, [random_tokens(16)])
 
 
 def test_shapes_are_enough() -> None:
