@@ -5,12 +5,13 @@ from __future__ import annotations
 import logging
 import time
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fasp_lightning.ops.scores import magnitude_score, wanda_score
 from fasp_lightning.ops.selection import select_columns
@@ -158,24 +159,22 @@ class _Run:
     ) -> None:
         """Statistics, selection, restoration and cut of each pair; then the block's output for the next block."""
         block = pairs[0].block
-        home = next(block.parameters()).device
-        block.to(self.device)
         replay = BlockReplay(block, index, pairs, attention, store, self.watch)
-        for pair, width in zip(pairs, widths, strict=True):
-            if width.after == width.before:
-                continue
-            start = time.perf_counter()
-            statistics = GramStatistics(pair.columns, self.device)
+        with _placed(block, self.device):
+            for pair, width in zip(pairs, widths, strict=True):
+                if width.after == width.before:
+                    continue
+                start = time.perf_counter()
+                statistics = GramStatistics(pair.columns, self.device)
+                for sample in samples:
+                    replay.record(pair, sample, statistics)
+                    self.tick(index, "statistics")
+                kept = self._cut(pair, width, statistics)
+                self.report.pairs[-1].seconds = time.perf_counter() - start
+                replay.finish(pair, kept, samples)
             for sample in samples:
-                replay.record(pair, sample, statistics)
-                self.tick(index, "statistics")
-            kept = self._cut(pair, width, statistics)
-            self.report.pairs[-1].seconds = time.perf_counter() - start
-            replay.finish(pair, kept, samples)
-        for sample in samples:
-            replay.advance(sample)
-            self.tick(index, "apply")
-        block.to(home)
+                replay.advance(sample)
+                self.tick(index, "apply")
 
     def _cut(self, pair: ResolvedPair, width: PairWidth, statistics: GramStatistics) -> Tensor:
         """Choose, restore and cut; returns the positions kept among the consumer's columns so far."""
@@ -210,6 +209,17 @@ class _Run:
         groups = pair.layout.groups
         scores = scores.reshape(groups, pair.layout.repeats, -1).sum(1).reshape(-1).cpu()
         return pair.kept[select_columns(scores, width.after // groups, groups)]
+
+
+@contextmanager
+def _placed(block: nn.Module, device: torch.device) -> Iterator[None]:
+    """Move a block to the compute device, and back whatever happens."""
+    home = next(block.parameters()).device
+    block.to(device)
+    try:
+        yield
+    finally:
+        block.to(home)
 
 
 def _device_of(pairs: list[list[ResolvedPair]]) -> torch.device:
