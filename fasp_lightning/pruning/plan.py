@@ -145,10 +145,9 @@ def apply_plan(model: PreTrainedModel, plan: PruningPlan, *, wrap: bool = True) 
     if len(plan.blocks) != len(pairs):
         raise ValueError(f"plan must have {len(pairs)} blocks as the model has, got {len(plan.blocks)}")
     targets = [
-        (pair, _target(pair, block[pair.spec.consumer]))
+        (pair, _target(pair, block.get(pair.spec.consumer)))
         for resolved, block in zip(pairs, plan.blocks, strict=True)
-        for pair in resolved
-        if pair.spec.consumer in block
+        for pair in _require_consumers(resolved, block)
     ]
     for pair, kept in targets:  # all were checked before the first is cut
         pair.cut(kept, wrap=wrap)
@@ -156,11 +155,20 @@ def apply_plan(model: PreTrainedModel, plan: PruningPlan, *, wrap: bool = True) 
     return model
 
 
-def _target(pair: ResolvedPair, planned: PairPlan) -> torch.Tensor:
+def _require_consumers(pairs: list[ResolvedPair], block: dict[str, PairPlan]) -> list[ResolvedPair]:
+    """The pairs of a block, if the plan names no other."""
+    unknown = set(block) - {pair.spec.consumer for pair in pairs}
+    if unknown:
+        raise ValueError(f"plan of {pairs[0].name} must name its consumers, got {', '.join(sorted(unknown))}")
+    return pairs
+
+
+def _target(pair: ResolvedPair, planned: PairPlan | None) -> torch.Tensor:
+    """Units to keep; all of them if the plan has nothing on this pair."""
     name = f"{pair.name}.{pair.spec.consumer}"
-    if planned.layout != pair.layout:
+    if planned is not None and planned.layout != pair.layout:
         raise ValueError(f"plan of {name} must be for {pair.layout}, got {planned.layout}")
-    kept = torch.tensor(planned.kept, dtype=torch.long)
+    kept = torch.tensor(planned.kept if planned else range(pair.layout.width), dtype=torch.long)
     if not torch.isin(kept, pair.kept).all() or not (kept[1:] > kept[:-1]).all() or not kept.numel():
         raise ValueError(f"plan of {name} must keep ascending units out of the {pair.kept.numel()} that are left")
     return kept
