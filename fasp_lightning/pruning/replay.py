@@ -112,6 +112,7 @@ class BlockReplay:
                 output = self._consume(pair, kept, sample)
                 if sample.attention is not None:  # what the module itself adds, such as Bloom's residual
                     output = self.store.get(sample.attention) + output
+                    self.store.drop(sample.attention)
                 sample.attention = self.store.put(output)
 
     def _consume(self, pair: ResolvedPair, kept: Tensor, sample: Sample) -> Tensor:

@@ -10,6 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+ALIKE = 8
+"""Tensors of one shape with which a call's argument is compared: cos and sin, of local and of global layers."""
+
 
 class TensorStore:
     """Keeps tensors on the CPU, on the accelerator, or on disk, and hands them back on the compute device.
@@ -27,7 +30,7 @@ class TensorStore:
         self.device = device
         self._folder: Path | None = None
         self._files = 0
-        self._shared: dict[tuple[Any, ...], Tensor] = {}
+        self._shared: dict[tuple[Any, ...], list[Tensor]] = {}
 
     def __enter__(self) -> TensorStore:
         if self.place == "disk":
@@ -72,11 +75,12 @@ class TensorStore:
         return value
 
     def _share_tensor(self, tensor: Tensor) -> Tensor:
-        key = (tuple(tensor.shape), tensor.dtype, tensor.device)
-        known = self._shared.get(key)
-        if known is not None and (known is tensor or torch.equal(known, tensor)):
-            return known
-        self._shared[key] = tensor
+        kept = self._shared.setdefault((tuple(tensor.shape), tensor.dtype, tensor.device), [])
+        for known in kept:
+            if known is tensor or torch.equal(known, tensor):
+                return known
+        kept.append(tensor)
+        del kept[:-ALIKE]
         return tensor
 
     def load(self, value: Any) -> Any:
