@@ -202,8 +202,12 @@ def _fresh_layout(
         raise ValueError(f"{name}: num_attention_heads must divide its {columns} columns, got {heads}")
     size = columns // heads
     groups = rows[0] // size if pair.fused is None else (rows[0] // size - heads) // 2
-    if groups < 1 or heads % groups or rows[0] % size:
-        raise ValueError(f"{name}: {heads} query heads must divide evenly among its KV heads, got {groups}")
+    whole = size * (groups if pair.fused is None else heads + 2 * groups)
+    if groups < 1 or heads % groups or rows[0] != whole:
+        raise ValueError(
+            f"{name}: {heads} query heads of size {size} must divide evenly among its KV heads, "
+            f"got {groups} of them in {rows[0]} producer rows"
+        )
     return PairLayout("value", groups * size, groups, heads // groups, pair.fused, rows)
 
 
