@@ -1,0 +1,54 @@
+"""Tiny models pruned on tiny texts: what the engine's tests share."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from tiny import random_tokens, tiny_model
+from torch import nn
+
+from fasp_lightning import FASPPruner, PruningConfig
+from fasp_lightning.pruning.standins import StandIn
+
+BOTH = PruningConfig(0.2, attention="value_dims")
+FFN = PruningConfig(0.2, attention="none")
+
+
+def calibration(batches: int = 3) -> list[Any]:
+    """More tokens than the widest common pair has columns; one batch is left-padded."""
+    mask = torch.ones(2, 40, dtype=torch.long)
+    mask[0, :9] = 0
+    padded = {"input_ids": random_tokens(2, 40, seed=99), "attention_mask": mask}
+    return [padded, *(random_tokens(2, 40, seed=seed) for seed in range(batches - 1))]
+
+
+def pruned(name: str = "llama", config: PruningConfig = BOTH, batches: Any = None) -> nn.Module:
+    """A new tiny model after one pruning."""
+    model = tiny_model(name)
+    FASPPruner(config).prune(model, batches or calibration())
+    return model
+
+
+def assert_same(first: nn.Module, second: nn.Module, tolerance: float = 0.0) -> None:
+    """Plan and state dict of both models are equal."""
+    assert first.fasp_plan == second.fasp_plan
+    assert first.state_dict().keys() == second.state_dict().keys()
+    for name, value in first.state_dict().items():
+        torch.testing.assert_close(value, second.state_dict()[name], atol=tolerance, rtol=tolerance)
+
+
+def assert_unchanged(model: nn.Module, name: str = "llama") -> None:
+    """The model is as :func:`tiny_model` makes it."""
+    original = tiny_model(name).state_dict()
+    assert model.state_dict().keys() == original.keys()
+    assert all(torch.equal(value, original[key]) for key, value in model.state_dict().items())
+
+
+def leftovers(model: nn.Module) -> list[str]:
+    """Stand-ins and hooks that a model still has."""
+    return [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, StandIn) or module._forward_hooks or module._forward_pre_hooks
+    ]
