@@ -11,7 +11,7 @@ from fasp_lightning.cli.console import dtype_name, note, shown_warnings, table, 
 from fasp_lightning.cli.jobs import EvaluateJob
 from fasp_lightning.cli.quiet import quiet_libraries
 from fasp_lightning.cli.setup import config_of, load
-from fasp_lightning.cli.tasks import TaskResult, require_harness, run_tasks
+from fasp_lightning.cli.tasks import TaskResult, find_tasks, run_tasks
 from fasp_lightning.pruning.perplexity import PerplexityResult, measure_perplexity
 from fasp_lightning.pruning.placement import choose_device
 from fasp_lightning.pruning.shapes import model_shapes
@@ -24,8 +24,7 @@ JOB = EvaluateJob
 def run(job: EvaluateJob) -> int:
     """Run the command; returns the exit code."""
     quiet_libraries()
-    if job.tasks is not None:
-        require_harness()
+    wanted = None if job.tasks is None else find_tasks(job)
     device, config = choose_device(job.device), config_of(job.model)
     shapes = model_shapes(resolve_source(job.model.name_or_path), config, job.model.trust_remote_code)
     tokenizer = tokenizer_of(job.model)
@@ -36,7 +35,7 @@ def run(job: EvaluateJob) -> int:
         measured = {
             text.name: measure_perplexity(model, tracked(text.batches, f"perplexity: {text.name}")) for text in texts
         }
-        tasks = [] if job.tasks is None else run_tasks(model, tokenizer, job)
+        tasks = [] if wanted is None else run_tasks(model, tokenizer, wanted, job)
     _print(job, model, measured, tasks)
     _write(job, model, measured, tasks)
     return 0

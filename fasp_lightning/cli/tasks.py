@@ -29,26 +29,28 @@ class TaskResult(NamedTuple):
     examples: int
 
 
-def require_harness() -> None:
-    """Refuse if the harness is not installed.
+class Tasks(NamedTuple):
+    """Tasks that were found.
+
+    Attributes:
+        names: Their names.
+        manager: The harness' table of tasks.
+    """
+
+    names: list[str]
+    manager: Any
+
+
+def find_tasks(job: EvaluateJob) -> Tasks:
+    """Look the tasks of a job up, before its model is loaded.
 
     Raises:
-        UsageError: With the line that installs it.
+        UsageError: If the harness is not installed, with the line that installs it, or if a task is unknown.
     """
     if importlib.util.find_spec("lm_eval") is None:
         raise UsageError(
             "tasks need lm-evaluation-harness, which is not installed; run pip install 'fasp-lightning[eval]'"
         )
-
-
-def run_tasks(model: Any, tokenizer: Any, job: EvaluateJob) -> list[TaskResult]:
-    """Run the tasks a job names on a loaded model.
-
-    Raises:
-        UsageError: If a task is unknown.
-    """
-    from lm_eval import simple_evaluate
-    from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
 
     assert job.tasks is not None
@@ -56,9 +58,20 @@ def run_tasks(model: Any, tokenizer: Any, job: EvaluateJob) -> list[TaskResult]:
     manager = TaskManager(include_path=job.task_folder)
     unknown = [name for name in names if name not in manager.all_tasks]
     if unknown or not names:
-        raise UsageError(f"tasks must be names of the harness or of --task_folder, got {', '.join(unknown) or 'none'}")
+        got = ", ".join(unknown) or "none"
+        raise UsageError(f"tasks must be names of the harness or of --task_folder, got {got}")
+    return Tasks(names, manager)
+
+
+def run_tasks(model: Any, tokenizer: Any, tasks: Tasks, job: EvaluateJob) -> list[TaskResult]:
+    """Run tasks on a loaded model."""
+    from lm_eval import simple_evaluate
+    from lm_eval.models.huggingface import HFLM
+
     wrapped = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=job.task_batch_size)
-    found = simple_evaluate(wrapped, tasks=names, limit=job.task_limit, task_manager=manager, bootstrap_iters=0)
+    found = simple_evaluate(
+        wrapped, tasks=tasks.names, limit=job.task_limit, task_manager=tasks.manager, bootstrap_iters=0
+    )
     return [result for task in found["results"] for result in _figures(task, found)]
 
 
