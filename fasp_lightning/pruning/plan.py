@@ -46,10 +46,7 @@ class PruningPlan:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain dictionaries and lists."""
-        blocks = [
-            {path: {**asdict(pair.layout), "kept": list(pair.kept)} for path, pair in block.items()}
-            for block in self.blocks
-        ]
+        blocks = [{path: _plain(pair) for path, pair in block.items()} for block in self.blocks]
         return {"version": VERSION, "model_type": self.model_type, "blocks": blocks}
 
     @classmethod
@@ -87,6 +84,11 @@ class PruningPlan:
             {path: (pair.layout, torch.tensor(pair.kept, dtype=torch.long)) for path, pair in block.items()}
             for block in self.blocks
         ]
+
+
+def _plain(pair: PairPlan) -> dict[str, Any]:
+    rows = list(pair.layout.producer_rows)
+    return {**asdict(pair.layout), "producer_rows": rows, "kept": list(pair.kept)}
 
 
 def _pair_plan(data: dict[str, Any]) -> PairPlan:
