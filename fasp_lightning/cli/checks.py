@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import os
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
+from fasp_lightning.cli.console import megabytes
 from fasp_lightning.cli.errors import UsageError
 from fasp_lightning.cli.jobs import ModelConfig, PruneJob
 from fasp_lightning.pruning.batches import check_vocabulary
@@ -106,6 +109,25 @@ def tokenizer_of(model: ModelConfig) -> Any:
         return load_tokenizer(model.name_or_path, revision=model.revision, trust_remote_code=model.trust_remote_code)
     except OSError as error:
         raise OSError(f"{error} with --model.tokenizer") from error
+
+
+def check_room(path: Path, size: int) -> None:
+    """Refuse an output folder whose disk cannot take the model, or may not be written to.
+
+    Args:
+        path: The folder; it need not exist.
+        size: Bytes that will be written. What is overwritten goes afterwards, so it makes no room.
+
+    Raises:
+        OSError: If there is no room.
+        PermissionError: If the place is not writable.
+    """
+    parent = next(folder for folder in path.absolute().parents if folder.exists())
+    if not os.access(parent, os.W_OK):
+        raise PermissionError(f"output_dir {str(path)!r} cannot be made: {str(parent)!r} is not writable")
+    free = shutil.disk_usage(parent).free
+    if size > free:
+        raise OSError(f"output_dir {str(path)!r} needs {megabytes(size)}, but only {megabytes(free)} are free")
 
 
 def check_output_dir(job: PruneJob) -> None:

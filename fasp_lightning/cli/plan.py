@@ -46,6 +46,7 @@ def _print_sizes(job: PruneJob, setup: Setup) -> None:
     rows = [
         row("parameters", before.parameters, after.parameters, lambda n: f"{n:,}"),
         row(f"size in {dtype}", before.weight_bytes, after.weight_bytes, megabytes),
+        row("size on disk", before.weight_bytes, setup.stored_bytes, megabytes),
         row("FLOPs per token, attention over the context aside", *flops, _giga),
         (f"sparsity of the blocks, {percent(job.pruning.sparsity)} asked", percent(setup.already_pruned),
          percent(widths.sparsity), ""),
@@ -53,7 +54,7 @@ def _print_sizes(job: PruneJob, setup: Setup) -> None:
     ]  # fmt: skip
     cache = before.kv_bytes_per_token
     if cache is not None:  # values are scattered to their full width, so the cache keeps its size
-        rows.insert(3, row(f"KV cache per token in {dtype}", cache, cache, _kilo))
+        rows.insert(4, row(f"KV cache per token in {dtype}", cache, cache, _kilo))
     kind = f"{setup.config.model_type}, attention {widths.attention}, form {setup.form}"
     table(f"{setup.source.name} ({kind})", ("", "before", "after", "change"), rows)
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from fasp_lightning.cli.checks import Text, check_output_dir, load_text, texts_of, tokenizer_of
+from fasp_lightning.cli.checks import Text, check_output_dir, check_room, load_text, texts_of, tokenizer_of
 from fasp_lightning.cli.console import (
     PruningProgress,
     dtype_name,
@@ -35,6 +36,8 @@ def run(job: PruneJob) -> int:
     check_output_dir(job)
     calibration_config, evaluation_configs = texts_of(job)
     setup = set_up(job)
+    if job.output_dir is not None:
+        check_room(Path(job.output_dir), setup.stored_bytes)
     tokenizer = tokenizer_of(job.model)
     calibration = load_text(calibration_config, tokenizer, setup.model, "calibration")
     evaluation = [load_text(text, tokenizer, setup.model, "evaluation") for text in evaluation_configs]

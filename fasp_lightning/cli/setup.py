@@ -57,6 +57,16 @@ class Setup:
         widths = self.widths
         return (widths.original_parameters - widths.parameters_before) / widths.linear_parameters
 
+    @property
+    def stored_bytes(self) -> int:
+        """Bytes of the weights that will be saved, the zeros of a zero-filled model among them."""
+        size, left = self.dtype.itemsize, self.widths.parameters_after
+        if self.form != "zero_filled":
+            return size * left
+        kinds = {"value"} if self.spec.width_field is not None else {"value", "ffn"}
+        pairs = (pair for block in self.widths.pairs for pair in block if pair.kind in kinds)
+        return size * (left + sum((pair.original - pair.after) * pair.cost for pair in pairs))
+
 
 def set_up(job: PruneJob) -> Setup:
     """Decide widths, device, dtype and form.

@@ -192,12 +192,20 @@ def test_model_is_not_overwritten_by_its_own_pruning(prune, tiny_folder) -> None
     assert_refused(prune(folder, "--output_dir", folder, "--overwrite"), "must not be the folder of the model")
 
 
+@pytest.mark.usefixtures("no_weights")
+def test_full_disk_is_found_before_anything_is_spent(prune, tiny_folder, tmp_path: Path, monkeypatch) -> None:
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=20_000))
+    assert_refused(prune(tiny_folder("llama")), str(tmp_path / "pruned"), "but only 0.0 MB are free")
+
+
 def test_full_disk_leaves_the_old_output(prune, tiny_folder, tmp_path: Path, monkeypatch) -> None:
     folder = tiny_folder("llama")
     prune(folder)
     before = {file.name: file.read_bytes() for file in (tmp_path / "pruned").iterdir()}
     usage = shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=10))
+    free = iter([usage.free, 10])  # it fills up while the model is pruned
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=next(free)))
     outcome = prune(folder, "--overwrite", "--pruning.sparsity", 0.3)
     assert outcome.code == 2
     assert "free" in outcome.err.splitlines()[-1]

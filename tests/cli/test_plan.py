@@ -82,6 +82,18 @@ def test_plan_of_a_pruned_folder_starts_from_what_is_left(prune, fasp, tiny_fold
     assert re.search(rf"parameters .* {report['parameters_after']:,} ", outcome.out)
 
 
+@pytest.mark.parametrize("form", ["compact", "zero_filled"])
+@pytest.mark.parametrize("name", ["opt", "bloom"])
+def test_size_on_disk_is_that_of_the_saved_weights(prune, tiny_folder, tmp_path, name: str, form: str) -> None:
+    folder = tiny_folder(name)
+    prune(folder, "--form", form, "--pruning.attention", "value_dims", "--evaluation", "[]")
+    content = (tmp_path / "pruned" / "model.safetensors").read_bytes()
+    weights = len(content) - 8 - int.from_bytes(content[:8], "little")  # behind the header and its length
+    pruning = PruningConfig(attention="value_dims")
+    setup = set_up(PruneJob(ModelConfig(str(folder)), pruning, form=form, device="cpu"))
+    assert setup.stored_bytes == weights
+
+
 def test_plan_says_which_loaders_will_refuse(fasp, tiny_folder) -> None:
     folder = tiny_folder("llama")
     out = fasp("plan", "--model.name_or_path", folder, "--form", "compact").out
