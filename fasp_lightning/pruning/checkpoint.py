@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -92,6 +93,8 @@ def save_pruned(
             tokenizer.save_pretrained(stage)
         write_json(stage / PLAN_FILE, {"form": form, **plan.to_dict()})
         write_json(stage / REPORT_FILE, getattr(model, "fasp_report", {}))
+        for file in stage.glob("*.safetensors"):  # safetensors writes them for their owner alone
+            shutil.copymode(stage / PLAN_FILE, file)
         difference = _verify(model, stage, form) if verify else None
     size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
     return SavedModel(path, form, size, loaders_for(form, spec, kinds), difference)

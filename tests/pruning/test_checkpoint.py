@@ -60,6 +60,12 @@ def test_ffn_only_loads_in_stock_transformers(name: str, tmp_path: Path) -> None
     assert load_pruned(tmp_path / "p").fasp_plan == model.fasp_plan
 
 
+def test_weights_are_readable_to_whom_the_rest_is(tmp_path: Path) -> None:
+    save_pruned(pruned(attention="none"), tmp_path / "p")
+    modes = {file.stat().st_mode for file in (tmp_path / "p").iterdir()}
+    assert len(modes) == 1
+
+
 def test_plain_save_pretrained_of_an_ffn_pruned_model_loads(tmp_path: Path) -> None:
     model = pruned("opt", attention="none")
     model.save_pretrained(tmp_path)
