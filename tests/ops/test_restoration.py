@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from fasp_lightning.ops import restoration
 from fasp_lightning.ops.restoration import output_energy, refit_bias, residual_energy, restore_weight
 from fasp_lightning.ops.selection import complement
 from fasp_lightning.ops.statistics import centre
@@ -170,3 +171,15 @@ def test_bad_settings_are_named() -> None:
         restore_weight(torch.ones(2, 4), gram, torch.arange(2), damping=-1)
     with pytest.raises(ValueError, match="ridge must be 'original' or 'zero', got 'mean'"):
         restore_weight(torch.ones(2, 4), gram, torch.arange(2), damping=0.1, ridge="mean")
+
+
+def test_rounding_of_the_gram_is_not_taken_for_energy(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without damping, a singular gram summed in float32 gives the solution of the directions that have energy."""
+    monkeypatch.setattr(restoration, "LADDER", (1.0,))
+    weight, inputs = problem(6, 40, "few-tokens")
+    kept, exact = torch.arange(30), inputs.T @ inputs
+    found = restore_weight(weight, exact.float(), kept, damping=0.0)
+    assert found.solver == "eigh"
+    moments = weight[:, 30:] @ exact[30:, :30]
+    expected = weight[:, :30] + moments @ torch.linalg.pinv(exact[:30, :30], rtol=1e-9, hermitian=True)
+    torch.testing.assert_close(found.weight, expected, atol=1e-3, rtol=1e-3)
