@@ -129,7 +129,7 @@ def load_pruned(
     else:
         model = _from_pretrained(AutoModelForCausalLM, path, **options)
         # what the config's width has cut already
-        model.fasp_plan = _stock_part(plan, spec_for(model))  # type: ignore[assignment]
+        model.fasp_plan = stock_part(plan, spec_for(model))  # type: ignore[assignment]
         apply_plan(model, plan)
     report = path / REPORT_FILE
     model.fasp_report = read_json(report) if report.exists() else {}  # type: ignore[assignment]
@@ -203,7 +203,7 @@ def _zero_filled(model: PreTrainedModel) -> dict[str, Tensor]:
     }
 
 
-def _stock_part(plan: PruningPlan, spec: ArchitectureSpec) -> PruningPlan:
+def stock_part(plan: PruningPlan, spec: ArchitectureSpec) -> PruningPlan:
     """The part of a plan that a stock config expresses: FFNs, where it has a field for their width."""
     kind = None if spec.width_field is None else "ffn"
     blocks = ({path: pair for path, pair in block.items() if pair.layout.kind == kind} for block in plan.blocks)

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from fasp_lightning.pruning.checkpoint import _stock_part, read_plan
+from fasp_lightning.pruning.checkpoint import read_plan, stock_part
 from fasp_lightning.pruning.plan import apply_plan
 from fasp_lightning.pruning.source import ModelSource
 from fasp_lightning.structure.registry import spec_for
@@ -36,6 +36,6 @@ def model_shapes(source: ModelSource, config: Any, trust_remote_code: bool = Fal
     if source.pruned:
         form, plan = read_plan(source.location)
         if form != "compact":  # the config's width has cut the FFN already
-            model.fasp_plan = _stock_part(plan, spec_for(model))
+            model.fasp_plan = stock_part(plan, spec_for(model))
         apply_plan(model, plan)
     return model
