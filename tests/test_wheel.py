@@ -74,6 +74,13 @@ def test_installed_wheel_ships_the_quickstart_config(installed, tmp_path):
     assert text == (ROOT / "configs" / "quickstart.yaml").read_text()
 
 
+def test_installed_wheel_prunes_with_a_config_by_its_bare_name(installed, tmp_path, tiny_folder):
+    sizes = ("--calibration.seq_len", "16", "--calibration.sequences", "8", "--evaluation", "[]")
+    command = ("prune", "-c", "quickstart", "--model.name_or_path", tiny_folder("llama"), *sizes)
+    run(sys.executable, "-m", "fasp_lightning", *command, cwd=tmp_path, PYTHONPATH=str(installed))
+    assert (tmp_path / "outputs" / "quickstart" / "model.safetensors").is_file()
+
+
 def test_installed_wheel_has_a_command_line(installed, tmp_path):
     text = run(sys.executable, "-m", "fasp_lightning", "--help", cwd=tmp_path, PYTHONPATH=str(installed))
     assert all(command in text for command in ("prune", "plan", "evaluate"))
