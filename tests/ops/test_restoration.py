@@ -15,18 +15,14 @@ SHAPES = [(5, 8, 6), (16, 24, 10), (3, 40, 39), (8, 30, 1)]
 CONDITIONING = ["well", "ill", "rank-deficient", "few-tokens"]
 
 
-def problem(
-    out: int, width: int, conditioning: str, dtype: torch.dtype = torch.float64
-) -> tuple[Tensor, Tensor]:
+def problem(out: int, width: int, conditioning: str, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
     """(out, n) weight and (tokens, n) inputs."""
     tokens = width // 2 if conditioning == "few-tokens" else 4 * width
     inputs = torch.randn(tokens, width, dtype=torch.float64) + 0.5
     if conditioning == "ill":
         inputs = inputs * torch.logspace(0, -4, width, dtype=torch.float64)
     if conditioning == "rank-deficient":
-        inputs[:, width // 2 :] = inputs[:, : width - width // 2] @ torch.eye(
-            width - width // 2, dtype=torch.float64
-        )
+        inputs[:, width // 2 :] = inputs[:, : width - width // 2] @ torch.eye(width - width // 2, dtype=torch.float64)
     return torch.randn(out, width, dtype=dtype), inputs
 
 
@@ -128,6 +124,15 @@ def test_singular_system_climbs_the_damping_ladder() -> None:
     found = restore_weight(weight, inputs.T @ inputs, torch.arange(15), damping=0.0)
     assert found.solver == "cholesky"
     assert 0 < found.damping <= 1e-6
+
+
+def test_pivot_of_rounding_is_not_solved_with() -> None:
+    """The factorisation of two equal columns may succeed on what rounding left of the second."""
+    gram = torch.ones(3, 3, dtype=torch.float64)
+    gram[1, 1] += torch.finfo(torch.float64).eps
+    found = restore_weight(torch.ones(1, 3), gram, torch.arange(2), damping=0.0)
+    assert found.damping > 0
+    torch.testing.assert_close(found.weight, torch.full((1, 2), 1.5, dtype=torch.float64), atol=1e-4, rtol=0)
 
 
 def test_indefinite_gram_falls_to_the_eigendecomposition() -> None:

@@ -34,6 +34,15 @@ def test_long_texts_are_summed_in_float64(monkeypatch: pytest.MonkeyPatch) -> No
     assert found.gram().item() == 2.0**24 + 3
 
 
+def test_short_batches_reach_the_float64_sum_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(statistics, "FLUSH_TOKENS", 4)
+    found = GramStatistics(1, "cpu")
+    found.update(torch.tensor([[2.0**12]]))
+    for _ in range(7):  # the first three are lost beside 2²⁴ in float32
+        found.update(torch.ones(1, 1))
+    assert found.gram().item() == 2.0**24 + 4
+
+
 def test_wide_grams_stay_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(statistics, "DOUBLE_LIMIT", 4)
     found = GramStatistics(5, "cpu")

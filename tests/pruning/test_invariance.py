@@ -91,3 +91,13 @@ def test_half_precision_model_is_pruned(family: str, dtype: torch.dtype) -> None
         assert found.error_after == pytest.approx(wanted.error_after, rel=0.1), found.layer
     with torch.no_grad():
         assert model(random_tokens()).logits.isfinite().all()
+
+
+@pytest.mark.parametrize("family", ["opt", "gpt2"])
+def test_dropout_of_a_model_in_training_changes_nothing(family: str) -> None:
+    model = tiny_model(family).train()
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.5
+    FASPPruner(BOTH).prune(model, calibration())
+    assert_same(model, pruned(family))
