@@ -76,8 +76,10 @@ class TensorStore:
 
     def _share_tensor(self, tensor: Tensor) -> Tensor:
         kept = self._shared.setdefault((tuple(tensor.shape), tensor.dtype, tensor.device), [])
+        if any(known is tensor for known in kept):  # most often: all layers of one batch are given the same one
+            return tensor
         for known in kept:
-            if known is tensor or torch.equal(known, tensor):
+            if torch.equal(known, tensor):
                 return known
         kept.append(tensor)
         del kept[:-ALIKE]
