@@ -41,7 +41,7 @@ class ProgressEvent:
     Attributes:
         block: Index of the block, from 0.
         blocks: Number of blocks.
-        phase: ``"capture"``, ``"statistics"``, ``"solve"`` or ``"apply"``.
+        phase: ``"statistics"`` or ``"apply"``.
         done: Units of work done.
         total: Units of work in all: calibration pieces times passes over them.
     """

@@ -90,11 +90,16 @@ def plan_widths(model: PreTrainedModel, config: PruningConfig) -> WidthPlan:
     pruned = {"ffn", "value"} if attention == "value_dims" else {"ffn"}
     gone = sum(_removed(pair) for block in pairs for pair in block)
     total = linear_parameters(model, spec_for(model)) + gone
-    share = _share(pairs, pruned, config.sparsity, total)
+    share = _share(pairs, pruned, config, total)
     widths = tuple(tuple(_block_widths(block, pruned, share, config)) for block in pairs)
     parameters = parameter_count(model)
     newly = sum((pair.before - pair.after) * pair.cost for block in widths for pair in block)
     plan = WidthPlan(widths, total, parameters + gone, parameters, parameters - newly, attention)
+    if not gone and newly == 0 and config.sparsity and config.multiple_of > 1:
+        raise ValueError(
+            f"multiple_of must be small enough for a cut of {config.sparsity}, got {config.multiple_of}: rounded to it, "
+            "no width changes"
+        )
     if gone and newly == 0:
         raise ValueError(f"sparsity must exceed {plan.sparsity:.4f}, which is pruned already, got {config.sparsity}")
     return plan
@@ -115,16 +120,24 @@ def _removed(pair: ResolvedPair) -> int:
     return (pair.layout.width - pair.kept.numel()) * pair.column_cost
 
 
-def _share(pairs: list[list[ResolvedPair]], pruned: set[str], sparsity: float, total: int) -> float:
-    """r = R / Σ n_p c_p: the fraction that each pair to be pruned loses."""
-    prunable = sum(
-        pair.layout.width * pair.column_cost for block in pairs for pair in block if pair.spec.kind in pruned
-    )
-    if sparsity * total >= prunable:
-        highest = math.floor(prunable / total * 1e4 - 1e-9) / 1e4
+def _share(pairs: list[list[ResolvedPair]], pruned: set[str], config: PruningConfig, total: int) -> float:
+    """r = R / Σ n_p c_p: the fraction that each pair to be pruned loses; below 1, since each keeps something."""
+    cut = [pair for block in pairs for pair in block if pair.spec.kind in pruned]
+    removable = sum((pair.layout.width - _least(pair, config.multiple_of)) * pair.column_cost for pair in cut)
+    if config.sparsity * total > removable:
+        highest = math.floor(removable / total * 1e4) / 1e4
         kept = "queries and keys" if "value" in pruned else "the attention"
-        raise ValueError(f"sparsity must be below {highest} with {kept} kept, got {sparsity}")
-    return sparsity * total / prunable
+        raise ValueError(f"sparsity must be at most {highest} with {kept} kept, got {config.sparsity}")
+    return config.sparsity * total / sum(pair.layout.width * pair.column_cost for pair in cut)
+
+
+def _least(pair: ResolvedPair, multiple_of: int) -> int:
+    """Fewest units that are left: one value dim in each KV head, one step of the FFN width."""
+    if pair.spec.kind == "value":
+        return pair.layout.groups
+    if multiple_of > pair.layout.width:
+        raise ValueError(f"multiple_of must be at most the FFN width {pair.layout.width}, got {multiple_of}")
+    return multiple_of
 
 
 def _block_widths(
@@ -151,8 +164,6 @@ def _block_widths(
 
 def _ffn_width(pair: ResolvedPair, wanted: float, multiple_of: int) -> int:
     width = pair.layout.width
-    if multiple_of > width:
-        raise ValueError(f"multiple_of must be at most the FFN width {width}, got {multiple_of}")
     left = width - round(max(wanted, 0.0) / pair.column_cost)
     if left < width:
         left = max(multiple_of, round(left / multiple_of) * multiple_of)

@@ -30,7 +30,7 @@ def assert_refused(outcome, *fragments: str) -> None:
         (("--pruning.sparsity", "1.3"), ("sparsity must be in [0, 1), got 1.3",)),
         (("--pruning.sparsity=-0.1",), ("sparsity must be in [0, 1), got -0.1",)),
         (("--pruning.sparsity", "much"), ('"pruning.sparsity"', "float", "got much")),
-        (("--pruning.sparsity", "0.95"), ("sparsity must be below 0.7", "got 0.95")),
+        (("--pruning.sparsity", "0.95"), ("sparsity must be at most 0.7242 with queries and keys kept", "got 0.95")),
         (("--pruning.score", "taylor"), ("pruning.score", "'wanda', 'magnitude'", "got taylor")),
         (("--pruning.multiple_of", "49"), ("multiple_of must be at most the FFN width 48, got 49",)),
         (("--pruning.damping=-1",), ("damping must be", "got -1")),

@@ -108,4 +108,4 @@ def test_plan_takes_the_options_of_prune(fasp, tiny_folder) -> None:
 def test_unreachable_sparsity_is_refused(fasp, large: Path) -> None:
     outcome = fasp("plan", "--model.name_or_path", large, "--pruning.sparsity", 0.9)
     assert outcome.code == 2
-    assert re.fullmatch(r"fasp: sparsity must be below 0\.8\d+ with the attention kept, got 0\.9\n", outcome.err)
+    assert re.fullmatch(r"fasp: sparsity must be at most 0\.8\d+ with the attention kept, got 0\.9\n", outcome.err)

@@ -89,7 +89,7 @@ def test_refusals_come_before_the_first_batch() -> None:
         yield
 
     for config, error in (
-        (PruningConfig(0.99), "sparsity must be below"),
+        (PruningConfig(0.99), "sparsity must be at most"),
         (PruningConfig(multiple_of=99), "multiple_of"),
     ):
         with pytest.raises(ValueError, match=error):

@@ -31,9 +31,9 @@ def ffn_cost(widths: WidthPlan) -> int:
 
 def highest_sparsity(model: nn.Module, attention: str) -> float:
     """What the refusal of an impossible sparsity says."""
-    with pytest.raises(ValueError, match="sparsity must be below") as caught:
+    with pytest.raises(ValueError, match="sparsity must be at most") as caught:
         plan_widths(model, PruningConfig(0.9999, attention=attention))
-    return float(re.search(r"below (\d\.\d+)", str(caught.value)).group(1))
+    return float(re.search(r"at most (\d\.\d+)", str(caught.value)).group(1))
 
 
 @GRID
@@ -119,17 +119,17 @@ def test_auto_leaves_grouped_query_attention_alone(family: str) -> None:
 def test_unreachable_sparsity_names_the_highest_that_works(family: str, attention: str) -> None:
     model = tiny_model(family)
     highest = highest_sparsity(model, attention)
-    with pytest.raises(ValueError, match=f"sparsity must be below {highest}"):
+    with pytest.raises(ValueError, match=f"sparsity must be at most {highest}"):
         plan_widths(model, PruningConfig(highest + 1e-4, attention=attention))
-    config = PruningConfig(highest - 1e-4, attention=attention)
+    config = PruningConfig(highest, attention=attention)
     report = FASPPruner(config).prune(model, calibration(4))
     assert all(1 <= pair.width_after < pair.width_before for pair in report.pairs)
     with torch.no_grad():
         assert model(calibration()[1]).logits.isfinite().all()
 
 
-@pytest.mark.parametrize("multiple_of", [1, 8, 20, FFN])
-@pytest.mark.parametrize("sparsity", [0.01, 0.1, 0.3, 0.5])
+@pytest.mark.parametrize("multiple_of", [1, 8, 20])
+@pytest.mark.parametrize("sparsity", [0.1, 0.3])
 def test_ffn_width_is_a_multiple_within_the_original(sparsity: float, multiple_of: int) -> None:
     config = PruningConfig(sparsity, attention="none", multiple_of=multiple_of)
     for block in plan_widths(tiny_model("llama"), config).pairs:
@@ -143,6 +143,12 @@ def test_ffn_width_is_a_multiple_within_the_original(sparsity: float, multiple_o
 def test_value_dims_know_no_multiple() -> None:
     config = PruningConfig(0.2, attention="value_dims", multiple_of=16)
     assert plan_widths(tiny_model("llama"), config).pairs[0][0].after == HEADS * 6
+
+
+@pytest.mark.parametrize(("sparsity", "multiple_of"), [(0.01, 8), (0.02, 4)])
+def test_multiple_that_rounds_the_cut_away_is_refused(sparsity: float, multiple_of: int) -> None:
+    with pytest.raises(ValueError, match=f"multiple_of must be small enough.*got {multiple_of}.*no width changes"):
+        plan_widths(tiny_model("llama"), PruningConfig(sparsity, attention="none", multiple_of=multiple_of))
 
 
 @pytest.mark.parametrize("multiple_of", [FFN + 1, 4096])
