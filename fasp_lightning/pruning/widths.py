@@ -97,8 +97,8 @@ def plan_widths(model: PreTrainedModel, config: PruningConfig) -> WidthPlan:
     plan = WidthPlan(widths, total, parameters + gone, parameters, parameters - newly, attention)
     if not gone and newly == 0 and config.sparsity and config.multiple_of > 1:
         raise ValueError(
-            f"multiple_of must be small enough for a cut of {config.sparsity}, got {config.multiple_of}: rounded to it, "
-            "no width changes"
+            f"multiple_of must be small enough for a cut of {config.sparsity}, got {config.multiple_of}: "
+            "rounded to it, no width changes"
         )
     if gone and newly == 0:
         raise ValueError(f"sparsity must exceed {plan.sparsity:.4f}, which is pruned already, got {config.sparsity}")
