@@ -1,0 +1,1 @@
+"""Floor 3: pruning inside a Lightning run."""
