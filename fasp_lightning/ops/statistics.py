@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -67,6 +69,17 @@ class GramStatistics:
             self._flushed += self._partial
             self._partial.zero_()
         self._pending = 0
+
+    def join(self, add: Callable[[Tensor], None]) -> None:
+        """Sum the statistics of several processes.
+
+        Args:
+            add: Sums a tensor over them, in place.
+        """
+        tokens = torch.tensor([self.tokens], dtype=torch.long)
+        for total in (self.lower, self.sums, tokens):
+            add(total)
+        self.tokens = int(tokens)
 
     @property
     def lower(self) -> Tensor:

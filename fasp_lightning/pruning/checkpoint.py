@@ -16,6 +16,7 @@ from fasp_lightning.pruning.forms import FORMS, Loader, choose_form, loaders_for
 from fasp_lightning.pruning.plan import PruningPlan, apply_plan, plan_of, resolve_pruned
 from fasp_lightning.pruning.staging import read_json, require_space, staged, write_json
 from fasp_lightning.pruning.standins import evaluating
+from fasp_lightning.structure.adapters import has_adapters
 from fasp_lightning.structure.registry import spec_for
 from fasp_lightning.structure.spec import ArchitectureSpec
 
@@ -80,6 +81,8 @@ def save_pruned(
     plan, spec = plan_of(model), spec_for(model)
     if plan is None:
         raise ValueError("model must carry a plan; prune it with FASPPruner or give it one with apply_plan first")
+    if has_adapters(model):
+        raise ValueError("model must have its LoRA merged before it is saved, or its keys would not be stock ones")
     kinds = {pair.kind for pair in spec.pairs if any(pair.consumer in block for block in plan.blocks)}
     form = choose_form(form, spec, kinds)
     check_output(path, overwrite)

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from fasp_lightning.structure.layout import PairLayout
+from fasp_lightning.structure.pair import ResolvedPair
 from fasp_lightning.structure.registry import spec_for
-from fasp_lightning.structure.resolve import Kept, ResolvedPair, resolve
+from fasp_lightning.structure.resolve import Kept, resolve
 from fasp_lightning.structure.spec import ArchitectureSpec
 
 if TYPE_CHECKING:
@@ -133,7 +134,7 @@ def apply_plan(model: PreTrainedModel, plan: PruningPlan, *, wrap: bool = True) 
     Args:
         model: The original model (any device, ``meta`` included), or one pruned less far.
         plan: What to keep.
-        wrap: See :meth:`fasp_lightning.structure.resolve.ResolvedPair.cut`.
+        wrap: See :meth:`fasp_lightning.structure.pair.ResolvedPair.cut`.
 
     Returns:
         The same model, which now carries the plan.
@@ -141,20 +142,52 @@ def apply_plan(model: PreTrainedModel, plan: PruningPlan, *, wrap: bool = True) 
     Raises:
         ValueError: If the plan belongs to another family or to other shapes, or keeps a unit that is gone.
     """
+    pairs = resolve_pruned(model)
+    targets = _targets(model, pairs, plan)
+    for pair, kept in targets:  # all are checked before the first is cut
+        if not torch.isin(kept, pair.kept).all():
+            raise ValueError(_bad_units(pair, pair.kept.numel()))
+    for pair, kept in targets:
+        pair.cut(kept, wrap=wrap)
+    record_plan(model, pairs)
+    return model
+
+
+def conform(model: PreTrainedModel, plan: PruningPlan | None) -> PreTrainedModel:
+    """Give a model the shapes of a plan, whatever it was pruned to before; for weights that are loaded next.
+
+    Parameters keep their identity. Units that come back are zero.
+
+    Args:
+        model: A model of the plan's family.
+        plan: The plan, or ``None`` for the original shapes.
+
+    Raises:
+        ValueError: If the plan belongs to another family or to other shapes.
+    """
+    plan = plan or PruningPlan(model.config.model_type, tuple({} for _ in resolve_pruned(model)))
+    pairs = resolve_pruned(model)
+    for pair, kept in _targets(model, pairs, plan):
+        if not torch.isin(kept, pair.kept).all():
+            pair.widen()
+        pair.cut(kept)
+    record_plan(model, pairs)
+    return model
+
+
+def _targets(
+    model: PreTrainedModel, pairs: list[list[ResolvedPair]], plan: PruningPlan
+) -> list[tuple[ResolvedPair, torch.Tensor]]:
+    """Each pair with the units that the plan keeps of it."""
     if plan.model_type != model.config.model_type:
         raise ValueError(f"plan must be one of a {model.config.model_type} model, got one of {plan.model_type!r}")
-    pairs = resolve_pruned(model)
     if len(plan.blocks) != len(pairs):
         raise ValueError(f"plan must have {len(pairs)} blocks as the model has, got {len(plan.blocks)}")
-    targets = [
+    return [
         (pair, _target(pair, block.get(pair.spec.consumer)))
         for resolved, block in zip(pairs, plan.blocks, strict=True)
         for pair in _require_consumers(resolved, block)
     ]
-    for pair, kept in targets:  # all were checked before the first is cut
-        pair.cut(kept, wrap=wrap)
-    record_plan(model, pairs)
-    return model
 
 
 def _require_consumers(pairs: list[ResolvedPair], block: dict[str, PairPlan]) -> list[ResolvedPair]:
@@ -171,6 +204,12 @@ def _target(pair: ResolvedPair, planned: PairPlan | None) -> torch.Tensor:
     if planned is not None and planned.layout != pair.layout:
         raise ValueError(f"plan of {name} must be for {pair.layout}, got {planned.layout}")
     kept = torch.tensor(planned.kept if planned else range(pair.layout.width), dtype=torch.long)
-    if not torch.isin(kept, pair.kept).all() or not (kept[1:] > kept[:-1]).all() or not kept.numel():
-        raise ValueError(f"plan of {name} must keep ascending units out of the {pair.kept.numel()} that are left")
+    inside = kept.numel() and kept[0] >= 0 and kept[-1] < pair.layout.width
+    if not inside or not (kept[1:] > kept[:-1]).all():
+        raise ValueError(_bad_units(pair, pair.layout.width))
     return kept
+
+
+def _bad_units(pair: ResolvedPair, width: int) -> str:
+    name = f"{pair.name}.{pair.spec.consumer}"
+    return f"plan of {name} must keep ascending units out of the {width} that are left"

@@ -19,14 +19,15 @@ from fasp_lightning.ops.statistics import GramStatistics
 from fasp_lightning.pruning.capture import Sample, capture
 from fasp_lightning.pruning.config import PruningConfig
 from fasp_lightning.pruning.plan import record_plan, resolve_pruned
+from fasp_lightning.pruning.processes import Processes
 from fasp_lightning.pruning.replay import BlockReplay
-from fasp_lightning.pruning.report import PruningReport, Stopwatch, peak_memory
-from fasp_lightning.pruning.restore import restore_pair
+from fasp_lightning.pruning.report import PairReport, PruningReport, Stopwatch, peak_memory
+from fasp_lightning.pruning.restore import Restored, restore_pair
 from fasp_lightning.pruning.standins import evaluating
 from fasp_lightning.pruning.store import TensorStore
 from fasp_lightning.pruning.widths import PairWidth, plan_widths
+from fasp_lightning.structure.pair import ResolvedPair
 from fasp_lightning.structure.registry import spec_for
-from fasp_lightning.structure.resolve import ResolvedPair
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -66,7 +67,13 @@ class FASPPruner:
     def __init__(self, config: PruningConfig | None = None) -> None:
         self.config = config or PruningConfig()
 
-    def prune(self, model: PreTrainedModel, batches: Iterable[Any], progress: Progress | None = None) -> PruningReport:
+    def prune(
+        self,
+        model: PreTrainedModel,
+        batches: Iterable[Any],
+        progress: Progress | None = None,
+        processes: Processes | None = None,
+    ) -> PruningReport:
         """Prune ``model`` in place. Afterwards it carries its plan as ``model.fasp_plan``.
 
         If this raises half-way, the blocks done so far stay pruned and the model's plan says so.
@@ -76,6 +83,8 @@ class FASPPruner:
             batches: Any iterable of (batch, seq) token ids or of mappings with ``input_ids`` and optionally
                 ``attention_mask``; read once. Padding enters no statistic.
             progress: Called after each unit of work.
+            processes: Those that hold copies of this model and call this together, each with batches of its own:
+                statistics are summed, one solves, all cut alike. By default this process alone.
 
         Returns:
             Widths, errors, seconds and memory.
@@ -83,6 +92,7 @@ class FASPPruner:
         Raises:
             ValueError: Before the first batch is read, if the family is unknown, its shapes do not fit or the
                 sparsity cannot be reached; later, if an activation is not finite (the message names the layer).
+            RuntimeError: If another process raised an error.
         """
         widths = plan_widths(model, self.config)
         report = PruningReport.of_widths(widths, self.config.to_dict())
@@ -95,10 +105,10 @@ class FASPPruner:
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
         start = time.perf_counter()
-        run = _Run(self.config, device, report, progress, len(pairs))
+        run = _Run(self.config, device, report, progress, len(pairs), processes or Processes())
         with evaluating(model), TensorStore(self.config.offload, device) as store:
             try:
-                with run.watch.phase("capture"):
+                with run.processes.together(), run.watch.phase("capture"):
                     samples = capture(model, spec_for(model), batches, self.config.micro_batch_size, store)
                 run.start(samples, widths.pairs)
                 for index, block in enumerate(pairs):
@@ -115,12 +125,19 @@ class _Run:
     """One call of :meth:`FASPPruner.prune`: settings, clock, progress and report."""
 
     def __init__(
-        self, config: PruningConfig, device: torch.device, report: PruningReport, progress: Progress | None, blocks: int
+        self,
+        config: PruningConfig,
+        device: torch.device,
+        report: PruningReport,
+        progress: Progress | None,
+        blocks: int,
+        processes: Processes,
     ) -> None:
         self.config = config
         self.device = device
         self.report = report
         self.watch = Stopwatch(device)
+        self.processes = processes
         self._progress = progress
         self._blocks = blocks
         self._done = self._total = 0
@@ -129,7 +146,7 @@ class _Run:
         """Count the work, and warn if the calibration set is small."""
         cut = [pair for block in widths for pair in block if pair.after < pair.before]
         self._total = len(samples) * (len(cut) + self._blocks)
-        self.report.tokens = sum(sample.tokens for sample in samples)
+        self.report.tokens = int(self.processes.total(sum(sample.tokens for sample in samples))[0])
         widest = max((pair.columns for pair in cut), default=0)
         if self.report.tokens < widest:
             self.warn(
@@ -166,15 +183,19 @@ class _Run:
                     continue
                 start = time.perf_counter()
                 statistics = GramStatistics(pair.columns, self.device)
-                for sample in samples:
-                    replay.record(pair, sample, statistics)
-                    self.tick(index, "statistics")
+                with self.processes.together():
+                    for sample in samples:
+                        replay.record(pair, sample, statistics)
+                        self.tick(index, "statistics")
+                statistics.join(self.processes.add)
                 kept = self._cut(pair, width, statistics)
                 self.report.pairs[-1].seconds = time.perf_counter() - start
-                replay.finish(pair, kept, samples)
-            for sample in samples:
-                replay.advance(sample)
-                self.tick(index, "apply")
+                with self.processes.together():
+                    replay.finish(pair, kept, samples)
+            with self.processes.together():
+                for sample in samples:
+                    replay.advance(sample)
+                    self.tick(index, "apply")
 
     def _cut(self, pair: ResolvedPair, width: PairWidth, statistics: GramStatistics) -> Tensor:
         """Choose, restore and cut; returns the positions kept among the consumer's columns so far."""
@@ -184,20 +205,28 @@ class _Run:
                 "check the checkpoint, or run the model in float32 or bfloat16"
             )
         with self.watch.phase("solve"):
-            units = self._select(pair, width, statistics)
-            columns = torch.searchsorted(pair.layout.columns(pair.kept), pair.layout.columns(units))
-            restored, entry = restore_pair(pair, width, columns.to(self.device), statistics, self.config)
+            units, restored, entry = self.processes.first(lambda: self._decide(pair, width, statistics))
         if entry.damping > self.config.damping or entry.solver == "eigh":
             self.warn(f"{width.layer}: the gram was singular; solved by {entry.solver} with damping {entry.damping:g}")
         self.report.pairs.append(entry)
-        with self.watch.phase("cut"), torch.no_grad():
+        columns = self._columns(pair, units)
+        with self.watch.phase("cut"):
             pair.cut(units)
-            weight = pair.consumer.weight
-            weight.copy_(restored.weight.T if pair.transposed else restored.weight)
-            if restored.bias is not None:
-                pair.consumer.bias.copy_(restored.bias)
+            pair.assign(*restored)
         log.debug("%s: %d -> %d, error %.4f", width.layer, width.before, width.after, entry.error_after)
-        return columns.to(self.device)
+        return columns
+
+    def _decide(
+        self, pair: ResolvedPair, width: PairWidth, statistics: GramStatistics
+    ) -> tuple[Tensor, Restored, PairReport]:
+        """Which units stay, and the restored weights, in the dtype of the model's."""
+        units = self._select(pair, width, statistics)
+        restored, entry = restore_pair(pair, width, self._columns(pair, units), statistics, self.config)
+        return units, restored.like(pair.consumer.weight), entry
+
+    def _columns(self, pair: ResolvedPair, units: Tensor) -> Tensor:
+        """Where the units' columns are among those left."""
+        return torch.searchsorted(pair.layout.columns(pair.kept), pair.layout.columns(units)).to(self.device)
 
     def _select(self, pair: ResolvedPair, width: PairWidth, statistics: GramStatistics) -> Tensor:
         """Units to keep, in original numbering; a value dim's score is the sum over the columns it feeds."""

@@ -12,7 +12,7 @@ from fasp_lightning.pruning.capture import Sample
 from fasp_lightning.pruning.report import Stopwatch
 from fasp_lightning.pruning.standins import Fixed, Narrow, Recorder, Tap, first, form, stand_ins, with_first
 from fasp_lightning.pruning.store import TensorStore
-from fasp_lightning.structure.resolve import ResolvedPair
+from fasp_lightning.structure.pair import ResolvedPair
 
 
 class BlockReplay:
@@ -58,7 +58,7 @@ class BlockReplay:
                 statistics.update(rows if sample.mask is None else rows[sample.mask.to(rows.device)])
             sample.inputs = self.store.put(inputs)
 
-        outputs = pair.weight.shape[0]
+        outputs = pair.outputs
         consumer = self.block.get_submodule(pair.spec.consumer)
         replacements: dict[str, nn.Module] = {pair.spec.consumer: Recorder(consumer, outputs, sink)}
         tap = self._attention_stand_in(sample)
@@ -82,7 +82,7 @@ class BlockReplay:
         found: dict[str, nn.Module] = {}
         for pair in self.pairs[self.pairs.index(recorded) + 1 :]:
             found |= self._idle(pair)
-            outputs = pair.weight.shape[0]
+            outputs = pair.outputs
             consumer = self.block.get_submodule(pair.spec.consumer)
             found[pair.spec.consumer] = Recorder(consumer, outputs, lambda inputs: None)
         return found

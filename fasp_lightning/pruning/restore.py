@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from fasp_lightning.ops.restoration import output_energy, refit_bias, residual_energy, restore_weight
@@ -13,14 +14,25 @@ from fasp_lightning.ops.statistics import GramStatistics, centre
 from fasp_lightning.pruning.config import PruningConfig
 from fasp_lightning.pruning.report import PairReport
 from fasp_lightning.pruning.widths import PairWidth
-from fasp_lightning.structure.resolve import ResolvedPair
+from fasp_lightning.structure.pair import ResolvedPair
 
 
 class Restored(NamedTuple):
-    """(out, columns kept) weight, and the (out,) bias if it is refitted."""
+    """What :meth:`~fasp_lightning.structure.pair.ResolvedPair.assign` takes.
 
-    weight: Tensor
+    Attributes:
+        factors: (out, columns kept) weight, and the (r, columns kept) A of each adapter.
+        bias: The (out,) bias if it is refitted.
+    """
+
+    factors: list[Tensor]
     bias: Tensor | None
+
+    def like(self, other: Tensor) -> Restored:
+        """In the dtype of another tensor."""
+        return Restored(
+            [factor.to(other.dtype) for factor in self.factors], None if self.bias is None else self.bias.to(other.dtype)
+        )
 
 
 def restore_pair(
@@ -37,20 +49,25 @@ def restore_pair(
         statistics: Of the consumer's inputs.
         config: ``restoration``, ``ridge``, ``damping`` and ``refit_bias`` are read.
     """
-    weight, gram = pair.weight.double(), statistics.gram()
+    factors, gram = [factor.double() for factor in pair.factors], statistics.gram()
+    weight = pair.effective(factors)
     energy = output_energy(weight, gram)
     removed = complement(kept, weight.shape[1])
     plain = output_energy(weight[:, removed], gram[removed[:, None], removed])  # what the removed columns gave
-    best, bias, error, damping, solver = weight[:, kept], None, plain, 0.0, "none"
+    best, bias, error, damping, solver = [factor[:, kept] for factor in factors], None, plain, 0.0, "none"
     if config.restoration == "least_squares":
         old = getattr(pair.consumer, "bias", None) if config.refit_bias else None
         mean = statistics.mean()
         used = gram if old is None else centre(gram, mean, statistics.tokens)
-        found = restore_weight(weight, used, kept, damping=config.damping, ridge=config.ridge)
-        restored_error = residual_energy(weight, found.weight, used, kept)
+        # The restoration is a linear map of the columns, the same for every row: to restore W and each A is to
+        # restore W + Σ scaling · B A, and the rank stays.
+        found = restore_weight(torch.cat(factors), used, kept, damping=config.damping, ridge=config.ridge)
+        rows = list(found.weight.split([factor.shape[0] for factor in factors]))
+        restored = pair.effective(rows)
+        restored_error = residual_energy(weight, restored, used, kept)
         if restored_error <= plain:
-            best, error, damping, solver = found.weight, restored_error, found.damping, found.solver
-            bias = None if old is None else refit_bias(old.detach(), weight, best, mean, kept)
+            best, error, damping, solver = rows, restored_error, found.damping, found.solver
+            bias = None if old is None else refit_bias(old.detach(), weight, restored, mean, kept)
     entry = PairReport(
         layer=width.layer,
         kind=width.kind,

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 from fasp_lightning.pruning.config import PruningConfig
 from fasp_lightning.pruning.plan import resolve_pruned
 from fasp_lightning.structure.linears import linear_parameters, parameter_count
+from fasp_lightning.structure.pair import ResolvedPair
 from fasp_lightning.structure.registry import spec_for
-from fasp_lightning.structure.resolve import ResolvedPair
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -91,9 +91,9 @@ def replace_module(root: nn.Module, path: str, module: nn.Module) -> None:
     setattr(root.get_submodule(parent), name, module)
 
 
-def set_features(linear: nn.Linear, transposed: bool) -> None:
-    """Make the width attributes of a linear module agree with its weight again."""
-    outputs, inputs = linear.weight.shape[::-1] if transposed else linear.weight.shape
-    names = ("nf", "nx") if transposed else ("out_features", "in_features")
-    for name, value in zip(names, (outputs, inputs), strict=True):
-        setattr(linear, name, value)
+def set_features(linear: nn.Module, inputs: int, outputs: int) -> None:
+    """Make the width attributes of a linear module agree with its weight again, whatever its class calls them."""
+    for names, value in ((("in_features", "nx"), inputs), (("out_features", "nf"), outputs)):
+        for name in names:
+            if hasattr(linear, name):
+                setattr(linear, name, value)

@@ -148,6 +148,6 @@ def test_width_attributes_follow_the_weight() -> None:
     linear, conv = nn.Linear(4, 6), Conv1D(6, 4)
     linear.weight.data = linear.weight.data[:5, :3]
     conv.weight.data = conv.weight.data[:3, :5]
-    set_features(linear, transposed=False)
-    set_features(conv, transposed=True)
+    set_features(linear, *linear.weight.shape[::-1])
+    set_features(conv, *conv.weight.shape)
     assert (linear.in_features, linear.out_features) == (conv.nx, conv.nf) == (3, 5)

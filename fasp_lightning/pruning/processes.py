@@ -1,0 +1,100 @@
+"""Pruning in several processes: each runs its own part of the calibration set, one solves, all cut alike."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+T = TypeVar("T")
+
+
+class Processes:
+    """The processes that hold copies of the same model; by default this one alone.
+
+    Every method but the properties is called by all of them, in the same order.
+
+    Args:
+        group: Their process group; ``None`` is a single process.
+    """
+
+    def __init__(self, group: dist.ProcessGroup | None = None) -> None:
+        self._group = group
+
+    @classmethod
+    def everyone(cls) -> Processes:
+        """All processes of ``torch.distributed`` if it runs, else this one alone."""
+        running = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+        return cls(dist.group.WORLD if running else None)
+
+    @property
+    def count(self) -> int:
+        """How many there are."""
+        return 1 if self._group is None else dist.get_world_size(self._group)
+
+    @property
+    def rank(self) -> int:
+        """Which one this is, from 0."""
+        return 0 if self._group is None else dist.get_rank(self._group)
+
+    def add(self, tensor: Tensor) -> None:
+        """Sum a tensor over the processes, in place."""
+        if self._group is None:
+            return
+        sent = tensor.to(self._wire)
+        dist.all_reduce(sent, group=self._group)
+        if sent is not tensor:
+            tensor.copy_(sent)
+
+    def total(self, *values: float) -> list[float]:
+        """Sums of some numbers over the processes, in float64."""
+        sums = torch.tensor(values, dtype=torch.float64)
+        self.add(sums)
+        return sums.tolist()
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """Work that each process does for itself; an error in one of them is raised in all, so that none waits.
+
+        Raises:
+            RuntimeError: In the other processes, with the message.
+        """
+        error: Exception | None = None
+        try:
+            yield
+        except Exception as raised:
+            error = raised
+        messages = self._gather(None if error is None else f"{type(error).__name__}: {error}")
+        if error is not None:
+            raise error
+        for rank, message in enumerate(messages):
+            if message is not None:
+                raise RuntimeError(f"process {rank} stopped with {message}")
+
+    def first(self, compute: Callable[[], T]) -> T:
+        """What the first process computes, in all of them; plain data and tensors, which arrive on the CPU."""
+        if self._group is None:
+            return compute()
+        box: list[Any] = [None]
+        with self.together():
+            if self.rank == 0:
+                box[0] = compute()
+        dist.broadcast_object_list(box, src=dist.get_global_rank(self._group, 0), group=self._group)
+        return box[0]
+
+    def _gather(self, value: Any) -> list[Any]:
+        if self._group is None:
+            return [value]
+        values: list[Any] = [None] * self.count
+        dist.all_gather_object(values, value, group=self._group)
+        return values
+
+    @property
+    def _wire(self) -> torch.device:
+        """Where the backend takes tensors from."""
+        nccl = dist.get_backend(self._group) == "nccl"
+        return torch.device("cuda", torch.cuda.current_device()) if nccl else torch.device("cpu")

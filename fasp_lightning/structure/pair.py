@@ -1,0 +1,205 @@
+"""One coupled pair of one block, as modules: what it weighs, and how it is cut."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from fasp_lightning.ops.slicing import expand, shrink
+from fasp_lightning.structure.adapters import adapters_of, base_of, effective_weight
+from fasp_lightning.structure.compact import (
+    GatherColumns,
+    ScatterRows,
+    inner,
+    replace_module,
+    set_features,
+)
+from fasp_lightning.structure.layout import PairLayout
+from fasp_lightning.structure.spec import CoupledPair
+
+
+class Piece(NamedTuple):
+    """One parameter of a pair, and where the pair's units are in it.
+
+    Attributes:
+        parameter: The parameter.
+        dim: Its dimension that is cut.
+        producer: Index of the producer it belongs to; ``None`` for the consumer.
+        key: Its path in the block, of a pair without adapters.
+    """
+
+    parameter: Tensor
+    dim: int
+    producer: int | None
+    key: str
+
+
+@dataclass
+class ResolvedPair:
+    """One pair of one block. Low-rank adapters on its layers are cut, and restored, along with them.
+
+    Attributes:
+        block: The decoder block.
+        name: Path of the block, for messages.
+        spec: The pair's row.
+        layout: Original numbering.
+        kept: (m,) units left, ascending, in original numbering.
+        transposed: Weights are stored (in, out).
+    """
+
+    block: nn.Module
+    name: str
+    spec: CoupledPair
+    layout: PairLayout
+    kept: Tensor
+    transposed: bool
+
+    @property
+    def consumer(self) -> nn.Linear:
+        """The consumer's linear module, with its adapters."""
+        return inner(self.block.get_submodule(self.spec.consumer))
+
+    @property
+    def producers(self) -> list[nn.Linear]:
+        """The producers' linear modules, with their adapters."""
+        return [inner(self.block.get_submodule(path)) for path in self.spec.producers]
+
+    @property
+    def outputs(self) -> int:
+        """Output features of the consumer."""
+        return shape_of(self.consumer, self.transposed)[0]
+
+    @property
+    def columns(self) -> int:
+        """Number of consumer columns left."""
+        return shape_of(self.consumer, self.transposed)[1]
+
+    @property
+    def factors(self) -> list[Tensor]:
+        """What acts on the consumer's columns: its (out, columns) weight, and the (r, columns) A of each adapter."""
+        weight = self.consumer.weight.detach()
+        adapters = adapters_of(self.spec.consumer, self.consumer)
+        return [weight.T if self.transposed else weight, *(adapter.first.weight.detach() for adapter in adapters)]
+
+    def effective(self, factors: Sequence[Tensor]) -> Tensor:
+        """The (out, m) weight that ``factors`` make together, on any m of the columns."""
+        base, *firsts = factors
+        return effective_weight(base, firsts, adapters_of(self.spec.consumer, self.consumer))
+
+    @property
+    def weight(self) -> Tensor:
+        """(out, columns left) weight of the consumer, its adapters included."""
+        return self.effective(self.factors)
+
+    @torch.no_grad()
+    def assign(self, factors: Sequence[Tensor], bias: Tensor | None = None) -> None:
+        """Write restored factors, and a refitted bias, into the cut consumer."""
+        for target, value in zip(self.factors, factors, strict=True):
+            target.copy_(value)
+        if bias is not None:
+            self.consumer.bias.copy_(bias)
+
+    @property
+    def column_cost(self) -> int:
+        """Parameters that go with one unit: its consumer columns, and its producer rows with their bias entries."""
+        cost = self.outputs * self.layout.repeats
+        unit = torch.zeros(1, dtype=torch.long)
+        for index, producer in enumerate(self.producers):
+            rows = self.layout.unit_rows(index, unit).numel()
+            cost += rows * (shape_of(producer, self.transposed)[1] + (getattr(producer, "bias", None) is not None))
+        return cost
+
+    def pieces(self) -> Iterator[Piece]:
+        """Every parameter that is cut with the pair."""
+        path, column_dim = self.spec.consumer, 0 if self.transposed else 1
+        yield Piece(self.consumer.weight, column_dim, None, f"{path}.weight")
+        for adapter in adapters_of(path, self.consumer):
+            yield Piece(adapter.first.weight, 1, None, "")
+        for index, (path, linear) in enumerate(zip(self.spec.producers, self.producers, strict=True)):
+            yield Piece(linear.weight, 1 - column_dim, index, f"{path}.weight")
+            if getattr(linear, "bias", None) is not None:
+                yield Piece(linear.bias, 0, index, f"{path}.bias")
+            for adapter in adapters_of(path, linear):
+                yield Piece(adapter.second.weight, 0, index, "")
+                if adapter.second.bias is not None:
+                    yield Piece(adapter.second.bias, 0, index, "")
+
+    def positions(self, piece: Piece, kept: Tensor) -> Tensor:
+        """Where the units ``kept`` are in the original dimension of a piece, ascending."""
+        return self.layout.columns(kept) if piece.producer is None else self.layout.rows(piece.producer, kept)
+
+    def slices(self, before: Tensor, after: Tensor) -> Iterator[tuple[Tensor, int, Tensor]]:
+        """How each parameter changes from the units ``before`` to the units ``after``: (parameter, dim, index)."""
+        for piece in self.pieces():
+            old, new = self.positions(piece, before), self.positions(piece, after)
+            yield piece.parameter, piece.dim, torch.searchsorted(old, new)
+
+    def cut(self, kept: Tensor, *, wrap: bool = True) -> None:
+        """Remove all units but ``kept`` on both sides, in place.
+
+        Args:
+            kept: Ascending units in original numbering, a subset of those left.
+            wrap: Let the stock attention code go on seeing full widths. Without, the model cannot run until
+                :meth:`wrap` was called; loaders that address parameters by path need that.
+        """
+        kept = kept.to("cpu")
+        if torch.equal(kept, self.kept):
+            return
+        for parameter, dim, index in self.slices(self.kept, kept):
+            shrink(parameter, index, dim)
+        self._set_features()
+        self.kept = kept
+        if wrap:
+            self.wrap()
+
+    def widen(self) -> None:
+        """Give the pair its original shapes again, in place, with zeros where units are gone."""
+        for piece in self.pieces():
+            piece.parameter.grad = None
+            piece.parameter.data = self._expanded(piece)
+        self._set_features()
+        self.kept = torch.arange(self.layout.width, device="cpu")
+        for path in (self.spec.consumer, *self.spec.producers):
+            replace_module(self.block, path, inner(self.block.get_submodule(path)))
+
+    def wrap(self) -> None:
+        """Put a cut value pair behind its run-time modules; an FFN, cut on both sides, needs none."""
+        if self.spec.kind == "ffn":
+            return
+        consumer = self.consumer
+        columns = self.layout.columns(self.kept).to(consumer.weight.device)
+        replace_module(self.block, self.spec.consumer, GatherColumns(consumer, columns))
+        for index, (path, producer) in enumerate(zip(self.spec.producers, self.producers, strict=True)):
+            rows = self.layout.rows(index, self.kept).to(producer.weight.device)
+            scatter = ScatterRows(producer, rows, self.layout.producer_rows[index])
+            replace_module(self.block, path, scatter)
+
+    def zero_filled(self) -> dict[str, Tensor]:
+        """The pair's tensors in their original shapes, zero where units are gone; keys are paths in the block."""
+        return {piece.key: self._expanded(piece) for piece in self.pieces()}
+
+    def _expanded(self, piece: Piece) -> Tensor:
+        if piece.producer is None:
+            width = self.layout.width * self.layout.repeats
+        else:
+            width = self.layout.producer_rows[piece.producer]
+        return expand(piece.parameter.detach(), self.positions(piece, self.kept), piece.dim, width)
+
+    def _set_features(self) -> None:
+        linears = {self.spec.consumer: self.consumer} | dict(zip(self.spec.producers, self.producers, strict=True))
+        for path, linear in linears.items():
+            outputs, inputs = shape_of(linear, self.transposed)
+            set_features(base_of(linear), inputs, outputs)
+            for adapter in adapters_of(path, linear):
+                set_features(linear, inputs, outputs)
+                adapter.first.in_features, adapter.second.out_features = inputs, outputs
+
+
+def shape_of(linear: nn.Linear, transposed: bool) -> tuple[int, int]:
+    """(outputs, inputs) of a linear module."""
+    outputs, inputs = linear.weight.shape[::-1] if transposed else linear.weight.shape
+    return outputs, inputs
