@@ -188,19 +188,32 @@ def _shortage(config: TextConfig, found: int) -> str:
 
 def _tokens(config: TextConfig, tokenizer: Any, limit: int | None) -> Tensor:
     """Tokenize documents until there are `limit` tokens (None: all of them), giving (tokens,) int64."""
-    separator, end = config.separator, tokenizer.eos_token_id
-    if separator is None and end is None:
-        separator = "\n\n"
     tokens: list[int] = []
-    for group in _groups(documents(config)):
-        if separator is not None:
-            tokens += _encode(tokenizer, [separator.join([*group, ""])])[0]  # also after the last document
-        else:
-            for ids in _encode(tokenizer, [document for document in group if document.strip()]):
-                tokens += [*ids, end]
+    for group in document_groups(documents(config)):
+        tokens += encode_documents(group, tokenizer, config.separator)
         if limit is not None and len(tokens) >= limit:
             return torch.tensor(tokens[:limit], dtype=torch.long)
     return torch.tensor(tokens, dtype=torch.long)
+
+
+def encode_documents(group: list[str], tokenizer: Any, separator: str | None = None) -> list[int]:
+    """Token ids of documents end to end, with what stands between two also after the last one.
+
+    Args:
+        group: The documents; blank ones are passed over, unless a separator is given.
+        tokenizer: A tokenizer of transformers. It adds no special tokens.
+        separator: Text between two documents; None puts the tokenizer's end-of-text token there, or two line
+            feeds where it has none.
+    """
+    end = tokenizer.eos_token_id
+    if separator is None and end is None:
+        separator = "\n\n"
+    if separator is not None:
+        return _encode(tokenizer, [separator.join([*group, ""])])[0]
+    tokens: list[int] = []
+    for ids in _encode(tokenizer, [document for document in group if document.strip()]):
+        tokens += [*ids, end]
+    return tokens
 
 
 def _encode(tokenizer: Any, texts: list[str]) -> list[list[int]]:
@@ -210,14 +223,15 @@ def _encode(tokenizer: Any, texts: list[str]) -> list[list[int]]:
     return tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
 
 
-def _groups(texts: Iterable[str]) -> Iterator[list[str]]:
-    """Gather texts into lists of `GROUP_LENGTH` characters or a little more."""
+def document_groups(texts: Iterable[str], characters: int | None = None) -> Iterator[list[str]]:
+    """Gather texts into lists of `characters` (None: of `GROUP_LENGTH`) characters or a little more."""
+    characters = GROUP_LENGTH if characters is None else characters
     group: list[str] = []
     length = 0
     for text in texts:
         group.append(text)
         length += len(text)
-        if length >= GROUP_LENGTH:
+        if length >= characters:
             yield group
             group, length = [], 0
     if group:
