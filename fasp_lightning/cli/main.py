@@ -14,8 +14,23 @@ COMMANDS = {
     "prune": "prune a model and save it",
     "plan": "say what a pruning would give; reads no weights",
     "evaluate": "perplexity of a model, and tasks of the evaluation harness",
+    "fit": "train a model, and prune it on the way",
+    "validate": "one pass over the validation text",
+    "test": "one pass over the test text",
+    "predict": "likelihood of each sequence of a text",
+    "schedule": "write the schedule of a training's pruning as a YAML file to edit",
 }
-"""Name → help. Each is a module of this package with ``JOB`` (a dataclass) and ``run(job)``."""
+"""Name → help. A command with options of its own is a module of this package with ``JOB`` (a dataclass) and
+``run(job)``; one of :data:`TRAINING` takes those of a Lightning run."""
+
+TRAINING = {
+    "fit": "lightning",
+    "validate": "lightning",
+    "test": "lightning",
+    "predict": "lightning",
+    "schedule": "schedule",
+}
+"""Name → module of this package with ``run(command, argv)``."""
 
 USAGE = f"""\
 usage: fasp COMMAND [options]
@@ -62,6 +77,8 @@ def _dispatch(argv: list[str]) -> int:
         got = repr(command) if command else "none"
         raise UsageError(f"command must be one of {', '.join(COMMANDS)}, got {got}; see fasp --help")
     # imported here: the other commands' modules, and what they need, stay out of the process
+    if command in TRAINING:
+        return import_module(f"fasp_lightning.cli.{TRAINING[command]}").run(command, rest)
     from fasp_lightning.cli.parsing import parse
 
     module = import_module(f"fasp_lightning.cli.{command}")

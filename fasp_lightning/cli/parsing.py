@@ -36,7 +36,7 @@ def parse(job: type, program: str, argv: list[str]) -> Any:
     parser = ArgumentParser(prog=program, description=_summary(job), exit_on_error=False)
     parser.add_argument("-c", "--config", action="config", help="A YAML file, or a shipped config by its bare name.")
     parser.add_class_arguments(job)
-    arguments = list(_with_values(_with_paths(argv), set(_flags(job))))
+    arguments = list(_with_values(with_paths(argv), set(_flags(job))))
     try:
         parsed = parser.parse_args(arguments)
     except (argparse.ArgumentError, TypeError, KeyError) as error:
@@ -50,8 +50,12 @@ def _summary(job: type) -> str:
     return (job.__doc__ or "").strip().splitlines()[0]
 
 
-def _with_paths(argv: list[str]) -> Iterator[str]:
-    """The arguments with the configs' paths for their names."""
+def with_paths(argv: list[str]) -> Iterator[str]:
+    """The arguments with the configs' paths for their names.
+
+    Raises:
+        UsageError: If there is no such config.
+    """
     named = False
     for argument in argv:
         option, equals, value = argument.partition("=")
