@@ -30,9 +30,8 @@ class Restored(NamedTuple):
 
     def like(self, other: Tensor) -> Restored:
         """In the dtype of another tensor."""
-        return Restored(
-            [factor.to(other.dtype) for factor in self.factors], None if self.bias is None else self.bias.to(other.dtype)
-        )
+        bias = None if self.bias is None else self.bias.to(other.dtype)
+        return Restored([factor.to(other.dtype) for factor in self.factors], bias)
 
 
 def restore_pair(

@@ -85,6 +85,26 @@ def plan_widths(model: PreTrainedModel, config: PruningConfig) -> WidthPlan:
         ValueError: If the sparsity cannot be reached with queries and keys kept (the message gives the highest
             that can), lies below what is pruned already, or ``multiple_of`` exceeds the FFN width.
     """
+    plan = _plan(model, config)
+    gone = plan.original_parameters > plan.parameters_before
+    newly = plan.parameters_before > plan.parameters_after
+    if not gone and not newly and config.sparsity and config.multiple_of > 1:
+        raise ValueError(
+            f"multiple_of must be small enough for a cut of {config.sparsity}, got {config.multiple_of}: "
+            "rounded to it, no width changes"
+        )
+    if gone and not newly:
+        raise ValueError(f"sparsity must exceed {plan.sparsity:.4f}, which is pruned already, got {config.sparsity}")
+    return plan
+
+
+def is_reached(model: PreTrainedModel, config: PruningConfig) -> bool:
+    """Whether a model is pruned that far already, so that :func:`plan_widths` would refuse to prune it further."""
+    plan = _plan(model, config)
+    return plan.original_parameters > plan.parameters_before == plan.parameters_after
+
+
+def _plan(model: PreTrainedModel, config: PruningConfig) -> WidthPlan:
     pairs = resolve_pruned(model)
     attention = _decide_attention(pairs, config.attention)
     pruned = {"ffn", "value"} if attention == "value_dims" else {"ffn"}
@@ -94,15 +114,7 @@ def plan_widths(model: PreTrainedModel, config: PruningConfig) -> WidthPlan:
     widths = tuple(tuple(_block_widths(block, pruned, share, config)) for block in pairs)
     parameters = parameter_count(model)
     newly = sum((pair.before - pair.after) * pair.cost for block in widths for pair in block)
-    plan = WidthPlan(widths, total, parameters + gone, parameters, parameters - newly, attention)
-    if not gone and newly == 0 and config.sparsity and config.multiple_of > 1:
-        raise ValueError(
-            f"multiple_of must be small enough for a cut of {config.sparsity}, got {config.multiple_of}: "
-            "rounded to it, no width changes"
-        )
-    if gone and newly == 0:
-        raise ValueError(f"sparsity must exceed {plan.sparsity:.4f}, which is pruned already, got {config.sparsity}")
-    return plan
+    return WidthPlan(widths, total, parameters + gone, parameters, parameters - newly, attention)
 
 
 def _decide_attention(pairs: list[list[ResolvedPair]], attention: str) -> str:

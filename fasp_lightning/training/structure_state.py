@@ -32,11 +32,16 @@ def carry_structure(module: nn.Module, attribute: str | None = None) -> None:
         ValueError: If the module holds no causal LM, or several.
     """
     find_causal_lm(module, attribute)
-    if hasattr(module, _MARK):
+    if carries_structure(module):
         return
     setattr(module, _MARK, attribute)
     module.register_state_dict_post_hook(_write)
     module.register_load_state_dict_pre_hook(_read)
+
+
+def carries_structure(module: nn.Module) -> bool:
+    """Whether :func:`carry_structure` was called on a module."""
+    return hasattr(module, _MARK)
 
 
 def _write(module: nn.Module, state: dict[str, Any], prefix: str, _metadata: Any) -> None:

@@ -1,0 +1,255 @@
+"""FASP as a Lightning callback: decides and orders, nothing else."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import nn
+
+from fasp_lightning.pruning.checkpoint import check_output
+from fasp_lightning.pruning.config import PruningConfig
+from fasp_lightning.pruning.processes import Processes
+from fasp_lightning.pruning.schedule import PruningSchedule, ScheduledPruning
+from fasp_lightning.pruning.widths import is_reached, plan_widths
+from fasp_lightning.training import surgery
+from fasp_lightning.training.calibration import (
+    calibration_batches,
+    calibration_loader,
+    has_calibration_loader,
+)
+from fasp_lightning.training.events import EventRecord, prune_model, validation_perplexity
+from fasp_lightning.training.export import export_model
+from fasp_lightning.training.locate import find_causal_lm
+from fasp_lightning.training.lora import LoRAConfig, attach_lora, has_lora, merge_lora
+from fasp_lightning.training.optimizer_state import check_optimizer
+from fasp_lightning.training.random_state import random_state, restore_random_state
+from fasp_lightning.training.recovery import MODES, Recovery, trained_names
+from fasp_lightning.training.structure_state import carries_structure, carry_structure
+from fasp_lightning.training.telling import tell_event, tell_history
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+class FASPPruning(Callback):
+    """Prunes the causal LM of a LightningModule during ``fit``, at the points of a schedule.
+
+    An event runs before the first batch whose optimizer step, or epoch, has come, when no gradient is pending:
+    perplexity, calibration, pruning block by block, perplexity. Optimizer state, DDP, averaged weights and compiled
+    code follow; learning rate schedules go on. ``ModelCheckpoint`` and ``EarlyStopping`` start to compare anew.
+    ``fasp/…`` metrics go to every logger at ``trainer.global_step``, and to ``trainer.callback_metrics``.
+
+    Supported are one device and ``ddp`` (statistics are summed over the processes, one solves).
+
+    Args:
+        schedule: When, and how far: a :class:`~fasp_lightning.PruningSchedule`, its plain data
+            (``{kind: cubic, …}`` or a list of ``{step | epoch, sparsity}``), or the path of a YAML file that holds it.
+        pruning: How; its ``sparsity`` is that of the schedule's events.
+        recovery: What trains after the first event: "none", what the module trains; "full", every parameter of the
+            model; "lora", adapters alone. Until the first event the module trains what it trains.
+        lora: Settings of the adapters for recovery="lora", where the model has none; they are merged at the end of
+            the run.
+        attribute: Path of the model in the module, such as "model"; by default the one causal LM that is found.
+        calibration_sequences: Sequences of an event, in all processes together, drawn anew for each from
+            ``calibration_dataloader()`` of the datamodule or module, else from the training data.
+        validation_batches: Batches of each validation loader, in each process, that perplexity is measured on; 0 for
+            none.
+        seed: Seed of the drawing of calibration sequences.
+        export_to: Folder for the pruned model at the end of the run, adapters merged, with the datamodule's
+            ``tokenizer`` if it has one; as :func:`~fasp_lightning.save_pruned` writes it.
+        form: Its form: "auto", "stock", "compact" or "zero_filled".
+        overwrite: Replace a pruned model in ``export_to``.
+
+    Raises:
+        ValueError: From ``setup``, ``on_fit_start`` and ``on_train_start`` on: if the model cannot be found, the
+            schedule not be reached, or strategy, optimizer or callbacks could not follow.
+    """
+
+    def __init__(
+        self,
+        schedule: PruningSchedule | dict[str, Any] | list[dict[str, Any]] | str,
+        pruning: PruningConfig | None = None,
+        recovery: Literal["none", "full", "lora"] = "none",
+        lora: LoRAConfig | None = None,
+        attribute: str | None = None,
+        calibration_sequences: int = 64,
+        validation_batches: int = 16,
+        seed: int = 0,
+        export_to: str | None = None,
+        form: Literal["auto", "stock", "compact", "zero_filled"] = "auto",
+        overwrite: bool = False,
+    ) -> None:
+        if recovery not in MODES:
+            raise ValueError(f"recovery must be one of {', '.join(map(repr, MODES))}, got {recovery!r}")
+        if calibration_sequences < 1:
+            raise ValueError(f"calibration_sequences must be at least 1, got {calibration_sequences}")
+        if validation_batches < 0:
+            raise ValueError(f"validation_batches must be at least 0, got {validation_batches}")
+        self.schedule = PruningSchedule.parse(schedule)
+        self.pruning = pruning or PruningConfig()
+        self.recovery = recovery
+        self.lora = lora
+        self.attribute = attribute
+        self.calibration_sequences = calibration_sequences
+        self.validation_batches = validation_batches
+        self.seed = seed
+        self.export_to = export_to
+        self.form = form
+        self.overwrite = overwrite
+        self.records: list[EventRecord] = []
+        self._done = 0
+        self._injected = False
+        self._recovery: Recovery | None = None
+        self._random: dict[str, Any] | None = None
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Find the model, refuse what cannot work, and let checkpoints carry the plan."""
+        model = self._model(pl_module)
+        carried = carries_structure(pl_module)
+        for module in (pl_module, *surgery.averages(trainer)):
+            carry_structure(module, self.attribute)
+        if stage != "fit":
+            return
+        self.records, self._done, self._random = [], 0, None
+        surgery.check_trainer(trainer)
+        if surgery.starts_by_spawn(trainer) and not carried:
+            raise ValueError(
+                f"strategy must be 'ddp' for {type(pl_module).__name__}, got one that spawns its processes, whose "
+                "pruned state the main process could not load; or call carry_structure(self) at the end of its __init__"
+            )
+        if not has_calibration_loader(trainer, pl_module):
+            surgery.check_training_source(trainer)
+        for event in self.schedule:
+            if not is_reached(model, self._config(event)):
+                plan_widths(model, self._config(event))
+        if self.export_to is not None:
+            check_output(Path(self.export_to), self.overwrite)
+        self._set_up_recovery(trainer, model)
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Refuse optimizers that could not follow; take up a resumed run where its checkpoint left it."""
+        for optimizer in trainer.optimizers:
+            check_optimizer(optimizer)
+        self._phases.check(trainer.optimizers)
+        with surgery.unwrapped(trainer):
+            self._phases.apply(pruned=self._done > 0)
+        if self._random is not None:
+            restore_random_state(self._random)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Refuse a schedule that the run will not reach the end of, and data that gives no calibration."""
+        late = self.schedule.beyond(trainer.max_steps, trainer.max_epochs, surgery.steps_per_epoch(trainer))
+        if late is not None:
+            index, event = late
+            raise ValueError(
+                f"schedule entry {index}, {event.to_dict()!r}, must happen within the run, which ends before; "
+                "raise max_steps or max_epochs, or take the entry out"
+            )
+        calibration_loader(trainer, pl_module)
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Run the events whose time has come."""
+        if not surgery.on_boundary(trainer, batch_idx):
+            return
+        while event := self.schedule.due(self._done, trainer.global_step, trainer.current_epoch):
+            if is_reached(self._model(pl_module), self._config(event)):  # the model came so, as from its weights alone
+                with surgery.unwrapped(trainer):
+                    self._phases.apply(pruned=True)
+            else:
+                self._run(trainer, pl_module, event)
+            self._done += 1
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Measure what recovery brought."""
+        if self.records:
+            self._close(trainer, self._perplexity(trainer, pl_module))
+            tell_history(trainer, self.records)
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Merge the adapters that are ours, and export; after the last checkpoint, which still has them."""
+        model = self._model(pl_module)
+        if self._injected:
+            merge_lora(model)
+        if self.export_to is not None and trainer.is_global_zero:
+            model.fasp_report = {  # type: ignore[assignment]  # saved along
+                **getattr(model, "fasp_report", {}),
+                "events": [dataclasses.asdict(record) for record in self.records],
+            }
+            tokenizer = getattr(trainer.datamodule, "tokenizer", None)  # type: ignore[attr-defined]
+            tokenizer = tokenizer if hasattr(tokenizer, "save_pretrained") else None
+            export_model(model, self.export_to, tokenizer, self.form, self.overwrite)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Events done and the process's random state: plain data and tensors."""
+        records = [dataclasses.asdict(record) for record in self.records]
+        return {"done": self._done, "records": records, "random": random_state()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Inverse of :meth:`state_dict`; the random state is put back when the run starts."""
+        self._done = state_dict["done"]
+        self.records = [EventRecord(**record) for record in state_dict["records"]]
+        self._random = state_dict["random"]
+
+    def _run(self, trainer: Trainer, pl_module: LightningModule, event: ScheduledPruning) -> None:
+        """One event."""
+        model, index = self._model(pl_module), self._done
+        before = self._perplexity(trainer, pl_module)
+        self._close(trainer, before)
+        loader = calibration_loader(trainer, pl_module)
+
+        def batches(processes: Processes) -> Iterator[Any]:
+            parts = processes.rank, processes.count
+            return calibration_batches(loader, self.calibration_sequences, self.seed, index, *parts)
+
+        start = time.perf_counter()
+        with surgery.unwrapped(trainer):
+            report = prune_model(trainer, model, self._config(event), batches, self.seed, self.attribute)
+            self._phases.apply(pruned=True)
+        record = EventRecord(
+            step=trainer.global_step,
+            sparsity=report.sparsity,
+            sparsity_total=report.sparsity_total,
+            parameters=report.parameters_after,
+            seconds=time.perf_counter() - start,
+            perplexity_before=before,
+            perplexity_pruned=self._perplexity(trainer, pl_module),
+        )
+        self.records.append(record)
+        surgery.forget_best(trainer)
+        tell_event(trainer, record, report)
+        tell_history(trainer, self.records)
+
+    def _close(self, trainer: Trainer, perplexity: float | None) -> None:
+        """The last event's recovery ends here."""
+        if self.records and perplexity is not None:
+            self.records[-1].perplexity_recovered = perplexity
+            surgery.publish(trainer, {"fasp/perplexity_recovered": perplexity})
+
+    def _perplexity(self, trainer: Trainer, pl_module: LightningModule) -> float | None:
+        return validation_perplexity(trainer, self._model(pl_module), self.validation_batches)
+
+    def _config(self, event: ScheduledPruning) -> PruningConfig:
+        return dataclasses.replace(self.pruning, sparsity=event.sparsity)
+
+    def _model(self, pl_module: nn.Module) -> PreTrainedModel:
+        return find_causal_lm(pl_module, self.attribute)
+
+    @property
+    def _phases(self) -> Recovery:
+        assert self._recovery is not None, "setup comes first"
+        return self._recovery
+
+    def _set_up_recovery(self, trainer: Trainer, model: PreTrainedModel) -> None:
+        """Attach adapters where recovery needs them, and let all that will ever train go to the optimizers."""
+        own = trained_names(model)
+        self._injected = self.recovery == "lora" and not has_lora(model)
+        if self._injected:
+            for module in (trainer.lightning_module, *surgery.averages(trainer)):
+                attach_lora(self._model(module), self.lora or LoRAConfig())
+        self._recovery = Recovery(self.recovery, model, own)
+        self._recovery.prepare()

@@ -1,0 +1,76 @@
+"""Optimizer state follows its parameter: which optimizers' can, and the cut itself."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+PROBE_SHAPE = (64, 129)
+"""Of the weight on which an optimizer is tried: odd, and large enough for 8-bit optimizers to use 8 bits."""
+
+
+def check_optimizer(optimizer: Optimizer) -> None:
+    """Refuse an optimizer whose state has no known shape rule, by trying a new one of its class on a small weight.
+
+    The rule: a state tensor has the shape of its parameter, or is a scalar. Factored (Adafactor) and blockwise
+    quantised (8-bit) states do not follow it.
+
+    Args:
+        optimizer: As ``configure_optimizers`` made it; it is not touched.
+
+    Raises:
+        ValueError: If a state does not follow the rule, or the class cannot be tried.
+    """
+    name = type(optimizer).__name__
+    remedy = "use an optimizer with elementwise state, such as torch.optim.AdamW or SGD"
+    try:
+        state = _state_of_probe(optimizer)
+    except Exception as error:  # whatever a class raises that needs a closure, sparse gradients, a process group
+        reason = " ".join(str(error).split())[:120]
+        raise ValueError(f"optimizer {name} cannot be tried on one weight ({reason}); {remedy}") from error
+    for key, value in state.items():
+        if not _follows_rule(value):
+            form = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+            raise ValueError(
+                f"optimizer {name} must have state of its weight's shape {PROBE_SHAPE}, got {key} of {form}; {remedy}"
+            )
+
+
+def _state_of_probe(optimizer: Optimizer) -> dict[str, Any]:
+    """State of one weight after one step of a new optimizer with the same settings."""
+    accepted = inspect.signature(type(optimizer).__init__).parameters
+    settings = {key: value for key, value in optimizer.defaults.items() if key in accepted}
+    device = next(parameter.device for group in optimizer.param_groups for parameter in group["params"])
+    weight = nn.Parameter(torch.zeros(PROBE_SHAPE, device=device))
+    weight.grad = torch.ones_like(weight)
+    probe = type(optimizer)([weight], **settings)
+    with torch.enable_grad():
+        probe.step()
+    return dict(probe.state[weight])
+
+
+def _follows_rule(value: Any) -> bool:
+    if type(value) in (Tensor, nn.Parameter):
+        return value.numel() == 1 or (value.shape == PROBE_SHAPE and value.is_floating_point())
+    return value is None or isinstance(value, (bool, int, float))
+
+
+@torch.no_grad()
+def slice_states(optimizers: Iterable[Optimizer], slices: Iterable[tuple[Tensor, int, Tensor]]) -> None:
+    """Cut the state of parameters that were cut.
+
+    Args:
+        optimizers: Those that hold the parameters, or some of them.
+        slices: For each cut its parameter, dimension and the positions that were kept.
+    """
+    states = [optimizer.state for optimizer in optimizers]
+    for parameter, dim, index in slices:
+        for state in states:
+            for key, value in state.get(parameter, {}).items():
+                if isinstance(value, Tensor) and value.numel() > 1 and value.shape[dim] != index.numel():
+                    state[parameter][key] = value.index_select(dim, index.to(value.device))

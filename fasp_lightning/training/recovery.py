@@ -1,0 +1,82 @@
+"""Which parameters of the model train: before the first pruning, and after it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING
+
+from torch import nn
+from torch.optim import Optimizer
+
+from fasp_lightning.structure.adapters import is_adapter_parameter
+from fasp_lightning.training.lora import stock_name
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+MODES = ("none", "full", "lora")
+
+
+class Recovery:
+    """Switches ``requires_grad`` of the causal LM's parameters.
+
+    Args:
+        mode: ``"none"`` leaves all as the user's module has it; ``"full"`` trains every parameter after the first
+            pruning; ``"lora"`` its adapters alone.
+        model: The causal LM, adapters attached.
+        own: What trains before the first pruning, as :func:`trained_names` gives it; adapters that are not in it are
+            idle until then.
+    """
+
+    def __init__(self, mode: str, model: PreTrainedModel, own: set[str]) -> None:
+        self.mode = mode
+        self._model = model
+        self._own = own
+
+    def prepare(self) -> None:
+        """Let all parameters that will ever train require gradients, so that optimizers are given them."""
+        if self.mode != "none":
+            for name, parameter in self._model.named_parameters():
+                parameter.requires_grad_(self._is_own(name) or self._recovers(name))
+
+    def apply(self, pruned: bool) -> None:
+        """Set the parameters for a phase of the run; a frozen one has no gradient, so that no optimizer moves it.
+
+        Args:
+            pruned: Whether the first pruning is done.
+        """
+        if self.mode != "none":
+            for name, parameter in self._model.named_parameters():
+                trains = self._recovers(name) if pruned else self._is_own(name)
+                parameter.requires_grad_(trains)
+                if not trains:
+                    parameter.grad = None
+
+    def check(self, optimizers: Iterable[Optimizer]) -> None:
+        """Refuse optimizers that lack a parameter that recovery will train.
+
+        Raises:
+            ValueError: Naming one such parameter.
+        """
+        held = {id(one) for optimizer in optimizers for group in optimizer.param_groups for one in group["params"]}
+        missing = [name for name, parameter in self._recovering() if id(parameter) not in held]
+        if missing:
+            raise ValueError(
+                f"recovery={self.mode!r} needs its parameters in the optimizer, which lacks {len(missing)} of them, "
+                f"such as {missing[0]}; give configure_optimizers all parameters that require gradients"
+            )
+
+    def _recovering(self) -> Iterator[tuple[str, nn.Parameter]]:
+        if self.mode != "none":
+            yield from ((name, one) for name, one in self._model.named_parameters() if self._recovers(name))
+
+    def _recovers(self, name: str) -> bool:
+        return self.mode == "full" or is_adapter_parameter(name)
+
+    def _is_own(self, name: str) -> bool:
+        return stock_name(self._model, name) in self._own
+
+
+def trained_names(model: PreTrainedModel) -> set[str]:
+    """Names of the parameters that require gradients, as they are without adapters and run-time modules."""
+    return {stock_name(model, name) for name, parameter in model.named_parameters() if parameter.requires_grad}
