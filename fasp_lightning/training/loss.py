@@ -9,11 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-IGNORED = -100
-"""Label of a token that is not predicted."""
-
-CHUNK_ELEMENTS = 2**24
-"""Logits handled at once: their fp32 copy takes 64 MiB, whatever the vocabulary."""
+from fasp_lightning.ops.likelihood import CHUNK_ELEMENTS, next_token_nll
+from fasp_lightning.training.metrics import IGNORED
 
 INPUTS = ("input_ids", "attention_mask", "position_ids")
 """Entries of a batch that the model gets."""
@@ -52,7 +49,7 @@ def next_token_loss(logits: Tensor, labels: Tensor) -> Tensor:
 
     Args:
         logits: (batch, seq, vocabulary), any floating dtype; computed with in fp32.
-        labels: (batch, seq) int64, :data:`IGNORED` where nothing is predicted.
+        labels: (batch, seq) int64, -100 where nothing is predicted.
 
     Returns:
         Scalar, fp32; 0 where there is nothing to predict.
@@ -67,12 +64,9 @@ def sequence_nll(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     Returns:
         (batch,) sums in float64, and (batch,) predicted tokens.
     """
-    targets = _targets(labels)
-    nll = torch.zeros(len(logits), dtype=torch.float64, device=logits.device)
-    for index, (row, goals) in enumerate(zip(logits, targets, strict=True)):
-        for piece, goal in _pieces(row, goals):
-            nll[index] += functional.cross_entropy(piece.float(), goal, ignore_index=IGNORED, reduction="sum")
-    return nll, (targets != IGNORED).sum(1)
+    rows = zip(logits.split(1), labels.split(1), strict=True)
+    nll = torch.stack([next_token_nll(*row)[0] for row in rows])  # an ignored label adds a loss of 0
+    return nll, (_targets(labels) != IGNORED).sum(1)
 
 
 class _MeanNLL(torch.autograd.Function):

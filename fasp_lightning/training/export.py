@@ -1,0 +1,72 @@
+"""Writing the model that is being trained as a plain checkpoint, while training goes on."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fasp_lightning.pruning.checkpoint import check_output, save_pruned
+from fasp_lightning.pruning.forms import FORMS
+from fasp_lightning.pruning.plan import plan_of
+from fasp_lightning.pruning.staging import require_space, staged
+from fasp_lightning.training.lora import has_lora, merge_lora
+from fasp_lightning.training.sharding import is_sharded
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+def export_model(
+    model: PreTrainedModel,
+    path: str | Path,
+    tokenizer: Any = None,
+    form: str = "auto",
+    overwrite: bool = False,
+) -> Path:
+    """Write a causal LM, LoRA merged, as safetensors and config; all or nothing. The model itself stays as it is.
+
+    With adapters a copy of the model is merged, which takes its memory once more.
+
+    Args:
+        model: A causal LM, with adapters or without. One that carries a plan is written by
+            :func:`~fasp_lightning.save_pruned`, and loads accordingly.
+        path: Folder to write.
+        tokenizer: Saved along if given.
+        form: See :func:`~fasp_lightning.save_pruned`; for a model that was never pruned ``"auto"`` or ``"stock"``.
+        overwrite: Replace a folder that holds a pruned model.
+
+    Returns:
+        The folder.
+
+    Raises:
+        FileExistsError: If ``path`` is not empty and ``overwrite`` is false, or is no pruned model.
+        ValueError: If ``form`` cannot hold the model, or the model is sharded.
+    """
+    path = Path(path)
+    check_output(path, overwrite)
+    if form not in ("auto", *FORMS):
+        raise ValueError(f"form must be 'auto' or one of {', '.join(map(repr, FORMS))}, got {form!r}")
+    if is_sharded(model):
+        raise ValueError(
+            "model must be whole to be exported, got one that is sharded over processes; save a checkpoint with "
+            "ModelParallelStrategy(save_distributed_checkpoint=False) and export from it in one process"
+        )
+    if has_lora(model):
+        model = copy.deepcopy(model)
+        merge_lora(model)
+    plan = plan_of(model)
+    if plan is not None and any(plan.blocks):
+        return save_pruned(model, path, tokenizer, form=form, overwrite=overwrite).path
+    return _save_dense(model, path, tokenizer, form)
+
+
+def _save_dense(model: PreTrainedModel, path: Path, tokenizer: Any, form: str) -> Path:
+    if form not in ("auto", "stock"):
+        raise ValueError(f"form must be 'auto' or 'stock' for a model that was never pruned, got {form!r}")
+    require_space(path, model.parameters())
+    with staged(path) as stage:
+        model.save_pretrained(stage)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(stage)
+    return path

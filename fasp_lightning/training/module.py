@@ -1,0 +1,203 @@
+"""A causal LM as a LightningModule."""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable, ReduceLROnPlateau
+from lightning.pytorch.strategies import ModelParallelStrategy
+from lightning.pytorch.utilities import rank_zero_only
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from torch import Tensor
+
+from fasp_lightning.training.building import new_model, read_model, recompute_activations, seeded
+from fasp_lightning.training.export import export_model
+from fasp_lightning.training.lora import LoRAConfig, attach_lora, merge_lora
+from fasp_lightning.training.loss import next_token_loss, read_batch, sequence_nll
+from fasp_lightning.training.metrics import Perplexity
+from fasp_lightning.training.sharding import shard
+from fasp_lightning.training.structure_state import carry_structure
+
+_DEFAULT_OPTIMIZER = functools.partial(torch.optim.AdamW, lr=1e-4)
+
+
+class CausalLMModule(L.LightningModule):
+    """Trains a causal LM to predict the next token; its checkpoints carry the pruning plan and load on any shapes.
+
+    Batches are (batch, seq) token ids, or mappings with ``input_ids`` and optionally ``attention_mask`` and
+    ``labels`` (-100 where nothing is predicted); without labels every token but padding is predicted. Logged are
+    ``train_loss`` each step, and ``val_loss``, ``val_perplexity``, ``test_loss`` and ``test_perplexity`` over all
+    predicted tokens. The model is ``self.model``, in training mode; call ``eval()`` to use it outside a Trainer.
+
+    Checkpoints name the model they started from; ``load_from_checkpoint(path, name_or_path=...)`` if it has moved.
+    Under ``ModelParallelStrategy`` the model is sharded with the shapes it has then: name a folder that
+    :func:`~fasp_lightning.save_pruned` wrote to shard a pruned one.
+
+    Args:
+        name_or_path: Model on the hub, folder (pruned ones too), ``.gguf`` file, or ``package:NAME``.
+        config: Train this model from scratch instead: ``model_type``, and the fields that differ from that family's
+            defaults.
+        lora: Settings of a LoRA on the decoder blocks (or the same as a mapping); then the adapters train, and
+            nothing else does.
+        optimizer: Makes the optimizer from the parameters.
+        lr_scheduler: Makes a learning rate scheduler, stepped once per optimizer step (one that watches a metric:
+            once per epoch).
+        gradient_checkpointing: Compute activations a second time in the backward pass, instead of keeping them.
+        dtype: Of the weights, such as "float32" or "bfloat16"; "auto" is the checkpoint's. Training in 16-bit
+            weights loses small updates: prefer "float32" with the Trainer's precision="bf16-mixed".
+        attn_implementation: "eager", "sdpa", ...; by default that of transformers.
+        revision: Branch, tag or commit on the hub.
+        trust_remote_code: Let the repository's own code run.
+        seed: Of the weights of a model from scratch, and of the adapters.
+    """
+
+    def __init__(
+        self,
+        name_or_path: str | None = None,
+        config: dict[str, Any] | None = None,
+        lora: LoRAConfig | None = None,
+        optimizer: OptimizerCallable = lambda parameters: torch.optim.AdamW(parameters, lr=1e-4),
+        lr_scheduler: LRSchedulerCallable | None = None,
+        gradient_checkpointing: bool = False,
+        dtype: str = "float32",
+        attn_implementation: str | None = None,
+        revision: str | None = None,
+        trust_remote_code: bool = False,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        if (name_or_path is None) == (config is None):
+            given = "neither" if config is None else "both"
+            raise ValueError(f"exactly one of name_or_path and config must be given, got {given}")
+        adapters = LoRAConfig(**lora) if isinstance(lora, dict) else lora
+        # hyperparameters are plain data, so that checkpoints load with weights_only=True
+        name_or_path = None if name_or_path is None else str(name_or_path)
+        dtype = str(dtype).removeprefix("torch.")
+        lora = adapters and adapters.to_dict()  # type: ignore[assignment]
+        self.save_hyperparameters(ignore=["optimizer", "lr_scheduler"])
+        # the command line reads the lambda's source, but processes can't send each other a lambda
+        self.optimizer = _DEFAULT_OPTIMIZER if optimizer in _defaults() else optimizer
+        self.lr_scheduler = lr_scheduler
+        if name_or_path is not None:
+            hub: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
+            self.model = read_model(name_or_path, dtype, attn_implementation=attn_implementation, **hub)
+        else:
+            self.model = new_model(config or {}, dtype, attn_implementation=attn_implementation, seed=seed)
+        self.val_perplexity, self.test_perplexity = Perplexity(), Perplexity()
+        if adapters is not None:
+            self.attach_lora(adapters)
+        if gradient_checkpointing:
+            recompute_activations(self.model)
+        self.model.train()  # Lightning leaves the mode to the module
+        carry_structure(self)
+
+    def attach_lora(self, config: LoRAConfig) -> None:
+        """Give the model adapters, and tell it the hyperparameters; see :func:`attach_lora`."""
+        with seeded(self.hparams.get("seed", 0)):
+            attach_lora(self.model, config)
+        self.hparams["lora"] = config.to_dict()
+
+    def merge_lora(self) -> None:
+        """Merge the model's adapters, and tell it the hyperparameters; see :func:`merge_lora`."""
+        merge_lora(self.model)
+        self.hparams["lora"] = None
+
+    def configure_model(self) -> None:
+        """Shard the model if the strategy asks for it."""
+        strategy = None if self._trainer is None else self.trainer.strategy
+        if isinstance(strategy, ModelParallelStrategy):
+            shard(self.model, strategy.device_mesh)
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        """Every parameter that requires a gradient now goes to the optimizer.
+
+        Raises:
+            ValueError: If there is none.
+        """
+        parameters = [parameter for parameter in self.parameters() if parameter.requires_grad]
+        if not parameters:
+            raise ValueError("a parameter must require a gradient to be trained, got a model that is frozen as a whole")
+        optimizer = self.optimizer(parameters)
+        if self.lr_scheduler is None:
+            return optimizer
+        scheduler = self.lr_scheduler(optimizer)
+        if isinstance(scheduler, ReduceLROnPlateau):
+            return {
+                "optimizer": optimizer,
+                "lr_scheduler": {"scheduler": scheduler, "monitor": scheduler.monitor, "interval": "epoch"},
+            }
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def forward(self, input_ids: Tensor, **inputs: Any) -> Tensor:
+        """(batch, seq) token ids → (batch, seq, vocabulary) logits."""
+        logits: Tensor = self.model(input_ids=input_ids, use_cache=False, **inputs).logits
+        return logits
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        """Mean NLL of the batch's predicted tokens."""
+        inputs, labels = read_batch(batch)
+        loss = next_token_loss(self(**inputs), labels)
+        self.log("train_loss", loss, prog_bar=True, batch_size=len(labels))
+        return loss
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        """Add a batch to ``val_loss`` and ``val_perplexity``."""
+        self._evaluate(batch, self.val_perplexity)
+
+    def test_step(self, batch: Any, batch_idx: int) -> None:
+        """Add a batch to ``test_loss`` and ``test_perplexity``."""
+        self._evaluate(batch, self.test_perplexity)
+
+    def predict_step(self, batch: Any, batch_idx: int = 0) -> dict[str, Tensor]:
+        """Likelihood of each sequence: ``nll`` in nats, summed over its predicted ``tokens``; both (batch,)."""
+        inputs, labels = read_batch(batch)
+        nll, tokens = sequence_nll(self(**inputs), labels)
+        return {"nll": nll, "tokens": tokens}
+
+    def on_validation_epoch_end(self) -> None:
+        """Log what the validation batches gave."""
+        self._log("val", self.val_perplexity)
+
+    def on_test_epoch_end(self) -> None:
+        """Log what the test batches gave."""
+        self._log("test", self.test_perplexity)
+
+    def _evaluate(self, batch: Any, metric: Perplexity) -> None:
+        inputs, labels = read_batch(batch)
+        metric.update(self(**inputs), labels)
+
+    def _log(self, stage: str, metric: Perplexity) -> None:
+        """The loss is the logarithm of the perplexity: over all tokens of all processes, not a mean of means."""
+        perplexity = metric.compute()
+        values = {f"{stage}_loss": perplexity.log(), f"{stage}_perplexity": perplexity}
+        self.log_dict(values, prog_bar=True, sync_dist=True)  # equal on all processes already; Lightning can't know
+        metric.reset()
+
+    @rank_zero_only
+    def export(
+        self, path: str | Path, tokenizer: Any = None, form: str = "auto", overwrite: bool = False
+    ) -> Path | None:
+        """Write the model, LoRA merged, as safetensors and config; it can go on training afterwards.
+
+        Args:
+            path: Folder to write.
+            tokenizer: Saved along if given.
+            form: See :func:`~fasp_lightning.save_pruned`.
+            overwrite: Replace a folder that holds a pruned model.
+
+        Returns:
+            The folder; ``None`` on all processes but the first, which write nothing.
+
+        Raises:
+            FileExistsError: If ``path`` is not empty and ``overwrite`` is false, or is no pruned model.
+            ValueError: If ``form`` cannot hold the model, or the model is sharded.
+        """
+        return export_model(self.model, path, tokenizer, form, overwrite)
+
+
+def _defaults() -> tuple[Any, ...]:
+    return CausalLMModule.__init__.__defaults__ or ()

@@ -1,0 +1,48 @@
+"""Sharding a model over processes (FSDP2, ``fully_shard``)."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+
+from fasp_lightning.structure.registry import spec_for
+from fasp_lightning.structure.resolve import find_blocks
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+def shard(model: PreTrainedModel, mesh: DeviceMesh) -> None:
+    """Shard each decoder block, and what is left of the model, over the data-parallel processes, in place.
+
+    The shapes must be final: a sharded model can't be pruned. Sharding it again changes nothing.
+
+    Args:
+        model: A causal LM with its weights in memory, the same on each process; pruned before or not.
+        mesh: A mesh with the dimensions ``data_parallel`` and ``tensor_parallel``, as Lightning's
+            ``ModelParallelStrategy`` makes it.
+
+    Raises:
+        ValueError: If tensor parallelism is asked for.
+    """
+    from torch.distributed.fsdp import fully_shard
+
+    if mesh["tensor_parallel"].size() > 1:
+        raise ValueError(
+            "tensor_parallel_size must be 1, the model is sharded over data_parallel_size processes, "
+            f"got {mesh['tensor_parallel'].size()}"
+        )
+    if is_sharded(model):
+        return
+    for block in find_blocks(model, spec_for(model)):
+        fully_shard(block, mesh=mesh["data_parallel"])
+    fully_shard(model, mesh=mesh["data_parallel"])
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Whether parameters of the model are spread over processes."""
+    from torch.distributed.tensor import DTensor
+
+    return any(isinstance(parameter, DTensor) for parameter in model.parameters())
