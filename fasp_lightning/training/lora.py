@@ -71,6 +71,7 @@ def attach_lora(model: PreTrainedModel, config: LoRAConfig) -> None:
     frozen = tuple(stock_name(model, name) for name, value in model.named_parameters() if not value.requires_grad)
     _inject(model, config, paths)
     model.fasp_frozen = frozen  # type: ignore[assignment]  # plain data: copies of the model keep it
+    model.fasp_lora = config.to_dict()  # type: ignore[assignment]  # travels with the state dict
     for layer in _lora_layers(model).values():
         dtype = layer.base_layer.weight.dtype  # peft may choose fp32
         layer.lora_A.to(dtype)
@@ -94,7 +95,7 @@ def merge_lora(model: PreTrainedModel) -> None:
         replace_module(model, path, _merged(layer))
     for parameter in base:
         parameter.requires_grad_(True)
-    for name in ("peft_config", "fasp_frozen"):
+    for name in ("peft_config", "fasp_frozen", "fasp_lora"):
         vars(model).pop(name, None)
 
 
