@@ -1,8 +1,9 @@
 """A LightningModule's state dict carries the model's structure, and gives the model that structure before it is loaded.
 
-The structure is the pruning plan and the settings of adapters. It travels in the state dict itself, not beside it, since that is what every way of loading has in common:
-``fit(ckpt_path)``, ``validate(ckpt_path)``, ``load_from_checkpoint``, weights-only checkpoints, averaged models, and
-the state that ``ddp_spawn`` sends back to the main process.
+The structure is the pruning plan and the settings of adapters. It travels in the state dict itself, not beside it,
+since that is what every way of loading has in common: ``fit(ckpt_path)``, ``validate(ckpt_path)``,
+``load_from_checkpoint``, weights-only checkpoints, averaged models, and the state that ``ddp_spawn`` sends back to the
+main process.
 """
 
 from __future__ import annotations
