@@ -1,0 +1,74 @@
+"""Tiny runs that the Lightning part's tests share: a user's own module, its data, its Trainer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import lightning as L
+import torch
+from tiny import FFN, HIDDEN, random_tokens, tiny_model
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from fasp_lightning import PruningConfig
+from fasp_lightning.training.callback import FASPPruning
+
+FFN_ONLY = PruningConfig(attention="none")
+HALF_FFN = 3 * HIDDEN * FFN / 2 / (3 * HIDDEN * FFN + 4 * HIDDEN * HIDDEN)
+"""Sparsity at which the tiny llama loses every second FFN unit."""
+
+
+
+class UserModule(L.LightningModule):
+    """What a user might write around a causal LM."""
+
+    def __init__(self, model: nn.Module, optimizer: Callable[..., Any] | None = None, scheduler: Any = None) -> None:
+        super().__init__()
+        self.lm = model
+        self.make_optimizer = optimizer or (lambda parameters: torch.optim.AdamW(parameters, lr=1e-2))
+        self.make_scheduler = scheduler
+        self.losses: list[float] = []
+
+    def training_step(self, batch: Tensor, _: int) -> Tensor:
+        loss = self.lm(input_ids=batch, labels=batch, use_cache=False).loss
+        self.losses.append(loss.item())
+        return loss
+
+    def validation_step(self, batch: Tensor, _: int) -> None:
+        self.log("val_loss", self.lm(input_ids=batch, labels=batch, use_cache=False).loss)
+
+    def configure_optimizers(self) -> Any:
+        optimizer = self.make_optimizer(self.parameters())
+        if self.make_scheduler is None:
+            return optimizer
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": self.make_scheduler(optimizer), "interval": "step"}}
+
+
+def loader(sequences: int = 40, batch_size: int = 2, **options: Any) -> DataLoader:
+    """Batches of random token ids."""
+    return DataLoader([random_tokens(1, seed=seed)[0] for seed in range(sequences)], batch_size=batch_size, **options)
+
+
+def trainer(tmp_path: Any, *callbacks: L.Callback, **options: Any) -> L.Trainer:
+    """A silent Trainer of some steps on the CPU."""
+    quiet = dict(logger=False, enable_progress_bar=False, enable_model_summary=False, enable_checkpointing=False)
+    settings: dict[str, Any] = {"accelerator": "cpu", "devices": 1, "max_steps": 10, "limit_val_batches": 2, **quiet}
+    return L.Trainer(default_root_dir=tmp_path, callbacks=list(callbacks), **{**settings, **options})
+
+
+def half(step: int = 4, **options: Any) -> FASPPruning:
+    """The callback that cuts every second FFN unit."""
+    settings: dict[str, Any] = {"pruning": FFN_ONLY, "calibration_sequences": 8, "validation_batches": 0}
+    return FASPPruning([{"step": step, "sparsity": HALF_FFN}], **{**settings, **options})
+
+
+@torch.no_grad()
+def half_dead(name: str = "llama") -> nn.Module:
+    """A tiny model whose every second FFN unit is dead: it gives nothing, and gets no gradient."""
+    model: Any = tiny_model(name)
+    for block in model.model.layers:
+        block.mlp.gate_proj.weight[::2] = 0
+        block.mlp.up_proj.weight[::2] = 0
+        block.mlp.down_proj.weight[:, ::2] = 0
+    return model.train()
