@@ -14,17 +14,25 @@ _INNER = "linear."
 
 
 class _Transparent(nn.Module):
-    """Holds one linear module and hides its own level from the keys of the state dict."""
+    """Holds one linear module and hides its own level from the keys of the state dict.
+
+    Attributes:
+        hides_level: Set it to false where keys must be the paths of the parameters, as ``torch.distributed`` has it;
+            such keys are read in either case.
+    """
 
     def __init__(self, linear: nn.Module) -> None:
         super().__init__()
         self.linear = linear
+        self.hides_level = True
         self.training = linear.training
         self.register_state_dict_post_hook(_strip_level)
         self.register_load_state_dict_pre_hook(_add_level)
 
 
 def _strip_level(module: nn.Module, state: dict[str, Any], prefix: str, _metadata: Any) -> None:
+    if not module.hides_level:
+        return
     for key in [key for key in state if key.startswith(prefix + _INNER)]:
         state[prefix + key.removeprefix(prefix + _INNER)] = state.pop(key)
 
