@@ -1,4 +1,4 @@
-"""FASP: fast and accurate structured pruning of causal language models.
+"""FASP: fast and accurate structured pruning of causal language models, by itself and inside a Lightning run.
 
 The public names are loaded on first use (PEP 562), so that ``import fasp_lightning`` costs nothing.
 """
@@ -15,18 +15,30 @@ if TYPE_CHECKING:
     from fasp_lightning.pruning.plan import PruningPlan, apply_plan
     from fasp_lightning.pruning.pruner import FASPPruner
     from fasp_lightning.pruning.report import PruningReport
+    from fasp_lightning.pruning.schedule import PruningSchedule
     from fasp_lightning.structure.registry import register_architecture, spec_for
     from fasp_lightning.structure.spec import ArchitectureSpec, CoupledPair
+    from fasp_lightning.training.callback import FASPPruning
+    from fasp_lightning.training.data import CausalLMDataModule
+    from fasp_lightning.training.lora import LoRAConfig
+    from fasp_lightning.training.metrics import Perplexity
+    from fasp_lightning.training.module import CausalLMModule
 
 __version__ = "0.1.0"
 
 __all__ = [
     "ArchitectureSpec",
+    "CausalLMDataModule",
+    "CausalLMModule",
     "CoupledPair",
     "FASPPruner",
+    "FASPPruning",
+    "LoRAConfig",
+    "Perplexity",
     "PruningConfig",
     "PruningPlan",
     "PruningReport",
+    "PruningSchedule",
     "apply_plan",
     "load_pruned",
     "perplexity",
@@ -37,11 +49,17 @@ __all__ = [
 
 _HOMES = {
     "ArchitectureSpec": "structure.spec",
+    "CausalLMDataModule": "training.data",
+    "CausalLMModule": "training.module",
     "CoupledPair": "structure.spec",
     "FASPPruner": "pruning.pruner",
+    "FASPPruning": "training.callback",
+    "LoRAConfig": "training.lora",
+    "Perplexity": "training.metrics",
     "PruningConfig": "pruning.config",
     "PruningPlan": "pruning.plan",
     "PruningReport": "pruning.report",
+    "PruningSchedule": "pruning.schedule",
     "apply_plan": "pruning.plan",
     "load_pruned": "pruning.checkpoint",
     "perplexity": "pruning.perplexity",
