@@ -1,0 +1,281 @@
+"""Text for a Lightning run: packed sequences whose loaders resume in the middle of an epoch."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.trainer.states import TrainerFn
+from torch.utils.data import DataLoader
+from transformers import PreTrainedTokenizerBase
+
+from fasp_lightning.training.loaders import PackedSequences, ResumableLoader
+from fasp_lightning.training.role_cache import RoleCache
+from fasp_lightning.training.sampling import EvaluationSampler, TrainingSampler, shares_of
+from fasp_lightning.training.sources import ROLES, RoleTexts, TextSource, as_sources
+from fasp_lightning.training.stream_loader import StreamLoader
+from fasp_lightning.training.streaming import TokenStream
+from fasp_lightning.training.tokenised import default_cache, key_of, without
+from fasp_lightning.training.tokenizing import (
+    TokenizerTraining,
+    check_vocabulary_size,
+    load,
+    trained_tokenizer,
+)
+
+
+class CausalLMDataModule(L.LightningDataModule):
+    """Text for training, calibration, validation and testing of a causal language model.
+
+    Documents are put end to end, tokenised once into a memory-mapped cache, and cut into sequences of `seq_len`
+    tokens. Roles that read the same text divide its documents among themselves; no document of 80 characters
+    or more serves two roles, wherever it stands. A training run stopped at any batch goes on, resumed, with the
+    very next one. Batches are {"input_ids", "labels"}, (batch, seq_len) int64; no label counts where it is −100.
+
+    Args:
+        tokenizer: The model's name, folder or GGUF file, a tokenizer of transformers, or settings by which one
+            is trained on the training text.
+        source: The text of all roles that have none of their own, as `TextSource.source`. None is training's,
+            and failing that builtin:topics.
+        train: Texts to train on.
+        validation: Texts to validate on.
+        calibration: Texts to prune by.
+        test: Texts to test and predict on.
+        seq_len: Tokens of a sequence.
+        batch_size: Sequences of a batch of one process.
+        sequences_per_epoch: Sequences of a training epoch, of all processes together; None takes as many as
+            there are.
+        streaming: Read the training text on the fly, without caching it, for text that is large. An epoch is
+            then the next `sequences_per_epoch`, which must be set, and texts without weights count alike;
+            validation and test are the first 1024 sequences, where their texts set no number.
+        num_workers: Worker processes of a loader; 0 reads in the process itself.
+        seed: Seed of the order of the training sequences, which depends on it and the epoch alone.
+        cache_dir: Folder for tokenised text; None is one beside the data sets that `datasets` caches.
+
+    Raises:
+        ValueError: If an argument is outside its range.
+    """
+
+    def __init__(
+        self,
+        tokenizer: str | TokenizerTraining | PreTrainedTokenizerBase | None = None,
+        source: str | None = None,
+        train: list[TextSource] | None = None,
+        validation: list[TextSource] | None = None,
+        calibration: list[TextSource] | None = None,
+        test: list[TextSource] | None = None,
+        seq_len: int = 512,
+        batch_size: int = 8,
+        sequences_per_epoch: int | None = None,
+        streaming: bool = False,
+        num_workers: int = 0,
+        seed: int = 0,
+        cache_dir: str | None = None,
+    ) -> None:
+        super().__init__()
+        given = {"train": train, "validation": validation, "calibration": calibration, "test": test}
+        self.roles = RoleTexts.resolve(source, {role: as_sources(texts) for role, texts in given.items()})
+        self.seq_len, self.batch_size, self.seed = seq_len, batch_size, seed
+        self.sequences_per_epoch, self.streaming = sequences_per_epoch, streaming
+        self.num_workers, self.cache_dir = num_workers, cache_dir
+        self._given = tokenizer
+        self._tokenizer = tokenizer if isinstance(tokenizer, PreTrainedTokenizerBase) else None
+        self._cache: RoleCache | None = None
+        self._loader: ResumableLoader | StreamLoader | None = None
+        self._loader_state: dict[str, Any] | None = None
+        self._check()
+
+    @property
+    def tokenizer(self) -> Any:
+        """The tokenizer, loaded or trained the first time.
+
+        Raises:
+            ValueError: If none was given.
+        """
+        if self._tokenizer is None:
+            if self._given is None:
+                raise ValueError(
+                    "tokenizer must be the name or folder of one, a TokenizerTraining or a tokenizer, got None; "
+                    "it is commonly the model's name"
+                )
+            self._tokenizer = self._trained() if isinstance(self._given, TokenizerTraining) else load(str(self._given))
+        return self._tokenizer
+
+    @property
+    def vocab_size(self) -> int:
+        """Embeddings that a model for this text needs; reads nothing where the tokenizer is trained on the spot."""
+        return self._given.vocab_size if isinstance(self._given, TokenizerTraining) else len(self.tokenizer)
+
+    def check_vocabulary(self, embeddings: int) -> None:
+        """Refuse a model with fewer embeddings than the tokenizer has tokens.
+
+        Raises:
+            ValueError: If it has.
+        """
+        check_vocabulary_size(self.tokenizer, embeddings)
+
+    def prepare_data(self) -> None:
+        """Tokenise what the run needs, in one process, for all to load."""
+        cache = self._texts()
+        function = None if self.trainer is None else self.trainer.state.fn
+        evaluated = {TrainerFn.VALIDATING: "validation", TrainerFn.TESTING: "test", TrainerFn.PREDICTING: "test"}
+        for role in (evaluated[function],) if function in evaluated else ROLES:
+            if role != "train" or not self.streaming:
+                cache.ready(role)  # what can't be read is an error where it is asked for
+
+    def setup(self, stage: str) -> None:
+        """Load the training text, so that an error comes before anything is spent."""
+        if stage == "fit" and not self.streaming:
+            self._texts().get("train")
+
+    def train_dataloader(self) -> ResumableLoader | StreamLoader:
+        """Batches to train on, in an order that depends on the seed and the epoch alone."""
+        self._loader = self._stream_loader() if self.streaming else self._map_loader()
+        if self._loader_state is not None:
+            self._loader.load_state_dict(self._loader_state)
+            self._loader_state = None
+        return self._loader
+
+    def val_dataloader(self) -> DataLoader[Any]:
+        """Batches to validate on, each sequence on one process."""
+        return self._evaluation_loader("validation")
+
+    def test_dataloader(self) -> DataLoader[Any]:
+        """Batches to test on, each sequence on one process."""
+        return self._evaluation_loader("test")
+
+    def predict_dataloader(self) -> DataLoader[Any]:
+        """The test text once more; Lightning deals it to processes, keeping track of the indices."""
+        return self._plain_loader(self._sequences("test"))
+
+    def calibration_dataloader(self) -> DataLoader[Any]:
+        """All of the calibration text, in order, on every process."""
+        return self._plain_loader(self._sequences("calibration"))
+
+    def state_dict(self) -> dict[str, Any]:
+        """The place in the training text. Lightning loads a loader's own state only in the middle of an epoch."""
+        return {} if self._loader is None else {"train": self._loader.state_dict()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Keep the place until there is a loader."""
+        self._loader_state = state_dict.get("train")
+
+    def _check(self) -> None:
+        """Refuse arguments outside their range."""
+        if self.seq_len < 2:
+            raise ValueError(f"seq_len must be 2 or more, got {self.seq_len}: one token predicts nothing")
+        for name, least in (("batch_size", 1), ("num_workers", 0), ("sequences_per_epoch", self.batch_size)):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise ValueError(f"{name} must be {least} or more, got {value}")
+        if not self.streaming:
+            return
+        if self.sequences_per_epoch is None:
+            raise ValueError("sequences_per_epoch must be set with streaming, got None: a stream has no end")
+        cut = [text.source for text in self.roles.texts["train"] if text.sequences is not None]
+        if cut:
+            raise ValueError(
+                f"sequences must be None for a training text that is streamed, got a number for {', '.join(cut)}; "
+                "set sequences_per_epoch, and weight where there are several texts"
+            )
+
+    def _folder(self) -> Path:
+        return default_cache() if self.cache_dir is None else Path(self.cache_dir).expanduser()
+
+    def _trained(self) -> Any:
+        """Train the tokenizer on the training text, or load the one trained before."""
+        assert isinstance(self._given, TokenizerTraining)
+        texts = range(len(self.roles.texts["train"]))
+        identities = [self.roles.identity("train", index) for index in texts]
+        key = key_of(texts=identities, settings=vars(self._given))
+        documents = (document for index in texts for document in self.roles.documents("train", index))
+        return trained_tokenizer(self._folder() / f"tokenizer-{key}", documents, self._given)
+
+    def _texts(self) -> RoleCache:
+        if self._cache is None:
+            short = ("calibration", "validation", "test") if self.streaming else ("calibration",)
+            self._cache = RoleCache(self.roles, self.tokenizer, self.seq_len, self._folder(), short)
+        return self._cache
+
+    def _sequences(self, role: str) -> PackedSequences:
+        return PackedSequences([text.sequences for text in self._texts().get(role)])
+
+    def _weights(self) -> list[float] | None:
+        weights = [text.weight for text in self.roles.texts["train"] if text.weight is not None]
+        return weights or None
+
+    def _place(self) -> tuple[int, int]:
+        """Rank and number of the processes that get different data."""
+        kwargs = None if self.trainer is None else self.trainer.distributed_sampler_kwargs
+        return (0, 1) if kwargs is None else (kwargs["rank"], kwargs["num_replicas"])
+
+    def _order(self, world_size: int, **parts: Any) -> str:
+        """Name everything that decides on the order of the training sequences."""
+        keys = [self._texts().key("train", index, None) for index in range(len(self.roles.texts["train"]))]
+        return key_of(keys=keys, seed=self.seed, batch=self.batch_size, world_size=world_size, **parts)
+
+    def _map_loader(self) -> ResumableLoader:
+        rank, world_size = self._place()
+        data = self._sequences("train")
+        total = self.sequences_per_epoch or len(data)
+        if total < self.batch_size * world_size:
+            raise ValueError(
+                f"the training text must fill a batch: it has {total} sequences an epoch of seq_len={self.seq_len}, "
+                f"got batch_size={self.batch_size} on {world_size} processes; give more text, or lower one of these"
+            )
+        counts = shares_of(data.lengths, self._weights(), total)
+        sampler = TrainingSampler(data.lengths, counts, self.batch_size, self.seed, rank, world_size)
+        order = self._order(world_size, counts=counts, lengths=data.lengths)
+        return ResumableLoader(data, sampler, self.batch_size, self.num_workers, self._in_flight, order)
+
+    def _stream_loader(self) -> StreamLoader:
+        rank, world_size = self._place()
+        texts, taken = self.roles.texts["train"], self._texts().taken("train")
+        opened = [(text.describe(), partial(_open, self.roles, index, taken)) for index, text in enumerate(texts)]
+        stream = TokenStream(
+            opened,
+            self._weights(),
+            self.tokenizer,
+            [text.separator for text in texts],
+            self.seq_len,
+            self.batch_size,
+            self.seed,
+            rank,
+            world_size,
+            max(1, self.num_workers),
+        )
+        assert self.sequences_per_epoch is not None
+        batches = self.sequences_per_epoch // (self.batch_size * world_size)
+        order = self._order(world_size, weights=stream.weights)
+        return StreamLoader(stream, batches, self.num_workers, self._in_flight, partial(_gather, rank), order)
+
+    def _evaluation_loader(self, role: str) -> DataLoader[Any]:
+        data = self._sequences(role)
+        return self._plain_loader(data, sampler=EvaluationSampler(len(data), *self._place()))
+
+    def _plain_loader(self, data: PackedSequences, **options: Any) -> DataLoader[Any]:
+        return DataLoader(data, self.batch_size, num_workers=self.num_workers, generator=torch.Generator(), **options)
+
+    def _in_flight(self) -> int:
+        """Batches (0 or 1) that Lightning 2.6 has fetched and not trained on yet."""
+        if self.trainer is None:
+            return 0
+        progress = self.trainer.fit_loop.epoch_loop.batch_progress.current
+        return progress.ready - progress.processed  # type: ignore[attr-defined]  # a _ProcessedTracker
+
+
+def _open(roles: RoleTexts, index: int, taken: frozenset[str]) -> Any:
+    """Documents of a training text, without those of other roles."""
+    return without(roles.documents("train", index), taken)
+
+
+def _gather(rank: int, state: Any) -> list[Any]:
+    """What the processes have that get different data, in their order."""
+    found: list[Any] = [(rank, state)]
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        found = [None] * torch.distributed.get_world_size()
+        torch.distributed.all_gather_object(found, (rank, state))
+    return [state for _, state in sorted(dict(found).items())]

@@ -1,0 +1,180 @@
+"""The law of the loaders: a run stopped at any batch and resumed sees the batches it would have seen."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from tiny_text import words, write_rows
+from torch import Tensor
+from transformers import PreTrainedTokenizerFast
+
+from fasp_lightning.training import streaming
+from fasp_lightning.training.data import CausalLMDataModule
+from fasp_lightning.training.sources import TextSource
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*(workers|logging interval|eval mode|val_dataloader|treespec).*")
+
+BATCHES, EPOCHS = 5, 3
+STOPS = (1, 3, BATCHES - 1, BATCHES, BATCHES + 1, 2 * BATCHES, 2 * BATCHES + 2)
+"""Batches trained before the stop: at the start, in the middle and at the end of an epoch, and beyond."""
+
+
+class Recorder(L.LightningModule):
+    """Notes what it is given; one weight, so that there is something to train."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(()))
+        self.seen: list[Tensor] = []
+        self.failing: int | None = None
+
+    def training_step(self, batch: dict[str, Tensor], index: int) -> Tensor:
+        if len(self.seen) == self.failing:
+            raise RuntimeError("stopped")
+        self.seen.append(batch["input_ids"].clone())
+        return self.weight * batch["labels"].float().mean()
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+class Saver(L.Callback):
+    """Writes a checkpoint after every batch."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.written = folder, 0
+
+    def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
+        self.written += 1
+        trainer.save_checkpoint(self.folder / f"batch{self.written}.ckpt")
+
+    def on_train_epoch_end(self, trainer: L.Trainer, *_: Any) -> None:
+        trainer.save_checkpoint(self.folder / f"epoch{trainer.current_epoch + 1}.ckpt")
+
+    def on_exception(self, trainer: L.Trainer, *_: Any) -> None:
+        trainer.save_checkpoint(self.folder / "exception.ckpt")
+
+
+@pytest.fixture
+def texts(tmp_path: Path) -> list[TextSource]:
+    """Two corpora."""
+    return [
+        TextSource(write_rows(tmp_path / "one.jsonl", words(60)), weight=2),
+        TextSource(write_rows(tmp_path / "two.jsonl", words(30, seed=1)), weight=1),
+    ]
+
+
+@pytest.fixture
+def make(texts: list[TextSource], tiny_tokenizer: PreTrainedTokenizerFast, tmp_path: Path, monkeypatch: Any) -> Any:
+    """A new datamodule, of the same text each time."""
+    monkeypatch.setattr(streaming, "WINDOW", 6)
+    monkeypatch.setattr(streaming, "GROUP_LENGTH", 200)
+
+    def new(streamed: bool, workers: int, **options: Any) -> CausalLMDataModule:
+        options = {"seq_len": 16, "batch_size": 2, "sequences_per_epoch": 2 * BATCHES} | options
+        return CausalLMDataModule(
+            tiny_tokenizer,
+            train=texts,
+            source="builtin:topics",
+            streaming=streamed,
+            num_workers=workers,
+            cache_dir=str(tmp_path / "cache"),
+            **options,
+        )
+
+    return new
+
+
+def fit(data: CausalLMDataModule, folder: Path, ckpt: Path | None = None, **options: Any) -> Recorder:
+    """Train a new recorder, from a checkpoint or from the start."""
+    module = Recorder()
+    module.failing = options.pop("failing", None)
+    trainer = L.Trainer(
+        accelerator="cpu",
+        devices=1,
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        enable_checkpointing=False,
+        limit_val_batches=0,
+        default_root_dir=folder,
+        **{"max_epochs": EPOCHS} | options,
+    )
+    trainer.fit(module, data, ckpt_path=ckpt)
+    return module
+
+
+def same(ours: list[Tensor], theirs: list[Tensor]) -> bool:
+    return len(ours) == len(theirs) and all(map(torch.equal, ours, theirs))
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("streamed", [False, True], ids=["map", "stream"])
+def test_a_resumed_run_sees_the_batches_of_the_uninterrupted_one(
+    streamed: bool, workers: int, accumulate: int, make: Any, tmp_path: Path
+) -> None:
+    options = {"accumulate_grad_batches": accumulate}
+    whole = fit(make(streamed, workers), tmp_path, callbacks=[Saver(tmp_path)], **options).seen
+    assert len(whole) == BATCHES * EPOCHS
+    for stop in STOPS:
+        resumed = fit(make(streamed, workers), tmp_path, tmp_path / f"batch{stop}.ckpt", **options).seen
+        assert same(resumed, whole[stop:]), f"stopped after batch {stop}"
+
+
+@pytest.mark.parametrize("streamed", [False, True], ids=["map", "stream"])
+@pytest.mark.parametrize("limits", [{}, {"max_epochs": -1, "max_steps": EPOCHS * BATCHES}], ids=["epochs", "steps"])
+def test_a_run_resumed_at_the_end_of_an_epoch_goes_on_with_the_next(
+    streamed: bool, limits: dict[str, int], make: Any, tmp_path: Path
+) -> None:
+    whole = fit(make(streamed, 0), tmp_path, callbacks=[Saver(tmp_path)], **limits).seen
+    for epoch in (1, 2):
+        resumed = fit(make(streamed, 0), tmp_path, tmp_path / f"epoch{epoch}.ckpt", **limits).seen
+        assert same(resumed, whole[epoch * BATCHES :])
+
+
+@pytest.mark.parametrize("streamed", [False, True], ids=["map", "stream"])
+def test_a_batch_that_failed_comes_again(streamed: bool, make: Any, tmp_path: Path) -> None:
+    whole = fit(make(streamed, 0), tmp_path).seen
+    with pytest.raises(RuntimeError, match="stopped"):
+        fit(make(streamed, 0), tmp_path, callbacks=[Saver(tmp_path)], failing=7)
+    assert same(fit(make(streamed, 0), tmp_path, tmp_path / "exception.ckpt").seen, whole[7:])
+
+
+def test_a_run_resumed_twice_sees_them_too(make: Any, tmp_path: Path) -> None:
+    whole = fit(make(False, 0), tmp_path, callbacks=[Saver(tmp_path)]).seen
+    (tmp_path / "second").mkdir()
+    fit(make(False, 0), tmp_path, tmp_path / "batch3.ckpt", callbacks=[Saver(tmp_path / "second")])
+    assert same(fit(make(False, 0), tmp_path, tmp_path / "second" / "batch5.ckpt").seen, whole[8:])
+
+
+@pytest.mark.parametrize("streamed", [False, True], ids=["map", "stream"])
+def test_two_workers_share_a_stream_by_turns(streamed: bool, make: Any, tmp_path: Path) -> None:
+    whole = fit(make(streamed, 2), tmp_path, callbacks=[Saver(tmp_path)]).seen
+    assert same(fit(make(streamed, 2), tmp_path, tmp_path / "batch6.ckpt").seen, whole[6:])
+
+
+@pytest.mark.parametrize("streamed", [False, True], ids=["map", "stream"])
+def test_epochs_cut_short_are_resumed(streamed: bool, make: Any, tmp_path: Path) -> None:
+    whole = fit(make(streamed, 0), tmp_path, callbacks=[Saver(tmp_path)], limit_train_batches=3).seen
+    assert len(whole) == 3 * EPOCHS
+    for stop in (2, 3, 4):
+        resumed = fit(make(streamed, 0), tmp_path, tmp_path / f"batch{stop}.ckpt", limit_train_batches=3).seen
+        assert same(resumed, whole[stop:])
+
+
+@pytest.mark.parametrize("streamed", [False, True], ids=["map", "stream"])
+def test_another_seed_is_warned_of(streamed: bool, make: Any, tmp_path: Path) -> None:
+    fit(make(streamed, 0), tmp_path, callbacks=[Saver(tmp_path)])
+    with pytest.warns(UserWarning, match="not those that the stopped run would have gone on with"):
+        fit(make(streamed, 0, seed=1), tmp_path, tmp_path / "batch3.ckpt")
+
+
+def test_a_stream_is_not_resumed_with_other_workers(make: Any, tmp_path: Path) -> None:
+    fit(make(True, 2), tmp_path, callbacks=[Saver(tmp_path)])
+    with pytest.raises(ValueError, match=r"num_workers it was stopped with \(1 and 2\), got 1 and 1"):
+        fit(make(True, 1), tmp_path, tmp_path / "batch3.ckpt")
