@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import lightning as L
 import pytest
@@ -19,6 +20,7 @@ from torch.utils.data import DataLoader
 import fasp_lightning
 from fasp_lightning import save_pruned
 from fasp_lightning.training.module import CausalLMModule
+from fasp_lightning.training.sharding import shard
 
 SCRIPT = """
 import functools, json, os, sys
@@ -30,18 +32,24 @@ from fasp_lightning.training.module import CausalLMModule
 
 folder, tokens, out = sys.argv[1:]
 torch.set_num_threads(1)
-torch.manual_seed(0)
 data = DataLoader(torch.load(tokens)[int(os.environ.get("LOCAL_RANK", 0)) :: 2], batch_size=2)
-module = CausalLMModule(folder, optimizer=functools.partial(torch.optim.SGD, lr=0.1))
-trainer = L.Trainer(
-    accelerator="cpu", devices=2, max_epochs=2, logger=False, enable_progress_bar=False, enable_model_summary=False,
-    enable_checkpointing=False, default_root_dir=out, use_distributed_sampler=False,
-    strategy=ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1, save_distributed_checkpoint=False),
-)
-trainer.fit(module, data, data)
+
+def fit(epochs, checkpoint=None):
+    module = CausalLMModule(folder, optimizer=functools.partial(torch.optim.SGD, lr=0.1, momentum=0.9))
+    trainer = L.Trainer(
+        accelerator="cpu", devices=2, max_epochs=epochs, logger=False, enable_progress_bar=False, default_root_dir=out,
+        enable_model_summary=False, enable_checkpointing=False, use_distributed_sampler=False,
+        strategy=ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1, save_distributed_checkpoint=False),
+    )
+    trainer.fit(module, data, data, ckpt_path=checkpoint)
+    return module, trainer
+
+fit(1)[1].save_checkpoint(out + "/first.ckpt")
+module, trainer = fit(2, out + "/first.ckpt")
 trainer.save_checkpoint(out + "/last.ckpt")
 weight = module.model.model.layers[0].mlp.down_proj.weight
-found = {"whole": list(weight.shape), "local": list(weight.to_local().shape), "loss": float(trainer.callback_metrics["val_loss"])}
+found = {"whole": list(weight.shape), "local": list(weight.to_local().shape)}
+found["loss"] = trainer.callback_metrics["val_loss"].item()
 with open(f"{out}/rank{trainer.global_rank}.json", "w") as file:
     json.dump(found, file)
 """
@@ -62,7 +70,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 @pytest.mark.slow
-def test_sharded_training_of_a_pruned_model_equals_one_process(folder: Path) -> None:
+def test_sharded_training_of_a_pruned_model_stopped_and_resumed_equals_one_process(folder: Path) -> None:
     script = folder / "sharded.py"
     script.write_text(SCRIPT)
     arguments = [str(script), str(folder / "pruned"), str(folder / "tokens.pt"), str(folder)]
@@ -73,12 +81,11 @@ def test_sharded_training_of_a_pruned_model_equals_one_process(folder: Path) -> 
     )
     assert done.returncode == 0, done.stderr[-3000:]
 
-    module = CausalLMModule(str(folder / "pruned"), optimizer=lambda p: torch.optim.SGD(p, lr=0.1))
+    module = CausalLMModule(str(folder / "pruned"), optimizer=lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9))
     data = DataLoader(random_tokens(16), batch_size=4)
-    trainer = L.Trainer(
-        accelerator="cpu", devices=1, max_epochs=2, logger=False, enable_progress_bar=False,
-        enable_model_summary=False, enable_checkpointing=False, default_root_dir=folder,
-    )
+    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+    quiet |= {"enable_checkpointing": False, "default_root_dir": folder}
+    trainer = L.Trainer(accelerator="cpu", devices=1, max_epochs=2, **quiet)
     trainer.fit(module, data, data)
     for rank in range(2):
         found = json.loads((folder / f"rank{rank}.json").read_text())
@@ -91,3 +98,9 @@ def test_sharded_training_of_a_pruned_model_equals_one_process(folder: Path) -> 
     expected = dict(module.named_parameters())
     for name, value in saved.named_parameters():
         torch.testing.assert_close(value, expected[name], atol=1e-5, rtol=1e-5)
+
+
+def test_tensor_parallelism_is_refused() -> None:
+    mesh = {"tensor_parallel": SimpleNamespace(size=lambda: 2)}
+    with pytest.raises(ValueError, match=r"tensor_parallel_size must be 1.* got 2"):
+        shard(pruned("llama", BOTH), mesh)
