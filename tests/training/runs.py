@@ -7,6 +7,7 @@ from typing import Any
 
 import lightning as L
 import torch
+from lightning.pytorch.loggers import Logger
 from tiny import FFN, HIDDEN, random_tokens, tiny_model
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -42,7 +43,28 @@ class UserModule(L.LightningModule):
         optimizer = self.make_optimizer(self.parameters())
         if self.make_scheduler is None:
             return optimizer
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": self.make_scheduler(optimizer), "interval": "step"}}
+        scheduler = {"scheduler": self.make_scheduler(optimizer), "interval": "step"}
+        return {"optimizer": optimizer, "lr_scheduler": scheduler}
+
+
+class Memory(Logger):
+    """Keeps what is logged: (step, name) → value."""
+
+    name = version = "memory"
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.values: dict[tuple[int, str], float] = {}
+
+    def log_metrics(self, metrics: Any, step: int | None = None) -> None:
+        self.values |= {(step or 0, name): float(value) for name, value in metrics.items()}
+
+    def log_hyperparams(self, params: Any, *_: Any, **__: Any) -> None:
+        pass
+
+    def steps(self, name: str) -> dict[int, float]:
+        """Step → value of one metric."""
+        return {step: value for (step, found), value in self.values.items() if found == name}
 
 
 def loader(sequences: int = 40, batch_size: int = 2, **options: Any) -> DataLoader:

@@ -33,7 +33,9 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }
 
 
-def assert_law(tmp_path: Any, prepare: Any = None, scheduler: Any = None, optimizer: Any = ADAMW, **options: Any) -> None:
+def assert_law(
+    tmp_path: Any, prepare: Any = None, scheduler: Any = None, optimizer: Any = ADAMW, **options: Any
+) -> None:
     """Run twice, without and with the cut, and compare every loss."""
     runs = []
     for callbacks in ((), (half(step=4),)):

@@ -1,0 +1,265 @@
+"""Events of the callback: when they run, what they measure, and what they tell."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+from runs import FFN_ONLY, HALF_FFN, Memory, UserModule, half, loader, trainer
+from tiny import random_tokens, tiny_model
+from torch.utils.data import DataLoader, IterableDataset
+
+from fasp_lightning import FASPPruner, PruningConfig, load_pruned, perplexity
+from fasp_lightning.training.calibration import calibration_batches
+from fasp_lightning.training.callback import FASPPruning
+from fasp_lightning.training.lora import LoRAConfig, has_lora
+from fasp_lightning.training.structure_state import KEY
+
+TWO = [{"step": 2, "sparsity": 0.1}, {"step": 5, "sparsity": 0.2}]
+
+
+def fit(tmp_path: Any, callback: FASPPruning, *others: L.Callback, data: Any = None, **options: Any) -> Any:
+    """(trainer, module) after a run of a user's own module with validation data."""
+    torch.manual_seed(0)
+    module = UserModule(tiny_model("llama").train())
+    run = trainer(tmp_path, callback, *others, **options)
+    run.fit(module, data or loader(), loader(4))
+    return run, module
+
+
+class Widths(L.Callback):
+    """Notes FFN width, global step and batch before each training batch."""
+
+    def __init__(self) -> None:
+        self.seen: list[tuple[int, int, int]] = []
+
+    def on_before_zero_grad(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
+        width = pl_module.lm.get_submodule("model.layers.0.mlp.down_proj").weight.shape[1]
+        self.seen.append((trainer.global_step, width, trainer.current_epoch))
+
+
+def test_events_run_before_the_step_they_name(tmp_path: Any) -> None:
+    widths = Widths()
+    fit(tmp_path, FASPPruning(TWO, FFN_ONLY, calibration_sequences=8), widths)
+    steps = {width: min(step for step, found, _ in widths.seen if found == width) for _, width, _ in widths.seen}
+    assert list(steps.values()) == [0, 2, 5]
+
+
+def test_event_waits_for_the_accumulation_boundary(tmp_path: Any) -> None:
+    widths = Widths()
+    fit(tmp_path, half(step=1), widths, accumulate_grad_batches=4, max_steps=3)
+    assert [width for _, width, _ in widths.seen] == [48, 24, 24]
+
+
+def test_event_of_an_epoch_runs_at_its_start(tmp_path: Any) -> None:
+    widths = Widths()
+    schedule = [{"epoch": 1, "sparsity": HALF_FFN}]
+    fit(tmp_path, FASPPruning(schedule, FFN_ONLY, calibration_sequences=8), widths, max_steps=-1, max_epochs=2)
+    assert {(width, epoch) for _, width, epoch in widths.seen} == {(48, 0), (24, 1)}
+
+
+def test_model_is_pruned_as_the_engine_alone_prunes_it(tmp_path: Any) -> None:
+    module = UserModule(tiny_model("llama").train(), lambda parameters: torch.optim.SGD(parameters, lr=0.0))
+    data = loader(8)
+    callback = FASPPruning([{"step": 0, "sparsity": 0.2}], calibration_sequences=8, validation_batches=0)
+    trainer(tmp_path, callback, max_steps=1).fit(module, data)
+    expected = tiny_model("llama")
+    FASPPruner(PruningConfig(0.2)).prune(expected, list(data))
+    assert module.lm.fasp_plan == expected.fasp_plan
+    for name, value in expected.state_dict().items():
+        torch.testing.assert_close(module.lm.state_dict()[name], value, atol=1e-5, rtol=1e-5)
+
+
+def test_metrics_reach_loggers_and_callbacks(tmp_path: Any) -> None:
+    logger = Memory()
+    callback = FASPPruning(TWO, FFN_ONLY, calibration_sequences=8, validation_batches=2)
+    run, module = fit(tmp_path, callback, logger=logger)
+    assert logger.steps("fasp/sparsity") == {2: pytest.approx(0.1, abs=0.01), 5: pytest.approx(0.2, abs=0.01)}
+    assert 0 < logger.steps("fasp/sparsity_total")[5] < logger.steps("fasp/sparsity")[5]
+    assert min(logger.steps("fasp/seconds").values()) > 0
+    assert logger.steps("fasp/parameters")[5] == sum(one.numel() for one in module.lm.parameters())
+    down = "model.layers.1.mlp.down_proj"
+    assert logger.steps(f"fasp_width/{down}")[5] == module.lm.config.intermediate_size
+    assert 0 < logger.steps(f"fasp_error/{down}")[5] <= logger.steps(f"fasp_error_unrestored/{down}")[5]
+    assert run.callback_metrics["fasp/sparsity"] == pytest.approx(logger.steps("fasp/sparsity")[5])
+
+
+def test_perplexities_tell_one_story(tmp_path: Any) -> None:
+    logger = Memory()
+    callback = FASPPruning(TWO, FFN_ONLY, calibration_sequences=8, validation_batches=2)
+    run, module = fit(tmp_path, callback, logger=logger)
+    first, second = callback.records
+    assert first.perplexity_recovered == second.perplexity_before
+    assert second.perplexity_recovered == pytest.approx(perplexity(module.lm, list(loader(4))))
+    assert run.callback_metrics["fasp/perplexity_recovered"] == pytest.approx(second.perplexity_recovered)
+    recovered = logger.steps("fasp/perplexity_recovered")
+    assert recovered == {5: first.perplexity_recovered, 10: second.perplexity_recovered}
+    assert len({first.perplexity_before, first.perplexity_pruned, second.perplexity_before}) == 3
+
+
+def test_run_without_validation_data_is_pruned_and_not_measured(tmp_path: Any) -> None:
+    module, callback = UserModule(tiny_model("llama").train()), half()
+    callback.validation_batches = 2
+    trainer(tmp_path, callback).fit(module, loader())
+    assert callback.records[0].perplexity_before is None
+    assert module.lm.config.intermediate_size == 24
+
+
+def test_an_event_disturbs_neither_order_nor_random_state_of_the_training(tmp_path: Any) -> None:
+    class Batches(L.Callback):
+        def __init__(self) -> None:
+            self.seen: list[Any] = []
+
+        def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+            self.seen.append((batch.tolist(), torch.rand(1).item()))
+
+    runs = []
+    for step in (2, 7):
+        batches = Batches()
+        fit(tmp_path, half(step, validation_batches=2), batches, data=loader(shuffle=True), max_steps=25)
+        runs.append(batches.seen)
+    assert runs[0] == runs[1]
+
+
+class Spoiling(L.Callback):
+    """Makes the pruned model look worse than the dense one, as it usually does."""
+
+    def __init__(self, *losses: float) -> None:
+        self.losses = list(losses)
+
+    def on_validation_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+        if not trainer.sanity_checking:
+            pl_module.log("worse", self.losses.pop(0))
+
+
+def test_best_is_never_the_dense_model(tmp_path: Any) -> None:
+    best = ModelCheckpoint(tmp_path / "best", monitor="worse", filename="{step}")
+    stopping = EarlyStopping("worse", patience=2, check_finite=True)
+    options = dict(max_steps=-1, max_epochs=6, limit_train_batches=2, enable_checkpointing=True)
+    run, _ = fit(tmp_path, half(4), Spoiling(1.0, 1.1, 9.0, 8.0, 7.0, 7.5), best, stopping, **options)
+    assert run.current_epoch == 6  # the dense model's loss did not end the recovery
+    state = torch.load(best.best_model_path, weights_only=True)["state_dict"]
+    assert best.best_model_score == 7.0
+    assert state["lm.model.layers.0.mlp.down_proj.weight"].shape[1] == 24
+    assert KEY in state
+
+
+def test_stale_metric_of_the_dense_model_is_no_score_of_the_pruned(tmp_path: Any) -> None:
+    best = ModelCheckpoint(tmp_path / "best", monitor="worse", filename="{step}", every_n_train_steps=1)
+    options = dict(max_steps=6, limit_train_batches=2, enable_checkpointing=True)
+    fit(tmp_path, half(4), Spoiling(1.0, 1.1, 9.0), best, **options)
+    state = torch.load(best.best_model_path, weights_only=True)["state_dict"]
+    assert state["lm.model.layers.0.mlp.down_proj.weight"].shape[1] == 24
+
+
+@pytest.mark.parametrize("recovery", ["none", "full", "lora"])
+def test_recovery_decides_what_trains(recovery: str, tmp_path: Any) -> None:
+    class Trained(L.Callback):
+        def __init__(self) -> None:
+            self.steps: list[set[str]] = []
+
+        def on_train_batch_start(self, trainer: Any, pl_module: Any, *_: Any) -> None:
+            self.before = {name: value.clone() for name, value in pl_module.named_parameters()}
+
+        def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
+            moved = {name for name, value in pl_module.named_parameters() if not torch.equal(value, self.before[name])}
+            self.steps.append({"lora" if "lora_" in name else "head" if "norm" in name else "base" for name in moved})
+
+    model = tiny_model("llama").train()
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("norm" in name)  # the user trains norms alone
+    trained = Trained()
+    module = UserModule(model)
+    callback = half(2, recovery=recovery, lora=LoRAConfig(rank=2))
+    trainer(tmp_path, callback, trained, max_steps=5).fit(module, loader())
+    after = {"none": {"head"}, "full": {"head", "base"}, "lora": {"lora"}}[recovery]
+    # B starts at zero, so that A has no gradient in the first step
+    assert trained.steps == [{"head"}, {"head"}, after, after, after]
+    assert not has_lora(module.lm)
+    assert {name for name, one in module.lm.named_parameters() if one.requires_grad} == {
+        name for name, _ in module.lm.named_parameters() if recovery == "full" or "norm" in name
+    }
+
+
+def test_merged_model_is_the_one_that_was_measured(tmp_path: Any) -> None:
+    callback = FASPPruning(TWO, FFN_ONLY, recovery="lora", calibration_sequences=8, validation_batches=2)
+    _, module = fit(tmp_path, callback)
+    assert perplexity(module.lm, list(loader(4))) == pytest.approx(callback.records[-1].perplexity_recovered, rel=1e-5)
+
+
+def test_export_is_the_recovered_model(tmp_path: Any) -> None:
+    out = str(tmp_path / "out")
+    callback = FASPPruning(TWO, FFN_ONLY, recovery="lora", calibration_sequences=8, validation_batches=2, export_to=out)
+    _, module = fit(tmp_path, callback)
+    reloaded = load_pruned(out)
+    for name, value in module.lm.state_dict().items():
+        assert torch.equal(value, reloaded.state_dict()[name])
+    assert [event["step"] for event in reloaded.fasp_report["events"]] == [2, 5]
+
+
+def test_calibration_is_drawn_anew_for_each_event_from_the_seed_alone() -> None:
+    data = loader(40)
+
+    def draw(event: int, seed: int = 0) -> list[Any]:
+        return torch.cat(list(calibration_batches(data, 8, seed, event))).tolist()
+
+    torch.manual_seed(1)
+    first, state = draw(0), torch.get_rng_state()
+    assert first == draw(0)
+    assert torch.equal(state, torch.get_rng_state())
+    assert len(first) == 8
+    assert first != draw(1)
+    assert first != draw(0, seed=1)
+
+
+def test_processes_split_the_draw_of_one() -> None:
+    data = loader(40)
+    whole = torch.cat(list(calibration_batches(data, 8, 0, 3)))
+    parts = [torch.cat(list(calibration_batches(data, 8, 0, 3, rank, 2))) for rank in (0, 1)]
+    assert sorted(torch.cat(parts).tolist()) == sorted(whole.tolist())
+
+
+def test_iterable_training_data_gives_each_event_its_window() -> None:
+    class Stream(IterableDataset):
+        def __iter__(self) -> Any:
+            return (torch.full((3,), index) for index in range(100))
+
+    data = DataLoader(Stream(), batch_size=2)
+    windows = [torch.cat(list(calibration_batches(data, 4, 0, event)))[:, 0].tolist() for event in (0, 1)]
+    assert windows == [[0, 1, 2, 3], [4, 5, 6, 7]]
+
+
+@pytest.mark.parametrize(
+    "batch",
+    [{"input_ids": random_tokens(), "labels": random_tokens()}, (random_tokens(), 1), [{"input_ids": random_tokens()}]],
+    ids=["mapping", "tuple", "list"],
+)
+def test_batches_of_users_are_understood(batch: Any) -> None:
+    data = DataLoader([batch], batch_size=1, collate_fn=lambda found: found[0])
+    (found,) = calibration_batches(data, 1, 0, 0)
+    assert torch.equal(found["input_ids"] if isinstance(found, dict) else found, random_tokens())
+
+
+def test_own_calibration_data_is_used(tmp_path: Any) -> None:
+    class WithCalibration(UserModule):
+        def calibration_dataloader(self) -> Any:
+            return DataLoader([random_tokens(1, seed=seed)[0] for seed in range(50, 54)], batch_size=2)
+
+    module = WithCalibration(tiny_model("llama").train(), lambda parameters: torch.optim.SGD(parameters, lr=0.0))
+    trainer(tmp_path, half(0), max_steps=1).fit(module, loader())
+    expected = tiny_model("llama")
+    config = PruningConfig(HALF_FFN, attention="none")
+    FASPPruner(config).prune(expected, [random_tokens(1, seed=seed) for seed in range(50, 54)])
+    assert module.lm.fasp_plan == expected.fasp_plan
+
+
+def test_model_that_is_pruned_already_is_not_pruned_again(tmp_path: Any) -> None:
+    _, module = fit(tmp_path, FASPPruning(TWO, FFN_ONLY, calibration_sequences=8))
+    plan = module.lm.fasp_plan
+    again = FASPPruning([*TWO, {"step": 7, "sparsity": 0.3}], FFN_ONLY, calibration_sequences=8)
+    trainer(tmp_path, again).fit(module, loader(), loader(4))
+    assert [record.step for record in again.records] == [7]
+    assert module.lm.fasp_plan != plan

@@ -1,0 +1,201 @@
+"""What a run refuses, by name, before anything is spent."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+import transformers
+from lightning.pytorch.callbacks import StochasticWeightAveraging
+from lightning.pytorch.utilities.combined_loader import CombinedLoader
+from runs import FFN_ONLY, UserModule, half, loader, trainer
+from tiny import tiny_model
+from torch import nn
+
+from fasp_lightning import PruningConfig
+from fasp_lightning.training.callback import FASPPruning
+from fasp_lightning.training.locate import find_causal_lm
+from fasp_lightning.training.optimizer_state import check_optimizer
+
+ONE = [{"step": 1, "sparsity": 0.2}]
+
+
+class Untouched(L.Callback):
+    """Notes whether a batch was trained on."""
+
+    def __init__(self) -> None:
+        self.trained = False
+
+    def on_train_batch_start(self, *_: Any) -> None:
+        self.trained = True
+
+
+def refused(tmp_path: Any, match: str, callback: FASPPruning, *others: L.Callback, **given: Any) -> None:
+    """A fit that ends with a ValueError before its first batch."""
+    module = given.pop("module", None) or UserModule(tiny_model("llama").train())
+    data, untouched = given.pop("data", loader()), Untouched()
+    with pytest.raises(ValueError, match=match):
+        trainer(tmp_path, callback, *others, untouched, **given).fit(module, data)
+    assert not untouched.trained
+
+
+class Nothing(UserModule):
+    def __init__(self) -> None:
+        super().__init__(nn.Linear(2, 2))
+
+
+def test_module_without_a_causal_lm(tmp_path: Any) -> None:
+    refused(tmp_path, "Nothing must hold one Hugging Face causal LM, found none", half(), module=Nothing())
+
+
+def test_module_with_two_causal_lms(tmp_path: Any) -> None:
+    module = UserModule(tiny_model("llama"))
+    module.teacher = tiny_model("opt")
+    refused(tmp_path, "found 'lm', 'teacher'; name it by attribute=", half(), module=module)
+
+
+def test_attribute_chooses_one_of_two() -> None:
+    module = UserModule(tiny_model("llama"))
+    module.teacher = tiny_model("opt")
+    assert find_causal_lm(module, "teacher") is module.teacher
+    assert find_causal_lm(module, "lm") is module.lm
+
+
+def test_attribute_that_is_not_there(tmp_path: Any) -> None:
+    refused(tmp_path, "attribute must be the path of a model in UserModule, got 'net'", half(attribute="net"))
+
+
+def test_model_is_found_behind_peft_and_compilation() -> None:
+    from peft import LoraConfig, get_peft_model
+
+    model = tiny_model("llama")
+    assert find_causal_lm(UserModule(torch.compile(model))) is model
+    assert find_causal_lm(UserModule(get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"])))) is model
+
+
+def test_sparsity_that_cannot_be_reached(tmp_path: Any) -> None:
+    refused(tmp_path, "sparsity must be at most", FASPPruning([{"step": 1, "sparsity": 0.9}], FFN_ONLY))
+
+
+def test_rows_without_value_pair_cannot_cut_one(tmp_path: Any) -> None:
+    refused(tmp_path, "multiple_of must be at most", FASPPruning(ONE, PruningConfig(multiple_of=64)))
+
+
+@pytest.mark.parametrize(
+    ("entry", "options"),
+    [
+        ({"step": 10, "sparsity": 0.2}, {"max_steps": 10}),
+        ({"epoch": 2, "sparsity": 0.2}, {"max_steps": -1, "max_epochs": 2}),
+        ({"step": 11, "sparsity": 0.2}, {"max_steps": -1, "max_epochs": 1, "accumulate_grad_batches": 2}),
+    ],
+    ids=["step", "epoch", "accumulated"],
+)
+def test_event_beyond_the_run(entry: dict[str, Any], options: dict[str, Any], tmp_path: Any) -> None:
+    refused(tmp_path, r"schedule entry 0, .* must happen within the run", FASPPruning([entry]), **options)
+
+
+def test_last_step_of_the_run_can_still_be_pruned_before(tmp_path: Any) -> None:
+    module = UserModule(tiny_model("llama").train())
+    trainer(tmp_path, half(9), max_steps=10).fit(module, loader())
+    assert module.lm.config.intermediate_size == 24
+
+
+def test_training_data_that_calibration_cannot_be_taken_from(tmp_path: Any) -> None:
+    data = CombinedLoader([loader(), loader()])
+    refused(tmp_path, r"calibration needs a calibration_dataloader\(\) .* got CombinedLoader", half(), data=data)
+
+
+def test_hook_that_gives_several_training_loaders(tmp_path: Any) -> None:
+    class Two(UserModule):
+        def train_dataloader(self) -> Any:
+            return [loader(), loader()]
+
+    with pytest.raises(ValueError, match="got DataLoader, DataLoader"):
+        trainer(tmp_path, half()).fit(Two(tiny_model("llama").train()))
+
+
+def test_averaging_that_keeps_old_shapes(tmp_path: Any) -> None:
+    swa = StochasticWeightAveraging(swa_lrs=1e-3)
+    refused(tmp_path, "callbacks must not hold StochasticWeightAveraging", half(), swa)
+
+
+def test_export_folder_that_is_not_empty(tmp_path: Any) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "notes.txt").write_text("mine")
+    with pytest.raises(FileExistsError, match="must be empty"):
+        trainer(tmp_path, half(export_to=str(tmp_path / "out"))).fit(UserModule(tiny_model("llama")), loader())
+
+
+def test_optimizer_without_the_parameters_of_recovery(tmp_path: Any) -> None:
+    class Norms(UserModule):
+        def configure_optimizers(self) -> Any:
+            return torch.optim.SGD([one for name, one in self.named_parameters() if "norm" in name], lr=0.1)
+
+    module = Norms(tiny_model("llama"))
+    match = r"recovery='full' needs its parameters in the optimizer, which lacks \d+"
+    refused(tmp_path, match, half(recovery="full"), module=module)
+
+
+def test_factored_optimizer_is_refused_by_name(tmp_path: Any) -> None:
+    module = UserModule(tiny_model("llama"), lambda parameters: torch.optim.Adafactor(parameters))
+    refused(tmp_path, r"optimizer Adafactor must have state of its weight's shape", half(), module=module)
+
+
+def weight() -> list[nn.Parameter]:
+    return [nn.Parameter(torch.randn(4, 3))]
+
+
+ELEMENTWISE = "Adam AdamW SGD RMSprop Adagrad Adadelta Adamax NAdam RAdam ASGD Rprop".split()
+
+
+@pytest.mark.parametrize("name", ELEMENTWISE)
+def test_elementwise_optimizers_are_taken(name: str) -> None:
+    optimizer = getattr(torch.optim, name)(weight(), lr=1e-3)
+    before = str(optimizer.state)
+    check_optimizer(optimizer)
+    assert str(optimizer.state) == before  # the optimizer itself was not touched
+
+
+@pytest.mark.parametrize(
+    "optimizer",
+    [
+        lambda: torch.optim.LBFGS(weight()),
+        lambda: torch.optim.SparseAdam(weight()),
+        lambda: transformers.Adafactor(weight()),
+    ],
+    ids=["LBFGS", "SparseAdam", "transformers.Adafactor"],
+)
+def test_other_optimizers_are_refused_by_name(optimizer: Any) -> None:
+    made = optimizer()
+    with pytest.raises(ValueError, match=f"optimizer {type(made).__name__} "):
+        check_optimizer(made)
+
+
+def test_blockwise_quantised_state_is_refused() -> None:
+    class Adam8bit(torch.optim.Optimizer):
+        def __init__(self, params: Any, lr: float = 1e-3) -> None:
+            super().__init__(params, {"lr": lr})
+
+        def step(self, closure: Any = None) -> None:
+            for parameter in self.param_groups[0]["params"]:
+                state = self.state[parameter]
+                state["state1"] = torch.zeros_like(parameter, dtype=torch.uint8)
+                state["absmax1"] = torch.zeros(parameter.numel() // 256)
+
+    with pytest.raises(ValueError, match="optimizer Adam8bit must have state"):
+        check_optimizer(Adam8bit(weight()))
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"recovery": "distil"}, "recovery must be one of 'none', 'full', 'lora', got 'distil'"),
+        ({"calibration_sequences": 0}, "calibration_sequences must be at least 1, got 0"),
+        ({"validation_batches": -1}, "validation_batches must be at least 0, got -1"),
+    ],
+)
+def test_bad_arguments(options: dict[str, Any], match: str) -> None:
+    with pytest.raises(ValueError, match=match):
+        FASPPruning(ONE, **options)
