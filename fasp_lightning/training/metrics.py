@@ -72,8 +72,9 @@ class Perplexity(Metric):
         counts = labels[:, 1:] != IGNORED
         if attention_mask is not None:
             counts = counts & attention_mask[:, 1:].bool() & attention_mask[:, :-1].bool()
-        self.nll_sum += nll
-        self.tokens += counts.sum()
+        # not in place: a reset inside `trainer.validate` leaves inference tensors, which `fit` may not change
+        self.nll_sum = self.nll_sum + nll
+        self.tokens = self.tokens + counts.sum()
 
     def compute(self) -> Tensor:
         """The perplexity as a float64 scalar; NaN if no token counted."""

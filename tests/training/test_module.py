@@ -96,6 +96,22 @@ def test_evaluation_is_over_all_predicted_tokens(stage: str, tiny_folder: Folder
     assert found[f"{prefix}_loss"] == pytest.approx(math.log(found[f"{prefix}_perplexity"]), rel=1e-5)
 
 
+@pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true", "64-true"])
+@pytest.mark.parametrize("gradient_checkpointing", [False, True])
+def test_it_trains_in_any_precision_of_the_trainer(
+    precision: Any, gradient_checkpointing: bool, tiny_folder: Folder, tmp_path: Path
+) -> None:
+    losses = {}
+    for name in ("32-true", precision):
+        module = CausalLMModule(str(tiny_folder()), optimizer=sgd, gradient_checkpointing=gradient_checkpointing)
+        runner = trainer(tmp_path, precision=name, max_epochs=4)
+        before = runner.validate(module, loader(), verbose=False)[0]["val_loss"]
+        runner.fit(module, loader(), loader())
+        losses[name] = runner.callback_metrics["val_loss"].item()
+        assert losses[name] < before
+    assert losses[precision] == pytest.approx(losses["32-true"], rel=2e-2)  # from 5.5, over 16 rounded steps
+
+
 def test_a_second_evaluation_starts_from_zero(tiny_folder: Folder, tmp_path: Path) -> None:
     module, runner = CausalLMModule(str(tiny_folder())), trainer(tmp_path)
     runner.validate(module, loader(seed=1), verbose=False)
