@@ -1,0 +1,88 @@
+"""Pruning in two processes, without Lightning: as in one on all the data, and alike in both."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from processes import run_script
+from tiny import tiny_model
+from tiny_pruning import calibration
+
+from fasp_lightning import FASPPruner, PruningConfig, PruningPlan
+from fasp_lightning.pruning.processes import Processes
+
+Found = Callable[[str], list[dict[str, Any]]]
+FAMILIES = ["llama-gqa", "opt"]
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory) -> Found:
+    """What both processes have after a case of ``two_processes.py``."""
+    folder = tmp_path_factory.mktemp("processes")
+    ended = run_script(Path(__file__).with_name("two_processes.py"), folder, ranks=2)
+    assert [status for status, _ in ended] == [0, 0], ended
+    return lambda case: [torch.load(folder / f"{case}-{rank}.pt") for rank in range(2)]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_two_processes_prune_as_one_does_on_all_the_data(family: str, found: Found) -> None:
+    model = tiny_model(family)
+    report = FASPPruner(PruningConfig(0.2, attention="value_dims")).prune(model, calibration(3))
+    for process in found(family):
+        assert process["plan"] == model.fasp_plan.to_json()
+        assert process["tokens"] == report.tokens
+        assert process["errors"] == pytest.approx([pair.error_after for pair in report.pairs], rel=1e-4)
+        assert process["weights"].keys() == model.state_dict().keys()
+        for name, value in model.state_dict().items():
+            torch.testing.assert_close(process["weights"][name], value, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("case", [*FAMILIES, "solver"])
+def test_both_processes_have_the_same_model(case: str, found: Found) -> None:
+    """Bit for bit; also where the pruning stopped half-way."""
+    first, second = found(case)
+    assert first["plan"] == second["plan"]
+    assert all(torch.equal(value, second["weights"][name]) for name, value in first["weights"].items())
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_each_pair_is_solved_once(family: str, found: Found) -> None:
+    first, second = found(family)
+    assert first["solved"] == sum(map(len, PruningPlan.from_json(first["plan"]).blocks)) == 4
+    assert second["solved"] == 0
+
+
+@pytest.mark.parametrize(
+    ("case", "culprit", "message"),
+    [
+        ("token", 1, "ValueError: input_ids must be in [0, 97)"),
+        ("nothing", 1, "ValueError: batches must hold at least one calibration batch"),
+        ("breaks", 1, "OSError: disk gone"),
+        ("solver", 0, "RuntimeError: no solution"),
+    ],
+)
+def test_error_in_one_process_ends_both(case: str, culprit: int, message: str, found: Found) -> None:
+    processes = found(case)
+    own, other = processes[culprit]["message"], processes[1 - culprit]["message"]
+    assert own.startswith(message)
+    assert other == f"RuntimeError: process {culprit} stopped with {own}"
+
+
+def test_blocks_done_before_an_error_stay_pruned(found: Found) -> None:
+    for process in found("solver"):
+        first, second = PruningPlan.from_json(process["plan"]).blocks
+        assert first
+        assert not second
+
+
+def test_a_single_process_asks_nobody() -> None:
+    processes = Processes.everyone()
+    assert (processes.count, processes.rank) == (1, 0)
+    assert processes.total(1.5, 2) == [1.5, 2.0]
+    assert processes.first(lambda: "own") == "own"
+    with pytest.raises(KeyError), processes.together():
+        raise KeyError("as it is")

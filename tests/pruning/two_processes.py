@@ -1,0 +1,101 @@
+"""Started twice by ``test_processes.py``: two processes without Lightning prune copies of the same models.
+
+Each writes what it has after every case to ``FOLDER/CASE-RANK.pt``.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from tiny import VOCAB, random_tokens, tiny_model
+from tiny_pruning import calibration
+
+from fasp_lightning import FASPPruner, PruningConfig
+from fasp_lightning.pruning import pruner
+from fasp_lightning.pruning.processes import Processes
+
+CONFIG = PruningConfig(0.2, attention="value_dims")
+FAMILIES = ("llama-gqa", "opt")
+
+
+def uneven(rank: int) -> list[Any]:
+    """The part of ``calibration(3)`` that a process has: two batches, one of them padded, or one."""
+    return calibration(3)[:2] if rank == 0 else calibration(3)[2:]
+
+
+def out_of_range(rank: int) -> list[Any]:
+    return [torch.full((2, 5), VOCAB)] if rank == 1 else calibration()
+
+
+def nothing_in_one(rank: int) -> list[Any]:
+    return calibration() if rank == 0 else []
+
+
+def breaks_in_one(rank: int) -> Iterator[Any]:
+    yield random_tokens()
+    if rank == 1:
+        raise OSError("disk gone")
+
+
+def main(folder: Path) -> None:
+    rank = int(os.environ["RANK"])
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+
+    def prune(case: str, batches: Callable[[int], Any], family: str = "llama") -> None:
+        model, found = tiny_model(family), {"solved": 0}
+        with counted(found):
+            try:
+                report = FASPPruner(CONFIG).prune(model, batches(rank), processes=Processes.everyone())
+                found |= {"tokens": report.tokens, "errors": [pair.error_after for pair in report.pairs]}
+            except Exception as error:
+                found["message"] = f"{type(error).__name__}: {error}"
+        found |= {"plan": model.fasp_plan.to_json() if hasattr(model, "fasp_plan") else None}
+        torch.save(found | {"weights": model.state_dict()}, folder / f"{case}-{rank}.pt")
+
+    for family in FAMILIES:
+        prune(family, uneven, family)
+    prune("token", out_of_range)
+    prune("nothing", nothing_in_one)
+    prune("breaks", breaks_in_one)
+    pruner.restore_pair = failing_late(pruner.restore_pair)
+    prune("solver", lambda rank: calibration())
+    dist.destroy_process_group()
+
+
+@contextmanager
+def counted(found: dict[str, Any]) -> Iterator[None]:
+    """Count restorations in ``found["solved"]``."""
+    original = pruner.restore_pair
+
+    def restore(*arguments: Any) -> Any:
+        found["solved"] += 1
+        return original(*arguments)
+
+    pruner.restore_pair = restore
+    try:
+        yield
+    finally:
+        pruner.restore_pair = original
+
+
+def failing_late(original: Callable[..., Any]) -> Callable[..., Any]:
+    """A restoration that fails in the second block."""
+
+    def restore(pair: Any, *arguments: Any) -> Any:
+        if pair.name.endswith("1"):
+            raise RuntimeError("no solution")
+        return original(pair, *arguments)
+
+    return restore
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
