@@ -134,10 +134,16 @@ def _file_rows(file: Path) -> Iterator[dict[str, Any]]:
     if file.stat().st_size == 0:  # `datasets` ends in a bare StopIteration on an empty file
         return
     try:
-        yield from load_dataset(READERS[file.suffix], data_files=str(file), split="train", streaming=True)
+        yield from _rows(load_dataset(READERS[file.suffix], data_files=str(file), split="train", streaming=True))
     except (DatasetsError, ValueError, OSError) as error:
         fault = _fault(file) or _one_line(error)
         raise ValueError(f"source {str(file)!r} is corrupt: {fault}; repair or remove it") from error
+
+
+def _rows(dataset: Any) -> Iterator[dict[str, Any]]:
+    """Yield the rows of a data set, all of them also in a DataLoader's worker, where `iter` would give a share."""
+    for batch in dataset.iter(batch_size=1):
+        yield {column: values[0] for column, values in batch.items()}
 
 
 def _fault(file: Path) -> str | None:
@@ -160,7 +166,7 @@ def _hub_rows(source: str, subset: str | None, split: str) -> Iterator[dict[str,
     from datasets.exceptions import DatasetsError
 
     try:
-        yield from load_dataset(source, subset, split=split, streaming=True)
+        yield from _rows(load_dataset(source, subset, split=split, streaming=True))
     except (DatasetsError, ValueError, OSError) as error:
         raise ValueError(
             f"source {source!r} (subset {subset!r}, split {split!r}) is neither a built-in corpus, nor a "

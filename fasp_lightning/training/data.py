@@ -12,6 +12,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
+from fasp_lightning.training.batch_progress import BatchProgress
 from fasp_lightning.training.loaders import PackedSequences, ResumableLoader
 from fasp_lightning.training.role_cache import RoleCache
 from fasp_lightning.training.sampling import EvaluationSampler, TrainingSampler, shares_of
@@ -86,6 +87,7 @@ class CausalLMDataModule(L.LightningDataModule):
         self._cache: RoleCache | None = None
         self._loader: ResumableLoader | StreamLoader | None = None
         self._loader_state: dict[str, Any] | None = None
+        self._loader_trainer: L.Trainer | None = None
         self._check()
 
     @property
@@ -133,10 +135,13 @@ class CausalLMDataModule(L.LightningDataModule):
 
     def train_dataloader(self) -> ResumableLoader | StreamLoader:
         """Batches to train on, in an order that depends on the seed and the epoch alone."""
+        state, self._loader_state = self._loader_state, None
+        if state is None and self._loader is not None and self._loader_trainer is self.trainer is not None:
+            state = self._loader.state_dict()  # made anew within one training, which goes on
         self._loader = self._stream_loader() if self.streaming else self._map_loader()
-        if self._loader_state is not None:
-            self._loader.load_state_dict(self._loader_state)
-            self._loader_state = None
+        self._loader_trainer = self.trainer
+        if state is not None:
+            self._loader.load_state_dict(state)
         return self._loader
 
     def val_dataloader(self) -> DataLoader[Any]:
@@ -229,7 +234,7 @@ class CausalLMDataModule(L.LightningDataModule):
         counts = shares_of(data.lengths, self._weights(), total)
         sampler = TrainingSampler(data.lengths, counts, self.batch_size, self.seed, rank, world_size)
         order = self._order(world_size, counts=counts, lengths=data.lengths)
-        return ResumableLoader(data, sampler, self.batch_size, self.num_workers, self._in_flight, order)
+        return ResumableLoader(data, sampler, self.batch_size, self.num_workers, self._progress(), order)
 
     def _stream_loader(self) -> StreamLoader:
         rank, world_size = self._place()
@@ -250,21 +255,23 @@ class CausalLMDataModule(L.LightningDataModule):
         assert self.sequences_per_epoch is not None
         batches = self.sequences_per_epoch // (self.batch_size * world_size)
         order = self._order(world_size, weights=stream.weights)
-        return StreamLoader(stream, batches, self.num_workers, self._in_flight, partial(_gather, rank), order)
+        return StreamLoader(stream, batches, self.num_workers, self._progress(), partial(_gather, rank), order)
+
+    def _progress(self) -> BatchProgress:
+        return BatchProgress(lambda: self.trainer)
 
     def _evaluation_loader(self, role: str) -> DataLoader[Any]:
         data = self._sequences(role)
         return self._plain_loader(data, sampler=EvaluationSampler(len(data), *self._place()))
 
     def _plain_loader(self, data: PackedSequences, **options: Any) -> DataLoader[Any]:
-        return DataLoader(data, self.batch_size, num_workers=self.num_workers, generator=torch.Generator(), **options)
-
-    def _in_flight(self) -> int:
-        """Batches (0 or 1) that Lightning 2.6 has fetched and not trained on yet."""
-        if self.trainer is None:
-            return 0
-        progress = self.trainer.fit_loop.epoch_loop.batch_progress.current
-        return progress.ready - progress.processed  # type: ignore[attr-defined]  # a _ProcessedTracker
+        return DataLoader(
+            data,
+            batch_size=self.batch_size,  # by name: Lightning builds the loader anew to predict
+            num_workers=self.num_workers,
+            generator=torch.Generator(),
+            **options,
+        )
 
 
 def _open(roles: RoleTexts, index: int, taken: frozenset[str]) -> Any:

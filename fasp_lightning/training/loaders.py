@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import bisect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from itertools import accumulate
 from typing import Any
 
@@ -12,6 +12,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from fasp_lightning.training.batch_progress import BatchProgress
 from fasp_lightning.training.metrics import IGNORED
 from fasp_lightning.training.sampling import BLANK, TrainingSampler
 
@@ -45,35 +46,57 @@ class PackedSequences(Dataset[dict[str, Tensor]]):
 
 
 class Position:
-    """Where in an epoch a loader is: the number of batches that it has given to the training.
+    """Where in which epoch a loader is.
+
+    It counts epochs by itself as soon as it was resumed: Lightning 2.6, run by `max_steps` and resumed from the
+    end of an epoch, passes over a number.
 
     Args:
-        in_flight: Says how many of the batches given out (0 or 1) have not been trained on. A checkpoint that
-            is written in the middle of a training step, on an exception say, must give that batch again.
+        progress: Says which of the batches given out have been trained on: after a checkpoint that was written
+            in the middle of a training step, on an exception say, that batch must come again.
+
+    Attributes:
+        epoch: Number of the epoch.
+        given: Batches given to the training in it.
     """
 
-    def __init__(self, in_flight: Callable[[], int] | None = None) -> None:
-        self.epoch = 0
-        self.given = 0
-        self.in_flight = in_flight or (lambda: 0)
-        self._loaded: tuple[int, int] | None = None
+    def __init__(self, progress: BatchProgress | None = None) -> None:
+        self.epoch = self.given = 0
+        self.progress = progress or BatchProgress()
+        self._told = 0
+        self._ahead = 0  # of what Lightning tells
+        self._loaded: dict[str, int] | None = None
 
-    def begin(self, epoch: int) -> int:
-        """Start an iteration, and say how many batches to leave out: those given before the run was stopped."""
-        epoch_loaded, given = self._loaded or (epoch, 0)
-        self._loaded = None
-        self.epoch, self.given = epoch, given if epoch_loaded == epoch else 0
-        return self.given
+    def begin(self, told: int, batches: int) -> bool:
+        """Start an iteration: of a new epoch, or of what is left of the one in which a run was stopped.
+
+        Args:
+            told: The epoch according to Lightning.
+            batches: Batches of a whole epoch.
+
+        Returns:
+            Whether there is anything to give.
+        """
+        if self.progress.over:
+            return False
+        loaded, self._loaded = self._loaded, None
+        self.given = 0
+        if loaded is not None:
+            unfinished = told == loaded["told"] and loaded["batches"] < batches
+            self._ahead = loaded["epoch"] + (0 if unfinished else 1) - told
+            self.given = loaded["batches"] if unfinished else 0
+        self.epoch, self._told = told + self._ahead, told
+        return True
 
     def state_dict(self) -> dict[str, int]:
-        """Epoch, and batches of it that were trained on."""
+        """The epoch, and the batches of it that were trained on."""
         if self._loaded is not None:  # nothing was given since
-            return {"epoch": self._loaded[0], "batches": self._loaded[1]}
-        return {"epoch": self.epoch, "batches": max(0, self.given - self.in_flight())}
+            return dict(self._loaded)
+        return {"epoch": self.epoch, "told": self._told, "batches": max(0, self.given - self.progress.in_flight)}
 
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        """Let the next iteration begin there."""
-        self._loaded = (state["epoch"], state["batches"])
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Let the next iteration go on from there."""
+        self._loaded = {key: state[key] for key in ("epoch", "told", "batches")}
 
 
 class ResumableLoader(DataLoader[dict[str, Tensor]]):
@@ -89,7 +112,7 @@ class ResumableLoader(DataLoader[dict[str, Tensor]]):
         sampler: Order of the sequences; it is asked for the epoch.
         batch_size: Sequences of a batch.
         num_workers: Worker processes that read ahead.
-        in_flight: See :class:`Position`.
+        progress: See :class:`Position`.
         order: Names what decides on the order; resuming with another one is warned of.
     """
 
@@ -99,10 +122,10 @@ class ResumableLoader(DataLoader[dict[str, Tensor]]):
         sampler: Any,
         batch_size: int,
         num_workers: int = 0,
-        in_flight: Callable[[], int] | None = None,
+        progress: BatchProgress | None = None,
         order: str = "",
     ) -> None:
-        self.position = Position(in_flight)
+        self.position = Position(progress)
         self.order = order
         super().__init__(
             dataset,
@@ -118,16 +141,20 @@ class ResumableLoader(DataLoader[dict[str, Tensor]]):
 
         As a generator it begins at the first `next`: Lightning makes the iterator before it tells the epoch.
         """
-        start = self.position.begin(getattr(self.sampler, "epoch", 0))
-        skipped = 0
-        if isinstance(self.sampler, TrainingSampler):
-            self.sampler.start = start
-        else:  # Lightning's, under overfit_batches
-            skipped = start
+        if not self.position.begin(getattr(self.sampler, "epoch", 0), len(self)):
+            return
+        skipped = self._skip()
         for number, batch in enumerate(super().__iter__()):
             if number >= skipped:
                 self.position.given += 1
                 yield batch
+
+    def _skip(self) -> int:
+        """Tell the sampler where to begin; if it can't be told, return the number of batches to leave out."""
+        if not isinstance(self.sampler, TrainingSampler):  # Lightning's, under overfit_batches
+            return self.position.given
+        self.sampler.begin(self.position.epoch, self.position.given)
+        return 0
 
     def state_dict(self) -> dict[str, Any]:
         """The place in the epoch, as plain data."""

@@ -103,13 +103,20 @@ class TrainingSampler(DistributedSampler[Any]):
         self.lengths, self.counts = list(lengths), list(counts)
         self.batches = sum(counts) // (batch_size * world_size)
         self.batch_size = batch_size
-        self.start = 0  # batches to leave out, once
+        self._next: tuple[int, int] | None = None
+
+    def begin(self, epoch: int, batches: int) -> None:
+        """Let the next iteration be of that epoch, without so many of its first batches.
+
+        Otherwise it is of the whole epoch that `set_epoch` told.
+        """
+        self._next = (epoch, batches)
 
     def __iter__(self) -> Iterator[int]:
-        order = epoch_order(self.lengths, self.counts, self.seed, self.epoch)
+        (epoch, batches), self._next = self._next or (self.epoch, 0), None
+        order = epoch_order(self.lengths, self.counts, self.seed, epoch)
         mine = order[: self.batches * self.batch_size * self.num_replicas][self.rank :: self.num_replicas]
-        start, self.start = self.start * self.batch_size, 0
-        return iter(mine[start:].tolist())
+        return iter(mine[batches * self.batch_size :].tolist())
 
     def __len__(self) -> int:
         return self.batches * self.batch_size

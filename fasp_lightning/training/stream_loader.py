@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from fasp_lightning.training.batch_progress import BatchProgress
 from fasp_lightning.training.loaders import Position, warn_of_another_order
 from fasp_lightning.training.streaming import TokenStream, as_batch
 
@@ -24,7 +25,7 @@ class StreamLoader:
         stream: The batches.
         batches: Batches of an epoch.
         num_workers: Worker processes that read ahead.
-        in_flight: See :class:`Position`.
+        progress: See :class:`Position`.
         gather: Makes a list of what each process has: a checkpoint is written by one of them.
         order: Names what decides on the order; resuming with another one is warned of.
     """
@@ -34,12 +35,12 @@ class StreamLoader:
         stream: TokenStream,
         batches: int,
         num_workers: int = 0,
-        in_flight: Callable[[], int] | None = None,
+        progress: BatchProgress | None = None,
         gather: Callable[[Any], list[Any]] = lambda state: [state],
         order: str = "",
     ) -> None:
         self.stream, self.batches, self.num_workers = stream, batches, num_workers
-        self.position, self.gather, self.order = Position(in_flight), gather, order
+        self.position, self.gather, self.order = Position(progress), gather, order
         self.epoch = 0
         self._states = list(stream.states)
         self._turn = 0
@@ -59,7 +60,8 @@ class StreamLoader:
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
         """Yield what is left of the epoch; as a generator it begins at the first `next`."""
-        start = self.position.begin(self.epoch)
+        if not self.position.begin(self.epoch, self.batches):
+            return
         self.stream.states, self.stream.turn = list(self._states), self._turn
         loader = DataLoader(
             self.stream,
@@ -68,7 +70,7 @@ class StreamLoader:
             num_workers=self.num_workers,
             generator=torch.Generator(),  # else each epoch draws a seed from the global random state
         )
-        for batch in islice(loader, self.batches - start):
+        for batch in islice(loader, self.batches - self.position.given):
             self._note(batch["worker"], batch["state"])
             yield as_batch(batch["input_ids"])
 
@@ -85,7 +87,7 @@ class StreamLoader:
         All processes must call it, as they must `Trainer.save_checkpoint`.
         """
         states, turn = list(self._states), self._turn
-        if self._undo is not None and self.position.in_flight():
+        if self._undo is not None and self.position.progress.in_flight:
             worker, before = self._undo
             states[worker], turn = before, worker
         ranks = self.gather({"states": states, "turn": turn})

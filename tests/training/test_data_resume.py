@@ -38,6 +38,9 @@ class Recorder(L.LightningModule):
         self.seen.append(batch["input_ids"].clone())
         return self.weight * batch["labels"].float().mean()
 
+    def validation_step(self, batch: dict[str, Tensor], index: int) -> None:
+        pass
+
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.SGD(self.parameters(), lr=0.1)
 
@@ -100,9 +103,8 @@ def fit(data: CausalLMDataModule, folder: Path, ckpt: Path | None = None, **opti
         enable_progress_bar=False,
         enable_model_summary=False,
         enable_checkpointing=False,
-        limit_val_batches=0,
         default_root_dir=folder,
-        **{"max_epochs": EPOCHS} | options,
+        **{"max_epochs": EPOCHS, "limit_val_batches": 0} | options,
     )
     trainer.fit(module, data, ckpt_path=ckpt)
     return module
@@ -128,13 +130,26 @@ def test_a_resumed_run_sees_the_batches_of_the_uninterrupted_one(
 
 @pytest.mark.parametrize("streamed", [False, True], ids=["map", "stream"])
 @pytest.mark.parametrize("limits", [{}, {"max_epochs": -1, "max_steps": EPOCHS * BATCHES}], ids=["epochs", "steps"])
+@pytest.mark.parametrize("validation", [0, 1])
 def test_a_run_resumed_at_the_end_of_an_epoch_goes_on_with_the_next(
-    streamed: bool, limits: dict[str, int], make: Any, tmp_path: Path
+    streamed: bool, limits: dict[str, int], validation: int, make: Any, tmp_path: Path
 ) -> None:
+    limits = limits | {"limit_val_batches": validation}
     whole = fit(make(streamed, 0), tmp_path, callbacks=[Saver(tmp_path)], **limits).seen
     for epoch in (1, 2):
         resumed = fit(make(streamed, 0), tmp_path, tmp_path / f"epoch{epoch}.ckpt", **limits).seen
         assert same(resumed, whole[epoch * BATCHES :])
+
+
+@pytest.mark.parametrize("streamed", [False, True], ids=["map", "stream"])
+@pytest.mark.parametrize("validation", [0, 1])
+def test_a_run_of_so_many_steps_is_resumed(streamed: bool, validation: int, make: Any, tmp_path: Path) -> None:
+    options = {"max_epochs": -1, "max_steps": 12, "limit_val_batches": validation}
+    whole = fit(make(streamed, 0), tmp_path, callbacks=[Saver(tmp_path)], **options).seen
+    assert len(whole) == 12
+    for stop in STOPS[:-1]:
+        resumed = fit(make(streamed, 0), tmp_path, tmp_path / f"batch{stop}.ckpt", **options).seen
+        assert same(resumed, whole[stop:]), f"stopped after batch {stop}"
 
 
 @pytest.mark.parametrize("streamed", [False, True], ids=["map", "stream"])
