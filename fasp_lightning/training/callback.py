@@ -136,6 +136,7 @@ class FASPPruning(Callback):
         for optimizer in trainer.optimizers:
             check_optimizer(optimizer)
         self._phases.check(trainer.optimizers)
+        surgery.keep_positions(trainer)
         with surgery.unwrapped(trainer):
             self._phases.apply(pruned=self._done > 0)
         if self._random is not None:

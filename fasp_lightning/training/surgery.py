@@ -64,6 +64,17 @@ def averages(trainer: Trainer) -> list[nn.Module]:
     return [callback._average_model.module for callback in found if callback._average_model is not None]
 
 
+def keep_positions(trainer: Trainer) -> None:
+    """Let averages copy buffers instead of averaging them (``AveragedModel.use_buffers``).
+
+    The positions of kept value dims are integers in buffers, and a weighted mean of two equal integers may be rounded
+    down to the next one.
+    """
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(callback, WeightAveraging) and callback._average_model is not None:
+            callback._average_model.use_buffers = False
+
+
 @contextmanager
 def unwrapped(trainer: Trainer) -> Iterator[None]:
     """Take DDP off while parameters change, and put it on anew (``strategy.model``, ``configure_ddp``).
