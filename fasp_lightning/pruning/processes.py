@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.utils._pytree import tree_map
 
 T = TypeVar("T")
 
@@ -82,7 +83,7 @@ class Processes:
         box: list[Any] = [None]
         with self.together():
             if self.rank == 0:
-                box[0] = compute()
+                box[0] = tree_map(_on_cpu, compute())  # pickled on a GPU, it would arrive on the first process's
         dist.broadcast_object_list(box, src=dist.get_global_rank(self._group, 0), group=self._group)
         return box[0]
 
@@ -98,3 +99,7 @@ class Processes:
         """Where the backend takes tensors from."""
         nccl = dist.get_backend(self._group) == "nccl"
         return torch.device("cuda", torch.cuda.current_device()) if nccl else torch.device("cpu")
+
+
+def _on_cpu(value: Any) -> Any:
+    return value.cpu() if isinstance(value, Tensor) else value

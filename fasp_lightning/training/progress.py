@@ -9,6 +9,7 @@ from typing import Any
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import RichProgressBar, TQDMProgressBar
 from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
+from lightning.pytorch.utilities import rank_zero_info
 
 from fasp_lightning.pruning.pruner import Progress, ProgressEvent
 
@@ -54,7 +55,9 @@ def _to_rich(bar: RichProgressBar, task: Any) -> Callable[[ProgressEvent], None]
 
 
 def show_text(trainer: Trainer, text: str) -> None:
-    """Print lines above the Trainer's progress bar, in the first process; nothing where it shows none."""
+    """Print lines above the Trainer's progress bar, in the first process; where there is none, log them."""
     bar = trainer.progress_bar_callback
-    if bar is not None and trainer.is_global_zero:
+    if bar is None:
+        rank_zero_info(text)
+    elif trainer.is_global_zero:
         bar.print(text)
