@@ -20,6 +20,9 @@ HUB_SHARES = {"train": 0.90, "calibration": 0.06, "test": 0.02, "validation": 0.
 """How roles divide a split of a data set on the hub that they share: that is commonly large, and calibration
 needs little. Built-in and local text is divided by `corpora.SHARES`, like the splits of `TextConfig`."""
 
+Claim = tuple[str, str | None]
+"""A role, and the split of a local file that it reads; None is all of it."""
+
 DISTINCT_LENGTH = 80
 """A document of fewer characters (a heading, a lone sentence) recurs by nature and may stand in two texts."""
 
@@ -129,61 +132,96 @@ class RoleTexts:
         """
         text = self.texts[role][index]
         if text.config().kind != "local":
-            yield from _own(documents(text.config()), role, self.sharing(text), _shares(text))
+            sharing, shares = self.sharing(text), HUB_SHARES if text.config().kind == "hub" else SHARES
+            yield from (one for one in documents(text.config()) if owner(one, sharing, shares) == role)
             return
+        claims = self._claims()
         for file in local_files(text.source):
-            sharing = self.sharing(text, file)
-            in_pieces = text.split is not None or len(sharing) > 1  # else there is nothing to divide
-            found = local_documents(str(file), text.column, in_pieces=in_pieces)
-            in_split = (one for one in found if text.split is None or split_of(one) == text.split)
-            yield from _own(in_split, role, sharing, _shares(text))
+            yield from _local(file, text, role, claims[file.resolve()])
 
     def identity(self, role: str, index: int) -> dict[str, Any]:
         """Everything that decides on the documents of a text, as plain data. Files count by size and time."""
         text = self.texts[role][index]
-        kind = text.config().kind
         found = {"role": role, "source": text.source, "subset": text.subset, "split": text.split}
         found |= {"column": text.column, "separator": text.separator}
-        if kind == "local":
-            files = local_files(text.source)
+        if text.config().kind == "local":
+            files, claims = local_files(text.source), self._claims()
             stats = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-            return found | {"files": stats, "sharing": [self.sharing(text, file) for file in files]}
-        python = sys.version if kind == "builtin" else ""  # built-in text is that of the running Python
+            return found | {"files": stats, "claims": [sorted(map(str, claims[file.resolve()])) for file in files]}
+        python = sys.version if text.config().kind == "builtin" else ""  # built-in text is the running Python's
         return found | {"python": python, "sharing": self.sharing(text)}
 
-    def sharing(self, text: TextSource, file: Path | None = None) -> list[str]:
-        """The roles that read a text, or one file of a local one, in the order of `corpora.SHARES`."""
-        return [role for role in SHARES if any(_overlap(text, other, file) for other in self.texts[role])]
+    def sharing(self, text: TextSource) -> list[str]:
+        """The roles that read a text, some file of a local one at least, in the order of `corpora.SHARES`."""
+        if text.config().kind == "local":
+            files, claims = _files(text.source), self._claims()
+            found = {role for file in files for role, split in claims[file] if _meet(split, text.split)}
+        else:
+            key = (text.source, text.subset, text.split)
+            found = {
+                role
+                for role, texts in self.texts.items()
+                if any((other.source, other.subset, other.split) == key for other in texts)
+            }
+        return [role for role in SHARES if role in found]
+
+    def _claims(self) -> dict[Path, set[Claim]]:
+        """Each local file → the roles that read it, and the split of it that they read."""
+        claims: dict[Path, set[Claim]] = {}
+        for role, texts in self.texts.items():
+            for text in texts:
+                for file in _files(text.source) if text.config().kind == "local" else ():
+                    claims.setdefault(file, set()).add((role, text.split))
+        return claims
 
 
-def _overlap(text: TextSource, other: TextSource, file: Path | None) -> bool:
-    """Tell whether another source reads the same documents."""
-    if file is None:
-        return (text.source, text.subset, text.split) == (other.source, other.subset, other.split)
-    if other.config().kind != "local" or (text.split and other.split and text.split != other.split):
-        return False
-    return file.resolve() in {found.resolve() for found in local_files(other.source)}
+def _files(source: str) -> list[Path]:
+    """Resolved paths of a local text; none if there is none, which is an error where that text is read."""
+    try:
+        return [file.resolve() for file in local_files(source)]
+    except (FileNotFoundError, ValueError):
+        return []
 
 
-def _shares(text: TextSource) -> dict[str, float]:
-    return HUB_SHARES if text.config().kind == "hub" else SHARES
+def _meet(one: str | None, other: str | None) -> bool:
+    """Tell whether two splits of a file have documents in common."""
+    return one is None or other is None or one == other
 
 
-def _own(found: Iterable[str], role: str, sharing: list[str], shares: dict[str, float]) -> Iterator[str]:
-    """The documents that fall to a role: by content alone, in the proportion of the shares of those sharing."""
-    total = sum(shares[name] for name in sharing)
-    for document in found:
-        if len(sharing) == 1 or _owner(document, sharing, shares, total) == role:
+def _local(file: Path, text: TextSource, role: str, claims: set[Claim]) -> Iterator[str]:
+    """The documents of a local file that are of the split of a text, and fall to its role."""
+    split_up = any(split is not None for _, split in claims)
+    in_pieces = split_up or len(claims) > 1  # else there is nothing to divide
+    for document in local_documents(str(file), text.column, in_pieces=in_pieces):
+        split = split_of(document) if split_up else None
+        if not _meet(split, text.split):
+            continue
+        reading = {name for name, claimed in claims if _meet(claimed, split)}
+        # the place that gave the split would give all of a split to the same role
+        salt = "role " if split_up else ""
+        if owner(document, [name for name in SHARES if name in reading], SHARES, salt) == role:
             yield document
 
 
-def _owner(document: str, sharing: list[str], shares: dict[str, float], total: float) -> str:
-    place, end = int(digest(document)[:12], 16) / 16**12 * total, 0.0
+def owner(document: str, sharing: Sequence[str], shares: Mapping[str, float], salt: str = "") -> str:
+    """Name the role that a document falls to: by content alone, in the proportion of the roles' shares.
+
+    Args:
+        document: The document.
+        sharing: The roles that read it, in the order of `corpora.SHARES`. If they are all, and without salt,
+            the role is the split that the document is in.
+        shares: Role → share.
+        salt: Makes the choice independent of other ones.
+    """
+    if len(sharing) == 1:
+        return sharing[0]
+    place = int(digest(salt + document)[:12], 16) / 16**12 * sum(shares[name] for name in sharing)
+    end = 0.0
     for name in sharing:
         end += shares[name]
         if place < end:
-            return name
-    return sharing[-1]
+            break
+    return name
 
 
 def distinct(document: str) -> str | None:
