@@ -18,6 +18,9 @@ from fasp_lightning.cli.quiet import quiet_libraries
 from fasp_lightning.training.data import CausalLMDataModule
 from fasp_lightning.training.module import CausalLMModule
 
+PARSER = {"exit_on_error": False, "allow_abbrev": False}
+"""A misspelt option is refused, by an exception."""
+
 CHECKPOINT_WORDS = ("best", "last", "hpc")
 """What Lightning takes for ``ckpt_path`` beside a path."""
 
@@ -64,7 +67,7 @@ class TrainingCLI(LightningCLI):
             CausalLMDataModule,
             save_config_kwargs={"overwrite": True},  # a second run of a config is no mistake
             seed_everything_default=0,
-            parser_kwargs={"exit_on_error": False, command: {"exit_on_error": False}},
+            parser_kwargs={**PARSER, command: dict(PARSER)},
             args=[command, *with_paths(list(argv))],
             auto_configure_optimizers=False,
         )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import sys
 from collections.abc import Iterator, Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -95,14 +96,20 @@ class _Callback(NamedTuple):
 
 def _pruning_callback(settings: Any) -> _Callback:
     callbacks = settings.trainer.callbacks or []
-    path = f"{FASPPruning.__module__}.{FASPPruning.__name__}"
-    found = [each for each in (callbacks if isinstance(callbacks, list) else [callbacks]) if each.class_path == path]
+    callbacks = callbacks if isinstance(callbacks, list) else [callbacks]
+    found = [each for each in callbacks if issubclass(_class_of(each.class_path), FASPPruning)]
     if len(found) != 1:
         raise UsageError(
             f"trainer.callbacks must hold one FASPPruning with a schedule, got {len(found)}; name a config by -c, "
             "or add --trainer.callbacks+=FASPPruning --trainer.callbacks.schedule ..."
         )
     return _Callback(found[0].init_args.schedule, found[0].init_args.pruning)
+
+
+def _class_of(path: str) -> type:
+    module, _, name = path.rpartition(".")
+    found: type = getattr(import_module(module), name)
+    return found
 
 
 def _plain(value: Any) -> Any:

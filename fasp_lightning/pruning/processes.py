@@ -69,7 +69,7 @@ class Processes:
             yield
         except Exception as raised:
             error = raised
-        messages = self._gather(None if error is None else f"{type(error).__name__}: {error}")
+        messages = self.gather(None if error is None else f"{type(error).__name__}: {error}")
         if error is not None:
             raise error
         for rank, message in enumerate(messages):
@@ -87,7 +87,8 @@ class Processes:
         dist.broadcast_object_list(box, src=dist.get_global_rank(self._group, 0), group=self._group)
         return box[0]
 
-    def _gather(self, value: Any) -> list[Any]:
+    def gather(self, value: T) -> list[T]:
+        """What each process has, in all of them, by rank; plain data and tensors."""
         if self._group is None:
             return [value]
         values: list[Any] = [None] * self.count

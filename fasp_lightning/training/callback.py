@@ -16,6 +16,7 @@ from fasp_lightning.pruning.config import PruningConfig
 from fasp_lightning.pruning.processes import Processes
 from fasp_lightning.pruning.schedule import PruningSchedule, ScheduledPruning
 from fasp_lightning.pruning.widths import is_reached, plan_widths
+from fasp_lightning.structure.adapters import has_adapters
 from fasp_lightning.training import surgery
 from fasp_lightning.training.calibration import (
     calibration_batches,
@@ -25,7 +26,7 @@ from fasp_lightning.training.calibration import (
 from fasp_lightning.training.events import EventRecord, prune_model, validation_perplexity
 from fasp_lightning.training.export import export_model
 from fasp_lightning.training.locate import find_causal_lm
-from fasp_lightning.training.lora import LoRAConfig, attach_lora, has_lora, merge_lora
+from fasp_lightning.training.lora import LoRAConfig, attach_lora, merge_lora
 from fasp_lightning.training.optimizer_state import check_optimizer
 from fasp_lightning.training.random_state import random_state, restore_random_state
 from fasp_lightning.training.recovery import MODES, Recovery, trained_names
@@ -105,7 +106,7 @@ class FASPPruning(Callback):
         self._done = 0
         self._injected = False
         self._recovery: Recovery | None = None
-        self._random: dict[str, Any] | None = None
+        self._random: list[dict[str, Any]] | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Find the model, refuse what cannot work, and let checkpoints carry the plan."""
@@ -139,8 +140,9 @@ class FASPPruning(Callback):
         surgery.keep_positions(trainer)
         with surgery.unwrapped(trainer):
             self._phases.apply(pruned=self._done > 0)
-        if self._random is not None:
-            restore_random_state(self._random)
+        rank = Processes.everyone().rank
+        if self._random is not None and rank < len(self._random):
+            restore_random_state(self._random[rank])
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Refuse a schedule that the run will not reach the end of, and data that gives no calibration."""
@@ -186,9 +188,9 @@ class FASPPruning(Callback):
             export_model(model, self.export_to, tokenizer, self.form, self.overwrite)
 
     def state_dict(self) -> dict[str, Any]:
-        """Events done and the process's random state: plain data and tensors."""
+        """Events done and the random state of each process, asked by all: plain data and tensors."""
         records = [dataclasses.asdict(record) for record in self.records]
-        return {"done": self._done, "records": records, "random": random_state()}
+        return {"done": self._done, "records": records, "random": Processes.everyone().gather(random_state())}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Inverse of :meth:`state_dict`; the random state is put back when the run starts."""
@@ -248,7 +250,7 @@ class FASPPruning(Callback):
     def _set_up_recovery(self, trainer: Trainer, model: PreTrainedModel) -> None:
         """Attach adapters where recovery needs them, and let all that will ever train go to the optimizers."""
         own = trained_names(model)
-        self._injected = self.recovery == "lora" and not has_lora(model)
+        self._injected = self.recovery == "lora" and not has_adapters(model)
         if self._injected:
             for module in (trainer.lightning_module, *surgery.averages(trainer)):
                 attach_lora(self._model(module), self.lora or LoRAConfig())

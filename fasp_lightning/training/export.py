@@ -10,7 +10,8 @@ from fasp_lightning.pruning.checkpoint import check_output, save_pruned
 from fasp_lightning.pruning.forms import FORMS
 from fasp_lightning.pruning.plan import plan_of
 from fasp_lightning.pruning.staging import require_space, staged
-from fasp_lightning.training.lora import has_lora, merge_lora
+from fasp_lightning.structure.adapters import has_adapters
+from fasp_lightning.training.lora import merge_lora
 from fasp_lightning.training.sharding import is_sharded
 
 if TYPE_CHECKING:
@@ -52,7 +53,7 @@ def export_model(
             "model must be whole to be exported, got one that is sharded over processes; save a checkpoint with "
             "ModelParallelStrategy(save_distributed_checkpoint=False) and export from it in one process"
         )
-    if has_lora(model):
+    if has_adapters(model):
         model = copy.deepcopy(model)
         merge_lora(model)
     plan = plan_of(model)

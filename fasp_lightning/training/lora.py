@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from fasp_lightning.structure.adapters import has_adapters, is_adapted, is_adapter_parameter
 from fasp_lightning.structure.compact import GatherColumns, ScatterRows, replace_module
 from fasp_lightning.structure.registry import spec_for
 from fasp_lightning.structure.resolve import find_blocks
@@ -65,7 +66,7 @@ def attach_lora(model: PreTrainedModel, config: LoRAConfig) -> None:
     Raises:
         ValueError: If the model carries adapters already, or a target is no linear layer of its blocks.
     """
-    if has_lora(model):
+    if has_adapters(model):
         raise ValueError("model must carry no LoRA yet, got one that does; merge it with merge_lora first")
     paths = _targets(model, config)
     frozen = tuple(stock_name(model, name) for name, value in model.named_parameters() if not value.requires_grad)
@@ -99,39 +100,26 @@ def merge_lora(model: PreTrainedModel) -> None:
         vars(model).pop(name, None)
 
 
-def has_lora(model: nn.Module) -> bool:
-    """Whether a layer of the model carries an adapter."""
-    return any(is_lora(module) for module in model.modules())
-
-
-def is_lora(module: nn.Module) -> bool:
-    """Whether a module is a linear layer with an adapter."""
-    return hasattr(module, "base_layer") and hasattr(module, "lora_A")
-
-
 def base_parameters(model: nn.Module) -> list[nn.Parameter]:
     """The parameters that trained before the adapters came; all but the adapters' own if that is unknown."""
     frozen = set(getattr(model, "fasp_frozen", ()))
-    adapters = {id(parameter) for parameter in lora_parameters(model)}
     return [
         parameter
         for name, parameter in model.named_parameters()
-        if id(parameter) not in adapters and stock_name(model, name) not in frozen
+        if not is_adapter_parameter(name) and stock_name(model, name) not in frozen
     ]
 
 
 def lora_parameters(model: nn.Module) -> list[nn.Parameter]:
     """The parameters of the adapters."""
-    layers = [module for module in model.modules() if is_lora(module)]
-    base = {id(parameter) for layer in layers for parameter in layer.base_layer.parameters()}  # type: ignore[union-attr]
-    return [parameter for layer in layers for parameter in layer.parameters() if id(parameter) not in base]
+    return [parameter for name, parameter in model.named_parameters() if is_adapter_parameter(name)]
 
 
 def stock_name(model: nn.Module, name: str) -> str:
     """A module's or parameter's name as it is in a model without adapters and run-time modules."""
     parts, parent = [], model
     for part in name.split("."):
-        adapter = part == "base_layer" and is_lora(parent)
+        adapter = part == "base_layer" and is_adapted(parent)
         wrapper = part == "linear" and isinstance(parent, (ScatterRows, GatherColumns))
         parts += [] if adapter or wrapper else [part]
         parent = getattr(parent, part)
@@ -180,7 +168,7 @@ def _inject(model: PreTrainedModel, config: LoRAConfig, paths: list[str]) -> Non
 
 
 def _lora_layers(model: nn.Module) -> dict[str, Any]:
-    return {path: module for path, module in model.named_modules() if is_lora(module)}
+    return {path: module for path, module in model.named_modules() if is_adapted(module)}
 
 
 @torch.no_grad()

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from fasp_lightning.pruning.plan import PruningPlan, conform, plan_of
-from fasp_lightning.structure.adapters import is_adapter_parameter
+from fasp_lightning.structure.adapters import has_adapters, is_adapter_parameter
 from fasp_lightning.training.locate import find_causal_lm
-from fasp_lightning.training.lora import LoRAConfig, attach_lora, has_lora
+from fasp_lightning.training.lora import LoRAConfig, attach_lora
 
 KEY = "fasp_structure"
 """Entry of the state dict: a uint8 tensor of JSON. A model that was never pruned, without adapters, has none."""
@@ -60,10 +60,10 @@ def _read(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> Non
     structure = _decode(state.pop(prefix + KEY)) if prefix + KEY in state else {"plan": None, "lora": None}
     model = find_causal_lm(module, getattr(module, _MARK))
     conform(model, structure["plan"] and PruningPlan.from_dict(structure["plan"]))
-    if structure["lora"] and not has_lora(model):
+    if structure["lora"] and not has_adapters(model):
         with torch.random.fork_rng(devices=[]):  # what is drawn is overwritten
             attach_lora(model, LoRAConfig(**structure["lora"]))
-    elif has_lora(model) and not any(is_adapter_parameter(key) for key in state):
+    elif has_adapters(model) and not any(is_adapter_parameter(key) for key in state):
         _add_adapters(module, state, prefix)
 
 

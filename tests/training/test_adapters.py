@@ -12,7 +12,8 @@ from torch import nn
 from fasp_lightning import FASPPruner, PruningConfig, save_pruned
 from fasp_lightning.pruning.plan import conform, plan_of
 from fasp_lightning.pruning.widths import plan_widths
-from fasp_lightning.training.lora import LoRAConfig, attach_lora, has_lora, lora_parameters, merge_lora
+from fasp_lightning.structure.adapters import has_adapters
+from fasp_lightning.training.lora import LoRAConfig, attach_lora, lora_parameters, merge_lora
 
 BATCHES = [random_tokens(2, 40, seed=seed) for seed in range(3)]
 SETTINGS = {
@@ -42,7 +43,7 @@ def test_pruned_then_merged_equals_merged_then_pruned(family: str, settings: str
     first, second = adapted(family), merged(adapted(family))
     for model in (first, second):
         FASPPruner(SETTINGS[settings]).prune(model, BATCHES)
-    assert has_lora(first)
+    assert has_adapters(first)
     assert plan_of(first) == plan_of(second)
     expected = second.state_dict()
     for name, value in merged(first).state_dict().items():

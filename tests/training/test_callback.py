@@ -13,9 +13,10 @@ from tiny import random_tokens, tiny_model
 from torch.utils.data import DataLoader, IterableDataset
 
 from fasp_lightning import FASPPruner, PruningConfig, load_pruned, perplexity
+from fasp_lightning.structure.adapters import has_adapters
 from fasp_lightning.training.calibration import calibration_batches
 from fasp_lightning.training.callback import FASPPruning
-from fasp_lightning.training.lora import LoRAConfig, has_lora
+from fasp_lightning.training.lora import LoRAConfig
 from fasp_lightning.training.structure_state import KEY
 
 TWO = [{"step": 2, "sparsity": 0.1}, {"step": 5, "sparsity": 0.2}]
@@ -178,7 +179,7 @@ def test_recovery_decides_what_trains(recovery: str, tmp_path: Any) -> None:
     after = {"none": {"head"}, "full": {"head", "base"}, "lora": {"lora"}}[recovery]
     # B starts at zero, so that A has no gradient in the first step
     assert trained.steps == [{"head"}, {"head"}, after, after, after]
-    assert not has_lora(module.lm)
+    assert not has_adapters(module.lm)
     assert {name for name, one in module.lm.named_parameters() if one.requires_grad} == {
         name for name, _ in module.lm.named_parameters() if recovery == "full" or "norm" in name
     }

@@ -10,13 +10,12 @@ from tiny import random_tokens, tiny_model
 from tiny_pruning import BOTH, FFN, pruned
 from torch import nn
 
+from fasp_lightning.structure.adapters import has_adapters, is_adapted
 from fasp_lightning.structure.compact import ScatterRows
 from fasp_lightning.training.lora import (
     LoRAConfig,
     attach_lora,
     base_parameters,
-    has_lora,
-    is_lora,
     lora_parameters,
     merge_lora,
 )
@@ -60,7 +59,7 @@ def test_every_linear_layer_of_the_blocks_and_no_other_gets_an_adapter(name: str
         and not isinstance(module, nn.Embedding)
     }
     attach_lora(model, LoRAConfig(rank=3))
-    assert {path for path, module in model.named_modules() if is_lora(module)} == expected
+    assert {path for path, module in model.named_modules() if is_adapted(module)} == expected
 
 
 @families
@@ -94,7 +93,7 @@ def test_merging_restores_modules_keys_and_training(name: str, cut: bool) -> Non
     assert dict(model.named_modules()) == modules
     assert all(parameters[key] is value for key, value in model.named_parameters())
     assert all(value.requires_grad == (value is not frozen) for value in model.parameters())
-    assert not has_lora(model)
+    assert not has_adapters(model)
     assert not {"peft_config", "fasp_frozen"} & set(vars(model))
 
 
@@ -102,7 +101,7 @@ def test_the_adapters_of_a_cut_value_pair_sit_inside_its_run_time_modules() -> N
     model = with_values(pruned("llama", BOTH))
     producers = [module for module in model.modules() if isinstance(module, ScatterRows)]
     assert len(producers) == 2
-    assert all(is_lora(module.linear) for module in producers)
+    assert all(is_adapted(module.linear) for module in producers)
     assert producers[0].linear.lora_B["default"].weight.shape[0] == producers[0].rows.numel()
 
 
@@ -133,7 +132,7 @@ def test_a_copy_is_merged_and_the_original_keeps_its_adapters() -> None:
     with_values(model)
     twin = copy.deepcopy(model)
     merge_lora(twin)
-    assert has_lora(model)
+    assert has_adapters(model)
     assert [key for key, value in twin.named_parameters() if not value.requires_grad] == [frozen]
 
 
@@ -148,14 +147,14 @@ def test_base_parameters_are_those_that_trained_before() -> None:
 def test_targets_are_names_or_ends_of_paths() -> None:
     model = tiny_model("gpt2")
     attach_lora(model, LoRAConfig(targets=["mlp.c_proj", "c_attn"]))
-    found = {path for path, module in model.named_modules() if is_lora(module)}
+    found = {path for path, module in model.named_modules() if is_adapted(module)}
     assert found == {f"transformer.h.{i}.{name}" for i in range(2) for name in ("mlp.c_proj", "attn.c_attn")}
 
 
 def test_a_target_of_a_cut_pair_is_named_as_before_the_cut() -> None:
     model = pruned("llama", BOTH)
     attach_lora(model, LoRAConfig(targets=("self_attn.v_proj",)))
-    found = {path for path, module in model.named_modules() if is_lora(module)}
+    found = {path for path, module in model.named_modules() if is_adapted(module)}
     assert found == {f"model.layers.{i}.self_attn.v_proj.linear" for i in range(2)}
 
 
@@ -163,7 +162,7 @@ def test_an_unknown_target_is_refused_with_the_known_ones() -> None:
     model = tiny_model("llama")
     with pytest.raises(ValueError, match=r"targets must be among .*q_proj.*down_proj, got 'query'"):
         attach_lora(model, LoRAConfig(targets=("q_proj", "query")))
-    assert not has_lora(model)
+    assert not has_adapters(model)
 
 
 def test_attaching_twice_is_refused() -> None:

@@ -14,7 +14,8 @@ from tiny_lightning import SCRATCH, Folder, loader, logits, sgd, steps, trained_
 from tiny_pruning import BOTH, calibration, pruned
 
 from fasp_lightning import FASPPruner, load_pruned, save_pruned
-from fasp_lightning.training.lora import LoRAConfig, has_lora, merge_lora
+from fasp_lightning.structure.adapters import has_adapters
+from fasp_lightning.training.lora import LoRAConfig, merge_lora
 from fasp_lightning.training.module import CausalLMModule
 
 
@@ -120,7 +121,7 @@ def test_export_of_a_pruned_module_merges_its_lora_and_leaves_it_as_it_was(
     before = {key: value.clone() for key, value in module.state_dict().items()}
     assert module.export(tmp_path / "out", tiny_tokenizer, form="compact") == tmp_path / "out"
     assert module.model.training
-    assert has_lora(module.model)
+    assert has_adapters(module.model)
     assert all(torch.equal(value, before[key]) for key, value in module.state_dict().items())
     assert math.isfinite(steps(module, 1)[0])
     assert (tmp_path / "out" / "tokenizer.json").is_file()
@@ -160,5 +161,5 @@ def test_merging_by_the_module_leaves_a_checkpoint_that_loads(tiny_folder: Folde
     runner.save_checkpoint(tmp_path / "attached.ckpt")
     module.merge_lora()
     runner.save_checkpoint(tmp_path / "merged.ckpt")
-    assert has_lora(CausalLMModule.load_from_checkpoint(tmp_path / "attached.ckpt"))
+    assert has_adapters(CausalLMModule.load_from_checkpoint(tmp_path / "attached.ckpt"))
     assert torch.equal(logits(CausalLMModule.load_from_checkpoint(tmp_path / "merged.ckpt")), logits(module))

@@ -11,7 +11,8 @@ from runs import UserModule, half, loader, trainer
 from tiny import random_tokens, tiny_model
 
 from fasp_lightning import FASPPruner, PruningConfig
-from fasp_lightning.training.lora import LoRAConfig, attach_lora, has_lora, lora_parameters
+from fasp_lightning.structure.adapters import has_adapters
+from fasp_lightning.training.lora import LoRAConfig, attach_lora, lora_parameters
 from fasp_lightning.training.structure_state import KEY, carry_structure
 
 
@@ -50,7 +51,7 @@ def assert_loads(source: UserModule, target: UserModule) -> None:
     assert source.state_dict().keys() == target.state_dict().keys()
     for name, value in source.state_dict().items():
         assert torch.equal(value, target.state_dict()[name])
-    if not has_lora(source.lm):
+    if not has_adapters(source.lm):
         assert {id(one) for one in target.parameters()} == identities
     logits = [one.lm(input_ids=BATCHES[0], use_cache=False).logits for one in (source, target)]
     assert torch.equal(*logits)
@@ -99,7 +100,7 @@ def test_checkpoint_of_a_users_run_validates_and_goes_on(recovery: str, tmp_path
     other = fresh()
     again.validate(other, loader(4), ckpt_path=path, verbose=False)
     assert other.lm.get_submodule("model.layers.0.mlp.down_proj").in_features == 24
-    assert has_lora(other.lm) == (recovery == "lora")
+    assert has_adapters(other.lm) == (recovery == "lora")
     for name, value in other.state_dict().items():
         assert torch.equal(value, state["state_dict"][name])
     more = trainer(tmp_path, half(2, recovery=recovery), max_steps=8)
