@@ -130,8 +130,8 @@ def causal_lm(seed: int = 0) -> CausalLMModule:
     return CausalLMModule(config=CONFIG, optimizer=partial(torch.optim.AdamW, lr=1e-2), seed=seed)
 
 
-def run(tmp_path: Path, *callbacks: L.Callback, ckpt_path: Any = None, seed: int = 0) -> tuple[CausalLMModule, L.Trainer]:
-    """Two epochs of four steps; checkpoints at their ends in ``tmp_path``."""
+def run(tmp_path: Path, *callbacks: L.Callback, ckpt_path: Path | None = None, seed: int = 0) -> Any:
+    """(module, trainer) of two epochs of four steps, with checkpoints at their ends in ``tmp_path``."""
     torch.manual_seed(seed)
     module = causal_lm(seed)
     saver = ModelCheckpoint(dirpath=tmp_path, filename="{epoch}", save_top_k=-1)
@@ -154,7 +154,7 @@ def test_resumed_run_ends_with_the_same_average(recovery: str, order: str, tmp_p
 
 def test_checkpoint_holds_the_average_for_whoever_loads_it(tmp_path: Path) -> None:
     oracle = Oracle("ema")
-    module, made = run(tmp_path, fasp(), AVERAGES["ema"](), oracle)
+    _, made = run(tmp_path, fasp(), AVERAGES["ema"](), oracle)
     path = tmp_path / "epoch=1.ckpt"
     assert_equal(state(CausalLMModule.load_from_checkpoint(path)), oracle.average, 1e-6)
     fresh = causal_lm(seed=1)

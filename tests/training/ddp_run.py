@@ -1,0 +1,192 @@
+"""Started by ``test_ddp.py``: several runs under ddp, one after the other in the same two processes.
+
+The first Trainer starts the second process, as Lightning does it. Each process writes what it has after every run to
+``FOLDER/RUN-RANK.pt``. The last run ends with an error in one process, and nobody catches it.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from runs import UserModule, loader, trainer
+from tiny import FFN, HIDDEN, VOCAB, random_tokens, tiny_model
+from torch import Tensor
+from torch.utils.data import DataLoader, DistributedSampler, default_collate
+
+from fasp_lightning import PruningConfig
+from fasp_lightning.training.callback import FASPPruning
+from fasp_lightning.training.lora import LoRAConfig
+from fasp_lightning.training.module import CausalLMModule
+
+EVENTS = [{"step": 1, "sparsity": 0.1}, {"step": 3, "sparsity": 0.2}]
+CONFIG = {
+    "model_type": "opt",  # with dropout
+    "vocab_size": VOCAB,
+    "hidden_size": HIDDEN,
+    "word_embed_proj_dim": HIDDEN,
+    "ffn_dim": FFN,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 64,
+    "pad_token_id": 0,
+}
+UNTRAINED = VOCAB - 1
+"""A token that no training batch has."""
+
+
+class Noting(UserModule):
+    """A user's own module, calibrated on its own data; notes which sequences each event was given."""
+
+    def __init__(self, optimizer: Any) -> None:
+        super().__init__(tiny_model("llama").train(), optimizer)
+        self.calibrated: list[Tensor] = []
+        self.calibration: list[Tensor] = [random_tokens(1, seed=seed)[0] for seed in range(100, 112)]
+        self.collate: Callable[[list[Tensor]], Tensor] = default_collate
+
+    def train_dataloader(self) -> DataLoader:
+        """Batches of four in all processes together, in order, which Lightning's own sampler would shuffle."""
+        count, data = self.trainer.world_size, loader(40).dataset
+        sampler = DistributedSampler(data, count, self.trainer.global_rank, shuffle=False)
+        return DataLoader(data, batch_size=4 // count, sampler=sampler)
+
+    def calibration_dataloader(self) -> DataLoader:
+        def collate(batch: list[Tensor]) -> Tensor:
+            self.calibrated.extend(batch)
+            return self.collate(batch)
+
+        return DataLoader(self.calibration, batch_size=2, collate_fn=collate)
+
+
+def fasp(**options: Any) -> FASPPruning:
+    """Cuts FFN units and value dims, twice; 9 calibration sequences do not divide evenly."""
+    settings: dict[str, Any] = {"pruning": PruningConfig(attention="value_dims"), "calibration_sequences": 9}
+    return FASPPruning(EVENTS, **{**settings, **options})
+
+
+def sgd(parameters: Any) -> torch.optim.Optimizer:
+    return torch.optim.SGD(parameters, lr=0.05, momentum=0.9)
+
+
+def adamw(parameters: Any) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(parameters, lr=1e-2)
+
+
+def plain(folder: Path, processes: int = 2) -> tuple[Noting, L.Trainer, FASPPruning]:
+    """The same data in all processes together, for any number of them."""
+    module, callback = Noting(sgd), fasp()
+    made = fit(folder, module, callback, processes)
+    return module, made, callback
+
+
+def fit(folder: Path, module: Noting, callback: FASPPruning, processes: int = 2, **options: Any) -> L.Trainer:
+    options = {"max_steps": 5, "accumulate_grad_batches": 2, "num_sanity_val_steps": 0} | options
+    options |= {"strategy": "ddp", "devices": processes} if processes > 1 else {}
+    made = trainer(folder, callback, **options)
+    made.fit(module, val_dataloaders=loader(8, 4 // processes))
+    return made
+
+
+def full(folder: Path) -> tuple[Any, L.Trainer, FASPPruning]:
+    """Before the first event only the head trains."""
+    module, callback = Noting(adamw), fasp(recovery="full")
+    module.lm.model.requires_grad_(False)
+    return module, fit(folder, module, callback), callback
+
+
+def lora(folder: Path) -> tuple[Any, L.Trainer, FASPPruning]:
+    """The callback injects adapters; everything trains before the first event."""
+    module, callback = Noting(adamw), fasp(recovery="lora", lora=LoRAConfig(rank=2))
+    return module, fit(folder, module, callback), callback
+
+
+def resumable(folder: Path, rank: int, ckpt_path: Path | None = None) -> tuple[Any, L.Trainer, FASPPruning]:
+    """Two epochs of three steps, each process with dropout of its own; a checkpoint at the end of each epoch."""
+    torch.manual_seed(rank if ckpt_path is None else 100 + rank)
+    module = CausalLMModule(config=CONFIG, optimizer=partial(torch.optim.AdamW, lr=1e-2))
+    schedule = [{"step": 1, "sparsity": 0.1}, {"step": 4, "sparsity": 0.2}]
+    callback = FASPPruning(schedule, calibration_sequences=8, validation_batches=1)
+    saver = ModelCheckpoint(dirpath=folder, filename="{epoch}", save_top_k=-1)
+    options: dict[str, Any] = {"max_steps": -1, "max_epochs": 2, "enable_checkpointing": True}
+    made = trainer(folder, callback, saver, strategy="ddp", devices=2, **options)
+    made.fit(module, loader(12), loader(4), ckpt_path=ckpt_path, weights_only=True)
+    return module, made, callback
+
+
+def not_finite(module: Noting) -> None:
+    module.calibration[1] = torch.full_like(module.calibration[1], UNTRAINED)
+    with torch.no_grad():
+        module.lm.get_input_embeddings().weight[UNTRAINED] = torch.nan
+
+
+def out_of_range(module: Noting) -> None:
+    module.calibration[1] = torch.full_like(module.calibration[1], VOCAB)
+
+
+def breaks_in_one(module: Noting) -> None:
+    marked = module.calibration[1]
+
+    def collate(batch: list[Tensor]) -> Tensor:
+        if any(torch.equal(one, marked) for one in batch):
+            raise OSError("disk gone")
+        return default_collate(batch)
+
+    module.collate = collate
+
+
+def failing(folder: Path, spoil: Callable[[Noting], None]) -> None:
+    """All of the calibration data is drawn: the second sequence, which is spoilt, falls to the second process."""
+    module = Noting(sgd)
+    spoil(module)
+    fit(folder, module, fasp(calibration_sequences=12))
+
+
+def found(module: Any, made: L.Trainer, callback: FASPPruning) -> dict[str, Any]:
+    """What a process has after a run."""
+    model = module.lm if isinstance(module, UserModule) else module.model
+    (optimizer,) = made.optimizers
+    states = [optimizer.state.get(one, {}) for group in optimizer.param_groups for one in group["params"]]
+    return {
+        "plan": model.fasp_plan.to_json(),
+        "weights": model.state_dict(),
+        "moments": [{key: value for key, value in state.items() if isinstance(value, Tensor)} for state in states],
+        "calibrated": getattr(module, "calibrated", None),
+        "losses": getattr(module, "losses", None),
+        "perplexities": [
+            (record.perplexity_before, record.perplexity_pruned, record.perplexity_recovered)
+            for record in callback.records
+        ],
+    }
+
+
+def main(folder: Path) -> None:
+    torch.set_num_threads(1)
+
+    def note(run: str, make: Callable[[], Any]) -> int:
+        try:
+            module, made, callback = make()
+            outcome, rank = found(module, made, callback), made.global_rank
+        except Exception as error:
+            rank = torch.distributed.get_rank()
+            outcome = {"message": f"{type(error).__name__}: {error}"}
+        torch.save(outcome, folder / f"{run}-{rank}.pt")
+        return rank
+
+    rank = note("none", lambda: plain(folder))
+    note("full", lambda: full(folder))
+    note("lora", lambda: lora(folder))
+    note("whole", lambda: resumable(folder, rank))
+    note("resumed", lambda: resumable(folder / "resumed", rank, folder / "epoch=0.ckpt"))
+    note("finite", lambda: failing(folder, not_finite))
+    note("token", lambda: failing(folder, out_of_range))
+    failing(folder, breaks_in_one)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
