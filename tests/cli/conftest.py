@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+import torch
 
 from fasp_lightning.cli.main import main
 from fasp_lightning.pruning import loading
 
+WORDS = ("the", "cat", "sat", "on", "a", "mat", "while", "some", "dog", "ran", "off", "and", "rain", "fell")
 TEXT = "{source: builtin:topics, split: test, seq_len: 16, sequences: 4, batch_size: 2}"
 
 
@@ -26,8 +29,10 @@ Command = Callable[..., Outcome]
 
 
 @pytest.fixture
-def fasp(capsys: pytest.CaptureFixture[str]) -> Command:
+def fasp(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Command:
     """``fasp("prune", …)`` runs the command."""
+    # loggers of libraries hold on to the stderr of the test that imported them
+    monkeypatch.setattr(logging, "raiseExceptions", False)
 
     def run(*argv: object) -> Outcome:
         capsys.readouterr()
@@ -58,3 +63,19 @@ def no_weights(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(loading, "_load_dense", read)
     monkeypatch.setattr(loading, "load_pruned", read)
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    """A file with enough text for every role of a training."""
+    draw = torch.Generator().manual_seed(0)
+    documents = [" ".join(WORDS[i] for i in torch.randint(len(WORDS), (40,), generator=draw)) for _ in range(600)]
+    path = tmp_path / "text.txt"
+    path.write_text("\n\n".join(documents))
+    return path
+
+
+@pytest.fixture
+def one_thread(seeded: None) -> None:
+    """Tiny models train several times slower with two threads."""
+    torch.set_num_threads(1)  # ``seeded`` puts the number back

@@ -27,7 +27,7 @@ def test_version(fasp) -> None:
 def test_unknown_command_is_refused(fasp, argv: tuple[str, ...]) -> None:
     outcome = fasp(*argv)
     assert outcome.code == 2
-    assert outcome.err.startswith("fasp: command must be one of prune, plan, evaluate, got ")
+    assert outcome.err.startswith(f"fasp: command must be one of {', '.join(COMMANDS)}, got ")
     assert outcome.err.count("\n") == 1
 
 
