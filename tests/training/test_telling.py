@@ -53,7 +53,8 @@ def test_table_is_logged_where_there_is_no_bar(tmp_path: Any, caplog: Any) -> No
 def test_tensorboard_has_the_whole_story(tmp_path: Any) -> None:
     schedule = [{"step": 2, "sparsity": 0.1}, {"step": 6, "sparsity": 0.2}]
     logger = TensorBoardLogger(tmp_path, name="run", version="0")
-    fit(tmp_path, FASPPruning(schedule, FFN_ONLY, calibration_sequences=8), logger=logger, enable_progress_bar=False, val_check_interval=5)
+    callback = FASPPruning(schedule, FFN_ONLY, calibration_sequences=8)
+    fit(tmp_path, callback, logger=logger, enable_progress_bar=False, val_check_interval=5)
     events = EventAccumulator(logger.log_dir)
     events.Reload()
     scalars = events.Tags()["scalars"]
