@@ -37,7 +37,7 @@ def check_trainer(trainer: Trainer) -> None:
     """Refuse what cannot follow a change of shapes in the middle of a run.
 
     Raises:
-        ValueError: For sharded strategies, and for ``StochasticWeightAveraging``.
+        ValueError: For sharded strategies, PowerSGD (``_ddp_comm_state``), and ``StochasticWeightAveraging``.
     """
     strategy = trainer.strategy
     sharded = isinstance(strategy, DeepSpeedStrategy)  # though it derives from DDPStrategy
@@ -45,6 +45,11 @@ def check_trainer(trainer: Trainer) -> None:
         raise ValueError(
             f"strategy must be a single device or ddp to prune during fit, got {type(strategy).__name__}; prune first "
             "(fasp prune, FASPPruner) and train the saved folder, sharding it in configure_model as CausalLMModule does"
+        )
+    if type(getattr(strategy, "_ddp_comm_state", None)).__name__ == "PowerSGDState":
+        raise ValueError(
+            "strategy must have no PowerSGDState as ddp_comm_state beside FASPPruning, its errors would keep the old "
+            "shapes; use a hook without such state, as bf16_compress_hook"
         )
     if any(isinstance(callback, StochasticWeightAveraging) for callback in trainer.callbacks):  # type: ignore[attr-defined]
         raise ValueError(
