@@ -48,6 +48,7 @@ class Noting(UserModule):
         super().__init__(tiny_model("llama").train(), optimizer)
         self.calibrated: list[Tensor] = []
         self.calibration: list[Tensor] = [random_tokens(1, seed=seed)[0] for seed in range(100, 112)]
+        self.validation = loader(8).dataset
         self.collate: Callable[[list[Tensor]], Tensor] = default_collate
 
     def train_dataloader(self) -> DataLoader:
@@ -89,7 +90,7 @@ def fit(folder: Path, module: Noting, callback: FASPPruning, processes: int = 2,
     options = {"max_steps": 5, "accumulate_grad_batches": 2, "num_sanity_val_steps": 0} | options
     options |= {"strategy": "ddp", "devices": processes} if processes > 1 else {}
     made = trainer(folder, callback, **options)
-    made.fit(module, val_dataloaders=loader(8, 4 // processes))
+    made.fit(module, val_dataloaders=DataLoader(module.validation, batch_size=4 // processes))
     return made
 
 
@@ -129,6 +130,10 @@ def out_of_range(module: Noting) -> None:
     module.calibration[1] = torch.full_like(module.calibration[1], VOCAB)
 
 
+def validation_out_of_range(module: Noting) -> None:
+    module.validation = [*module.validation[:1], torch.full_like(module.validation[1], VOCAB), *module.validation[2:]]
+
+
 def breaks_in_one(module: Noting) -> None:
     marked = module.calibration[1]
 
@@ -141,7 +146,7 @@ def breaks_in_one(module: Noting) -> None:
 
 
 def failing(folder: Path, spoil: Callable[[Noting], None]) -> None:
-    """All of the calibration data is drawn: the second sequence, which is spoilt, falls to the second process."""
+    """The second sequence, which is spoilt, falls to the second process: all of the calibration data is drawn."""
     module = Noting(sgd)
     spoil(module)
     fit(folder, module, fasp(calibration_sequences=12))
@@ -185,6 +190,7 @@ def main(folder: Path) -> None:
     note("resumed", lambda: resumable(folder / "resumed", rank, folder / "epoch=0.ckpt"))
     note("finite", lambda: failing(folder, not_finite))
     note("token", lambda: failing(folder, out_of_range))
+    note("validation", lambda: failing(folder, validation_out_of_range))
     failing(folder, breaks_in_one)
 
 

@@ -10,10 +10,11 @@ from typing import Any
 import pytest
 import torch
 from ddp_run import CONFIG, Noting, fasp, fit, plain, sgd
-from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
+from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from processes import run_script
 from runs import UserModule, half, trainer
 from tiny import random_tokens, tiny_model
+from torch.distributed.algorithms.ddp_comm_hooks.powerSGD_hook import PowerSGDState, powerSGD_hook
 
 from fasp_lightning import load_pruned
 from fasp_lightning.training.lora import LoRAConfig
@@ -107,9 +108,14 @@ def test_resumed_run_ends_as_the_uninterrupted_one(found: Found) -> None:
             assert all(torch.equal(value, other[name]) for name, value in state.items())
 
 
-def test_error_in_one_process_is_told_in_both(found: Found) -> None:
-    first, second = (process["message"] for process in found("token"))
-    assert second.startswith("ValueError: input_ids must be in [0, 97)")
+@pytest.mark.parametrize(
+    ("run", "message"),
+    [("token", "ValueError: input_ids must be in [0, 97)"), ("validation", "IndexError: index out of range")],
+)
+def test_error_in_one_process_is_told_in_both(run: str, message: str, found: Found) -> None:
+    """It comes from that process's part of the calibration, or of the validation data."""
+    first, second = (process["message"] for process in found(run))
+    assert second.startswith(message)
     assert first == f"RuntimeError: process 1 stopped with {second}"
 
 
@@ -157,6 +163,13 @@ def strategies() -> list[Any]:
 def test_sharded_strategies_are_refused_by_name(strategy: Any) -> None:
     made = SimpleNamespace(strategy=strategy, callbacks=[])
     with pytest.raises(ValueError, match=f"got {type(strategy).__name__}; prune first .* train the saved folder"):
+        check_trainer(made)  # type: ignore[arg-type]
+
+
+def test_compressed_gradients_with_memory_are_refused() -> None:
+    state = PowerSGDState(process_group=None)
+    made = SimpleNamespace(strategy=DDPStrategy(ddp_comm_state=state, ddp_comm_hook=powerSGD_hook), callbacks=[])
+    with pytest.raises(ValueError, match="strategy must have no PowerSGDState"):
         check_trainer(made)  # type: ignore[arg-type]
 
 
