@@ -12,6 +12,11 @@ _REWORDED = (
     (r"<class '(\w+)'>", r"\1"),
     (r"Expected an? (typing\.)?", "must be "),
     (r"\. Got value: ", ", got "),
+    (r"Does not validate against any of the Union subtypes Subtypes: \[.*?\] Errors: - ", ""),
+    (r" Given value type: (<class '[\w.]+'>|\w+) Given value: ", ", got "),
+    (r"- must be path but .*? either not accessible or invalid - ", ""),
+    (r"Literal(\[.*?\])", r"one of \1"),
+    (r" - must be NoneType", " - or null"),
 )
 """What jsonargparse says → what a user understands."""
 

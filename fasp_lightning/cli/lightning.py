@@ -14,7 +14,7 @@ import fasp_lightning
 import fasp_lightning.training.callback  # its callback is then known by its bare name
 from fasp_lightning.cli.errors import UsageError, is_user_error, one_line, reworded
 from fasp_lightning.cli.parsing import with_paths
-from fasp_lightning.cli.quiet import quiet_libraries
+from fasp_lightning.cli.quiet import quiet_libraries, quiet_lightning
 from fasp_lightning.training.data import CausalLMDataModule
 from fasp_lightning.training.module import CausalLMModule
 
@@ -41,6 +41,7 @@ def run(command: str, argv: Sequence[str]) -> int:
         SystemExit: After ``--help`` and ``--print_config``.
     """
     quiet_libraries()
+    quiet_lightning()
     try:
         TrainingCLI(command, argv)
     except MisconfigurationException as error:  # Lightning's word for settings that do not go together

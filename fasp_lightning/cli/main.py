@@ -53,16 +53,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     try:
         return _dispatch(list(sys.argv[1:] if argv is None else argv))
-    except SystemExit as stop:  # --help and --print_config end this way
+    except SystemExit as stop:  # --help and --print_config end this way, and a Trainer after Ctrl-C
+        if isinstance(stop.__context__, KeyboardInterrupt):
+            return _interrupted()
         return stop.code if isinstance(stop.code, int) else 0
     except KeyboardInterrupt:
-        sys.stderr.write("fasp: interrupted\n")
-        return 130
+        return _interrupted()
     except Exception as error:
         if not is_user_error(error, Path(fasp_lightning.__file__).parent):
             raise
         sys.stderr.write(f"fasp: {one_line(error)}\n")
         return 2
+
+
+def _interrupted() -> int:
+    sys.stderr.write("fasp: interrupted\n")
+    return 130
 
 
 def _dispatch(argv: list[str]) -> int:

@@ -197,3 +197,14 @@ def test_engine_commands_load_no_lightning() -> None:
         "sys.stderr.write(' '.join(p for p in ('lightning', 'peft', 'datasets') if p in sys.modules))"
     )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stderr == ""
+
+
+def test_interrupt_is_told_after_the_trainer_has_shut_down(fasp, config, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("fasp_lightning.training.callback.validation_perplexity", interrupt)
+    monkeypatch.setattr("signal.signal", lambda *_: None)  # Lightning ignores further ones for good
+    outcome = fasp("fit", "-c", config(trainer={"callbacks": [pruning()]}))
+    assert outcome.code == 130
+    assert outcome.err.endswith("fasp: interrupted\n")
