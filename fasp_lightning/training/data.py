@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,17 +14,17 @@ from transformers import PreTrainedTokenizerBase
 from fasp_lightning.training.batch_progress import BatchProgress
 from fasp_lightning.training.loaders import PackedSequences, ResumableLoader
 from fasp_lightning.training.role_cache import RoleCache
-from fasp_lightning.training.sampling import EvaluationSampler, TrainingSampler, shares_of
+from fasp_lightning.training.sampling import EvaluationSampler
 from fasp_lightning.training.sources import ROLES, RoleTexts, TextSource, as_sources
 from fasp_lightning.training.stream_loader import StreamLoader
-from fasp_lightning.training.streaming import TokenStream
-from fasp_lightning.training.tokenised import default_cache, key_of, without
+from fasp_lightning.training.tokenised import default_cache, key_of
 from fasp_lightning.training.tokenizing import (
     TokenizerTraining,
     check_vocabulary_size,
     load,
     trained_tokenizer,
 )
+from fasp_lightning.training.training_loaders import TrainingOptions, cached_loader, stream_loader
 
 
 class CausalLMDataModule(L.LightningDataModule):
@@ -54,7 +53,8 @@ class CausalLMDataModule(L.LightningDataModule):
             validation and test are the first 1024 sequences, where their texts set no number.
         num_workers: Worker processes of a loader; 0 reads in the process itself.
         seed: Seed of the order of the training sequences, which depends on it and the epoch alone.
-        cache_dir: Folder for tokenised text; None is one beside the data sets that `datasets` caches.
+        cache_dir: Folder for tokenised text; None is one beside the data sets that `datasets` caches. Text of the
+            hub stays there as it was read first; remove the folder to read it anew.
 
     Raises:
         ValueError: If an argument is outside its range.
@@ -136,12 +136,13 @@ class CausalLMDataModule(L.LightningDataModule):
     def train_dataloader(self) -> ResumableLoader | StreamLoader:
         """Batches to train on, in an order that depends on the seed and the epoch alone."""
         state, self._loader_state = self._loader_state, None
-        if state is None and self._loader is not None and self._loader_trainer is self.trainer is not None:
-            state = self._loader.state_dict()  # made anew within one training, which goes on
-        self._loader = self._stream_loader() if self.streaming else self._map_loader()
-        self._loader_trainer = self.trainer
+        before, self._loader = self._loader, self._training_loader()
+        if state is None and before is not None and self._loader_trainer is self.trainer is not None:
+            carried = before.state_dict()  # the loader is made anew within one training, which goes on
+            state = carried if carried["order"] == self._loader.order else None
         if state is not None:
             self._loader.load_state_dict(state)
+        self._loader_trainer = self.trainer
         return self._loader
 
     def val_dataloader(self) -> DataLoader[Any]:
@@ -165,8 +166,9 @@ class CausalLMDataModule(L.LightningDataModule):
         return {} if self._loader is None else {"train": self._loader.state_dict()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Keep the place until there is a loader."""
-        self._loader_state = state_dict.get("train")
+        """Keep the place until there is a loader of training text."""
+        if self.trainer is None or self.trainer.state.fn == TrainerFn.FITTING:
+            self._loader_state = state_dict.get("train")
 
     def _check(self) -> None:
         """Refuse arguments outside their range."""
@@ -208,57 +210,17 @@ class CausalLMDataModule(L.LightningDataModule):
     def _sequences(self, role: str) -> PackedSequences:
         return PackedSequences([text.sequences for text in self._texts().get(role)])
 
-    def _weights(self) -> list[float] | None:
-        weights = [text.weight for text in self.roles.texts["train"] if text.weight is not None]
-        return weights or None
-
     def _place(self) -> tuple[int, int]:
         """Rank and number of the processes that get different data."""
         kwargs = None if self.trainer is None else self.trainer.distributed_sampler_kwargs
         return (0, 1) if kwargs is None else (kwargs["rank"], kwargs["num_replicas"])
 
-    def _order(self, world_size: int, **parts: Any) -> str:
-        """Name everything that decides on the order of the training sequences."""
-        keys = [self._texts().key("train", index, None) for index in range(len(self.roles.texts["train"]))]
-        return key_of(keys=keys, seed=self.seed, batch=self.batch_size, world_size=world_size, **parts)
-
-    def _map_loader(self) -> ResumableLoader:
-        rank, world_size = self._place()
-        data = self._sequences("train")
-        total = self.sequences_per_epoch or len(data)
-        if total < self.batch_size * world_size:
-            raise ValueError(
-                f"the training text must fill a batch: it has {total} sequences an epoch of seq_len={self.seq_len}, "
-                f"got batch_size={self.batch_size} on {world_size} processes; give more text, or lower one of these"
-            )
-        counts = shares_of(data.lengths, self._weights(), total)
-        sampler = TrainingSampler(data.lengths, counts, self.batch_size, self.seed, rank, world_size)
-        order = self._order(world_size, counts=counts, lengths=data.lengths)
-        return ResumableLoader(data, sampler, self.batch_size, self.num_workers, self._progress(), order)
-
-    def _stream_loader(self) -> StreamLoader:
-        rank, world_size = self._place()
-        texts, taken = self.roles.texts["train"], self._texts().taken("train")
-        opened = [(text.describe(), partial(_open, self.roles, index, taken)) for index, text in enumerate(texts)]
-        stream = TokenStream(
-            opened,
-            self._weights(),
-            self.tokenizer,
-            [text.separator for text in texts],
-            self.seq_len,
-            self.batch_size,
-            self.seed,
-            rank,
-            world_size,
-            max(1, self.num_workers),
+    def _training_loader(self) -> ResumableLoader | StreamLoader:
+        progress = BatchProgress(lambda: self.trainer)
+        options = TrainingOptions(
+            self.batch_size, self.seed, self.sequences_per_epoch, self.num_workers, *self._place(), progress
         )
-        assert self.sequences_per_epoch is not None
-        batches = self.sequences_per_epoch // (self.batch_size * world_size)
-        order = self._order(world_size, weights=stream.weights)
-        return StreamLoader(stream, batches, self.num_workers, self._progress(), partial(_gather, rank), order)
-
-    def _progress(self) -> BatchProgress:
-        return BatchProgress(lambda: self.trainer)
+        return (stream_loader if self.streaming else cached_loader)(self._texts(), options)
 
     def _evaluation_loader(self, role: str) -> DataLoader[Any]:
         data = self._sequences(role)
@@ -272,17 +234,3 @@ class CausalLMDataModule(L.LightningDataModule):
             generator=torch.Generator(),
             **options,
         )
-
-
-def _open(roles: RoleTexts, index: int, taken: frozenset[str]) -> Any:
-    """Documents of a training text, without those of other roles."""
-    return without(roles.documents("train", index), taken)
-
-
-def _gather(rank: int, state: Any) -> list[Any]:
-    """What the processes have that get different data, in their order."""
-    found: list[Any] = [(rank, state)]
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        found = [None] * torch.distributed.get_world_size()
-        torch.distributed.all_gather_object(found, (rank, state))
-    return [state for _, state in sorted(dict(found).items())]

@@ -109,32 +109,27 @@ class ResumableLoader(DataLoader[dict[str, Tensor]]):
 
     Args:
         dataset: Map-style data set.
-        sampler: Order of the sequences; it is asked for the epoch.
         batch_size: Sequences of a batch.
-        num_workers: Worker processes that read ahead.
+        sampler: Order of the sequences; it is asked for the epoch.
         progress: See :class:`Position`.
         order: Names what decides on the order; resuming with another one is warned of.
+        options: Of the `DataLoader`; Lightning, which makes it anew for `overfit_batches`, gives all of them.
     """
 
     def __init__(
         self,
         dataset: Dataset[dict[str, Tensor]],
-        sampler: Any,
         batch_size: int,
-        num_workers: int = 0,
+        sampler: Any,
         progress: BatchProgress | None = None,
         order: str = "",
+        **options: Any,
     ) -> None:
         self.position = Position(progress)
         self.order = order
-        super().__init__(
-            dataset,
-            batch_size=batch_size,
-            sampler=sampler,
-            num_workers=num_workers,
-            drop_last=True,
-            generator=torch.Generator(),  # else each epoch draws a seed from the global random state
-        )
+        # without a generator each epoch would draw a seed from the global random state
+        own: dict[str, Any] = {"drop_last": True, "generator": torch.Generator()}
+        super().__init__(dataset, batch_size=batch_size, sampler=sampler, **own | options)
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
         """Yield what is left of the epoch.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from itertools import combinations
+from itertools import chain, combinations
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -52,6 +52,12 @@ def sequences(data: CausalLMDataModule, role: str) -> Tensor:
     return torch.cat([batch["input_ids"] for batch in loader(data, role)])
 
 
+def text_of(data: CausalLMDataModule, role: str) -> str:
+    """The tokens of a role in the order of the text, read back."""
+    packed = loader(data, role).dataset
+    return data.tokenizer.decode(torch.cat([packed[place]["input_ids"] for place in range(len(packed))]))
+
+
 def on_rank(data: CausalLMDataModule, rank: int, ranks: int) -> CausalLMDataModule:
     """As a trainer of several processes would have it."""
     kwargs = {"rank": rank, "num_replicas": ranks}
@@ -85,14 +91,12 @@ def test_no_document_stands_in_the_tokens_of_two_roles(make: Any, tmp_path: Path
     shared, own = words(20, seed=9), {role: words(30, seed) for seed, role in enumerate(LOADERS)}
     texts = {role: [TextSource(write_rows(tmp_path / f"{role}.jsonl", own[role] + shared))] for role in LOADERS}
     data = make(seq_len=8, batch_size=1, **texts)
-    text = {role: data.tokenizer.decode(sequences(data, role).flatten()) for role in LOADERS if role != "train"}
-    text["train"] = data.tokenizer.decode(data.train_dataloader().dataset[0]["input_ids"][:0]) + "".join(
-        data.tokenizer.decode(item["input_ids"]) for item in map(data.train_dataloader().dataset.__getitem__, range(200))
-    )
-    found = {role: {one for one in shared + sum(own.values(), []) if one in text[role]} for role in LOADERS}
+    text = {role: text_of(data, role) for role in LOADERS}
+    found = {role: {one for one in [*shared, *chain(*own.values())] if one in text[role]} for role in LOADERS}
     assert all(not found[one] & found[other] for one, other in combinations(found, 2))
     assert set(shared[:-1]) <= found["test"]  # the first in the order of precedence; the end may be cut off
-    assert found["train"] and not found["train"] & set(shared)
+    assert found["train"]
+    assert not found["train"] & set(shared)
 
 
 def test_headings_may_stand_in_the_texts_of_two_roles(make: Any, tmp_path: Path) -> None:
@@ -102,8 +106,7 @@ def test_headings_may_stand_in_the_texts_of_two_roles(make: Any, tmp_path: Path)
         for seed, role in enumerate(("train", "test"))
     }
     data = make(source="builtin:topics", **texts)
-    text = "".join(data.tokenizer.decode(data.train_dataloader().dataset[place]["input_ids"]) for place in range(3))
-    assert heading in text
+    assert all(heading in text_of(data, role) for role in ("train", "test"))
 
 
 def test_the_second_run_does_not_tokenise(make: Any, rows: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -174,7 +177,7 @@ def test_perplexity_over_processes_is_exact_and_all_have_as_many_batches(role: s
     assert len({len(batches) for batches in ranks}) == 1
     metric = Perplexity()
     with torch.no_grad():
-        for batch in sum(ranks, []):
+        for batch in chain(*ranks):
             metric.update(model(batch["input_ids"]).logits, batch["labels"])
     alone = [batch["input_ids"] for batch in loader(make(**{role: texts}), role)]
     assert int(metric.tokens) == 13 * 15
@@ -263,5 +266,7 @@ def test_too_little_text_for_a_sequence_is_refused(make: Any, tmp_path: Path) ->
 
 def test_too_little_text_for_a_batch_is_refused(make: Any, tmp_path: Path) -> None:
     short = write_rows(tmp_path / "short.jsonl", words(1))
-    with pytest.raises(ValueError, match="must fill a batch: it has .* got batch_size=100 on 1 processes"):
+    with pytest.raises(
+        ValueError, match=r"must fill a batch on every process: it has .* got batch_size=100 on 1 processes"
+    ):
         make(source="builtin:topics", train=[short], batch_size=100).train_dataloader()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import chain
+
 import pytest
 import torch
 
@@ -79,6 +81,6 @@ def test_what_fills_no_batch_on_every_process_is_left_out() -> None:
 def test_evaluation_takes_each_sequence_once_and_pads_with_blanks(length: int) -> None:
     ranks = [list(EvaluationSampler(length, rank, 3)) for rank in range(3)]
     assert len({len(part) for part in ranks}) == 1
-    together = sum(ranks, [])
+    together = list(chain(*ranks))
     assert sorted(index for index in together if index != BLANK) == list(range(length))
     assert len(together) - length < 3

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from itertools import combinations
+from itertools import chain, combinations
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +37,7 @@ def rows(tmp_path: Path) -> str:
 def test_one_file_is_divided_among_all_roles_without_loss(rows: str) -> None:
     found = read(rows)
     assert disjoint(found)
-    assert sorted(sum(found.values(), [])) == sorted(words(300))
+    assert sorted(chain(*found.values())) == sorted(words(300))
 
 
 def test_a_file_is_divided_as_the_splits_of_the_engine_are(rows: str) -> None:
