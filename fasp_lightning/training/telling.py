@@ -23,6 +23,18 @@ COLUMNS = {
     "perplexity_recovered": "recovered",
     "seconds": "seconds",
 }
+LAYOUT = {
+    "FASP": {
+        "loss": ["Multiline", ["train_loss", "val_loss"]],
+        "perplexity at the events": ["Multiline", ["fasp/perplexity_(before|pruned|recovered)"]],
+        "sparsity": ["Multiline", ["fasp/sparsity", "fasp/sparsity_total"]],
+        "width of each pair": ["Multiline", ["fasp_width/.*"]],
+        "relative error, restored": ["Multiline", ["fasp_error/.*"]],
+        "relative error, not restored": ["Multiline", ["fasp_error_unrestored/.*"]],
+    }
+}
+"""Charts of TensorBoard's "Custom Scalars": the run on one page, a line for each pair."""
+
 FORMATS = {"step": "d", "parameters": ",d", "sparsity": ".3f", "sparsity_total": ".3f", "seconds": ".1f"}
 
 
@@ -37,14 +49,15 @@ def tell_event(trainer: Trainer, record: EventRecord, report: PruningReport) -> 
 
 
 def tell_history(trainer: Trainer, records: Iterable[EventRecord]) -> None:
-    """All events so far as one table: on the console, and as a text of TensorBoard."""
+    """All events so far as one table: on the console, and as a text of TensorBoard, beside charts of the run."""
     rows = [[_cell(record, name) for name in COLUMNS] for record in records]
     show_text(trainer, _table(rows))
+    lines = [list(COLUMNS.values()), ["---"] * len(COLUMNS), *rows]
+    text = "\n".join(f"| {' | '.join(line)} |" for line in lines)
     for logger in trainer.loggers:
         if isinstance(logger, TensorBoardLogger) and trainer.is_global_zero:
-            lines = [list(COLUMNS.values()), ["---"] * len(COLUMNS), *rows]
-            text = "\n".join(f"| {' | '.join(line)} |" for line in lines)
             logger.experiment.add_text("fasp/events", text, trainer.global_step)
+            logger.experiment.add_custom_scalars(LAYOUT)
 
 
 def _cell(record: EventRecord, name: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from lightning.pytorch.callbacks import RichProgressBar, TQDMProgressBar
@@ -11,6 +12,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tiny import tiny_model
 
 from fasp_lightning.training.callback import FASPPruning
+from fasp_lightning.training.telling import LAYOUT
 
 TITLES = ("step", "sparsity", "(all)", "parameters", "before", "pruned", "recovered", "seconds")
 
@@ -69,5 +71,8 @@ def test_tensorboard_has_the_whole_story(tmp_path: Any) -> None:
         assert steps(f"fasp_error/model.layers.{block}.mlp.down_proj") == [2, 6]
     assert "val_loss" in scalars
     assert "fasp/events/text_summary" in events.Tags()["tensors"]
+    patterns = [one for charts in LAYOUT.values() for _, found in charts.values() for one in found]
+    missing = [one for one in patterns if not any(re.fullmatch(one, name) for name in scalars)]
+    assert missing == ["train_loss"]  # which this module does not log
 
 
