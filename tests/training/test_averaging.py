@@ -12,9 +12,10 @@ import torch
 from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint, WeightAveraging
 from runs import UserModule, loader, trainer
 from tiny import FFN, HIDDEN, VOCAB, tiny_model
+from tiny_pruning import BOTH, pruned
 from torch import Tensor
 
-from fasp_lightning import PruningConfig, load_pruned
+from fasp_lightning import PruningConfig, load_pruned, save_pruned
 from fasp_lightning.training.callback import FASPPruning
 from fasp_lightning.training.lora import LoRAConfig
 from fasp_lightning.training.module import CausalLMModule
@@ -171,3 +172,11 @@ def test_averaging_may_begin_or_end_at_a_resume(averaged: bool, tmp_path: Path) 
     path = tmp_path / "epoch=0.ckpt"
     module, _ = run(tmp_path / "resumed", *then(), ckpt_path=path, seed=1)
     assert module.model.model.layers[0].mlp.down_proj.weight.shape[1] == module.model.config.intermediate_size < FFN
+
+
+def test_positions_are_not_averaged_in_a_model_that_was_pruned_before(tmp_path: Path) -> None:
+    save_pruned(pruned("llama", BOTH), tmp_path / "pruned", form="compact")
+    module = CausalLMModule(str(tmp_path / "pruned"))
+    cut = module.model.fasp_plan.blocks[0]["self_attn.o_proj"]
+    trainer(tmp_path, EMAWeightAveraging(decay=0.997), max_steps=20).fit(module, loader())
+    assert module.model.model.layers[0].self_attn.o_proj.columns.tolist() == list(cut.kept)
