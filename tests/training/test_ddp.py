@@ -21,6 +21,8 @@ from fasp_lightning.training.lora import LoRAConfig
 from fasp_lightning.training.module import CausalLMModule
 from fasp_lightning.training.surgery import check_trainer
 
+pytestmark = pytest.mark.slow
+
 Found = Callable[[str], list[dict[str, Any]]]
 
 
