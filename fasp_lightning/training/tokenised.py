@@ -7,15 +7,17 @@ import json
 import os
 import shutil
 import uuid
+from array import array
 from collections.abc import Callable, Iterable, Iterator, Set
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from fasp_lightning.pruning.text import document_groups, encode_documents
 from fasp_lightning.training.sources import distinct
 
-FORMAT = 1
+FORMAT = 2
 """Goes into every key: a change of the packing makes old files unused."""
 
 
@@ -31,11 +33,13 @@ class Tokenised:
         key: What it was made of, hashed.
         sequences: A `datasets.Dataset` with the column input_ids, `seq_len` ids a row, memory-mapped.
         documents: What :func:`distinct` says of its documents.
+        content: Hash of the sequences themselves, the same wherever and whenever the text's files were copied.
     """
 
     key: str
     sequences: Any
     documents: frozenset[str]
+    content: str
 
 
 def default_cache() -> Path:
@@ -81,9 +85,9 @@ def tokenised(
     entry = folder / key
     if not entry.is_dir():
         place(entry, lambda part: _write(part, documents(), tokenizer, seq_len, separator, limit))
-    found = json.loads((entry / "documents.json").read_text("utf-8"))
+    about = json.loads((entry / "about.json").read_text("utf-8"))
     rows = Dataset.from_file(str(entry / "sequences.arrow")).with_format("torch")
-    return Tokenised(key, rows, frozenset(found))
+    return Tokenised(key, rows, frozenset(about["documents"]), about["content"])
 
 
 def place(entry: Path, write: Callable[[Path], Any]) -> None:
@@ -113,12 +117,15 @@ def _write(
     from datasets.arrow_writer import ArrowWriter
 
     seen: dict[str, None] = {}
+    content = hashlib.sha256()
     features = Features({"input_ids": Sequence(Value("int32"), length=seq_len)})
     with ArrowWriter(path=str(part / "sequences.arrow"), features=features) as writer:
         for blocks in pack(_noting(documents, seen), tokenizer, seq_len, separator, limit):
+            content.update(array("q", chain.from_iterable(blocks)).tobytes())
             writer.write_batch({"input_ids": blocks})
         writer.finalize()
-    (part / "documents.json").write_text(json.dumps(list(seen)), "utf-8")
+    about = {"documents": list(seen), "content": content.hexdigest()}
+    (part / "about.json").write_text(json.dumps(about), "utf-8")
 
 
 def _noting(documents: Iterable[str], seen: dict[str, None]) -> Iterator[str]:

@@ -48,12 +48,13 @@ def cached_loader(cache: RoleCache, options: TrainingOptions) -> ResumableLoader
     Raises:
         ValueError: If an epoch has not a batch for each process.
     """
-    data = PackedSequences([text.sequences for text in cache.get("train")])
+    texts = cache.get("train")
+    data = PackedSequences([text.sequences for text in texts])
     total = options.sequences_per_epoch or len(data)
     _check_batches(total, cache.seq_len, options)
     counts = shares_of(data.lengths, _weights(cache.roles), total)
     sampler = TrainingSampler(data.lengths, counts, options.batch_size, options.seed, options.rank, options.world_size)
-    order = _order(cache, options, counts=counts, lengths=data.lengths)
+    order = _order(options, counts=counts, texts=[text.content for text in texts], seq_len=cache.seq_len)
     return ResumableLoader(
         data,
         batch_size=options.batch_size,  # by name: Lightning may put a sampler of its own in its place
@@ -86,8 +87,9 @@ def stream_loader(cache: RoleCache, options: TrainingOptions) -> StreamLoader:
         max(1, options.num_workers),
     )
     batches = total // (options.batch_size * options.world_size)
-    order, gather = _order(cache, options, weights=stream.weights), partial(_gather, options.rank)
-    return StreamLoader(stream, batches, options.num_workers, options.progress, gather, order)
+    keys = [cache.key("train", index, None) for index in range(len(texts))]
+    order = _order(options, weights=stream.weights, texts=keys)
+    return StreamLoader(stream, batches, options.num_workers, options.progress, partial(_gather, options.rank), order)
 
 
 def _check_batches(total: int, seq_len: int, options: TrainingOptions) -> None:
@@ -104,11 +106,9 @@ def _weights(roles: RoleTexts) -> list[float] | None:
     return [text.weight for text in roles.texts["train"] if text.weight is not None] or None
 
 
-def _order(cache: RoleCache, options: TrainingOptions, **parts: Any) -> str:
+def _order(options: TrainingOptions, **parts: Any) -> str:
     """Name everything that decides on the order of the training sequences."""
-    keys = [cache.key("train", index, text.sequences) for index, text in enumerate(cache.roles.texts["train"])]
-    parts |= {"seed": options.seed, "batch": options.batch_size, "world_size": options.world_size}
-    return key_of(keys=keys, **parts)
+    return key_of(seed=options.seed, batch=options.batch_size, world_size=options.world_size, **parts)
 
 
 def _open(roles: RoleTexts, index: int, taken: frozenset[str]) -> Iterator[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -76,13 +77,14 @@ def make(texts: list[TextSource], tiny_tokenizer: PreTrainedTokenizerFast, tmp_p
     """A new datamodule, of the same text each time."""
     monkeypatch.setattr(streaming, "WINDOW", 6)
     monkeypatch.setattr(streaming, "GROUP_LENGTH", 200)
+    other = write_rows(tmp_path / "other.jsonl", words(30, seed=2))
 
     def new(streamed: bool, workers: int, **options: Any) -> CausalLMDataModule:
         options = {"seq_len": 16, "batch_size": 2, "sequences_per_epoch": 2 * BATCHES} | options
         return CausalLMDataModule(
             tiny_tokenizer,
             train=texts,
-            source="builtin:topics",
+            source=other,
             streaming=streamed,
             num_workers=workers,
             cache_dir=str(tmp_path / "cache"),
@@ -206,6 +208,13 @@ def test_evaluating_a_checkpoint_does_not_move_a_later_training(streamed: bool, 
 def test_the_same_batches_are_overfitted_each_epoch(make: Any, tmp_path: Path) -> None:
     seen = fit(make(False, 0), tmp_path, overfit_batches=2).seen
     assert same(seen[:2], seen[2:4])
+
+
+def test_a_text_that_was_only_copied_is_not_warned_of(make: Any, tmp_path: Path, recwarn: Any) -> None:
+    fit(make(False, 0), tmp_path, callbacks=[Saver(tmp_path)])
+    os.utime(tmp_path / "one.jsonl", (1, 1))
+    fit(make(False, 0), tmp_path, tmp_path / "batch3.ckpt")
+    assert not [warning for warning in recwarn if "gone on with" in str(warning.message)]
 
 
 @pytest.mark.parametrize("streamed", [False, True], ids=["map", "stream"])
