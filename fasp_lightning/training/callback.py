@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from lightning.pytorch import Callback, LightningModule, Trainer
-from torch import nn
+from torch import Tensor, nn
 
 from fasp_lightning.pruning.checkpoint import check_output
 from fasp_lightning.pruning.config import PruningConfig
@@ -17,7 +17,7 @@ from fasp_lightning.pruning.processes import Processes
 from fasp_lightning.pruning.schedule import PruningSchedule, ScheduledPruning
 from fasp_lightning.pruning.widths import is_reached, plan_widths
 from fasp_lightning.structure.adapters import has_adapters
-from fasp_lightning.training import surgery
+from fasp_lightning.training import resuming, surgery
 from fasp_lightning.training.calibration import (
     calibration_batches,
     calibration_loader,
@@ -35,6 +35,9 @@ from fasp_lightning.training.telling import tell_event, tell_history
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+UNSAVED = "fasp_unsaved"
+"""Entry of a checkpoint: what Lightning leaves out of it."""
 
 
 class FASPPruning(Callback):
@@ -104,9 +107,10 @@ class FASPPruning(Callback):
         self.overwrite = overwrite
         self.records: list[EventRecord] = []
         self._done = 0
-        self._injected = False
+        self._injected = self._ended = self._halfway = False
         self._recovery: Recovery | None = None
         self._random: list[dict[str, Any]] | None = None
+        self._unsaved: dict[str, dict[str, Tensor]] = {}
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Find the model, refuse what cannot work, and let checkpoints carry the plan."""
@@ -117,6 +121,7 @@ class FASPPruning(Callback):
         if stage != "fit":
             return
         self.records, self._done, self._random = [], 0, None
+        self._ended = self._halfway = False
         surgery.check_trainer(trainer)
         if surgery.starts_by_spawn(trainer) and not carried:
             raise ValueError(
@@ -134,15 +139,18 @@ class FASPPruning(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Refuse optimizers that could not follow; take up a resumed run where its checkpoint left it."""
+        if self._halfway:
+            raise ValueError(
+                "ckpt_path must not be written in the middle of a pruning, got one that was, on an error in it; "
+                "resume from the checkpoint before"
+            )
         for optimizer in trainer.optimizers:
             check_optimizer(optimizer)
         self._phases.check(trainer.optimizers)
         surgery.keep_positions(trainer)
         with surgery.unwrapped(trainer):
             self._phases.apply(pruned=self._done > 0)
-        rank = Processes.everyone().rank
-        if self._random is not None and rank < len(self._random):
-            restore_random_state(self._random[rank])
+        self._restore_random_state()
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Refuse a schedule that the run will not reach the end of, and data that gives no calibration."""
@@ -154,6 +162,11 @@ class FASPPruning(Callback):
                 "raise max_steps or max_epochs, or take the entry out"
             )
         calibration_loader(trainer, pl_module)
+        if self._random is not None:
+            resuming.take_up(trainer, pl_module, self._unsaved)
+            self._unsaved = {}
+            if not resuming.begins_epoch(trainer):
+                self._restore_random_state()
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Run the events whose time has come."""
@@ -169,12 +182,15 @@ class FASPPruning(Callback):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Measure what recovery brought."""
+        self._ended = True
         if self.records:
             self._close(trainer, self._perplexity(trainer, pl_module))
             tell_history(trainer, self.records)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Merge the adapters that are ours, and export; after the last checkpoint, which still has them."""
+        if not self._ended:  # resumed after its last step, so that Lightning trains nothing
+            self.on_train_end(trainer, pl_module)
         model = self._model(pl_module)
         if self._injected:
             merge_lora(model)
@@ -187,16 +203,30 @@ class FASPPruning(Callback):
             tokenizer = tokenizer if hasattr(tokenizer, "save_pretrained") else None
             export_model(model, self.export_to, tokenizer, self.form, self.overwrite)
 
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Add what Lightning leaves out."""
+        checkpoint[UNSAVED] = resuming.unsaved_state(trainer, pl_module)
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Keep that until the run starts."""
+        self._unsaved = checkpoint.get(UNSAVED, {})
+
     def state_dict(self) -> dict[str, Any]:
         """Events done and the random state of each process, asked by all: plain data and tensors."""
         records = [dataclasses.asdict(record) for record in self.records]
-        return {"done": self._done, "records": records, "random": Processes.everyone().gather(random_state())}
+        random = Processes.everyone().gather(random_state())
+        return {"done": self._done, "halfway": self._halfway, "records": records, "random": random}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Inverse of :meth:`state_dict`; the random state is put back when the run starts."""
-        self._done = state_dict["done"]
+        self._done, self._halfway = state_dict["done"], state_dict["halfway"]
         self.records = [EventRecord(**record) for record in state_dict["records"]]
         self._random = state_dict["random"]
+
+    def _restore_random_state(self) -> None:
+        rank = Processes.everyone().rank
+        if self._random is not None and rank < len(self._random):
+            restore_random_state(self._random[rank])
 
     def _run(self, trainer: Trainer, pl_module: LightningModule, event: ScheduledPruning) -> None:
         """One event."""
@@ -209,7 +239,7 @@ class FASPPruning(Callback):
             parts = processes.rank, processes.count
             return calibration_batches(loader, self.calibration_sequences, self.seed, index, *parts)
 
-        start = time.perf_counter()
+        start, self._halfway = time.perf_counter(), True
         with surgery.unwrapped(trainer):
             report = prune_model(trainer, model, self._config(event), batches, self.seed, self.attribute)
             self._phases.apply(pruned=True)
@@ -223,6 +253,7 @@ class FASPPruning(Callback):
             perplexity_pruned=self._perplexity(trainer, pl_module),
         )
         self.records.append(record)
+        self._halfway = False
         surgery.forget_best(trainer)
         tell_event(trainer, record, report)
         tell_history(trainer, self.records)

@@ -1,4 +1,7 @@
-"""All that touches Lightning's internals. Tested with lightning 2.6.6; each function says what it relies on."""
+"""All that touches Lightning's internals, but for what ``resuming.py`` does.
+
+Tested with lightning 2.6.6; each function says what it relies on.
+"""
 
 from __future__ import annotations
 
