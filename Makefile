@@ -10,12 +10,13 @@ ARGS ?=
 # What runs needs no network, and keeps its caches inside the clone. The install uses pip's own settings.
 RUN := HF_HOME="$(CACHE)/huggingface" XDG_CACHE_HOME="$(CACHE)" HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 
-.PHONY: help demo test test-gpu lint clean
+.PHONY: help demo test test-gpu laws lint clean
 
 help:
 	@echo "make demo      prune SmolLM2-135M by 20 % and show what it costs (outputs/demo)"
 	@echo "make test      lint, types, import contracts, tests"
 	@echo "make test-gpu  the tests that need CUDA"
+	@echo "make laws      stop, kill and resume runs at every point (about a quarter of an hour)"
 	@echo "make lint      lint, types and import contracts alone"
 	@echo "make clean     remove what these commands installed and cached; outputs/ stays"
 	@echo "Options: PYTHON=/path/to/python3, ARGS='further arguments of fasp or pytest'"
@@ -30,6 +31,9 @@ test-gpu: $(STAMP)
 	@$(PY) -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' \
 	  || { echo "make test-gpu needs a CUDA device; torch sees none" >&2; exit 1; }
 	$(RUN) $(PY) -m pytest -m cuda $(ARGS)
+
+laws: $(STAMP)
+	$(RUN) $(PY) -m pytest -m laws $(ARGS)
 
 lint: $(STAMP)
 	$(RUN) $(PY) -m ruff check .

@@ -23,8 +23,12 @@ ALPHABET = "ĊĠ" + "".join(chr(code) for code in range(33, 127) if chr(code) no
 """What the tiny tokenizer knows, newline and space in byte-level form; with four special tokens it has 97."""
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip what needs CUDA where there is none."""
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave the sweeps out unless they are asked for, and skip what needs CUDA where there is none."""
+    if "laws" not in config.getoption("markexpr"):
+        swept = [item for item in items if item.get_closest_marker("laws")]
+        config.hook.pytest_deselected(items=swept)
+        items[:] = [item for item in items if not item.get_closest_marker("laws")]
     if not torch.cuda.is_available():
         for item in items:
             if item.get_closest_marker("cuda"):
