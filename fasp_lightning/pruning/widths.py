@@ -104,6 +104,11 @@ def is_reached(model: PreTrainedModel, config: PruningConfig) -> bool:
     return plan.original_parameters > plan.parameters_before == plan.parameters_after
 
 
+def present_widths(model: PreTrainedModel) -> WidthPlan:
+    """The widths of a model as it is: nothing is to be cut."""
+    return _plan(model, PruningConfig(sparsity=0.0, attention="none"))
+
+
 def _plan(model: PreTrainedModel, config: PruningConfig) -> WidthPlan:
     pairs = resolve_pruned(model)
     attention = _decide_attention(pairs, config.attention)

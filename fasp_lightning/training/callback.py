@@ -31,7 +31,7 @@ from fasp_lightning.training.optimizer_state import check_optimizer
 from fasp_lightning.training.random_state import random_state, restore_random_state
 from fasp_lightning.training.recovery import MODES, Recovery, trained_names
 from fasp_lightning.training.structure_state import carries_structure, carry_structure
-from fasp_lightning.training.telling import tell_event, tell_history
+from fasp_lightning.training.telling import tell_event, tell_history, tell_structure
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -184,7 +184,9 @@ class FASPPruning(Callback):
         """Measure what recovery brought."""
         self._ended = True
         if self.records:
-            self._close(trainer, self._perplexity(trainer, pl_module))
+            perplexity = self._perplexity(trainer, pl_module)
+            self._close(trainer, perplexity)
+            tell_structure(trainer, self._model(pl_module), perplexity)
             tell_history(trainer, self.records)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -233,6 +235,7 @@ class FASPPruning(Callback):
         model, index = self._model(pl_module), self._done
         before = self._perplexity(trainer, pl_module)
         self._close(trainer, before)
+        tell_structure(trainer, model, before)
         loader = calibration_loader(trainer, pl_module)
 
         def batches(processes: Processes) -> Iterator[Any]:
@@ -256,6 +259,7 @@ class FASPPruning(Callback):
         self._halfway = False
         surgery.forget_best(trainer)
         tell_event(trainer, record, report)
+        tell_structure(trainer, model, record.perplexity_pruned)
         tell_history(trainer, self.records)
 
     def _close(self, trainer: Trainer, perplexity: float | None) -> None:

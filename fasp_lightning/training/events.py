@@ -51,8 +51,9 @@ class EventRecord:
     perplexity_recovered: float | None = None
 
     def metrics(self) -> dict[str, float]:
-        """Name → value for loggers; what was not measured is left out."""
-        return {f"fasp/{key}": value for key, value in asdict(self).items() if key != "step" and value is not None}
+        """Name → value for loggers; what was not measured is left out, and what the model itself shows."""
+        told = ("seconds", "perplexity_before", "perplexity_pruned", "perplexity_recovered")
+        return {f"fasp/{key}": value for key, value in asdict(self).items() if key in told and value is not None}
 
 
 def prune_model(

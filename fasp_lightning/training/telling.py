@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import io
 from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
 from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from fasp_lightning.pruning.report import PruningReport
+from fasp_lightning.pruning.widths import present_widths
 from fasp_lightning.training.events import EventRecord
 from fasp_lightning.training.progress import show_text
 from fasp_lightning.training.surgery import publish
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 COLUMNS = {
     "step": "step",
@@ -26,8 +31,8 @@ COLUMNS = {
 LAYOUT = {
     "FASP": {
         "loss": ["Multiline", ["train_loss", "val_loss"]],
-        "perplexity at the events": ["Multiline", ["fasp/perplexity_(before|pruned|recovered)"]],
-        "sparsity": ["Multiline", ["fasp/sparsity", "fasp/sparsity_total"]],
+        "perplexity, up at an event, down in recovery": ["Multiline", ["^fasp/perplexity$"]],
+        "sparsity: of the blocks, of all parameters": ["Multiline", ["^fasp/sparsity$", "^fasp/sparsity_total$"]],
         "width of each pair": ["Multiline", ["fasp_width/.*"]],
         "relative error, restored": ["Multiline", ["fasp_error/.*"]],
         "relative error, not restored": ["Multiline", ["fasp_error_unrestored/.*"]],
@@ -38,14 +43,27 @@ LAYOUT = {
 FORMATS = {"step": "d", "parameters": ",d", "sparsity": ".3f", "sparsity_total": ".3f", "seconds": ".1f"}
 
 
+def tell_structure(trainer: Trainer, model: PreTrainedModel, perplexity: float | None) -> None:
+    """How the model is: sparsity, parameters, the width of each pair, and its perplexity if that was measured.
+
+    Told right before and after each event and at the end of the run, so that charts are stairs.
+    """
+    widths = present_widths(model)
+    scalars = {
+        "fasp/sparsity": widths.sparsity,
+        "fasp/sparsity_total": widths.sparsity_total,
+        "fasp/parameters": float(widths.parameters_after),
+    }
+    pairs = {f"fasp_width/{pair.layer}": float(pair.after) for block in widths.pairs for pair in block}
+    measured = {} if perplexity is None else {"fasp/perplexity": perplexity}
+    publish(trainer, scalars | pairs | measured)
+
+
 def tell_event(trainer: Trainer, record: EventRecord, report: PruningReport) -> None:
-    """Scalars to every logger: the event's own, then width and relative error of each pair that was cut."""
+    """Scalars to every logger: the event's own, then the relative error of each pair that was cut."""
     publish(trainer, record.metrics())
-    pairs = {f"fasp_width/{pair.layer}": float(pair.width_after) for pair in report.pairs}
-    pairs |= {f"fasp_error/{pair.layer}": pair.error_after for pair in report.pairs}
-    pairs |= {f"fasp_error_unrestored/{pair.layer}": pair.error_before for pair in report.pairs}
-    if pairs:
-        publish(trainer, pairs)
+    errors = {f"fasp_error/{pair.layer}": pair.error_after for pair in report.pairs}
+    publish(trainer, errors | {f"fasp_error_unrestored/{pair.layer}": pair.error_before for pair in report.pairs})
 
 
 def tell_history(trainer: Trainer, records: Iterable[EventRecord]) -> None:
