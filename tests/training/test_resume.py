@@ -128,8 +128,8 @@ def metrics(folder: Path, stop: Stop, run: Run) -> dict[tuple[int, str], float]:
 def lost(step: int, name: str, stop: Stop, run: Run) -> bool:
     """What no resumed run can log, and what a run logs only since it stops."""
     begun, ended = steps(stop.count, run)
-    if stop.how == "early":  # Lightning validates, and recovery is measured
-        return (step, name) == (ended, "fasp/perplexity_recovered") or (step == begun - 1 and name in VALIDATION)
+    if stop.how == "early":  # Lightning validates, and the callback tells how the model ends
+        return (step == ended and name.startswith("fasp")) or (step == begun - 1 and name in VALIDATION)
     if stop.point == "saved" or (stop.point == "step" and run.saves == "error"):
         # Lightning logs a step after it has written the checkpoint
         return step == begun - 1 and name in {"train_loss", "epoch"} | (VALIDATION if is_last(stop, run) else set())
