@@ -71,7 +71,8 @@ def main() -> None:
     args = arguments()
     L.seed_everything(0)
     tokenizer = load_tokenizer(args.model)
-    sources = [TextConfig(one, split="test", sequences=args.evaluation_sequences, batch_size=4) for one in args.evaluation]
+    size = {"split": "test", "sequences": args.evaluation_sequences, "batch_size": 4}
+    sources = [TextConfig(one, **size) for one in args.evaluation]
     texts = {describe(one): token_batches(one, tokenizer) for one in sources}
     schedule = [{"step": index * args.steps, "sparsity": one} for index, one in enumerate(args.sparsities)]
     pruning = FASPPruning(

@@ -109,6 +109,7 @@ class TrainingCLI(LightningCLI):
 
         Raises:
             UsageError: If one of this package's classes refuses its arguments.
+            ValueError: If the tokenizer has more tokens than the model.
         """
         try:
             super().instantiate_classes()
@@ -117,6 +118,9 @@ class TrainingCLI(LightningCLI):
             if refusal is None:
                 raise
             raise UsageError(one_line(refusal)) from error
+        embeddings = self.model.model.get_input_embeddings().num_embeddings
+        if self.datamodule.vocab_size > embeddings:  # a token without an embedding would be an error of some batch
+            self.datamodule.check_vocabulary(embeddings)
 
 
 def _refusal(error: BaseException | None) -> BaseException | None:

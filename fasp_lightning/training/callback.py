@@ -235,7 +235,7 @@ class FASPPruning(Callback):
         model, index = self._model(pl_module), self._done
         before = self._perplexity(trainer, pl_module)
         self._close(trainer, before)
-        tell_structure(trainer, model, before)
+        tell_structure(trainer, model, before, before=True)
         loader = calibration_loader(trainer, pl_module)
 
         def batches(processes: Processes) -> Iterator[Any]:

@@ -166,13 +166,18 @@ def forget_best(trainer: Trainer) -> None:
             callback.best_model_path, callback.best_model_score, callback.current_score = "", None, None
 
 
-def publish(trainer: Trainer, metrics: dict[str, float]) -> None:
+def publish(trainer: Trainer, metrics: dict[str, float], step: int | None = None) -> None:
     """Metrics to every logger at ``trainer.global_step``, and to ``trainer.callback_metrics``.
 
     ``LightningModule.log`` would wait for ``log_every_n_steps``.
+
+    Args:
+        trainer: The Trainer.
+        metrics: Name → value.
+        step: Another step for the loggers.
     """
     for logger in trainer.loggers:
-        logger.log_metrics(metrics, step=trainer.global_step)
+        logger.log_metrics(metrics, step=trainer.global_step if step is None else step)
     trainer.callback_metrics.update({name: torch.tensor(value) for name, value in metrics.items()})
 
 

@@ -43,11 +43,19 @@ LAYOUT = {
 FORMATS = {"step": "d", "parameters": ",d", "sparsity": ".3f", "sparsity_total": ".3f", "seconds": ".1f"}
 
 
-def tell_structure(trainer: Trainer, model: PreTrainedModel, perplexity: float | None) -> None:
+def tell_structure(trainer: Trainer, model: PreTrainedModel, perplexity: float | None, before: bool = False) -> None:
     """How the model is: sparsity, parameters, the width of each pair, and its perplexity if that was measured.
 
-    Told right before and after each event and at the end of the run, so that charts are stairs.
+    Told before and after each event and at the end of the run, so that charts are stairs.
+
+    Args:
+        trainer: The Trainer.
+        model: The causal LM.
+        perplexity: On the validation batches.
+        before: An event comes: this belongs to the last step that was trained, of which there is none at the start.
     """
+    if before and trainer.global_step == 0:
+        return
     widths = present_widths(model)
     scalars = {
         "fasp/sparsity": widths.sparsity,
@@ -56,7 +64,7 @@ def tell_structure(trainer: Trainer, model: PreTrainedModel, perplexity: float |
     }
     pairs = {f"fasp_width/{pair.layer}": float(pair.after) for block in widths.pairs for pair in block}
     measured = {} if perplexity is None else {"fasp/perplexity": perplexity}
-    publish(trainer, scalars | pairs | measured)
+    publish(trainer, scalars | pairs | measured, trainer.global_step - before)
 
 
 def tell_event(trainer: Trainer, record: EventRecord, report: PruningReport) -> None:

@@ -160,6 +160,10 @@ BAD = {
         "schedule entry 0, {'step': 2, 'sparsity': 0.2}",
     ),
     "settings that do not go together": (("--trainer.limit_train_batches", "-1"), "limit_train_batches"),
+    "a tokenizer with more tokens than the model": (
+        ("--data.tokenizer={vocab_size: 300}",),
+        "tokenizer must have ids below 97, the model's vocabulary, got one with ids up to",
+    ),
     "bad data": (("--data.seq_len", "1"), "seq_len must be 2 or more, got 1"),
 }
 

@@ -78,7 +78,7 @@ def test_metrics_reach_loggers_and_callbacks(tmp_path: Any) -> None:
     logger = Memory()
     callback = FASPPruning(TWO, FFN_ONLY, calibration_sequences=8, validation_batches=2)
     run, module = fit(tmp_path, callback, logger=logger)
-    expected = {2: 0.1, 5: 0.2, 10: 0.2}  # the last one at the end of the run
+    expected = {1: 0, 2: 0.1, 4: 0.1, 5: 0.2, 10: 0.2}  # stairs, and the end of the run
     assert logger.steps("fasp/sparsity") == {step: pytest.approx(one, abs=0.01) for step, one in expected.items()}
     assert 0 < logger.steps("fasp/sparsity_total")[5] < logger.steps("fasp/sparsity")[5]
     assert min(logger.steps("fasp/seconds").values()) > 0

@@ -65,10 +65,10 @@ def test_tensorboard_has_the_whole_story(tmp_path: Any) -> None:
         return [event.step for event in events.Scalars(name)]
 
     assert steps("fasp/perplexity_before") == steps("fasp/perplexity_pruned") == [2, 6]
-    assert steps("fasp/perplexity") == steps("fasp/sparsity") == [2, 2, 6, 6, 10]  # stairs
+    assert steps("fasp/perplexity") == steps("fasp/sparsity") == [1, 2, 5, 6, 10]  # stairs
     assert steps("fasp/perplexity_recovered") == [6, 10]
     for block in (0, 1):
-        assert steps(f"fasp_width/model.layers.{block}.mlp.down_proj") == [2, 2, 6, 6, 10]
+        assert steps(f"fasp_width/model.layers.{block}.mlp.down_proj") == [1, 2, 5, 6, 10]
         assert steps(f"fasp_error/model.layers.{block}.mlp.down_proj") == [2, 6]
     assert "val_loss" in scalars
     assert "fasp/events/text_summary" in events.Tags()["tensors"]
