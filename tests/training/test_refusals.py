@@ -147,7 +147,7 @@ def weight() -> list[nn.Parameter]:
     return [nn.Parameter(torch.randn(4, 3))]
 
 
-ELEMENTWISE = "Adam AdamW SGD RMSprop Adagrad Adadelta Adamax NAdam RAdam ASGD Rprop".split()
+ELEMENTWISE = ["Adam", "AdamW", "SGD", "RMSprop", "Adagrad", "Adadelta", "Adamax", "NAdam", "RAdam", "ASGD", "Rprop"]
 
 
 @pytest.mark.parametrize("name", ELEMENTWISE)
