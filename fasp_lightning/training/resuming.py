@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 
 from fasp_lightning.pruning.processes import Processes
@@ -30,7 +29,6 @@ def take_up(trainer: Trainer, module: LightningModule, unsaved: Mapping[str, Map
         unsaved: What :func:`unsaved_state` gave when the checkpoint was written.
     """
     trainer.callback_metrics.update(unsaved.get("metrics", {}))
-    _count_as_saved(trainer)
     _mend_progress(trainer)
     gradients = unsaved.get("gradients", {})
     for name, parameter in module.named_parameters():
@@ -47,17 +45,6 @@ def begins_epoch(trainer: Trainer) -> bool:
     fit, loop = trainer.fit_loop, trainer.fit_loop.epoch_loop
     after_last = loop.restarted_on_train_batch_end and loop.batch_progress.is_last_batch
     return not fit.restarted_on_epoch_end and (after_last or not fit.restarted_mid_epoch)
-
-
-def _count_as_saved(trainer: Trainer) -> None:
-    """Let ``ModelCheckpoint(every_n_train_steps=…)`` not save the step that the run was resumed from once more.
-
-    That would be in the middle of the next window of accumulated batches (``ModelCheckpoint._last_global_step_saved``).
-    One that watches a metric has yet to see it.
-    """
-    for callback in trainer.checkpoint_callbacks:
-        if isinstance(callback, ModelCheckpoint) and callback._every_n_train_steps and callback.monitor is None:
-            callback._last_global_step_saved = trainer.global_step
 
 
 def _mend_progress(trainer: Trainer) -> None:
