@@ -11,8 +11,8 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
-from fasp_lightning.training.batch_progress import BatchProgress
 from fasp_lightning.training.loaders import PackedSequences, ResumableLoader
+from fasp_lightning.training.resuming import BatchProgress
 from fasp_lightning.training.role_cache import RoleCache
 from fasp_lightning.training.sampling import EvaluationSampler
 from fasp_lightning.training.sources import ROLES, RoleTexts, TextSource, as_sources

@@ -12,8 +12,8 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from fasp_lightning.training.batch_progress import BatchProgress
 from fasp_lightning.training.metrics import IGNORED
+from fasp_lightning.training.resuming import BatchProgress
 from fasp_lightning.training.sampling import BLANK, TrainingSampler
 
 

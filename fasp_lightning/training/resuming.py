@@ -1,9 +1,12 @@
-"""What Lightning leaves out in resuming a run. Tested with lightning 2.6.6; each function says what it relies on."""
+"""Lightning's loops: what they have done with their batches, and what they leave out in resuming a run.
+
+Tested with lightning 2.6.6; each function says what it relies on.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
@@ -159,3 +162,35 @@ def _pending_gradients(trainer: Trainer, module: LightningModule) -> dict[str, T
         processes.add(gradient)
         gradient /= processes.count
     return gradients
+
+
+class BatchProgress:
+    """Reads the batch counters of a trainer's fit loop; ``fit_loop.epoch_loop.batch_progress``.
+
+    Args:
+        trainer: Gives the trainer, or None while there is none.
+    """
+
+    def __init__(self, trainer: Callable[[], Trainer | None] = lambda: None) -> None:
+        self._trainer = trainer
+
+    @property
+    def in_flight(self) -> int:
+        """Batches (0 or 1) that were fetched and not trained on yet."""
+        trainer = self._trainer()
+        if trainer is None:
+            return 0
+        current = trainer.fit_loop.epoch_loop.batch_progress.current
+        return current.ready - current.processed  # type: ignore[attr-defined]  # a _ProcessedTracker
+
+    @property
+    def over(self) -> bool:
+        """Whether the epoch has had all its batches.
+
+        Resumed from the end of an epoch, with `max_steps` and without validation, Lightning fetches one batch more
+        before it begins the next epoch, and trains on it alone.
+        """
+        trainer = self._trainer()
+        if trainer is None:
+            return False
+        return trainer.fit_loop.epoch_loop.batch_progress.current.ready >= trainer.num_training_batches

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from fasp_lightning.training.batch_progress import BatchProgress
 from fasp_lightning.training.loaders import Position, warn_of_another_order
+from fasp_lightning.training.resuming import BatchProgress
 from fasp_lightning.training.streaming import TokenStream, as_batch
 
 

@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-from fasp_lightning.training.batch_progress import BatchProgress
 from fasp_lightning.training.loaders import PackedSequences, ResumableLoader
+from fasp_lightning.training.resuming import BatchProgress
 from fasp_lightning.training.role_cache import RoleCache
 from fasp_lightning.training.sampling import TrainingSampler, shares_of
 from fasp_lightning.training.sources import RoleTexts
