@@ -200,6 +200,7 @@ class PruningSchedule:
         max_steps: int | None = None,
         max_epochs: int | None = None,
         steps_per_epoch: float | None = None,
+        done: int = 0,
     ) -> tuple[int, ScheduledPruning] | None:
         """The first entry that a run will never reach, with its index, or None.
 
@@ -209,6 +210,7 @@ class PruningSchedule:
             max_steps: Optimizer steps of the whole run; None or -1 if there is no such limit.
             max_epochs: Its epochs; None or -1 likewise.
             steps_per_epoch: Optimizer steps of one epoch; None or infinite if unknown.
+            done: How many events have happened; they are not asked for.
         """
         steps, epochs, per_epoch = (_limit(value) for value in (max_steps, max_epochs, steps_per_epoch))
         if per_epoch < float("inf"):
@@ -216,7 +218,7 @@ class PruningSchedule:
             epochs = min(epochs, steps / per_epoch if per_epoch else 0)
         for index, event in enumerate(self):
             late = event.step >= steps if event.step is not None else (event.epoch or 0) >= epochs
-            if late:
+            if late and index >= done:
                 return index, event
         return None
 

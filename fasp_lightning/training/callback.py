@@ -31,7 +31,7 @@ from fasp_lightning.training.optimizer_state import check_optimizer
 from fasp_lightning.training.random_state import random_state, restore_random_state
 from fasp_lightning.training.recovery import MODES, Recovery, trained_names
 from fasp_lightning.training.structure_state import carries_structure, carry_structure
-from fasp_lightning.training.telling import tell_event, tell_history, tell_structure
+from fasp_lightning.training.telling import tell_event, tell_history, tell_missed, tell_structure
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -149,13 +149,14 @@ class FASPPruning(Callback):
         self._phases.check(trainer.optimizers)
         surgery.keep_positions(trainer)
         with surgery.unwrapped(trainer):
-            self._phases.apply(pruned=self._done > 0)
+            self._phases.apply(pruned=bool(self._done or self.records))
         self._restore_random_state()
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Refuse a schedule that the run will not reach the end of, and data that gives no calibration."""
-        late = self.schedule.beyond(trainer.max_steps, trainer.max_epochs, surgery.steps_per_epoch(trainer))
-        if late is not None:
+        limits = trainer.max_steps, trainer.max_epochs, surgery.steps_per_epoch(trainer)
+        late = self.schedule.beyond(*limits, self._done)
+        if late is not None and not trainer.fast_dev_run:  # type: ignore[attr-defined]  # one batch of any config
             index, event = late
             raise ValueError(
                 f"schedule entry {index}, {event.to_dict()!r}, must happen within the run, which ends before; "
@@ -183,6 +184,7 @@ class FASPPruning(Callback):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Measure what recovery brought."""
         self._ended = True
+        tell_missed(self.schedule, self._done)
         if self.records:
             perplexity = self._perplexity(trainer, pl_module)
             self._close(trainer, perplexity)
@@ -217,11 +219,14 @@ class FASPPruning(Callback):
         """Events done and the random state of each process, asked by all: plain data and tensors."""
         records = [dataclasses.asdict(record) for record in self.records]
         random = Processes.everyone().gather(random_state())
-        return {"done": self._done, "halfway": self._halfway, "records": records, "random": random}
+        state = {"done": self._done, "halfway": self._halfway, "records": records, "random": random}
+        return state | {"schedule": self.schedule.to_list()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Inverse of :meth:`state_dict`; the random state is put back when the run starts."""
-        self._done, self._halfway = state_dict["done"], state_dict["halfway"]
+        same = state_dict["schedule"] == self.schedule.to_list()
+        self._done = state_dict["done"] if same else 0  # the shapes tell which events of another one are done
+        self._halfway = state_dict["halfway"]
         self.records = [EventRecord(**record) for record in state_dict["records"]]
         self._random = state_dict["random"]
 

@@ -57,14 +57,22 @@ def _write(module: nn.Module, state: dict[str, Any], prefix: str, _metadata: Any
 
 
 def _read(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
-    structure = _decode(state.pop(prefix + KEY)) if prefix + KEY in state else {"plan": None, "lora": None}
     model = find_causal_lm(module, getattr(module, _MARK))
+    if prefix + KEY not in state and not _holds(state, module, model, prefix):
+        return
+    structure = _decode(state.pop(prefix + KEY)) if prefix + KEY in state else {"plan": None, "lora": None}
     conform(model, structure["plan"] and PruningPlan.from_dict(structure["plan"]))
     if structure["lora"] and not has_adapters(model):
         with torch.random.fork_rng(devices=[]):  # what is drawn is overwritten
             attach_lora(model, LoRAConfig(**structure["lora"]))
     elif has_adapters(model) and not any(is_adapter_parameter(key) for key in state):
         _add_adapters(module, state, prefix)
+
+
+def _holds(state: dict[str, Any], module: nn.Module, model: nn.Module, prefix: str) -> bool:
+    """Whether a state has anything of the model; one of other parts alone, loaded unstrictly, leaves its shapes."""
+    (path,) = (name for name, one in module.named_modules(prefix=prefix.rstrip(".")) if one is model)
+    return any(key.startswith(f"{path}." if path else "") for key in state)
 
 
 def _add_adapters(module: nn.Module, state: dict[str, Any], prefix: str) -> None:

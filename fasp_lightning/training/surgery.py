@@ -5,6 +5,7 @@ Tested with lightning 2.6.6; each function says what it relies on.
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -230,5 +231,9 @@ def on_boundary(trainer: Trainer, batch_idx: int) -> bool:
 
 
 def steps_per_epoch(trainer: Trainer) -> float:
-    """Optimizer steps of an epoch; infinite where the loader has no length."""
-    return -(-trainer.num_training_batches // trainer.accumulate_grad_batches)
+    """Optimizer steps of an epoch; infinite where it cannot be known.
+
+    That is so where the loader has no length, and where the module steps its optimizers by itself.
+    """
+    known = trainer.lightning_module.automatic_optimization and trainer.num_training_batches < math.inf
+    return math.ceil(trainer.num_training_batches / trainer.accumulate_grad_batches) if known else math.inf

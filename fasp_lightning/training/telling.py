@@ -8,8 +8,10 @@ from typing import TYPE_CHECKING
 
 from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities import rank_zero_warn
 
 from fasp_lightning.pruning.report import PruningReport
+from fasp_lightning.pruning.schedule import PruningSchedule
 from fasp_lightning.pruning.widths import present_widths
 from fasp_lightning.training.events import EventRecord
 from fasp_lightning.training.progress import show_text
@@ -72,6 +74,15 @@ def tell_event(trainer: Trainer, record: EventRecord, report: PruningReport) -> 
     publish(trainer, record.metrics())
     errors = {f"fasp_error/{pair.layer}": pair.error_after for pair in report.pairs}
     publish(trainer, errors | {f"fasp_error_unrestored/{pair.layer}": pair.error_before for pair in report.pairs})
+
+
+def tell_missed(schedule: PruningSchedule, done: int) -> None:
+    """Warn of what did not happen: a run may end early, or its length be unknown when it starts."""
+    for event in list(schedule)[done:][:1]:
+        rank_zero_warn(
+            f"the run ended before schedule entry {done}, {event.to_dict()!r}: the model is less pruned than the "
+            "schedule says"
+        )
 
 
 def tell_history(trainer: Trainer, records: Iterable[EventRecord]) -> None:

@@ -193,6 +193,7 @@ BEYOND = {
     "no limits": (MIXED, (None, None, None), None),
     "no limits in Lightning's words": (MIXED, (-1, -1, math.inf), None),
     "no steps at all": (MIXED, (0, -1, None), 0),
+    "an entry that is done": (MIXED, (0, -1, None, 1), 2),
 }
 
 

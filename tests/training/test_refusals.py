@@ -96,6 +96,43 @@ def test_event_beyond_the_run(entry: dict[str, Any], options: dict[str, Any], tm
     refused(tmp_path, r"schedule entry 0, .* must happen within the run", FASPPruning([entry]), **options)
 
 
+def two_optimizers() -> UserModule:
+    """A module that steps two optimizers each batch, by itself: two global steps."""
+
+    class Manual(UserModule):
+        automatic_optimization = False
+
+        def training_step(self, batch: Any, index: int) -> None:
+            loss = super().training_step(batch, index)
+            self.manual_backward(loss)
+            for optimizer in self.optimizers():
+                optimizer.step()
+                optimizer.zero_grad()
+
+        def configure_optimizers(self) -> Any:
+            first, *rest = self.parameters()
+            return torch.optim.SGD([first], lr=0.01, momentum=0.9), torch.optim.AdamW(rest)
+
+    return Manual(tiny_model("llama").train())
+
+
+def test_steps_of_a_module_that_optimizes_by_itself_are_not_guessed(tmp_path: Any) -> None:
+    module = two_optimizers()
+    trainer(tmp_path, half(14), max_steps=-1, max_epochs=1).fit(module, loader(20))  # 10 batches
+    assert module.lm.config.intermediate_size == 24
+
+
+def test_event_that_was_not_reached_is_warned_of(tmp_path: Any) -> None:
+    module = two_optimizers()
+    with pytest.warns(UserWarning, match=r"the run ended before schedule entry 0, \{'step': 20,"):
+        trainer(tmp_path, half(20), max_steps=-1, max_epochs=1).fit(module, loader(20))
+
+
+def test_fast_dev_run_takes_any_schedule(tmp_path: Any) -> None:
+    with pytest.warns(UserWarning, match="the run ended before schedule entry 0"):
+        trainer(tmp_path, half(200), fast_dev_run=True).fit(UserModule(tiny_model("llama").train()), loader())
+
+
 def test_last_step_of_the_run_can_still_be_pruned_before(tmp_path: Any) -> None:
     module = UserModule(tiny_model("llama").train())
     trainer(tmp_path, half(9), max_steps=10).fit(module, loader())

@@ -7,11 +7,13 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
-from runs import UserModule, half, loader, trainer
+from runs import FFN_ONLY, UserModule, half, loader, trainer
 from tiny import random_tokens, tiny_model
+from torch import nn
 
 from fasp_lightning import FASPPruner, PruningConfig
 from fasp_lightning.structure.adapters import has_adapters
+from fasp_lightning.training.callback import FASPPruning
 from fasp_lightning.training.lora import LoRAConfig, attach_lora, lora_parameters
 from fasp_lightning.training.structure_state import KEY, carry_structure
 
@@ -106,6 +108,34 @@ def test_checkpoint_of_a_users_run_validates_and_goes_on(recovery: str, tmp_path
     more = trainer(tmp_path, half(2, recovery=recovery), max_steps=8)
     more.fit(fresh(), loader(), loader(4), ckpt_path=path)
     assert more.global_step == 8
+
+
+def test_state_of_other_parts_alone_leaves_the_shapes() -> None:
+    target = module(sparsity=0.2)
+    target.head = nn.Linear(2, 2)
+    shapes = {name: value.shape for name, value in target.named_parameters()}
+    target.load_state_dict({"head.weight": torch.zeros(2, 2)}, strict=False)
+    assert {name: value.shape for name, value in target.named_parameters()} == shapes
+    assert (target.head.weight == 0).all()
+
+
+@pytest.mark.parametrize(
+    "entries",
+    [[(6, 0.2)], [(1, 0.05), (2, 0.1), (6, 0.2)], [(2, 0.1), (6, 0.2)]],
+    ids=["done ones taken out", "one put before", "one appended"],
+)
+def test_run_resumed_with_another_schedule_goes_on_with_what_is_left_of_it(entries: Any, tmp_path: Any) -> None:
+    def callback(events: Any) -> FASPPruning:
+        data = [{"step": step, "sparsity": sparsity} for step, sparsity in events]
+        return FASPPruning(data, FFN_ONLY, calibration_sequences=8, validation_batches=0)
+
+    run = trainer(tmp_path, callback([(2, 0.1)]), max_steps=4)
+    run.fit(UserModule(tiny_model("llama").train()), loader())
+    run.save_checkpoint(tmp_path / "short.ckpt")
+    longer = callback(entries)
+    more = trainer(tmp_path, longer, max_steps=8)
+    more.fit(UserModule(tiny_model("llama").train()), loader(), ckpt_path=tmp_path / "short.ckpt")
+    assert [(record.step, round(record.sparsity, 1)) for record in longer.records] == [(2, 0.1), (6, 0.2)]
 
 
 def test_weights_alone_are_enough_for_the_shapes(tmp_path: Any) -> None:
