@@ -22,8 +22,9 @@ from lightning.pytorch.callbacks import (
 )
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, SingleDeviceStrategy
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim.lr_scheduler import ReduceLROnPlateau
 from torch.utils.data import DataLoader
 
 from fasp_lightning.pruning.plan import conform, plan_of, resolve_pruned
@@ -148,23 +149,34 @@ def _compiles() -> bool:
 
 
 def forget_best(trainer: Trainer) -> None:
-    """Let checkpoints and early stopping start to compare anew: the model before the change is no rival.
+    """Let what watches a metric start to compare anew: the model before the change is no rival.
 
     Files on disk stay. A monitored metric of the old model counts as the worst until it is logged again, so that a
-    checkpoint saved in between does not carry it (``ModelCheckpoint`` and ``EarlyStopping`` fields).
+    checkpoint saved in between does not carry it (``ModelCheckpoint`` and ``EarlyStopping`` fields,
+    ``ReduceLROnPlateau._reset``, which would else cut the learning rate of a recovery).
     """
+    for config in trainer.lr_scheduler_configs:
+        if isinstance(config.scheduler, ReduceLROnPlateau):
+            _outdate(trainer, config.monitor, config.scheduler.mode)
+            config.scheduler._reset()
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         if not isinstance(callback, (ModelCheckpoint, EarlyStopping)):
             continue
-        worst = torch.tensor(STALE if callback.mode == "min" else -STALE)
-        if callback.monitor in trainer.callback_metrics:
-            trainer.callback_metrics[callback.monitor] = worst
+        worst = _outdate(trainer, callback.monitor, callback.mode)
         if isinstance(callback, EarlyStopping):
             callback.wait_count, callback.best_score = 0, worst.sign() * torch.inf
         else:
             callback.best_k_models, callback.kth_best_model_path = {}, ""
             callback.kth_value = worst.sign() * torch.inf
             callback.best_model_path, callback.best_model_score, callback.current_score = "", None, None
+
+
+def _outdate(trainer: Trainer, monitor: str | None, mode: str) -> Tensor:
+    """Let the worst value stand for a metric, if it was logged; returns that value."""
+    worst = torch.tensor(STALE if mode == "min" else -STALE)
+    if monitor in trainer.callback_metrics:
+        trainer.callback_metrics[monitor] = worst
+    return worst
 
 
 def publish(trainer: Trainer, metrics: dict[str, float], step: int | None = None) -> None:

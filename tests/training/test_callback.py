@@ -149,6 +149,21 @@ def test_best_is_never_the_dense_model(tmp_path: Any) -> None:
     assert KEY in state
 
 
+def test_learning_rate_does_not_fall_for_want_of_the_dense_models_loss(tmp_path: Any) -> None:
+    class Watching(UserModule):
+        def configure_optimizers(self) -> Any:
+            optimizer = super().configure_optimizers()
+            self.plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, patience=1)
+            return {"optimizer": optimizer, "lr_scheduler": {"scheduler": self.plateau, "monitor": "worse"}}
+
+    module = Watching(tiny_model("llama").train())
+    spoiling = Spoiling(1.0, 1.1, 9.0, 8.0, 7.0, 6.0)
+    run = trainer(tmp_path, half(4), spoiling, max_steps=-1, max_epochs=6, limit_train_batches=2)
+    run.fit(module, loader(), loader(4))
+    assert module.plateau.best == 6.0
+    assert run.optimizers[0].param_groups[0]["lr"] == 1e-2
+
+
 def test_stale_metric_of_the_dense_model_is_no_score_of_the_pruned(tmp_path: Any) -> None:
     best = ModelCheckpoint(tmp_path / "best", monitor="worse", filename="{step}", every_n_train_steps=1)
     options = dict(max_steps=6, limit_train_batches=2, enable_checkpointing=True)
