@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
@@ -43,46 +44,70 @@ def _hooks(trainer: Trainer, module: LightningModule) -> list[Any]:
     return [owner.calibration_dataloader for owner in owners if hasattr(owner, "calibration_dataloader")]
 
 
-def calibration_batches(
-    loader: DataLoader, sequences: int, seed: int, event: int, rank: int = 0, count: int = 1
-) -> Iterator[Any]:
-    """This process's part of the calibration batches of an event.
+@dataclass(frozen=True)
+class Draw:
+    """Which calibration sequences an event takes.
 
-    The sequences are drawn without replacement by a generator that depends on ``seed`` and ``event`` alone. A loader
-    of the training data is only read for what it was made of: its own iteration, and the global random state, stay.
+    They are drawn without replacement by a generator that depends on ``seed`` and ``event`` alone. A loader of the
+    training data is only read for what it was made of: its own iteration, and the global random state, stay.
 
-    Args:
+    Attributes:
         loader: Where data set, collate function and batch size come from. An iterable data set is read in order
             instead, each event the window after the last one's.
         sequences: Sequences in all processes together; all there are if the data set is smaller.
         seed: Seed of the drawing.
         event: Index of the event.
-        rank: This process.
-        count: Number of processes.
-
-    Yields:
-        What :func:`token_inputs` makes of each batch.
-
-    Raises:
-        ValueError: If this process gets no batch, or a batch holds no token ids.
     """
-    size = loader.batch_size or getattr(loader.batch_sampler, "batch_size", None) or 1
-    options: dict[str, Any] = {"batch_size": size, "collate_fn": loader.collate_fn, "generator": torch.Generator()}
-    if isinstance(loader.dataset, IterableDataset):
-        batches = -(-sequences // (size * count)) * count
-        fresh = DataLoader(copy.deepcopy(loader.dataset), **options)
-        found: Iterator[Any] = islice(fresh, event * batches + rank, (event + 1) * batches, count)
-    else:
+
+    loader: DataLoader
+    sequences: int
+    seed: int
+    event: int
+
+    def batches(self, rank: int = 0, count: int = 1) -> Iterator[Any]:
+        """One process's part, as :func:`token_inputs` makes it.
+
+        Args:
+            rank: The process.
+            count: Number of processes.
+
+        Raises:
+            ValueError: If this process gets no batch, or its data set cannot be read beside the training.
+            TypeError: If a batch holds no token ids.
+        """
+        left = -(-self.sequences // count)
+        for batch in self._read(rank, count):
+            inputs = token_inputs(batch)
+            yield inputs
+            left -= len(inputs["input_ids"] if isinstance(inputs, dict) else inputs)
+            if left <= 0:
+                return
+        if left == -(-self.sequences // count):
+            raise ValueError(f"calibration data must give each of {count} processes a batch, got none for {rank}")
+
+    def _read(self, rank: int, count: int) -> Iterator[Any]:
+        loader = self.loader
+        size = loader.batch_size or getattr(loader.batch_sampler, "batch_size", None)
+        options: dict[str, Any] = {"batch_size": size, "collate_fn": loader.collate_fn, "generator": torch.Generator()}
+        if isinstance(loader.dataset, IterableDataset):
+            batches = -(-self.sequences // ((size or 1) * count)) * count
+            fresh = DataLoader(_copied(loader.dataset), **options)
+            return islice(fresh, self.event * batches + rank, (self.event + 1) * batches, count)
         total = len(loader.dataset)  # type: ignore[arg-type]  # map-style
-        order = torch.randperm(total, generator=torch.Generator().manual_seed(seed * 1_000_003 + event))
-        mine = order[:sequences].sort().values[rank::count].tolist()
-        found = iter(DataLoader(loader.dataset, sampler=mine, **options))
-    empty = True
-    for batch in found:
-        empty = False
-        yield token_inputs(batch)
-    if empty:
-        raise ValueError(f"calibration data must give each of {count} processes a batch, got none for process {rank}")
+        order = torch.randperm(total, generator=torch.Generator().manual_seed(self.seed * 1_000_003 + self.event))
+        mine = order[: self.sequences].sort().values[rank::count].tolist()
+        return iter(DataLoader(loader.dataset, sampler=mine, **options))
+
+
+def _copied(dataset: IterableDataset) -> IterableDataset:
+    """A data set that the training does not go on with."""
+    try:
+        return copy.deepcopy(dataset)
+    except TypeError as error:
+        raise ValueError(
+            f"training data must be copied to be read beside the training, and {type(dataset).__name__} cannot "
+            f"({error}); give the datamodule or module a calibration_dataloader()"
+        ) from error
 
 
 def token_inputs(batch: Any) -> Any:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -18,13 +17,9 @@ from fasp_lightning.pruning.schedule import PruningSchedule, ScheduledPruning
 from fasp_lightning.pruning.widths import is_reached, plan_widths
 from fasp_lightning.structure.adapters import has_adapters
 from fasp_lightning.training import resuming, surgery
-from fasp_lightning.training.calibration import (
-    calibration_batches,
-    calibration_loader,
-    has_calibration_loader,
-)
-from fasp_lightning.training.events import EventRecord, prune_model, validation_perplexity
-from fasp_lightning.training.export import export_model
+from fasp_lightning.training.calibration import Draw, calibration_loader, has_calibration_loader
+from fasp_lightning.training.events import EventRecord, check_data, prune_model, validation_perplexity
+from fasp_lightning.training.export import check_exportable, export_model
 from fasp_lightning.training.locate import find_causal_lm
 from fasp_lightning.training.lora import LoRAConfig, attach_lora, merge_lora
 from fasp_lightning.training.optimizer_state import check_optimizer
@@ -135,6 +130,7 @@ class FASPPruning(Callback):
                 plan_widths(model, self._config(event))
         if self.export_to is not None:
             check_output(Path(self.export_to), self.overwrite)
+            check_exportable(model)
         self._set_up_recovery(trainer, model)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -162,7 +158,7 @@ class FASPPruning(Callback):
                 f"schedule entry {index}, {event.to_dict()!r}, must happen within the run, which ends before; "
                 "raise max_steps or max_epochs, or take the entry out"
             )
-        calibration_loader(trainer, pl_module)
+        check_data(trainer, self._draw(trainer, pl_module), self.validation_batches)
         if self._random is not None:
             resuming.take_up(trainer, pl_module, self._unsaved)
             self._unsaved = {}
@@ -198,11 +194,10 @@ class FASPPruning(Callback):
         model = self._model(pl_module)
         if self._injected:
             merge_lora(model)
+            self._injected = False
         if self.export_to is not None and trainer.is_global_zero:
-            model.fasp_report = {  # type: ignore[assignment]  # saved along
-                **getattr(model, "fasp_report", {}),
-                "events": [dataclasses.asdict(record) for record in self.records],
-            }
+            events = {"events": [dataclasses.asdict(record) for record in self.records]}
+            model.fasp_report = getattr(model, "fasp_report", {}) | events  # type: ignore[assignment]  # saved along
             tokenizer = getattr(trainer.datamodule, "tokenizer", None)  # type: ignore[attr-defined]
             tokenizer = tokenizer if hasattr(tokenizer, "save_pretrained") else None
             export_model(model, self.export_to, tokenizer, self.form, self.overwrite)
@@ -237,19 +232,14 @@ class FASPPruning(Callback):
 
     def _run(self, trainer: Trainer, pl_module: LightningModule, event: ScheduledPruning) -> None:
         """One event."""
-        model, index = self._model(pl_module), self._done
+        model = self._model(pl_module)
         before = self._perplexity(trainer, pl_module)
         self._close(trainer, before)
         tell_structure(trainer, model, before, before=True)
-        loader = calibration_loader(trainer, pl_module)
-
-        def batches(processes: Processes) -> Iterator[Any]:
-            parts = processes.rank, processes.count
-            return calibration_batches(loader, self.calibration_sequences, self.seed, index, *parts)
-
+        draw = self._draw(trainer, pl_module)
         start, self._halfway = time.perf_counter(), True
         with surgery.unwrapped(trainer):
-            report = prune_model(trainer, model, self._config(event), batches, self.seed, self.attribute)
+            report = prune_model(trainer, model, self._config(event), draw, self.attribute)
             self._phases.apply(pruned=True)
         record = EventRecord(
             step=trainer.global_step,
@@ -276,6 +266,10 @@ class FASPPruning(Callback):
     def _perplexity(self, trainer: Trainer, pl_module: LightningModule) -> float | None:
         return validation_perplexity(trainer, self._model(pl_module), self.validation_batches)
 
+    def _draw(self, trainer: Trainer, pl_module: LightningModule) -> Draw:
+        loader = calibration_loader(trainer, pl_module)
+        return Draw(loader, self.calibration_sequences, self.seed, self._done)
+
     def _config(self, event: ScheduledPruning) -> PruningConfig:
         return dataclasses.replace(self.pruning, sparsity=event.sparsity)
 
@@ -289,6 +283,8 @@ class FASPPruning(Callback):
 
     def _set_up_recovery(self, trainer: Trainer, model: PreTrainedModel) -> None:
         """Attach adapters where recovery needs them, and let all that will ever train go to the optimizers."""
+        if self._injected:  # a fit that an error ended has left them
+            merge_lora(model)
         own = trained_names(model)
         self._injected = self.recovery == "lora" and not has_adapters(model)
         if self._injected:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from itertools import islice
 from typing import TYPE_CHECKING, Any
@@ -17,6 +16,7 @@ from fasp_lightning.pruning.processes import Processes
 from fasp_lightning.pruning.pruner import FASPPruner
 from fasp_lightning.pruning.report import PruningReport
 from fasp_lightning.pruning.standins import evaluating
+from fasp_lightning.training.calibration import Draw
 from fasp_lightning.training.loss import read_batch
 from fasp_lightning.training.metrics import Perplexity
 from fasp_lightning.training.progress import pruning_bar
@@ -52,36 +52,65 @@ class EventRecord:
 
     def metrics(self) -> dict[str, float]:
         """Name → value for loggers; what was not measured is left out, and what the model itself shows."""
-        told = ("seconds", "perplexity_before", "perplexity_pruned", "perplexity_recovered")
+        told = ("seconds", "perplexity_before", "perplexity_pruned")
         return {f"fasp/{key}": value for key, value in asdict(self).items() if key in told and value is not None}
 
 
+def check_data(trainer: Trainer, draw: Draw, validation_batches: int) -> None:
+    """Read one batch of each kind that events will read, so that a form they cannot take is refused at the start.
+
+    Args:
+        trainer: In ``on_train_start``.
+        draw: Of the first event.
+        validation_batches: How many validation batches each measuring takes.
+
+    Raises:
+        ValueError: If calibration or validation data are of a form that is not understood.
+        TypeError: Likewise.
+    """
+    with isolate_rng():
+        processes = Processes.everyone()
+        with processes.together():
+            next(draw.batches(processes.rank, processes.count))
+            for loader in validation_loaders(trainer) if validation_batches else ():
+                for batch in islice(loader, 1):
+                    read_tokens(batch)
+
+
+def read_tokens(batch: Any) -> Any:
+    """What :func:`~fasp_lightning.training.loss.read_batch` makes of a validation batch, or of its first entry.
+
+    Raises:
+        ValueError: If it holds no token ids.
+    """
+    try:
+        return read_batch(batch[0] if isinstance(batch, (list, tuple)) else batch)
+    except ValueError as error:
+        raise ValueError(f"validation data: {error}; or set validation_batches=0") from error
+
+
 def prune_model(
-    trainer: Trainer,
-    model: PreTrainedModel,
-    config: PruningConfig,
-    batches: Callable[[Processes], Iterable[Any]],
-    seed: int,
-    attribute: str | None,
+    trainer: Trainer, model: PreTrainedModel, config: PruningConfig, draw: Draw, attribute: str | None
 ) -> PruningReport:
     """Prune the model in a Trainer's run, with all that hangs on it.
 
     Args:
-        trainer: Between two optimizer steps.
+        trainer: Between two optimizer steps, its DDP taken off.
         model: The causal LM in its LightningModule.
         config: Settings, the sparsity of this event in it.
-        batches: This process's calibration batches.
-        seed: What a data set or collate function draws comes from here; the run's own random state stays.
+        draw: Its calibration sequences. What their data set or collate function draws comes from the draw's seed; the
+            run's own random state stays.
         attribute: Where the model is.
     """
     processes = Processes.everyone()
 
     def prune() -> PruningReport:
+        batches = draw.batches(processes.rank, processes.count)
         with pruning_bar(trainer, f"pruning to {config.sparsity:.1%}") as progress:
-            return FASPPruner(config).prune(model, batches(processes), progress, processes)
+            return FASPPruner(config).prune(model, batches, progress, processes)
 
     with isolate_rng():
-        torch.manual_seed(seed)
+        torch.manual_seed(draw.seed)
         report: PruningReport = prune_attached(trainer, model, prune, attribute)
     return report
 
@@ -102,7 +131,8 @@ def validation_perplexity(trainer: Trainer, model: PreTrainedModel, batches: int
         if not loaders or batches == 0:
             return None
         metric, processes = Perplexity(sync_on_compute=False), Processes.everyone()
-        with processes.together(), evaluating(model), eagerly():
+        autocast = trainer.precision_plugin.forward_context()
+        with processes.together(), evaluating(model), eagerly(), autocast:
             for loader in loaders:
                 for batch in islice(loader, batches):
                     _update(metric, model, batch)
@@ -111,7 +141,7 @@ def validation_perplexity(trainer: Trainer, model: PreTrainedModel, batches: int
 
 
 def _update(metric: Perplexity, model: PreTrainedModel, batch: Any) -> None:
-    inputs, labels = read_batch(batch[0] if isinstance(batch, (list, tuple)) else batch)
+    inputs, labels = read_tokens(batch)
     embeddings: Any = model.get_input_embeddings()
     device = embeddings.weight.device
     logits = model(**{name: value.to(device) for name, value in inputs.items()}, use_cache=False).logits

@@ -62,6 +62,19 @@ def export_model(
     return _save_dense(model, path, tokenizer, form)
 
 
+def check_exportable(model: PreTrainedModel) -> None:
+    """Refuse, before a run, a model that cannot be exported after it.
+
+    Raises:
+        ValueError: If a whole module was put aside to be trained beside adapters (``modules_to_save`` of peft).
+    """
+    kept = [name for name, module in model.named_modules() if hasattr(module, "modules_to_save")]
+    if kept:
+        raise ValueError(
+            f"model must have no modules_to_save to be exported, got {kept[0]}; leave out one of them"
+        )
+
+
 def _save_dense(model: PreTrainedModel, path: Path, tokenizer: Any, form: str) -> Path:
     if form not in ("auto", "stock"):
         raise ValueError(f"form must be 'auto' or 'stock' for a model that was never pruned, got {form!r}")

@@ -102,10 +102,10 @@ def unwrapped(trainer: Trainer) -> Iterator[None]:
 
 
 def prune_attached(trainer: Trainer, model: PreTrainedModel, prune: Callable[[], Any], attribute: str | None) -> Any:
-    """Let ``prune`` change the model in place, and all that hangs on its shapes follow: DDP, optimizers, averages.
+    """Let ``prune`` change the model in place, and all that hangs on its shapes follow: optimizers, averages.
 
     Args:
-        trainer: Between two optimizer steps.
+        trainer: Between two optimizer steps, in :func:`unwrapped`.
         model: The causal LM in its LightningModule.
         prune: Prunes it.
         attribute: Where the model is, for the averaged copies.
@@ -114,7 +114,7 @@ def prune_attached(trainer: Trainer, model: PreTrainedModel, prune: Callable[[],
         What ``prune`` returns.
     """
     before = [pair.kept for block in resolve_pruned(model) for pair in block]
-    with unwrapped(trainer), eagerly():
+    with eagerly():
         result = prune()
         after = [pair for block in resolve_pruned(model) for pair in block]
         slices = chain.from_iterable(pair.slices(kept, pair.kept) for kept, pair in zip(before, after, strict=True))

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from fasp_lightning import FASPPruner, PruningConfig, load_pruned, perplexity
 from fasp_lightning.structure.adapters import has_adapters
-from fasp_lightning.training.calibration import calibration_batches
+from fasp_lightning.training.calibration import Draw
 from fasp_lightning.training.callback import FASPPruning
 from fasp_lightning.training.lora import LoRAConfig
 from fasp_lightning.training.structure_state import KEY
@@ -201,6 +201,20 @@ def test_recovery_decides_what_trains(recovery: str, tmp_path: Any) -> None:
     }
 
 
+def test_run_after_one_that_an_error_ended_has_its_own_adapters(tmp_path: Any) -> None:
+    class Broken(L.Callback):
+        def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
+            if trainer.global_step == 3:
+                raise KeyError("broken")
+
+    module, callback = UserModule(tiny_model("llama").train()), half(2, recovery="lora")
+    with pytest.raises(KeyError):
+        trainer(tmp_path, callback, Broken()).fit(module, loader())
+    trainer(tmp_path, callback, max_steps=4).fit(module, loader())
+    assert not has_adapters(module.lm)
+    assert all(one.requires_grad for one in module.lm.parameters())
+
+
 def test_merged_model_is_the_one_that_was_measured(tmp_path: Any) -> None:
     callback = FASPPruning(TWO, FFN_ONLY, recovery="lora", calibration_sequences=8, validation_batches=2)
     _, module = fit(tmp_path, callback)
@@ -221,7 +235,7 @@ def test_calibration_is_drawn_anew_for_each_event_from_the_seed_alone() -> None:
     data = loader(40)
 
     def draw(event: int, seed: int = 0) -> list[Any]:
-        return torch.cat(list(calibration_batches(data, 8, seed, event))).tolist()
+        return torch.cat(list(Draw(data, 8, seed, event).batches())).tolist()
 
     torch.manual_seed(1)
     first, state = draw(0), torch.get_rng_state()
@@ -234,8 +248,8 @@ def test_calibration_is_drawn_anew_for_each_event_from_the_seed_alone() -> None:
 
 def test_processes_split_the_draw_of_one() -> None:
     data = loader(40)
-    whole = torch.cat(list(calibration_batches(data, 8, 0, 3)))
-    parts = [torch.cat(list(calibration_batches(data, 8, 0, 3, rank, 2))) for rank in (0, 1)]
+    whole = torch.cat(list(Draw(data, 8, 0, 3).batches()))
+    parts = [torch.cat(list(Draw(data, 8, 0, 3).batches(rank, 2))) for rank in (0, 1)]
     assert sorted(torch.cat(parts).tolist()) == sorted(whole.tolist())
 
 
@@ -245,8 +259,13 @@ def test_iterable_training_data_gives_each_event_its_window() -> None:
             return (torch.full((3,), index) for index in range(100))
 
     data = DataLoader(Stream(), batch_size=2)
-    windows = [torch.cat(list(calibration_batches(data, 4, 0, event)))[:, 0].tolist() for event in (0, 1)]
+    windows = [torch.cat(list(Draw(data, 4, 0, event).batches()))[:, 0].tolist() for event in (0, 1)]
     assert windows == [[0, 1, 2, 3], [4, 5, 6, 7]]
+
+
+def test_loader_that_does_not_batch_by_itself_gives_as_many_sequences() -> None:
+    data = DataLoader([random_tokens(4, seed=seed) for seed in range(6)], batch_size=None)
+    assert sum(len(batch) for batch in Draw(data, 8, 0, 0).batches()) == 8
 
 
 @pytest.mark.parametrize(
@@ -256,7 +275,7 @@ def test_iterable_training_data_gives_each_event_its_window() -> None:
 )
 def test_batches_of_users_are_understood(batch: Any) -> None:
     data = DataLoader([batch], batch_size=1, collate_fn=lambda found: found[0])
-    (found,) = calibration_batches(data, 1, 0, 0)
+    (found,) = Draw(data, 1, 0, 0).batches()
     assert torch.equal(found["input_ids"] if isinstance(found, dict) else found, random_tokens())
 
 

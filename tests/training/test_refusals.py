@@ -13,6 +13,7 @@ from lightning.pytorch.utilities.combined_loader import CombinedLoader
 from runs import FFN_ONLY, UserModule, half, loader, trainer
 from tiny import tiny_model
 from torch import nn
+from torch.utils.data import DataLoader, IterableDataset
 
 from fasp_lightning import PruningConfig
 from fasp_lightning.training.callback import FASPPruning
@@ -151,6 +152,33 @@ def test_hook_that_gives_several_training_loaders(tmp_path: Any) -> None:
 
     with pytest.raises(ValueError, match="got DataLoader, DataLoader"):
         trainer(tmp_path, half()).fit(Two(tiny_model("llama").train()))
+
+
+def test_validation_data_without_token_ids(tmp_path: Any) -> None:
+    module, data = UserModule(tiny_model("llama")), [{"ids": torch.ones(1, 3)}]
+    with pytest.raises(ValueError, match=r"validation data: .* got \['ids'\]; or set validation_batches=0"):
+        trainer(tmp_path, half(validation_batches=1), num_sanity_val_steps=0).fit(module, loader(), DataLoader(data))
+
+
+def test_training_data_that_cannot_be_read_beside_the_training(tmp_path: Any) -> None:
+    class Stream(IterableDataset):
+        def __init__(self) -> None:
+            self.rows = (torch.full((3,), index) for index in range(50))
+
+        def __iter__(self) -> Any:
+            return self.rows
+
+    data = DataLoader(Stream(), batch_size=2)
+    refused(tmp_path, r"Stream cannot .* give the datamodule or module a calibration_dataloader", half(), data=data)
+
+
+def test_module_put_aside_for_training_beside_adapters(tmp_path: Any) -> None:
+    from peft import LoraConfig, inject_adapter_in_model
+
+    model = tiny_model("llama")
+    inject_adapter_in_model(LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["lm_head"]), model)
+    callback = half(export_to=str(tmp_path / "out"))
+    refused(tmp_path, "must have no modules_to_save to be exported, got lm_head", callback, module=UserModule(model))
 
 
 def test_averaging_that_keeps_old_shapes(tmp_path: Any) -> None:
