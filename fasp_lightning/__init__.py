@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from fasp_lightning.training.lora import LoRAConfig
     from fasp_lightning.training.metrics import Perplexity
     from fasp_lightning.training.module import CausalLMModule
+    from fasp_lightning.training.structure_state import carry_structure
 
 __version__ = "0.1.0"
 
@@ -40,6 +41,7 @@ __all__ = [
     "PruningReport",
     "PruningSchedule",
     "apply_plan",
+    "carry_structure",
     "load_pruned",
     "perplexity",
     "register_architecture",
@@ -61,6 +63,7 @@ _HOMES = {
     "PruningReport": "pruning.report",
     "PruningSchedule": "pruning.schedule",
     "apply_plan": "pruning.plan",
+    "carry_structure": "training.structure_state",
     "load_pruned": "pruning.checkpoint",
     "perplexity": "pruning.perplexity",
     "register_architecture": "structure.registry",

@@ -25,7 +25,7 @@ ENGINE = (
     "spec_for",
     "PruningSchedule",
 )
-TRAINING = ("FASPPruning", "CausalLMModule", "CausalLMDataModule", "LoRAConfig", "Perplexity")
+TRAINING = ("FASPPruning", "CausalLMModule", "CausalLMDataModule", "LoRAConfig", "Perplexity", "carry_structure")
 PUBLIC = (*ENGINE, *TRAINING)
 SIGNATURES = {
     "FASPPruner.prune": "(self, model, batches)",
