@@ -82,7 +82,9 @@ def main() -> None:
         calibration_sequences=args.calibration_sequences,
         validation_batches=0,
     )
-    callbacks = [Rows(texts, pruning, "trained"), pruning, Rows(texts, pruning, "pruned")]
+    callbacks: list[L.Callback] = [pruning, Rows(texts, pruning, "pruned")]
+    if args.lr > 0:  # else a row after the steps would repeat the one before them
+        callbacks.insert(0, Rows(texts, pruning, "trained"))
     trainer = L.Trainer(
         callbacks=callbacks,
         devices=1,
