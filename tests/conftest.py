@@ -44,6 +44,16 @@ def seeded() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
+@pytest.fixture(autouse=True)
+def environment() -> Iterator[None]:
+    """Every test leaves the environment as it was: Lightning writes there which process this is of how many."""
+    before = dict(os.environ)
+    yield
+    for name in set(os.environ) - set(before) - {"PYTEST_CURRENT_TEST"}:
+        del os.environ[name]
+    os.environ.update({name: value for name, value in before.items() if name != "PYTEST_CURRENT_TEST"})
+
+
 @pytest.fixture(params=list(TINY))
 def family(request: pytest.FixtureRequest) -> str:
     """Name of a tiny model, each in turn; ``@pytest.mark.parametrize("family", …)`` takes some of them."""

@@ -32,7 +32,7 @@ def loader(sequences: int = 16, seed: int = 0, batch_size: int = 4) -> DataLoade
     ids = random_tokens(sequences, seed=seed)
     labels = ids.clone()
     labels[:, 3] = -100
-    return DataLoader([{"input_ids": i, "labels": j} for i, j in zip(ids, labels, strict=True)], batch_size)
+    return DataLoader([{"input_ids": i, "labels": j} for i, j in zip(ids, labels, strict=True)], batch_size=batch_size)
 
 
 def trainer(folder: Path, **options: Any) -> L.Trainer:
