@@ -6,6 +6,7 @@ a stock model with a size mismatch, loudly, and never with a key that is quietly
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, cast
 
 from torch import Tensor, nn
@@ -16,18 +17,28 @@ _INNER = "linear."
 class _Transparent(nn.Module):
     """Holds one linear module and hides its own level from the keys of the state dict.
 
+    The positions are no buffer: averages of a model would round a mean of equal integers down.
+
     Attributes:
+        positions: (m,) where the linear module's rows or columns are in the full width; moves with the module.
         hides_level: Set it to false where keys must be the paths of the parameters, as ``torch.distributed`` has it;
             such keys are read in either case.
     """
 
-    def __init__(self, linear: nn.Module) -> None:
+    def __init__(self, linear: nn.Module, positions: Tensor) -> None:
         super().__init__()
         self.linear = linear
+        self.positions = positions
         self.hides_level = True
         self.training = linear.training
         self.register_state_dict_post_hook(_strip_level)
         self.register_load_state_dict_pre_hook(_add_level)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> _Transparent:
+        """What ``to``, ``cuda`` and the like go through."""
+        super()._apply(fn, recurse)
+        self.positions = fn(self.positions)
+        return self
 
 
 def _strip_level(module: nn.Module, state: dict[str, Any], prefix: str, _metadata: Any) -> None:
@@ -51,18 +62,15 @@ class ScatterRows(_Transparent):
         width: Full output width.
     """
 
-    rows: Tensor
-
     def __init__(self, linear: nn.Module, rows: Tensor, width: int) -> None:
-        super().__init__(linear)
+        super().__init__(linear, rows)
         self.width = width
-        self.register_buffer("rows", rows, persistent=False)
 
     def forward(self, inputs: Tensor) -> Tensor:
         """(…, in) → (…, width)."""
         outputs = self.linear(inputs)
         full = outputs.new_zeros(*outputs.shape[:-1], self.width)
-        return full.index_copy(-1, self.rows, outputs)
+        return full.index_copy(-1, self.positions.to(outputs.device), outputs)  # sharding moves parameters alone
 
 
 class GatherColumns(_Transparent):
@@ -73,15 +81,12 @@ class GatherColumns(_Transparent):
         columns: (m,) positions of its inputs in the full width.
     """
 
-    columns: Tensor
-
     def __init__(self, linear: nn.Module, columns: Tensor) -> None:
-        super().__init__(linear)
-        self.register_buffer("columns", columns, persistent=False)
+        super().__init__(linear, columns)
 
     def gather(self, inputs: Tensor) -> Tensor:
         """(…, full width) → (…, m)."""
-        return inputs.index_select(-1, self.columns)
+        return inputs.index_select(-1, self.positions.to(inputs.device))
 
     def forward(self, inputs: Tensor) -> Tensor:
         """(…, full width) → (…, out)."""

@@ -143,7 +143,6 @@ class FASPPruning(Callback):
         for optimizer in trainer.optimizers:
             check_optimizer(optimizer)
         self._phases.check(trainer.optimizers)
-        surgery.keep_positions(trainer)
         with surgery.unwrapped(trainer):
             self._phases.apply(pruned=bool(self._done or self.records))
         self._restore_random_state()

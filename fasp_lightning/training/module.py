@@ -21,7 +21,6 @@ from fasp_lightning.training.loss import next_token_loss, read_batch, sequence_n
 from fasp_lightning.training.metrics import Perplexity
 from fasp_lightning.training.sharding import shard
 from fasp_lightning.training.structure_state import carry_structure
-from fasp_lightning.training.surgery import keep_positions
 
 _DEFAULT_OPTIMIZER = functools.partial(torch.optim.AdamW, lr=1e-4)
 
@@ -112,10 +111,6 @@ class CausalLMModule(L.LightningModule):
         strategy = None if self._trainer is None else self.trainer.strategy
         if isinstance(strategy, ModelParallelStrategy):
             shard(self.model, strategy.device_mesh)
-
-    def on_fit_start(self) -> None:
-        """Keep averaged weights from averaging the positions of kept units; see :func:`keep_positions`."""
-        keep_positions(self.trainer)
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Every parameter that requires a gradient now goes to the optimizer.

@@ -25,6 +25,7 @@ from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.lr_scheduler import ReduceLROnPlateau
+from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader
 
 from fasp_lightning.pruning.plan import conform, plan_of, resolve_pruned
@@ -70,19 +71,12 @@ def starts_by_spawn(trainer: Trainer) -> bool:
 
 def averages(trainer: Trainer) -> list[nn.Module]:
     """Averaged copies of the LightningModule (``WeightAveraging._average_model``)."""
+    return [average.module for average in _average_models(trainer)]
+
+
+def _average_models(trainer: Trainer) -> list[AveragedModel]:
     found = [callback for callback in trainer.callbacks if isinstance(callback, WeightAveraging)]  # type: ignore[attr-defined]
-    return [callback._average_model.module for callback in found if callback._average_model is not None]
-
-
-def keep_positions(trainer: Trainer) -> None:
-    """Let averages copy buffers instead of averaging them (``AveragedModel.use_buffers``).
-
-    The positions of kept value dims are integers in buffers, and a weighted mean of two equal integers may be rounded
-    down to the next one.
-    """
-    for callback in trainer.callbacks:  # type: ignore[attr-defined]
-        if isinstance(callback, WeightAveraging) and callback._average_model is not None:
-            callback._average_model.use_buffers = False
+    return [callback._average_model for callback in found if callback._average_model is not None]
 
 
 @contextmanager
@@ -119,9 +113,8 @@ def prune_attached(trainer: Trainer, model: PreTrainedModel, prune: Callable[[],
         after = [pair for block in resolve_pruned(model) for pair in block]
         slices = chain.from_iterable(pair.slices(kept, pair.kept) for kept, pair in zip(before, after, strict=True))
         slice_states(trainer.optimizers, slices)
-        for callback in trainer.callbacks:  # type: ignore[attr-defined]
-            if isinstance(callback, WeightAveraging) and callback._average_model is not None:
-                _restart_average(callback._average_model, trainer.lightning_module, model, attribute)
+        for average in _average_models(trainer):
+            _restart_average(average, trainer.lightning_module, model, attribute)
     if _compiles():
         torch.compiler.reset()  # beyond 8 shapes dynamo would stop compiling, with a log line only
     return result

@@ -121,8 +121,8 @@ def test_copy_is_transparent_and_independent() -> None:
 
 def test_index_moves_with_the_module() -> None:
     module = scatter().to("meta")
-    assert module.rows.device.type == module.linear.weight.device.type == "meta"
-    assert scatter().half().rows.dtype == torch.long
+    assert module.positions.device.type == module.linear.weight.device.type == "meta"
+    assert scatter().half().positions.dtype == torch.long
 
 
 @pytest.mark.parametrize("training", [True, False])

@@ -109,7 +109,7 @@ def test_positions_of_kept_units_are_not_averaged(kind: str, tmp_path: Path) -> 
     callback = FASPPruning([{"step": 0, "sparsity": 0.2}], PruningConfig(attention="value_dims"), validation_batches=0)
     trainer(tmp_path, callback, average, max_steps=20).fit(module, loader())
     block, cut = module.lm.model.layers[0].self_attn, module.lm.fasp_plan.blocks[0]["self_attn.o_proj"]
-    assert block.v_proj.rows.tolist() == block.o_proj.columns.tolist() == list(cut.kept)
+    assert block.v_proj.positions.tolist() == block.o_proj.positions.tolist() == list(cut.kept)
 
 
 @pytest.mark.parametrize("order", ["pruning first", "averaging first"])
@@ -179,4 +179,4 @@ def test_positions_are_not_averaged_in_a_model_that_was_pruned_before(tmp_path: 
     module = CausalLMModule(str(tmp_path / "pruned"))
     cut = module.model.fasp_plan.blocks[0]["self_attn.o_proj"]
     trainer(tmp_path, EMAWeightAveraging(decay=0.997), max_steps=20).fit(module, loader())
-    assert module.model.model.layers[0].self_attn.o_proj.columns.tolist() == list(cut.kept)
+    assert module.model.model.layers[0].self_attn.o_proj.positions.tolist() == list(cut.kept)

@@ -102,7 +102,7 @@ def test_the_adapters_of_a_cut_value_pair_sit_inside_its_run_time_modules() -> N
     producers = [module for module in model.modules() if isinstance(module, ScatterRows)]
     assert len(producers) == 2
     assert all(is_adapted(module.linear) for module in producers)
-    assert producers[0].linear.lora_B["default"].weight.shape[0] == producers[0].rows.numel()
+    assert producers[0].linear.lora_B["default"].weight.shape[0] == producers[0].positions.numel()
 
 
 def test_a_cut_model_with_adapters_loads_its_own_state() -> None:
