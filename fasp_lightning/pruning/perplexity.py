@@ -95,7 +95,7 @@ def measure_perplexity(model: nn.Module, batches: Iterable[Any]) -> PerplexityRe
             f"batches must hold at least one token to predict, got {sequences} sequences of {seq_len} tokens "
             "at most; give sequences of two tokens or more that aren't masked"
         )
-    return PerplexityResult(_exp(nll / tokens), nll, tokens, sequences, seq_len, seconds, tokens / seconds)
+    return PerplexityResult(exp_nll(nll / tokens), nll, tokens, sequences, seq_len, seconds, tokens / seconds)
 
 
 def _batch_nll(model: nn.Module, input_ids: Tensor, mask: Tensor | None) -> tuple[float, int]:
@@ -113,7 +113,7 @@ def _batch_nll(model: nn.Module, input_ids: Tensor, mask: Tensor | None) -> tupl
     return float(nll), int(tokens)
 
 
-def _exp(mean_nll: float) -> float:
+def exp_nll(mean_nll: float) -> float:
     """exp, infinite where a float ends; a NaN stays one, and is said."""
     if math.isnan(mean_nll):
         _log.warning("the perplexity is NaN: the model's logits hold NaN or infinite values")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -13,6 +13,7 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
+from fasp_lightning.training.loss import read_batch
 from fasp_lightning.training.surgery import training_loader
 
 
@@ -65,21 +66,21 @@ class Draw:
     event: int
 
     def batches(self, rank: int = 0, count: int = 1) -> Iterator[Any]:
-        """One process's part, as :func:`token_inputs` makes it.
+        """One process's part: what the model is called with.
 
         Args:
             rank: The process.
             count: Number of processes.
 
         Raises:
-            ValueError: If this process gets no batch, or its data set cannot be read beside the training.
-            TypeError: If a batch holds no token ids.
+            ValueError: If this process gets no batch, its data set cannot be read beside the training, or a batch
+                holds no token ids.
         """
         left = -(-self.sequences // count)
         for batch in self._read(rank, count):
-            inputs = token_inputs(batch)
+            inputs, _ = read_tokens(batch, "calibration data", "give the datamodule a calibration_dataloader()")
             yield inputs
-            left -= len(inputs["input_ids"] if isinstance(inputs, dict) else inputs)
+            left -= len(inputs["input_ids"])
             if left <= 0:
                 return
         if left == -(-self.sequences // count):
@@ -110,25 +111,18 @@ def _copied(dataset: IterableDataset) -> IterableDataset:
         ) from error
 
 
-def token_inputs(batch: Any) -> Any:
-    """The part of a training batch that the model is called with.
+def read_tokens(batch: Any, what: str, remedy: str) -> tuple[dict[str, Tensor], Tensor]:
+    """What :func:`~fasp_lightning.training.loss.read_batch` makes of a user's batch, or of its first entry.
 
     Args:
         batch: Token ids, a mapping with ``input_ids``, or a sequence whose first entry is one of both.
-
-    Returns:
-        (batch, seq) token ids, or a mapping with ``input_ids`` and perhaps ``attention_mask``.
+        what: Name of the data, for the message.
+        remedy: What to do if it is none of these, likewise.
 
     Raises:
-        TypeError: If it is none of these.
+        ValueError: If it is none of these.
     """
-    if isinstance(batch, Sequence) and batch:
-        batch = batch[0]
-    if isinstance(batch, Mapping) and "input_ids" in batch:
-        return {key: batch[key] for key in ("input_ids", "attention_mask") if batch.get(key) is not None}
-    if isinstance(batch, Tensor):
-        return batch
-    raise TypeError(
-        f"a calibration batch must be token ids, a mapping with 'input_ids', or a tuple that starts with one, got "
-        f"{type(batch).__name__}; give the datamodule a calibration_dataloader()"
-    )
+    try:
+        return read_batch(batch[0] if isinstance(batch, Sequence) and batch else batch)
+    except ValueError as error:
+        raise ValueError(f"{what}: {error}; {remedy}") from error

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import asdict, dataclass
 from itertools import islice
 from typing import TYPE_CHECKING, Any
@@ -12,18 +11,22 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.utilities.seed import isolate_rng
 
 from fasp_lightning.pruning.config import PruningConfig
+from fasp_lightning.pruning.perplexity import exp_nll
 from fasp_lightning.pruning.processes import Processes
 from fasp_lightning.pruning.pruner import FASPPruner
 from fasp_lightning.pruning.report import PruningReport
 from fasp_lightning.pruning.standins import evaluating
-from fasp_lightning.training.calibration import Draw
-from fasp_lightning.training.loss import read_batch
+from fasp_lightning.training.calibration import Draw, read_tokens
 from fasp_lightning.training.metrics import Perplexity
 from fasp_lightning.training.progress import pruning_bar
 from fasp_lightning.training.surgery import eagerly, prune_attached, validation_loaders
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+
+VALIDATION = ("validation data", "or set validation_batches=0")
+"""What cannot be measured on, and what to do then."""
 
 
 @dataclass
@@ -66,7 +69,6 @@ def check_data(trainer: Trainer, draw: Draw, validation_batches: int) -> None:
 
     Raises:
         ValueError: If calibration or validation data are of a form that is not understood.
-        TypeError: Likewise.
     """
     with isolate_rng():
         processes = Processes.everyone()
@@ -74,19 +76,7 @@ def check_data(trainer: Trainer, draw: Draw, validation_batches: int) -> None:
             next(draw.batches(processes.rank, processes.count))
             for loader in validation_loaders(trainer) if validation_batches else ():
                 for batch in islice(loader, 1):
-                    read_tokens(batch)
-
-
-def read_tokens(batch: Any) -> Any:
-    """What :func:`~fasp_lightning.training.loss.read_batch` makes of a validation batch, or of its first entry.
-
-    Raises:
-        ValueError: If it holds no token ids.
-    """
-    try:
-        return read_batch(batch[0] if isinstance(batch, (list, tuple)) else batch)
-    except ValueError as error:
-        raise ValueError(f"validation data: {error}; or set validation_batches=0") from error
+                    read_tokens(batch, *VALIDATION)
 
 
 def prune_model(
@@ -137,11 +127,11 @@ def validation_perplexity(trainer: Trainer, model: PreTrainedModel, batches: int
                 for batch in islice(loader, batches):
                     _update(metric, model, batch)
         nll, tokens = processes.total(float(metric.nll_sum), float(metric.tokens))
-    return math.exp(min(nll / tokens, 700.0)) if tokens else None
+    return exp_nll(nll / tokens) if tokens else None
 
 
 def _update(metric: Perplexity, model: PreTrainedModel, batch: Any) -> None:
-    inputs, labels = read_tokens(batch)
+    inputs, labels = read_tokens(batch, *VALIDATION)
     embeddings: Any = model.get_input_embeddings()
     device = embeddings.weight.device
     logits = model(**{name: value.to(device) for name, value in inputs.items()}, use_cache=False).logits

@@ -7,8 +7,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-import torch
-
+from fasp_lightning.pruning.processes import Processes
 from fasp_lightning.training.loaders import PackedSequences, ResumableLoader
 from fasp_lightning.training.resuming import BatchProgress
 from fasp_lightning.training.role_cache import RoleCache
@@ -118,8 +117,4 @@ def _open(roles: RoleTexts, index: int, taken: frozenset[str]) -> Iterator[str]:
 
 def _gather(rank: int, state: Any) -> list[Any]:
     """What the processes have that get different data, in their order."""
-    found: list[Any] = [(rank, state)]
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        found = [None] * torch.distributed.get_world_size()
-        torch.distributed.all_gather_object(found, (rank, state))
-    return [state for _, state in sorted(dict(found).items())]
+    return [state for _, state in sorted(dict(Processes.everyone().gather((rank, state))).items())]

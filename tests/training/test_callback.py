@@ -19,6 +19,12 @@ from fasp_lightning.training.callback import FASPPruning
 from fasp_lightning.training.lora import LoRAConfig
 from fasp_lightning.training.structure_state import KEY
 
+
+def drawn(draw: Draw, *process: int) -> torch.Tensor:
+    """All token ids of one process's part."""
+    return torch.cat([one["input_ids"] for one in draw.batches(*process)])
+
+
 TWO = [{"step": 2, "sparsity": 0.1}, {"step": 5, "sparsity": 0.2}]
 
 
@@ -235,7 +241,7 @@ def test_calibration_is_drawn_anew_for_each_event_from_the_seed_alone() -> None:
     data = loader(40)
 
     def draw(event: int, seed: int = 0) -> list[Any]:
-        return torch.cat(list(Draw(data, 8, seed, event).batches())).tolist()
+        return drawn(Draw(data, 8, seed, event)).tolist()
 
     torch.manual_seed(1)
     first, state = draw(0), torch.get_rng_state()
@@ -248,8 +254,8 @@ def test_calibration_is_drawn_anew_for_each_event_from_the_seed_alone() -> None:
 
 def test_processes_split_the_draw_of_one() -> None:
     data = loader(40)
-    whole = torch.cat(list(Draw(data, 8, 0, 3).batches()))
-    parts = [torch.cat(list(Draw(data, 8, 0, 3).batches(rank, 2))) for rank in (0, 1)]
+    whole = drawn(Draw(data, 8, 0, 3))
+    parts = [drawn(Draw(data, 8, 0, 3), rank, 2) for rank in (0, 1)]
     assert sorted(torch.cat(parts).tolist()) == sorted(whole.tolist())
 
 
@@ -259,13 +265,13 @@ def test_iterable_training_data_gives_each_event_its_window() -> None:
             return (torch.full((3,), index) for index in range(100))
 
     data = DataLoader(Stream(), batch_size=2)
-    windows = [torch.cat(list(Draw(data, 4, 0, event).batches()))[:, 0].tolist() for event in (0, 1)]
+    windows = [drawn(Draw(data, 4, 0, event))[:, 0].tolist() for event in (0, 1)]
     assert windows == [[0, 1, 2, 3], [4, 5, 6, 7]]
 
 
 def test_loader_that_does_not_batch_by_itself_gives_as_many_sequences() -> None:
     data = DataLoader([random_tokens(4, seed=seed) for seed in range(6)], batch_size=None)
-    assert sum(len(batch) for batch in Draw(data, 8, 0, 0).batches()) == 8
+    assert len(drawn(Draw(data, 8, 0, 0))) == 8
 
 
 @pytest.mark.parametrize(
@@ -276,7 +282,7 @@ def test_loader_that_does_not_batch_by_itself_gives_as_many_sequences() -> None:
 def test_batches_of_users_are_understood(batch: Any) -> None:
     data = DataLoader([batch], batch_size=1, collate_fn=lambda found: found[0])
     (found,) = Draw(data, 1, 0, 0).batches()
-    assert torch.equal(found["input_ids"] if isinstance(found, dict) else found, random_tokens())
+    assert torch.equal(found["input_ids"], random_tokens())
 
 
 def test_own_calibration_data_is_used(tmp_path: Any) -> None:
