@@ -9,8 +9,10 @@ from typing import Any
 import lightning as L
 import torch
 from tiny import FFN, HIDDEN, VOCAB, random_tokens
+from torch import nn
 from torch.utils.data import DataLoader
 
+from fasp_lightning.structure.adapters import is_adapter_parameter
 from fasp_lightning.training.module import CausalLMModule
 
 SCRATCH = {
@@ -35,10 +37,20 @@ def loader(sequences: int = 16, seed: int = 0, batch_size: int = 4) -> DataLoade
     return DataLoader([{"input_ids": i, "labels": j} for i, j in zip(ids, labels, strict=True)], batch_size=batch_size)
 
 
-def trainer(folder: Path, **options: Any) -> L.Trainer:
+def silent(folder: Path, **options: Any) -> L.Trainer:
+    """A Trainer on the CPU that shows and writes nothing but what the options ask for."""
     quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
     quiet |= {"enable_checkpointing": False, "default_root_dir": folder}
-    return L.Trainer(accelerator="cpu", devices=1, **quiet | {"max_epochs": 1} | options)
+    return L.Trainer(**{"accelerator": "cpu", "devices": 1} | quiet | options)
+
+
+def trainer(folder: Path, **options: Any) -> L.Trainer:
+    return silent(folder, **{"max_epochs": 1} | options)
+
+
+def lora_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """The parameters of a model's adapters."""
+    return [parameter for name, parameter in model.named_parameters() if is_adapter_parameter(name)]
 
 
 def sgd(parameters: Any) -> torch.optim.Optimizer:

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from importlib import import_module
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from lightning.pytorch.cli import LightningArgumentParser
@@ -87,14 +87,8 @@ class ScheduleCLI(TrainingCLI):
         """Do not fit."""
 
 
-class _Callback(NamedTuple):
-    """The options of a FASPPruning that matter here."""
-
-    schedule: Any
-    pruning: Any
-
-
-def _pruning_callback(settings: Any) -> _Callback:
+def _pruning_callback(settings: Any) -> Any:
+    """The options of the one FASPPruning."""
     callbacks = settings.trainer.callbacks or []
     callbacks = callbacks if isinstance(callbacks, list) else [callbacks]
     found = [each for each in callbacks if issubclass(_class_of(each.class_path), FASPPruning)]
@@ -103,7 +97,7 @@ def _pruning_callback(settings: Any) -> _Callback:
             f"trainer.callbacks must hold one FASPPruning with a schedule, got {len(found)}; name a config by -c, "
             "or add --trainer.callbacks+=FASPPruning --trainer.callbacks.schedule ..."
         )
-    return _Callback(found[0].init_args.schedule, found[0].init_args.pruning)
+    return found[0].init_args
 
 
 def _class_of(path: str) -> type:
@@ -117,7 +111,7 @@ def _plain(value: Any) -> Any:
     return value.as_dict() if hasattr(value, "as_dict") else value
 
 
-def _pruning(callback: _Callback) -> PruningConfig:
+def _pruning(callback: Any) -> PruningConfig:
     return PruningConfig(**_plain(callback.pruning)) if callback.pruning is not None else PruningConfig()
 
 

@@ -82,7 +82,7 @@ def set_up(job: PruneJob) -> Setup:
     model = model_shapes(source, config, job.model.trust_remote_code)
     pruning = dataclasses.replace(job.pruning, device=job.pruning.device or str(device))
     widths = plan_widths(model, pruning)
-    kinds = {pair.kind for block in widths.pairs for pair in block if pair.after < pair.original}
+    kinds = widths.kinds
     dtype = choose_dtype(job.dtype, checkpoint_dtype(source, config), device)
     form = choose_form(job.form, spec, kinds)
     return Setup(source, config, model, spec, pruning, widths, device, dtype, form, kinds)

@@ -65,6 +65,11 @@ class WidthPlan:
         return (self.original_parameters - self.parameters_after) / self.linear_parameters
 
     @property
+    def kinds(self) -> set[str]:
+        """Kinds of the pairs that are, or will be, cut."""
+        return {pair.kind for block in self.pairs for pair in block if pair.after < pair.original}
+
+    @property
     def sparsity_total(self) -> float:
         """Fraction of all original parameters that is removed."""
         return 1 - self.parameters_after / self.original_parameters

@@ -4,22 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 
-from fasp_lightning.pruning.checkpoint import check_output
 from fasp_lightning.pruning.config import PruningConfig
 from fasp_lightning.pruning.processes import Processes
 from fasp_lightning.pruning.schedule import PruningSchedule, ScheduledPruning
-from fasp_lightning.pruning.widths import is_reached, plan_widths
+from fasp_lightning.pruning.widths import is_reached, plan_widths, present_widths
 from fasp_lightning.structure.adapters import has_adapters
 from fasp_lightning.training import resuming, surgery
 from fasp_lightning.training.calibration import Draw, calibration_loader, has_calibration_loader
 from fasp_lightning.training.events import EventRecord, check_data, prune_model, validation_perplexity
-from fasp_lightning.training.export import check_exportable, export_model
+from fasp_lightning.training.export import check_export, export_model
 from fasp_lightning.training.locate import find_causal_lm
 from fasp_lightning.training.lora import LoRAConfig, attach_lora, merge_lora
 from fasp_lightning.training.optimizer_state import check_optimizer
@@ -125,12 +123,12 @@ class FASPPruning(Callback):
             )
         if not has_calibration_loader(trainer, pl_module):
             surgery.check_training_source(trainer)
+        kinds = present_widths(model).kinds
         for event in self.schedule:
             if not is_reached(model, self._config(event)):
-                plan_widths(model, self._config(event))
+                kinds |= plan_widths(model, self._config(event)).kinds
         if self.export_to is not None:
-            check_output(Path(self.export_to), self.overwrite)
-            check_exportable(model)
+            check_export(model, self.export_to, self.form, self.overwrite, kinds)
         self._set_up_recovery(trainer, model)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

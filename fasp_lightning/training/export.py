@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fasp_lightning.pruning.checkpoint import check_output, save_pruned
-from fasp_lightning.pruning.forms import FORMS
+from fasp_lightning.pruning.forms import FORMS, choose_form
 from fasp_lightning.pruning.plan import plan_of
 from fasp_lightning.pruning.staging import require_space, staged
 from fasp_lightning.structure.adapters import has_adapters
+from fasp_lightning.structure.registry import spec_for
 from fasp_lightning.training.lora import merge_lora
 from fasp_lightning.training.sharding import is_sharded
 
@@ -62,17 +63,26 @@ def export_model(
     return _save_dense(model, path, tokenizer, form)
 
 
-def check_exportable(model: PreTrainedModel) -> None:
-    """Refuse, before a run, a model that cannot be exported after it.
+def check_export(model: PreTrainedModel, path: str | Path, form: str, overwrite: bool, kinds: set[str]) -> None:
+    """Refuse, before a run, what could not be exported after it.
+
+    Args:
+        model: The model.
+        path: See :func:`export_model`.
+        form: Likewise.
+        overwrite: Likewise.
+        kinds: Kinds of the pairs that will be cut by then.
 
     Raises:
-        ValueError: If a whole module was put aside to be trained beside adapters (``modules_to_save`` of peft).
+        FileExistsError: If ``path`` is not empty and ``overwrite`` is false, or is no pruned model.
+        ValueError: If ``form`` cannot hold the model, or a whole module was put aside to be trained beside adapters
+            (``modules_to_save`` of peft).
     """
+    check_output(Path(path), overwrite)
+    choose_form(form, spec_for(model), kinds)
     kept = [name for name, module in model.named_modules() if hasattr(module, "modules_to_save")]
     if kept:
-        raise ValueError(
-            f"model must have no modules_to_save to be exported, got {kept[0]}; leave out one of them"
-        )
+        raise ValueError(f"model must have no modules_to_save to be exported, got {kept[0]}; leave out one of them")
 
 
 def _save_dense(model: PreTrainedModel, path: Path, tokenizer: Any, form: str) -> Path:

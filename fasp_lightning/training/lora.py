@@ -110,11 +110,6 @@ def base_parameters(model: nn.Module) -> list[nn.Parameter]:
     ]
 
 
-def lora_parameters(model: nn.Module) -> list[nn.Parameter]:
-    """The parameters of the adapters."""
-    return [parameter for name, parameter in model.named_parameters() if is_adapter_parameter(name)]
-
-
 def stock_name(model: nn.Module, name: str) -> str:
     """A module's or parameter's name as it is in a model without adapters and run-time modules."""
     parts, parent = [], model

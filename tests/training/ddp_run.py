@@ -16,7 +16,8 @@ import lightning as L
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from runs import UserModule, loader, trainer
-from tiny import FFN, HIDDEN, VOCAB, random_tokens, tiny_model
+from tiny import VOCAB, random_tokens, tiny_model
+from tiny_lightning import SCRATCH
 from torch import Tensor
 from torch.utils.data import DataLoader, DistributedSampler, default_collate
 
@@ -26,17 +27,6 @@ from fasp_lightning.training.lora import LoRAConfig
 from fasp_lightning.training.module import CausalLMModule
 
 EVENTS = [{"step": 1, "sparsity": 0.1}, {"step": 3, "sparsity": 0.2}]
-CONFIG = {
-    "model_type": "opt",  # with dropout
-    "vocab_size": VOCAB,
-    "hidden_size": HIDDEN,
-    "word_embed_proj_dim": HIDDEN,
-    "ffn_dim": FFN,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "max_position_embeddings": 64,
-    "pad_token_id": 0,
-}
 UNTRAINED = VOCAB - 1
 """A token that no training batch has."""
 
@@ -110,7 +100,7 @@ def lora(folder: Path) -> tuple[Any, L.Trainer, FASPPruning]:
 def resumable(folder: Path, rank: int, ckpt_path: Path | None = None) -> tuple[Any, L.Trainer, FASPPruning]:
     """Two epochs of three steps, each process with dropout of its own; a checkpoint at the end of each epoch."""
     torch.manual_seed(rank if ckpt_path is None else 100 + rank)
-    module = CausalLMModule(config=CONFIG, optimizer=partial(torch.optim.AdamW, lr=1e-2))
+    module = CausalLMModule(config=SCRATCH, optimizer=partial(torch.optim.AdamW, lr=1e-2))
     schedule = [{"step": 1, "sparsity": 0.1}, {"step": 4, "sparsity": 0.2}]
     callback = FASPPruning(schedule, calibration_sequences=8, validation_batches=1)
     saver = ModelCheckpoint(dirpath=folder, filename="{epoch}", save_top_k=-1)

@@ -9,6 +9,7 @@ import lightning as L
 import torch
 from lightning.pytorch.loggers import Logger
 from tiny import FFN, HIDDEN, random_tokens, tiny_model
+from tiny_lightning import silent
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
@@ -74,9 +75,7 @@ def loader(sequences: int = 40, batch_size: int = 2, **options: Any) -> DataLoad
 
 def trainer(tmp_path: Any, *callbacks: L.Callback, **options: Any) -> L.Trainer:
     """A silent Trainer of some steps on the CPU."""
-    quiet = dict(logger=False, enable_progress_bar=False, enable_model_summary=False, enable_checkpointing=False)
-    settings: dict[str, Any] = {"accelerator": "cpu", "devices": 1, "max_steps": 10, "limit_val_batches": 2, **quiet}
-    return L.Trainer(default_root_dir=tmp_path, callbacks=list(callbacks), **{**settings, **options})
+    return silent(tmp_path, **{"callbacks": list(callbacks), "max_steps": 10, "limit_val_batches": 2} | options)
 
 
 def half(step: int = 4, **options: Any) -> FASPPruning:

@@ -7,13 +7,14 @@ from typing import Any
 import pytest
 import torch
 from tiny import random_tokens, tiny_model
+from tiny_lightning import lora_parameters
 from torch import nn
 
 from fasp_lightning import FASPPruner, PruningConfig, save_pruned
 from fasp_lightning.pruning.plan import conform, plan_of
 from fasp_lightning.pruning.widths import plan_widths
 from fasp_lightning.structure.adapters import has_adapters
-from fasp_lightning.training.lora import LoRAConfig, attach_lora, lora_parameters, merge_lora
+from fasp_lightning.training.lora import LoRAConfig, attach_lora, merge_lora
 
 BATCHES = [random_tokens(2, 40, seed=seed) for seed in range(3)]
 SETTINGS = {

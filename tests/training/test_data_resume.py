@@ -9,6 +9,7 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
+from tiny_lightning import silent
 from tiny_text import words, write_rows
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
@@ -107,16 +108,7 @@ def evaluate(data: CausalLMDataModule, folder: Path, ckpt: Path) -> None:
 
 
 def trainer_in(folder: Path, **options: Any) -> L.Trainer:
-    return L.Trainer(
-        accelerator="cpu",
-        devices=1,
-        logger=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        enable_checkpointing=False,
-        default_root_dir=folder,
-        **options,
-    )
+    return silent(folder, **options)
 
 
 def same(ours: list[Tensor], theirs: list[Tensor]) -> bool:

@@ -9,11 +9,12 @@ from typing import Any
 
 import pytest
 import torch
-from ddp_run import CONFIG, Noting, fasp, fit, plain, sgd
+from ddp_run import Noting, fasp, fit, plain, sgd
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from processes import run_script
 from runs import UserModule, half, trainer
 from tiny import random_tokens, tiny_model
+from tiny_lightning import SCRATCH
 from torch.distributed.algorithms.ddp_comm_hooks.powerSGD_hook import PowerSGDState, powerSGD_hook
 
 from fasp_lightning import load_pruned
@@ -136,7 +137,7 @@ def test_error_that_nobody_catches_ends_both_processes(ended: tuple[Path, int, s
 
 def test_spawned_processes_give_back_what_they_pruned(tmp_path: Path) -> None:
     """The main process's module gets the new shapes and the weights; the adapters were attached in the workers."""
-    module = CausalLMModule(config=CONFIG)
+    module = CausalLMModule(config=SCRATCH)
     callback = fasp(recovery="lora", lora=LoRAConfig(rank=2), export_to=str(tmp_path / "out"))
     keys = module.model.state_dict().keys()
     data = torch.utils.data.DataLoader(random_tokens(40), batch_size=2)

@@ -7,6 +7,7 @@ import copy
 import pytest
 import torch
 from tiny import random_tokens, tiny_model
+from tiny_lightning import lora_parameters
 from tiny_pruning import BOTH, FFN, pruned
 from torch import nn
 
@@ -16,7 +17,6 @@ from fasp_lightning.training.lora import (
     LoRAConfig,
     attach_lora,
     base_parameters,
-    lora_parameters,
     merge_lora,
 )
 

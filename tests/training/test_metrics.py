@@ -9,6 +9,7 @@ import lightning as L
 import pytest
 import torch
 from tiny import VOCAB, random_tokens, tiny_model
+from tiny_lightning import silent
 from torch import Tensor
 from torch.nn import functional
 from torch.utils.data import DataLoader
@@ -150,16 +151,7 @@ def test_it_is_right_in_a_module_trained_in_bfloat16(tmp_path: Path) -> None:
             self.perplexity.update(logits[8 * index : 8 * index + 8], batch)
             self.log("ppl", self.perplexity)
 
-    trainer = L.Trainer(
-        accelerator="cpu",
-        devices=1,
-        logger=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        enable_checkpointing=False,
-        default_root_dir=tmp_path,
-        precision="bf16-true",
-    )
+    trainer = silent(tmp_path, precision="bf16-true")
     (result,) = trainer.validate(Module(), DataLoader(tokens, batch_size=8), verbose=False)
     assert result["ppl"] == pytest.approx(reference(logits, tokens), rel=1e-6)
 

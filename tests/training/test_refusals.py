@@ -193,6 +193,16 @@ def test_export_folder_that_is_not_empty(tmp_path: Any) -> None:
         trainer(tmp_path, half(export_to=str(tmp_path / "out"))).fit(UserModule(tiny_model("llama")), loader())
 
 
+def test_form_that_cannot_hold_what_will_be_cut(tmp_path: Any) -> None:
+    both = PruningConfig(attention="value_dims")
+    options = {"pruning": both, "export_to": str(tmp_path / "out"), "form": "stock"}
+    refused(tmp_path, "form 'stock' cannot hold this model", FASPPruning(ONE, **options))
+
+
+def test_form_that_is_unknown(tmp_path: Any) -> None:
+    refused(tmp_path, "form must be 'auto' or one of", half(export_to=str(tmp_path / "out"), form="small"))
+
+
 def test_optimizer_without_the_parameters_of_recovery(tmp_path: Any) -> None:
     class Norms(UserModule):
         def configure_optimizers(self) -> Any:

@@ -9,12 +9,13 @@ import pytest
 import torch
 from runs import FFN_ONLY, UserModule, half, loader, trainer
 from tiny import random_tokens, tiny_model
+from tiny_lightning import lora_parameters
 from torch import nn
 
 from fasp_lightning import FASPPruner, PruningConfig
 from fasp_lightning.structure.adapters import has_adapters
 from fasp_lightning.training.callback import FASPPruning
-from fasp_lightning.training.lora import LoRAConfig, attach_lora, lora_parameters
+from fasp_lightning.training.lora import LoRAConfig, attach_lora
 from fasp_lightning.training.structure_state import KEY, carry_structure
 
 
