@@ -6,12 +6,8 @@
 from __future__ import annotations
 
 import json
-import os
 import random
-import signal
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -19,36 +15,21 @@ from typing import Any
 import lightning as L
 import numpy as np
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import ReduceLROnPlateau
 from lightning.pytorch.loggers.logger import Logger
+from resume_stops import BATCHES, EPOCHS, After, Before, Checkpoints, Stop, Stopper, watched_calibration
 from runs import UserModule, loader
-from tiny import FFN, HEADS, HIDDEN, LAYERS, VOCAB
+from tiny_lightning import SCRATCH
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from fasp_lightning import CausalLMDataModule, CausalLMModule, FASPPruning, LoRAConfig, PruningConfig
-from fasp_lightning.pruning import pruner
 from fasp_lightning.training.sources import TextSource
 
-BATCHES = 5
-"""Of an epoch: an odd number, so that the last window of two accumulated batches is a short one."""
-
-EPOCHS = 3
 EVENTS = [{"step": 2, "sparsity": 0.15}, {"epoch": 2, "sparsity": 0.3}]
 DROPOUT = 0.2
 LORA = LoRAConfig(rank=2, dropout=DROPOUT)
-CONFIG = {
-    "model_type": "opt",
-    "vocab_size": VOCAB,
-    "hidden_size": HIDDEN,
-    "word_embed_proj_dim": HIDDEN,
-    "ffn_dim": FFN,
-    "num_hidden_layers": LAYERS,
-    "num_attention_heads": HEADS,
-    "max_position_embeddings": 64,
-    "dropout": DROPOUT,
-}
+CONFIG = {**SCRATCH, "dropout": DROPOUT}
 
 
 @dataclass(frozen=True)
@@ -74,111 +55,6 @@ class Run:
     validate_every: int | None = None
     by_steps: bool = False
     plateau: bool = False
-
-
-@dataclass(frozen=True)
-class Stop:
-    """Where a run ends early.
-
-    Attributes:
-        point: "batch" (before the events), "pruned" (after them), "calibration", "step" (before its checkpoint),
-            "saved" (after it), "validation" (before a batch), "validated", "epoch" or "end".
-        count: The how many-th time that it is reached.
-        how: "error" raises, "kill" ends the process, "early" lets Lightning stop.
-    """
-
-    point: str
-    count: int
-    how: str = "error"
-
-
-class StoppedError(RuntimeError):
-    """The stop, in the process itself."""
-
-
-class Stopper:
-    """Ends the run at its point."""
-
-    def __init__(self, stop: Stop | None) -> None:
-        self.stop = stop
-        self.seen = 0
-
-    def reach(self, point: str, trainer: L.Trainer | None = None) -> None:
-        if self.stop is None or point != self.stop.point or (trainer is not None and trainer.sanity_checking):
-            return
-        self.seen += 1
-        if self.seen != self.stop.count:
-            return
-        if self.stop.how == "kill":
-            os.kill(os.getpid(), signal.SIGKILL)
-        if self.stop.how == "error":
-            raise StoppedError(f"{point} {self.seen}")
-        assert trainer is not None
-        trainer.should_stop = True
-
-
-class Before(L.Callback):
-    """Stands before the pruning."""
-
-    def __init__(self, stopper: Stopper) -> None:
-        self.stopper = stopper
-        self.final: dict[str, Any] = {}
-
-    def on_train_batch_start(self, trainer: L.Trainer, *_: Any) -> None:
-        self.stopper.reach("batch", trainer)
-
-    def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
-        self.stopper.reach("step", trainer)
-
-    def on_validation_batch_start(self, trainer: L.Trainer, *_: Any) -> None:
-        self.stopper.reach("validation", trainer)
-
-    def on_validation_end(self, trainer: L.Trainer, *_: Any) -> None:
-        self.stopper.reach("validated", trainer)
-
-    def on_train_epoch_end(self, trainer: L.Trainer, *_: Any) -> None:
-        self.stopper.reach("epoch", trainer)
-
-    def on_train_end(self, trainer: L.Trainer, *_: Any) -> None:
-        self.stopper.reach("end", trainer)
-
-    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Adapters are not merged yet."""
-        self.final = {
-            "weights": {name: value.clone() for name, value in pl_module.state_dict().items()},
-            "optimizers": [optimizer.state_dict() for optimizer in trainer.optimizers],
-            "schedulers": [config.scheduler.state_dict() for config in trainer.lr_scheduler_configs],
-        }
-
-
-class After(L.Callback):
-    """Stands behind the pruning."""
-
-    def __init__(self, stopper: Stopper) -> None:
-        self.stopper = stopper
-
-    def on_train_batch_start(self, trainer: L.Trainer, *_: Any) -> None:
-        self.stopper.reach("pruned", trainer)
-
-
-WHEN: dict[str, dict[str, Any]] = {
-    "step": {"every_n_train_steps": 1},
-    "epoch": {"save_on_train_epoch_end": True},
-    "validation": {"save_on_train_epoch_end": False},
-    "error": {"every_n_epochs": EPOCHS + 1, "save_on_exception": True},
-}
-
-
-class Checkpoints(ModelCheckpoint):
-    """Keeps every checkpoint."""
-
-    def __init__(self, stopper: Stopper, folder: Path, saves: str) -> None:
-        super().__init__(folder, save_top_k=-1, **WHEN[saves])
-        self.stopper = stopper
-
-    def on_train_batch_end(self, trainer: L.Trainer, *rest: Any) -> None:
-        super().on_train_batch_end(trainer, *rest)
-        self.stopper.reach("saved", trainer)
 
 
 class Lines(Logger):
@@ -304,22 +180,6 @@ def falling(optimizer: torch.optim.Optimizer) -> Any:
 def watching(optimizer: torch.optim.Optimizer) -> ReduceLROnPlateau:
     """A learning rate that falls after each validation: none is so much better than the first."""
     return ReduceLROnPlateau(optimizer, "val_loss", factor=0.7, patience=0, threshold=10.0)
-
-
-@contextmanager
-def watched_calibration(stopper: Stopper) -> Iterator[None]:
-    """Let each unit of the pruner's work be a point to stop at."""
-    tick = pruner._Run.tick
-
-    def watched(self: Any, *place: Any) -> None:
-        tick(self, *place)
-        stopper.reach("calibration")
-
-    pruner._Run.tick = watched  # type: ignore[method-assign]
-    try:
-        yield
-    finally:
-        pruner._Run.tick = tick  # type: ignore[method-assign]
 
 
 if __name__ == "__main__":

@@ -17,7 +17,8 @@ from typing import Any
 import pytest
 import torch
 from processes import run_script
-from resume_run import BATCHES, EPOCHS, Lines, Run, Stop, StoppedError, fit, newest
+from resume_run import Lines, Run, fit, newest
+from resume_stops import BATCHES, EPOCHS, Stop, StoppedError
 from tiny_text import words, write_rows
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
