@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+import math
+from dataclasses import asdict, dataclass
 from typing import Any, Literal, get_args, get_type_hints
 
 import torch
+
+from fasp_lightning.pruning.own_text import OwnTextConfig
 
 
 @dataclass(frozen=True)
@@ -15,15 +18,22 @@ class PruningConfig:
     Attributes:
         sparsity: Fraction in [0, 1) of the decoder blocks' linear parameters (weights and biases of q, k, v, o and
             the FFN) to remove, counted from the original model.
-        attention: "value_dims" cuts V rows with O columns, the same number in each KV head; "none" cuts the FFN
-            only; "auto" is "none" with grouped-query attention, where it measured better at equal size, and
-            "value_dims" elsewhere.
-        score: "wanda" is the sum over a column of |weight| times the norm of its input; "magnitude" leaves the
-            input out.
+        attention: "value_dims" cuts V rows with O columns; "kv_groups" cuts whole KV heads with their query heads,
+            keys, values and output columns; "none" cuts the FFN only; "auto" is "none" with grouped-query attention,
+            where it measured better at equal size, and "value_dims" elsewhere.
+        head_balance: "even" cuts the same number of value dims in each KV head, "free" the worst of all heads.
+        score: "fisher" is the loss sensitivity of a column, from gradients with respect to activations; "wanda" the
+            sum over a column of |weight| times the norm of its input; "magnitude" leaves the input out.
+        sensitivity_tokens: Tokens behind the loss sensitivity.
+        allocation: "uniform" gives all blocks one FFN width, which stock code can load; "adaptive" lets the loss
+            sensitivity decide how much each pair of each block loses, to the same total.
         restoration: "least_squares" refits the remaining weights in closed form; "none" leaves them.
         ridge: What the least squares are pulled towards: the "original" weights, or "zero".
-        damping: Strength of that pull, times the mean diagonal of the gram matrix; at least 0.
+        damping: Strength of that pull, times the mean diagonal of the gram matrix; at least 0. "auto" chooses it for
+            each pair, by the error on calibration tokens that are held back.
         refit_bias: Refit the bias of consumers that have one, on centred inputs.
+        own_text: Text sampled from the model itself, mixed into the calibration text; null for none.
+        rounds: Prune in this many steps to the sparsity, each with fresh statistics.
         multiple_of: Round the FFN widths that are left to a multiple of this.
         device: Device to compute on, block by block, such as "cuda" or "cpu"; by default where the model is.
         offload: Where the calibration set's hidden states and consumer inputs live: "cpu", "accelerator" or "disk".
@@ -32,12 +42,17 @@ class PruningConfig:
     """
 
     sparsity: float = 0.2
-    attention: Literal["auto", "value_dims", "none"] = "auto"
-    score: Literal["wanda", "magnitude"] = "wanda"
+    attention: Literal["auto", "value_dims", "kv_groups", "none"] = "auto"
+    head_balance: Literal["even", "free"] = "even"
+    score: Literal["fisher", "wanda", "magnitude"] = "wanda"
+    sensitivity_tokens: int = 16384
+    allocation: Literal["uniform", "adaptive"] = "uniform"
     restoration: Literal["least_squares", "none"] = "least_squares"
     ridge: Literal["original", "zero"] = "original"
-    damping: float = 0.1
+    damping: float | Literal["auto"] = 0.1
     refit_bias: bool = True
+    own_text: OwnTextConfig | None = None
+    rounds: int = 1
     multiple_of: int = 1
     device: str | None = None
     offload: Literal["cpu", "accelerator", "disk"] = "cpu"
@@ -47,14 +62,14 @@ class PruningConfig:
         if not 0 <= self.sparsity < 1:
             raise ValueError(f"sparsity must be in [0, 1), got {self.sparsity}")
         hints = get_type_hints(type(self))
-        for name in ("attention", "score", "restoration", "ridge", "offload"):
+        for name in ("attention", "head_balance", "score", "allocation", "restoration", "ridge", "offload"):
             _require_choice(name, getattr(self, name), get_args(hints[name]))
-        if not 0 <= self.damping < float("inf"):
-            raise ValueError(f"damping must be a finite number >= 0, got {self.damping}")
-        if self.multiple_of < 1:
-            raise ValueError(f"multiple_of must be at least 1, got {self.multiple_of}")
-        if self.micro_batch_size is not None and self.micro_batch_size < 1:
-            raise ValueError(f"micro_batch_size must be at least 1, got {self.micro_batch_size}")
+        if self.damping != "auto" and not (isinstance(self.damping, (int, float)) and 0 <= self.damping < math.inf):
+            raise ValueError(f"damping must be a finite number >= 0 or 'auto', got {self.damping!r}")
+        for name in ("sensitivity_tokens", "rounds", "multiple_of", "micro_batch_size"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
         if self.device is not None:
             _require_device(self.device)
 
@@ -68,12 +83,14 @@ class PruningConfig:
             sparsity: As in the class.
             changes: Fields to set otherwise.
         """
-        settings: dict[str, Any] = dict(attention="value_dims", ridge="zero", damping=1e-4, refit_bias=False)
+        settings: dict[str, Any] = dict(
+            attention="value_dims", score="wanda", ridge="zero", damping=1e-4, refit_bias=False, own_text=None
+        )
         return cls(sparsity=sparsity, **{**settings, **changes})
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as plain data."""
-        return {field.name: getattr(self, field.name) for field in fields(self)}
+        return asdict(self)
 
 
 def _require_choice(name: str, value: Any, choices: tuple[Any, ...]) -> None:
