@@ -1,30 +1,39 @@
-"""Perplexity of one model, dense and pruned, over sparsities and settings, on any texts.
+r"""Perplexity of one model pruned by every method, at every sparsity, calibrated on several samples of a text.
 
-    python examples/benchmarks/quality.py --sparsities 0.1 0.2 0.3
-    python examples/benchmarks/quality.py --calibration some.txt --evaluation other.txt builtin:topics
+    python examples/benchmarks/quality.py
+    python examples/benchmarks/quality.py --calibration some.txt --evaluation other.txt builtin:topics \
+        --methods paper stock free --sparsities 0.2 0.3 --seeds 0 1 2 --dtype float32 --name mine
 
-Rows are printed as they are measured. "unrestored" is the default without the least squares, "paper" is
-``PruningConfig.paper()``.
+Writes NAME.json, NAME.md and NAME.png to ``--output-dir``. A cell (method, sparsity, seed) is written as soon as it is
+measured, and is not computed again with the same settings, so the command may be stopped and repeated; ``--fresh``
+computes all cells anew. A seed draws other calibration sequences. :mod:`methods` holds the methods' settings.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
+import os
+import platform
+import shlex
+import sys
 import time
+from pathlib import Path
+from typing import Any
 
+import torch
+import transformers
+from cells import Cells, digest_of_code, digest_of_tokens, digest_of_weights
+from methods import METHODS, own_tokens, prune, settings
+from tables import Cell, markdown, picture, rows_of
 from torch import Tensor, nn
 
-from fasp_lightning import FASPPruner, PruningConfig
+from fasp_lightning.cli.checks import overlap
 from fasp_lightning.pruning.loading import load_model, load_tokenizer
 from fasp_lightning.pruning.perplexity import measure_perplexity
 from fasp_lightning.pruning.text import TextConfig, describe, for_role, token_batches
 
-SETTINGS = {
-    "default": PruningConfig,
-    "paper": PruningConfig.paper,
-    "unrestored": lambda sparsity: PruningConfig(sparsity=sparsity, restoration="none"),
-}
+RESULTS = Path(__file__).parent / "results"
 
 
 def arguments() -> argparse.Namespace:
@@ -35,49 +44,157 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--calibration", default="builtin:topics")
     parser.add_argument("--evaluation", nargs="+", default=["builtin:topics", "builtin:docstrings"])
+    pictured = [name for name, method in METHODS.items() if method.pictured]
+    parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=pictured)
     parser.add_argument("--sparsities", nargs="+", type=float, default=[0.1, 0.2, 0.3])
-    parser.add_argument("--settings", nargs="+", choices=list(SETTINGS), default=["default", "paper"])
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="samples of the calibration text")
     parser.add_argument("--sequences", type=int, default=64, help="calibration sequences")
-    parser.add_argument("--evaluation-sequences", type=int, default=32)
+    parser.add_argument("--evaluation-sequences", type=int, default=0, help="of a text; 0 is all of it")
     parser.add_argument("--seq-len", type=int, default=512)
+    parser.add_argument("--batch-size", type=int, default=4)
+    parser.add_argument("--name", default="quality")
+    parser.add_argument("--output-dir", type=Path, default=RESULTS)
+    parser.add_argument("--fresh", action="store_true", help="compute all cells anew")
     return parser.parse_args()
 
 
-def row(name: str, model: nn.Module, texts: dict[str, list[Tensor]], sparsities: str, seconds: float) -> None:
-    """Measure every text, and print one row of the table."""
-    parameters = sum(p.numel() for p in model.parameters())
-    cells = [f"{measure_perplexity(model, batches).perplexity:.2f}" for batches in texts.values()]
-    cells = [name, sparsities, f"{parameters / 1e6:.1f}", *cells, f"{seconds:.0f}"]
-    print(f"| {' | '.join(cells)} |", flush=True)
+class Benchmark:
+    """One model with its texts, and the cells that are there."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        self.args = args
+        self.cells = Cells(args.output_dir / f"{args.name}.json")
+        tokenizer = load_tokenizer(args.model)
+        self.calibration = {seed: token_batches(self.source(seed), tokenizer) for seed in args.seeds}
+        self.texts = {describe(text): token_batches(text, tokenizer) for text in self.evaluated()}
+        self.dense = load_model(args.model, dtype=args.dtype, device=args.device)
+        self.common = {
+            "model": plain_name(args.model),
+            "weights": digest_of_weights(self.dense),
+            "dtype": str(self.dense.dtype).removeprefix("torch."),
+            "device": self.dense.device.type,
+            "evaluation": {name: digest_of_tokens(batches) for name, batches in self.texts.items()},
+        }
+        self.code = digest_of_code()
+
+    def source(self, seed: int) -> TextConfig:
+        """The calibration text, with one sample of it."""
+        size = {"sequences": self.args.sequences, "seq_len": self.args.seq_len, "batch_size": self.args.batch_size}
+        return for_role(TextConfig(self.args.calibration, seed=seed, **size), "calibration")
+
+    def evaluated(self) -> list[TextConfig]:
+        """The texts that perplexity is measured on; none shares a document with the calibration text."""
+        size = {"seq_len": self.args.seq_len, "batch_size": self.args.batch_size}
+        sequences = self.args.evaluation_sequences or None
+        texts = [for_role(TextConfig(name, sequences=sequences, **size), "test") for name in self.args.evaluation]
+        for text in texts:
+            if overlap(self.source(0), text):
+                raise SystemExit(f"evaluation must not share text with the calibration, got {describe(text)} for both")
+        return texts
+
+    def cell(self, method: str, sparsity: float, seed: int) -> Cell:
+        """Look a cell up, or compute it."""
+        made_with = {**self.common, **settings(method, sparsity), "seed": seed}
+        made_with["calibration"] = digest_of_tokens(self.calibration[seed])
+        result = None if self.args.fresh else self.cells.get(made_with)
+        if result is None:
+            result = self.measure(method, sparsity, seed)
+            self.cells.put(made_with, result)
+        return Cell(method, sparsity, seed, result)
+
+    def measure(self, method: str, sparsity: float, seed: int) -> dict[str, Any]:
+        """Prune a copy, and measure every text."""
+        model, batches = copy.deepcopy(self.dense), self.calibration[seed]
+        start = time.perf_counter()
+        blocks, everything = prune(method, model, batches, sparsity)
+        return {
+            "removed_blocks": blocks,
+            "removed_all": everything,
+            "calibration_tokens": sum(batch.numel() for batch in batches),
+            "own_tokens": own_tokens(method, sparsity),
+            "seconds": time.perf_counter() - start,
+            "perplexity": self.perplexities(model),
+            "code": self.code,
+        }
+
+    def perplexities(self, model: nn.Module) -> dict[str, float]:
+        """Text → perplexity."""
+        return {name: measure_perplexity(model, batches).perplexity for name, batches in self.texts.items()}
+
+    def undamaged(self) -> dict[str, float]:
+        """Perplexities of the dense model, looked up or measured."""
+        made_with = {**self.common, "method": "dense"}
+        result = None if self.args.fresh else self.cells.get(made_with)
+        if result is None:
+            result = {"perplexity": self.perplexities(self.dense), "code": self.code}
+            self.cells.put(made_with, result)
+        return result["perplexity"]
+
+    def write(self, cells: list[Cell], dense: dict[str, float]) -> list[dict[str, Any]]:
+        """Write the table of what is there so far; returns its rows."""
+        rows = rows_of(cells, dense)
+        self.cells.write(command=command(), machine=self.machine(), rows=rows)
+        methods = list(dict.fromkeys(cell.method for cell in cells))
+        notes = [f"* {name}: {METHODS[name].note}" for name in methods]
+        versions = {cell.result["code"] for cell in cells}
+        if len(versions) > 1:
+            notes.append(f"* made by {len(versions)} versions of the package's code; --fresh makes all cells by one")
+        parts = [f"```sh\n{command()}\n```", self.machine(), self.measured(), markdown(rows, dense), "\n".join(notes)]
+        path = self.cells.path.with_suffix(".md")
+        path.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+        return rows
+
+    def machine(self) -> str:
+        """Where it ran."""
+        cuda = f" ({torch.cuda.get_device_name()})" if self.dense.device.type == "cuda" else ""
+        versions = (
+            f"torch {torch.__version__}, transformers {transformers.__version__}, Python {platform.python_version()}"
+        )
+        return f"{os.cpu_count()} CPU cores; {self.common['dtype']} on {self.common['device']}{cuda}; {versions}."
+
+    def measured(self) -> str:
+        """What the figures are."""
+        args = self.args
+        sizes = [f"{name}: {predicted(batches):,}" for name, batches in self.texts.items()]
+        return (
+            f"{plain_name(args.model)}, calibrated on {args.sequences} x {args.seq_len} tokens of "
+            f"{describe(self.source(0))}, seeds {', '.join(map(str, args.seeds))}. Perplexity over predicted tokens "
+            f"({'; '.join(sizes)}), seq_len {args.seq_len}; damage is perplexity - dense perplexity. Mean over seeds, "
+            "and their range in brackets."
+        )
+
+
+def predicted(batches: list[Tensor]) -> int:
+    """Tokens that perplexity is measured over."""
+    return sum(batch.numel() - len(batch) for batch in batches)
+
+
+def plain_name(argument: str) -> str:
+    """A name of a file or folder without the path to it."""
+    return Path(argument).name if os.sep in argument and Path(argument).exists() else argument
+
+
+def command() -> str:
+    """The command line, without the machine's paths."""
+    return shlex.join(["python", f"examples/benchmarks/{Path(__file__).name}", *map(plain_name, sys.argv[1:])])
 
 
 def main() -> None:
-    """Print the table."""
+    """Fill the cells one by one."""
     args = arguments()
-    tokenizer = load_tokenizer(args.model)
-    size = {"seq_len": args.seq_len, "batch_size": 4}
-    source = for_role(TextConfig(args.calibration, sequences=args.sequences, **size), "calibration")
-    calibration = token_batches(source, tokenizer)
-    texts = {}
-    for name in args.evaluation:
-        text = for_role(TextConfig(name, sequences=args.evaluation_sequences, **size), "test")
-        texts[describe(text)] = token_batches(text, tokenizer)
-    dense = load_model(args.model, dtype=args.dtype, device=args.device)
-    print(
-        f"{args.model}; calibration {describe(source)}, {args.sequences} x {args.seq_len} tokens; perplexity "
-        f"over {args.evaluation_sequences * (args.seq_len - 1)} predicted tokens a text, seq_len "
-        f"{args.seq_len}\n"
-    )
-    print(f"| settings | sparsity (all) | M parameters | {' | '.join(texts)} | prune s |")
-    print("|---" * (4 + len(texts)) + "|", flush=True)
-    row("dense", dense, texts, "0", 0)
-    for sparsity in args.sparsities:
-        for name in args.settings:
-            model = copy.deepcopy(dense)
-            start = time.perf_counter()
-            report = FASPPruner(SETTINGS[name](sparsity=sparsity)).prune(model, calibration)
-            seconds = time.perf_counter() - start
-            row(name, model, texts, f"{report.sparsity:.3f} ({report.sparsity_total:.3f})", seconds)
+    bench = Benchmark(args)
+    dense = bench.undamaged()
+    print("dense", *(f"{text} {value:.3f}" for text, value in dense.items()), sep="  ", flush=True)
+    cells: list[Cell] = []
+    for seed in args.seeds:
+        for sparsity in args.sparsities:
+            for method in args.methods:
+                cells.append(cell := bench.cell(method, sparsity, seed))
+                found = (f"{text} {value:.3f}" for text, value in cell.result["perplexity"].items())
+                print(f"{method} {sparsity:g} seed {seed}", *found, sep="  ", flush=True)
+                rows = bench.write(cells, dense)
+    pictured = [row for row in rows if METHODS[row["method"]].pictured]
+    picture(pictured or rows, dense, bench.cells.path.with_suffix(".png"))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,82 @@
+"""Results of a benchmark that may be stopped at any time: each cell is on disk as soon as it is there."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+import fasp_lightning
+
+Settings = dict[str, Any]
+CODE = ("ops", "structure", "pruning")
+"""Folders of the package that decide what a pruning gives."""
+
+
+class Cells:
+    """Cells of one JSON file: what each was made with, and what came out.
+
+    Args:
+        path: The file; it need not exist.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        self.cells: dict[str, dict[str, Any]] = self.content.setdefault("cells", {})
+
+    def get(self, settings: Settings) -> dict[str, Any] | None:
+        """The result that was made with just these settings, if there is one."""
+        cell = self.cells.get(key_of(settings))
+        return None if cell is None else cell["result"]
+
+    def put(self, settings: Settings, result: dict[str, Any]) -> None:
+        """Keep a result, on disk too."""
+        self.cells[key_of(settings)] = {"settings": settings, "result": result}
+        self.write()
+
+    def write(self, **content: Any) -> None:
+        """Write the file anew, beside the old one, and rename it."""
+        self.content |= content
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        beside = self.path.with_name(f".{self.path.name}.new")
+        beside.write_text(json.dumps(self.content, indent=1) + "\n", encoding="utf-8")
+        os.replace(beside, self.path)
+
+
+def key_of(settings: Settings) -> str:
+    """Name of a cell."""
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def digest_of_tokens(batches: Iterable[Tensor]) -> str:
+    """What stands for the text, its length, its tokenizer and its sequences."""
+    total = hashlib.sha256()
+    for batch in batches:
+        total.update(str(tuple(batch.shape)).encode() + batch.numpy().tobytes())
+    return total.hexdigest()[:16]
+
+
+def digest_of_weights(model: nn.Module) -> str:
+    """What stands for the model: every value of it."""
+    import torch
+
+    total = hashlib.sha256()
+    for name, value in model.state_dict().items():
+        plain = value.detach().cpu().contiguous().reshape(-1)
+        total.update(f"{name}{tuple(value.shape)}{value.dtype}".encode() + plain.view(torch.uint8).numpy().tobytes())
+    return total.hexdigest()[:16]
+
+
+def digest_of_code() -> str:
+    """What stands for the code that prunes."""
+    total = hashlib.sha256()
+    folder = Path(fasp_lightning.__file__).parent
+    for file in sorted(file for name in CODE for file in (folder / name).glob("*.py")):
+        total.update(file.name.encode() + file.read_bytes())
+    return total.hexdigest()[:16]

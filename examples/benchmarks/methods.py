@@ -1,0 +1,102 @@
+"""What :mod:`quality` compares: one row a method, its settings as a function of the sparsity."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from flap import flap
+from torch import Tensor, nn
+
+from fasp_lightning import FASPPruner, PruningConfig
+from fasp_lightning.pruning.own_text import OwnTextConfig
+
+FREE: dict[str, Any] = dict(allocation="adaptive", attention="value_dims", head_balance="free")
+"""The free form: what differs from the default. Stock code cannot load it."""
+
+
+def plain(**changes: Any) -> Callable[[float], PruningConfig]:
+    """FFN only, without restoration, gradients or own text; whatever the package's default is."""
+    return lambda sparsity: PruningConfig.paper(sparsity, attention="none", restoration="none", **changes)
+
+
+def stock(**changes: Any) -> Callable[[float], PruningConfig]:
+    """The package's default, changed."""
+    return lambda sparsity: dataclasses.replace(PruningConfig(sparsity=sparsity), **changes)
+
+
+def free(**changes: Any) -> Callable[[float], PruningConfig]:
+    """The free form, changed."""
+    return stock(**FREE | changes)
+
+
+class Method(NamedTuple):
+    """One method.
+
+    Attributes:
+        note: What it is, for the table.
+        config: Its settings; ``None`` for a method that is no setting of the package.
+        pictured: It has a line in the picture, where the ablations have none.
+    """
+
+    note: str
+    config: Callable[[float], PruningConfig] | None = None
+    pictured: bool = False
+
+
+METHODS: dict[str, Method] = {
+    "magnitude": Method("FFN only, columns by their weights, nothing restored", plain(score="magnitude"), True),
+    "wanda": Method("FFN only, Wanda score, nothing restored", plain(), True),
+    "flap-uniform": Method("FLAP's metric and bias compensation, FFN only, one width", None, True),
+    "flap": Method("FLAP: heads and FFN units of all blocks compete, bias compensation", None, True),
+    "paper": Method(
+        "the FASP paper: V/O and FFN, Wanda, ridge to zero, PruningConfig.paper", PruningConfig.paper, True
+    ),
+    "stock": Method("the default, PruningConfig()", stock(), True),
+    "free": Method(
+        "allocation adaptive, value dims free: " + ", ".join(f"{k}={v!r}" for k, v in FREE.items()), free(), True
+    ),
+    "stock-no-own-text": Method("stock without own text", stock(own_text=None)),
+    "stock-own-text-alone": Method("stock calibrated on own text alone", stock(own_text=OwnTextConfig(share=1.0))),
+    "stock-wanda": Method("stock with Wanda columns", stock(score="wanda")),
+    "stock-no-restoration": Method("stock without least squares", stock(restoration="none")),
+    "stock-ridge-zero": Method("stock with the ridge towards zero", stock(ridge="zero")),
+    "stock-damping-0.1": Method("stock with one damping for all", stock(damping=0.1)),
+    "stock-value-dims": Method("stock with V/O cut too", stock(attention="value_dims")),
+    "stock-kv-groups": Method("stock with whole KV heads cut too", stock(attention="kv_groups")),
+    "stock-rounds-3": Method("stock in three rounds", stock(rounds=3)),
+    "free-no-own-text": Method("free without own text", free(own_text=None)),
+    "free-wanda": Method("free with Wanda columns", free(score="wanda")),
+    "free-no-restoration": Method("free without least squares", free(restoration="none")),
+    "free-ffn-only": Method("free, FFN only", free(attention="none")),
+    "free-even": Method("free, as many value dims in each KV head", free(head_balance="even")),
+    "free-damping-0.1": Method("free with one damping for all", free(damping=0.1)),
+    "free-rounds-3": Method("free in three rounds", free(rounds=3)),
+}
+
+
+def settings(name: str, sparsity: float) -> dict[str, Any]:
+    """Everything about a method that decides its outcome, as plain data."""
+    config = METHODS[name].config
+    return {"method": name, "sparsity": sparsity, "config": None if config is None else config(sparsity).to_dict()}
+
+
+def own_tokens(name: str, sparsity: float) -> int:
+    """Tokens that the model writes itself for its calibration."""
+    config = METHODS[name].config
+    own = None if config is None else config(sparsity).own_text
+    return 0 if own is None else own.tokens
+
+
+def prune(name: str, model: nn.Module, batches: list[Tensor], sparsity: float) -> tuple[float, float]:
+    """Prune a model in place by a method.
+
+    Returns:
+        Fraction of the blocks' linear parameters that is gone, and of all parameters.
+    """
+    config = METHODS[name].config
+    if config is None:
+        return flap(model, batches, sparsity, adaptive=name == "flap")
+    report = FASPPruner(config(sparsity)).prune(model, batches)
+    return report.sparsity, report.sparsity_total
