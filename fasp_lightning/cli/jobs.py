@@ -50,6 +50,10 @@ class PruneJob:
         calibration: The text on which columns are scored and weights restored.
         evaluation: The texts on which perplexity is measured before and after; a list such as
             '[{source: builtin:topics, split: test}]', which replaces the default, or '[]' for none.
+        other_text: Source of one more such text, of another kind than the calibration text: what least squares gain
+            on the one, they may lose on the other.
+        compare_unrestored: Measure the same columns without the least squares too, to warn where they do harm; takes
+            one more loading of the model, and one more evaluation.
         output_dir: Folder to save to; null saves nothing.
         form: "auto" is what stock transformers can load; "stock", "compact" (small, needs fasp_lightning) or
             "zero_filled" (original shapes where stock code wants them).
@@ -67,6 +71,8 @@ class PruneJob:
     pruning: PruningConfig = field(default_factory=PruningConfig)
     calibration: TextConfig = field(default_factory=TextConfig)
     evaluation: list[TextConfig] = field(default_factory=default_evaluation)
+    other_text: str | None = None
+    compare_unrestored: bool = True
     output_dir: str | None = "outputs/pruned"
     form: str = "auto"
     overwrite: bool = False
@@ -78,12 +84,18 @@ class PruneJob:
     new_tokens: int = 40
 
     def __post_init__(self) -> None:
+        if self.other_text is not None:
+            self.further_text()  # refuses an unknown source
         if self.form not in ("auto", *FORMS):
             raise ValueError(f"form must be one of {', '.join(('auto', *FORMS))}, got {self.form!r}")
         if self.dtype != "auto":
             parse_dtype(self.dtype)
         if self.new_tokens < 1:
             raise ValueError(f"new_tokens must be at least 1, got {self.new_tokens}")
+
+    def further_text(self) -> TextConfig | None:
+        """The text that `other_text` names, in the size of the default ones."""
+        return None if self.other_text is None else TextConfig(self.other_text, sequences=EVALUATED_SEQUENCES)
 
 
 @dataclass(frozen=True)
