@@ -24,7 +24,7 @@ class GramStatistics:
     """Gram matrix, column sums and token count of the inputs X of one consumer, batch after batch.
 
     Only the lower triangle is computed (X Xᵀ is symmetric); :meth:`gram` mirrors it. The statistics are sums
-    over tokens, so those of several processes add up.
+    over tokens, so those of several processes add up. A token of weight w counts in all of them as w tokens would.
 
     Args:
         width: Number n of input columns.
@@ -32,7 +32,7 @@ class GramStatistics:
 
     Attributes:
         sums: (n,) Σ x.
-        tokens: Number of rows seen.
+        tokens: Σ weight over the rows seen; their number where none has a weight.
     """
 
     def __init__(self, width: int, device: torch.device | str) -> None:
@@ -41,26 +41,27 @@ class GramStatistics:
         self._pending = 0
         self._flushed = self._partial.double() if width <= DOUBLE_LIMIT else self._partial
         self.sums = torch.zeros(width, dtype=torch.float64, device=device)
-        self.tokens = 0
+        self.tokens = 0.0
 
-    def update(self, inputs: Tensor) -> None:
+    def update(self, inputs: Tensor, weight: float = 1.0) -> None:
         """Add the rows of one batch.
 
         Args:
             inputs: (tokens, n) consumer inputs, any floating dtype. Products of 16-bit values are exact in the
                 float32 in which they are summed up within the batch.
+            weight: How much each row counts: G grows by weight · X Xᵀ, the sums by weight · Σ x.
         """
         if inputs.ndim != 2 or inputs.shape[1] != self.width:
             raise ValueError(f"inputs must be (tokens, {self.width}), got {tuple(inputs.shape)}")
-        self.tokens += inputs.shape[0]
+        self.tokens += weight * inputs.shape[0]
         self._pending += inputs.shape[0]
-        self.sums += inputs.sum(0, dtype=torch.float64 if inputs.device.type == "cpu" else torch.float32)
+        self.sums += weight * inputs.sum(0, dtype=torch.float64 if inputs.device.type == "cpu" else torch.float32)
         inputs = _summable(inputs)
         step = max(PANEL_WIDTH, -(-self.width // PANELS))
         for start in range(0, self.width, step):
             end = min(start + step, self.width)
             # rows start..end of the lower triangle: everything left of, and including, the diagonal block
-            _add_product(self._partial[start:end, :end], inputs[:, start:end].T, inputs[:, :end])
+            _add_product(self._partial[start:end, :end], inputs[:, start:end].T, inputs[:, :end], weight)
         if self._pending >= FLUSH_TOKENS:
             self._flush()
 
@@ -76,10 +77,10 @@ class GramStatistics:
         Args:
             add: Sums a tensor over them, in place.
         """
-        tokens = torch.tensor([self.tokens], dtype=torch.long)
+        tokens = torch.tensor([self.tokens], dtype=torch.float64)
         for total in (self.lower, self.sums, tokens):
             add(total)
-        self.tokens = int(tokens)
+        self.tokens = float(tokens)
 
     @property
     def lower(self) -> Tensor:
@@ -96,7 +97,7 @@ class GramStatistics:
 
     def mean(self) -> Tensor:
         """Column means μ, (n,) float64."""
-        return self.sums / max(self.tokens, 1)
+        return self.sums / (self.tokens or 1)
 
     def norms(self) -> Tensor:
         """Column norms ‖X_j‖₂, (n,) float64; not centred."""
@@ -114,20 +115,22 @@ def _summable(inputs: Tensor) -> Tensor:
     return inputs
 
 
-def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+def _add_product(total: Tensor, left: Tensor, right: Tensor, weight: float) -> None:
+    """total += weight · left right. The product is weighted, not the operands: they would be rounded once more."""
     if left.dtype in (torch.float16, torch.bfloat16):
-        total += torch.mm(left, right, out_dtype=torch.float32)  # 16-bit operands, float32 sums and result
+        # 16-bit operands, float32 sums and result
+        total.add_(torch.mm(left, right, out_dtype=torch.float32), alpha=weight)
     else:
-        total.addmm_(left.to(total.dtype), right.to(total.dtype))
+        total.addmm_(left.to(total.dtype), right.to(total.dtype), alpha=weight)
 
 
-def centre(gram: Tensor, mean: Tensor, tokens: int) -> Tensor:
+def centre(gram: Tensor, mean: Tensor, tokens: float) -> Tensor:
     """Gram of the centred inputs, G − T μ μᵀ.
 
     Args:
         gram: (n, n) uncentred gram.
         mean: (n,) column means.
-        tokens: Number T of tokens behind them.
+        tokens: Number T of tokens behind them, each counted by its weight.
 
     Returns:
         (n, n) gram of X − μ, in the dtype of ``gram``.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -33,6 +34,31 @@ def as_inputs(batch: Any) -> tuple[Tensor, Tensor | None]:
     if mask is not None:
         _check_mask(mask, input_ids)
     return input_ids, mask
+
+
+def weight_of(batch: Any) -> float:
+    """How much each token of a calibration batch counts: its `weight` if it is a mapping that has one, else 1.
+
+    Args:
+        batch: As in :func:`as_inputs`.
+
+    Raises:
+        TypeError: If the weight is not one number.
+        ValueError: If it is not positive, or not finite.
+    """
+    weight = batch.get("weight") if isinstance(batch, Mapping) else None
+    if weight is None:
+        return 1.0
+    if not isinstance(weight, (int, float)) or isinstance(weight, bool):
+        raise TypeError(
+            f"weight of a batch must be one number, got {type(weight).__name__}; "
+            "put sequences of different weights into batches of their own"
+        )
+    if not 0 < weight < math.inf:
+        raise ValueError(
+            f"weight of a batch must be positive and finite, got {weight}; leave a batch out that should not count"
+        )
+    return float(weight)
 
 
 def check_vocabulary(input_ids: Tensor, vocab_size: int) -> None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from fasp_lightning.pruning.batches import as_inputs, check_vocabulary
+from fasp_lightning.pruning.batches import as_inputs, check_vocabulary, weight_of
 from fasp_lightning.pruning.standins import BlockTap, stand_ins
 from fasp_lightning.pruning.store import TensorStore
 from fasp_lightning.structure.spec import ArchitectureSpec
@@ -27,6 +27,8 @@ class Sample:
     Attributes:
         tokens: Real tokens in it.
         mask: (batch · seq,) true where a token is real, or ``None`` if all are.
+        input_ids: (batch, seq) int64 token ids, on the CPU.
+        weight: How much each of its tokens counts.
         calls: For each block, the arguments it was called with: positional ones after the hidden states, and named.
         hidden: (batch, seq, hidden) input of the next block.
         attention: Finished output of the attention module in the present block.
@@ -37,6 +39,8 @@ class Sample:
 
     tokens: int
     mask: Tensor | None
+    input_ids: Tensor
+    weight: float = 1.0
     calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = field(default_factory=list)
     hidden: Stored | None = None
     attention: Stored | None = None
@@ -47,10 +51,11 @@ class Sample:
 
 def micro_batches(
     batches: Iterable[Any], size: int | None, vocabulary: int | None
-) -> Iterator[tuple[Tensor, Tensor | None]]:
-    """Batches in pieces of ``size`` sequences, checked: (input_ids, attention_mask or ``None``)."""
+) -> Iterator[tuple[Tensor, Tensor | None, float]]:
+    """Batches in pieces of ``size`` sequences, checked: (input_ids, attention_mask or ``None``, weight)."""
     for batch in batches:
         input_ids, mask = as_inputs(batch)
+        weight = weight_of(batch)
         if vocabulary is not None:
             check_vocabulary(input_ids, vocabulary)
         if mask is not None and bool(mask.bool().all()):
@@ -58,7 +63,7 @@ def micro_batches(
         step = size or input_ids.shape[0]
         for start in range(0, input_ids.shape[0], step):
             piece = slice(start, start + step)
-            yield input_ids[piece], None if mask is None else mask[piece]
+            yield input_ids[piece], None if mask is None else mask[piece], weight
 
 
 def capture(
@@ -76,12 +81,12 @@ def capture(
     Args:
         model: The causal LM.
         spec: Its row.
-        batches: Read once.
+        batches: Read once; a mapping's ``weight`` says how much each of its tokens counts.
         micro_batch_size: Sequences in a piece.
         store: Where hidden states are kept.
 
     Raises:
-        ValueError: If there is no batch, or a token id lies outside the vocabulary.
+        ValueError: If there is no batch, a token id lies outside the vocabulary, or a weight is not positive.
     """
     samples: list[Sample] = []
     shape: list[Any] = []
@@ -100,9 +105,10 @@ def capture(
     embeddings: Any = model.get_input_embeddings()
     device = embeddings.weight.device
     with stand_ins(blocks, replacements):
-        for input_ids, mask in micro_batches(batches, micro_batch_size, embeddings.num_embeddings):
+        for input_ids, mask, weight in micro_batches(batches, micro_batch_size, embeddings.num_embeddings):
             real = None if mask is None else mask.bool().reshape(-1)
-            samples.append(Sample(input_ids.numel() if real is None else int(real.sum()), real))
+            tokens = input_ids.numel() if real is None else int(real.sum())
+            samples.append(Sample(tokens, real, input_ids.cpu(), weight))
             on_device = None if mask is None else mask.to(device)
             model.base_model(input_ids=input_ids.to(device), attention_mask=on_device, use_cache=False)
     if not samples:

@@ -55,7 +55,8 @@ class BlockReplay:
         def sink(inputs: Tensor) -> None:
             with self.watch.phase("gram"):
                 rows = inputs.reshape(-1, inputs.shape[-1])
-                statistics.update(rows if sample.mask is None else rows[sample.mask.to(rows.device)])
+                real = rows if sample.mask is None else rows[sample.mask.to(rows.device)]
+                statistics.update(real, sample.weight)
             sample.inputs = self.store.put(inputs)
 
         outputs = pair.outputs

@@ -74,11 +74,60 @@ def test_sums_of_two_processes_add_up() -> None:
     torch.testing.assert_close(parts[0].gram(), whole.gram(), atol=1e-4, rtol=1e-5)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_rows_of_weight_two_equal_rows_given_twice(dtype: torch.dtype) -> None:
+    light, heavy = torch.randn(30, 150).to(dtype), torch.randn(9, 150).to(dtype)
+    weighted, repeated = GramStatistics(150, "cpu"), GramStatistics(150, "cpu")
+    weighted.update(light)
+    weighted.update(heavy, weight=2.0)
+    for rows in (light, heavy, heavy):
+        repeated.update(rows)
+    torch.testing.assert_close(weighted.gram(), repeated.gram(), atol=1e-5, rtol=1e-6)
+    torch.testing.assert_close(weighted.mean(), repeated.mean(), atol=1e-7, rtol=1e-6)
+    assert weighted.tokens == repeated.tokens == 48
+
+
+@pytest.mark.parametrize("weight", [1e-3, 0.7, 1e3])
+def test_one_weight_for_all_rows_changes_no_mean(weight: float) -> None:
+    inputs = torch.randn(20, 6)
+    plain, weighted = GramStatistics(6, "cpu"), GramStatistics(6, "cpu")
+    plain.update(inputs)
+    weighted.update(inputs, weight)
+    torch.testing.assert_close(weighted.mean(), plain.mean())
+    torch.testing.assert_close(weighted.gram() / weighted.tokens, plain.gram() / plain.tokens, atol=1e-6, rtol=1e-5)
+
+
+def test_weight_of_bf16_rows_is_not_rounded() -> None:
+    """The weight 1 + 2⁻¹² would be 1 in bf16."""
+    found = GramStatistics(2, "cpu")
+    found.update(torch.ones(1, 2, dtype=torch.bfloat16), 1 + 2.0**-12)
+    assert found.gram()[0, 1] == found.sums[0] == found.tokens == 1 + 2.0**-12
+
+
+def test_weighted_tokens_of_two_processes_add_up() -> None:
+    inputs = torch.randn(20, 6)
+    whole, *parts = (GramStatistics(6, "cpu") for _ in range(3))
+    for part, rows, weight in zip(parts, inputs.split(10), (0.25, 1.5), strict=True):
+        part.update(rows, weight)
+        whole.update(rows, weight)
+    sent = iter((parts[1].lower, parts[1].sums, torch.tensor([parts[1].tokens], dtype=torch.float64)))
+    parts[0].join(lambda total: total.add_(next(sent)))
+    assert parts[0].tokens == whole.tokens == 17.5
+    torch.testing.assert_close(parts[0].mean(), whole.mean())
+
+
 def test_centred_gram_is_that_of_centred_inputs() -> None:
     inputs = torch.randn(50, 6, dtype=torch.float64) + 3
     centred = inputs - inputs.mean(0)
     found = centre(inputs.T @ inputs, inputs.mean(0), 50)
     torch.testing.assert_close(found, centred.T @ centred)
+
+
+def test_centred_gram_counts_weights() -> None:
+    inputs, weights = torch.randn(50, 6, dtype=torch.float64) + 3, torch.rand(50, 1, dtype=torch.float64)
+    mean = (weights * inputs).sum(0) / weights.sum()
+    found = centre((weights * inputs).T @ inputs, mean, float(weights.sum()))
+    torch.testing.assert_close(found, (weights * (inputs - mean)).T @ (inputs - mean))
 
 
 def test_inputs_of_another_width_are_refused() -> None:
@@ -87,9 +136,11 @@ def test_inputs_of_another_width_are_refused() -> None:
 
 
 @pytest.mark.cuda
+@pytest.mark.parametrize("weight", [1.0, 0.7])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
-def test_gram_on_cuda_equals_that_on_the_cpu(dtype: torch.dtype) -> None:
+def test_gram_on_cuda_equals_that_on_the_cpu(dtype: torch.dtype, weight: float) -> None:
     inputs = torch.randn(90, 300).to(dtype)
     found = GramStatistics(300, "cuda")
-    found.update(inputs.cuda())
-    torch.testing.assert_close(found.gram().cpu(), inputs.double().T @ inputs.double(), atol=1e-3, rtol=1e-4)
+    found.update(inputs.cuda(), weight)
+    expected = weight * (inputs.double().T @ inputs.double())
+    torch.testing.assert_close(found.gram().cpu(), expected, atol=1e-3, rtol=1e-4)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import BatchEncoding
 
-from fasp_lightning.pruning.batches import as_inputs, check_vocabulary
+from fasp_lightning.pruning.batches import as_inputs, check_vocabulary, weight_of
 
 IDS = torch.tensor([[1, 2, 3], [4, 5, 6]])
 MASK = torch.tensor([[1, 1, 1], [1, 1, 0]])
@@ -50,6 +50,32 @@ def test_a_mapping_gives_its_ids_and_mask(mapping: type, dtype: torch.dtype) -> 
 def test_anything_else_is_refused(batch: Any, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         as_inputs(batch)
+
+
+@pytest.mark.parametrize("batch", [IDS, {"input_ids": IDS}, {"input_ids": IDS, "weight": None}])
+def test_a_batch_without_a_weight_counts_once(batch: Any) -> None:
+    assert weight_of(batch) == 1.0
+
+
+@pytest.mark.parametrize("weight", [2, 0.25, 1e9])
+def test_a_weight_is_any_positive_number(weight: float) -> None:
+    assert weight_of({"input_ids": IDS, "weight": weight}) == weight
+
+
+@pytest.mark.parametrize(
+    ("weight", "error", "message"),
+    [
+        (0, ValueError, "weight of a batch must be positive and finite, got 0; leave"),
+        (-1.5, ValueError, r"got -1\.5"),
+        (float("inf"), ValueError, "got inf"),
+        (float("nan"), ValueError, "got nan"),
+        (True, TypeError, "got bool"),
+        (torch.ones(2), TypeError, "weight of a batch must be one number, got Tensor; put"),
+    ],
+)
+def test_any_other_weight_is_refused(weight: Any, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        weight_of({"input_ids": IDS, "weight": weight})
 
 
 @pytest.mark.parametrize("outside", [-1, 7, 2**40])
