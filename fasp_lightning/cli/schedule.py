@@ -160,6 +160,5 @@ def _cut(model: Any, widths: WidthPlan) -> None:
     pairs = resolve_pruned(model)
     for block, planned in zip(pairs, widths.pairs, strict=True):
         for pair, width in zip(block, planned, strict=True):
-            groups = pair.kept.view(pair.layout.groups, -1)  # each keeps the same number
-            pair.cut(groups[:, : width.after // pair.layout.groups].reshape(-1))
+            pair.cut(pair.kept[: width.after])
     record_plan(model, pairs)

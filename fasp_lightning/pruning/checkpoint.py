@@ -7,18 +7,17 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
 
-from fasp_lightning.pruning.forms import FORMS, Loader, choose_form, loaders_for
-from fasp_lightning.pruning.plan import PruningPlan, apply_plan, plan_of, resolve_pruned
+from fasp_lightning.pruning.forms import FORMS, Loader, choose_form, loaders_for, stock_part
+from fasp_lightning.pruning.plan import PruningPlan, apply_plan, config_fields, plan_of, resolve_pruned, targets
 from fasp_lightning.pruning.staging import read_json, require_space, staged, write_json
 from fasp_lightning.pruning.standins import evaluating
 from fasp_lightning.structure.adapters import has_adapters
 from fasp_lightning.structure.registry import spec_for
-from fasp_lightning.structure.spec import ArchitectureSpec
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -83,8 +82,7 @@ def save_pruned(
         raise ValueError("model must carry a plan; prune it with FASPPruner or give it one with apply_plan first")
     if has_adapters(model):
         raise ValueError("model must have its LoRA merged before it is saved, or its keys would not be stock ones")
-    kinds = {pair.kind for pair in spec.pairs if any(pair.consumer in block for block in plan.blocks)}
-    form = choose_form(form, spec, kinds)
+    form = choose_form(form, spec, plan.kinds)
     check_output(path, overwrite)
     tensors = _zero_filled(model) if form == "zero_filled" else {}
     require_space(path, [*model.parameters(), *tensors.values()])
@@ -100,7 +98,7 @@ def save_pruned(
             shutil.copymode(stage / PLAN_FILE, file)
         difference = _verify(model, stage, form) if verify else None
     size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
-    return SavedModel(path, form, size, loaders_for(form, spec, kinds), difference)
+    return SavedModel(path, form, size, loaders_for(form, spec, plan.kinds), difference)
 
 
 def load_pruned(
@@ -131,7 +129,7 @@ def load_pruned(
         model = _load_compact(config, path, plan, options)
     else:
         model = _from_pretrained(AutoModelForCausalLM, path, **options)
-        # what the config's width has cut already
+        # what the config's widths have cut already
         model.fasp_plan = stock_part(plan, spec_for(model))  # type: ignore[assignment]
         apply_plan(model, plan)
     report = path / REPORT_FILE
@@ -174,15 +172,17 @@ def check_output(path: str | Path, overwrite: bool) -> None:
 
 @contextmanager
 def _config_of(model: PreTrainedModel, form: str, plan: PruningPlan) -> Iterator[None]:
-    """The model's config as the form wants it: a compact one keeps the original width, so that stock code refuses."""
-    config: Any = model.config
-    field = spec_for(model).width_field
-    before = {name: getattr(config, name) for name in (field, "fasp") if name and hasattr(config, name)}
+    """The model's config as the form wants it: a compact one keeps the original widths, so that stock code refuses."""
+    config, spec = cast(Any, model.config), spec_for(model)
+    widths = stock_part(plan, spec).widths
+    if form == "compact":
+        widths = {path: (layout, [layout.width]) for path, (layout, _) in plan.widths.items()}
+    fields = config_fields(spec, widths)
+    before = {name: getattr(config, name) for name in (*fields, "fasp") if hasattr(config, name)}
+    for name, value in fields.items():
+        setattr(config, name, value)
     if form == "compact":
         config.fasp = {"form": form, "plan": PLAN_FILE}
-        widths = {pair.layout.width for block in plan.blocks for pair in block.values() if pair.layout.kind == "ffn"}
-        if field is not None and widths:
-            setattr(config, field, widths.pop())
     elif hasattr(config, "fasp"):
         del config.fasp
     try:
@@ -195,22 +195,16 @@ def _config_of(model: PreTrainedModel, form: str, plan: PruningPlan) -> Iterator
 
 
 def _zero_filled(model: PreTrainedModel) -> dict[str, Tensor]:
-    """State entries in stock shapes, for the pairs whose width stock code does not read from the config."""
-    fixed = spec_for(model).width_field is None
+    """State entries in stock shapes, for the pairs that are narrower than stock code builds them."""
+    plan = plan_of(model)
+    assert plan is not None
+    wanted = targets(model, resolve_pruned(model), stock_part(plan, spec_for(model)))
     return {
         f"{pair.name}.{key}": tensor
-        for block in resolve_pruned(model)
-        for pair in block
-        if pair.spec.kind == "value" or fixed
-        for key, tensor in pair.zero_filled().items()
+        for pair, units in wanted
+        if units.numel() > pair.kept.numel()
+        for key, tensor in pair.zero_filled(units).items()
     }
-
-
-def stock_part(plan: PruningPlan, spec: ArchitectureSpec) -> PruningPlan:
-    """The part of a plan that a stock config expresses: FFNs, where it has a field for their width."""
-    kind = None if spec.width_field is None else "ffn"
-    blocks = ({path: pair for path, pair in block.items() if pair.layout.kind == kind} for block in plan.blocks)
-    return PruningPlan(plan.model_type, tuple(blocks))
 
 
 def _load_compact(config: Any, path: Path, plan: PruningPlan, options: dict[str, Any]) -> PreTrainedModel:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from fasp_lightning.pruning.plan import PairPlan, PruningPlan
 from fasp_lightning.structure.spec import ArchitectureSpec
+from fasp_lightning.structure.stock import stock_fields
 
 FORMS = ("stock", "compact", "zero_filled")
 
@@ -26,15 +28,15 @@ class Loader(NamedTuple):
 def choose_form(form: str, spec: ArchitectureSpec, kinds: set[str]) -> str:
     """The form to save in.
 
-    * ``stock``: the FFN width stands in the config; loads with ``AutoModelForCausalLM``.
+    * ``stock``: the FFN width, one for all blocks, stands in the config; loads with ``AutoModelForCausalLM``.
     * ``compact``: small on disk whatever was cut; loads with :func:`~fasp_lightning.load_pruned` alone.
-    * ``zero_filled``: value pairs (and FFNs of a fixed width) in their original shapes, zeros where units are gone;
-      loads with ``AutoModelForCausalLM``, saves nothing there.
+    * ``zero_filled``: value pairs (and FFNs of a fixed width) in their original shapes, FFNs of different widths as
+      wide as the widest, zeros where units are gone; loads with ``AutoModelForCausalLM``, saves nothing there.
 
     Args:
         form: One of these, or ``"auto"``: stock if it can be, else zero-filled.
         spec: The family's row.
-        kinds: Kinds of the pairs that were cut.
+        kinds: Kinds of the pairs that were cut, and ``"uneven"`` if blocks have different FFN widths.
 
     Raises:
         ValueError: If ``form`` is unknown, or ``"stock"`` and stock code cannot hold these shapes.
@@ -54,7 +56,29 @@ def _obstacle(spec: ArchitectureSpec, kinds: set[str]) -> str | None:
         return "stock attention has one head size for queries, keys and values"
     if "ffn" in kinds and spec.width_field is None:
         return "the FFN width is fixed in the model's code"
+    if "uneven" in kinds:
+        return "blocks have different FFN widths, and its config holds one"
     return None
+
+
+def stock_part(plan: PruningPlan, spec: ArchitectureSpec) -> PruningPlan:
+    """The part of a plan that a stock config expresses: as many units in every block as the widest keeps.
+
+    Blocks that keep fewer get back their first removed units, which a zero-filled checkpoint holds as zeros. Pairs
+    whose width is fixed in the model's code are absent, that is, whole.
+    """
+    blocks: tuple[dict[str, PairPlan], ...] = tuple({} for _ in plan.blocks)
+    for path, (layout, units) in plan.widths.items():
+        if max(units) < layout.width and stock_fields(spec, layout, max(units)):
+            for part, block in zip(blocks, plan.blocks, strict=True):
+                part[path] = PairPlan(layout, _padded(block[path].kept, max(units), layout.width))
+    return PruningPlan(plan.model_type, blocks)
+
+
+def _padded(kept: tuple[int, ...], units: int, width: int) -> tuple[int, ...]:
+    """Ascending units: those kept, and the first others, so many in all."""
+    others = sorted(set(range(width)) - set(kept))
+    return tuple(sorted([*kept, *others[: units - len(kept)]]))
 
 
 def loaders_for(form: str, spec: ArchitectureSpec, kinds: set[str]) -> list[Loader]:
@@ -63,7 +87,7 @@ def loaders_for(form: str, spec: ArchitectureSpec, kinds: set[str]) -> list[Load
     Args:
         form: ``"stock"``, ``"compact"`` or ``"zero_filled"``.
         spec: The family's row.
-        kinds: Kinds of the pairs that were cut.
+        kinds: See :func:`choose_form`.
     """
     ours = Loader("fasp_lightning.load_pruned", True, "reads fasp_plan.json")
     if form == "compact":
@@ -73,10 +97,7 @@ def loaders_for(form: str, spec: ArchitectureSpec, kinds: set[str]) -> list[Load
             Loader("transformers AutoModelForCausalLM", False, reason),
             Loader("vLLM, llama.cpp and other stock loaders", False, "they build the shapes from the config"),
         ]
-    if form == "zero_filled":
-        stock = "original shapes" if _fixed(spec, kinds) else f"original V/O shapes, FFN width in {spec.width_field}"
-    else:
-        stock = f"one FFN width, in config.{spec.width_field}"
+    stock = _stock_shapes(spec, kinds)
     return [
         Loader("transformers AutoModelForCausalLM", True, stock),
         ours,
@@ -84,5 +105,15 @@ def loaders_for(form: str, spec: ArchitectureSpec, kinds: set[str]) -> list[Load
     ]
 
 
-def _fixed(spec: ArchitectureSpec, kinds: set[str]) -> bool:
-    return spec.width_field is None or "ffn" not in kinds
+def _stock_shapes(spec: ArchitectureSpec, kinds: set[str]) -> str:
+    """How stock code comes by the shapes of a saved model."""
+    parts = []
+    if "value" in kinds:
+        parts.append("original V/O shapes, zeros where dims are gone")
+    if "ffn" in kinds and spec.width_field is None:
+        parts.append("original FFN shapes, zeros where units are gone")
+    elif "uneven" in kinds:
+        parts.append(f"FFNs padded with zeros to the widest, whose width is in config.{spec.width_field}")
+    elif "ffn" in kinds:
+        parts.append(f"one FFN width, in config.{spec.width_field}")
+    return "; ".join(parts) or "original shapes"

@@ -13,11 +13,15 @@ from fasp_lightning.structure.pair import ResolvedPair
 from fasp_lightning.structure.registry import spec_for
 from fasp_lightning.structure.resolve import Kept, resolve
 from fasp_lightning.structure.spec import ArchitectureSpec
+from fasp_lightning.structure.stock import stock_fields
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 VERSION = 1
+
+Widths = dict[str, tuple[PairLayout, list[int]]]
+"""Consumer path → layout, and the units that each block has of it."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +48,22 @@ class PruningPlan:
 
     model_type: str
     blocks: tuple[dict[str, PairPlan], ...]
+
+    @property
+    def widths(self) -> Widths:
+        """Units left of each pair that is cut in some block."""
+        layouts = {path: pair.layout for block in self.blocks for path, pair in block.items()}
+        return {
+            path: (layout, [len(block[path].kept) if path in block else layout.width for block in self.blocks])
+            for path, layout in layouts.items()
+        }
+
+    @property
+    def kinds(self) -> set[str]:
+        """Kinds of the pairs that are cut, and ``"uneven"`` if blocks have different FFN widths."""
+        kinds = {layout.kind for layout, _ in self.widths.values()}
+        uneven = any(layout.kind == "ffn" and len(set(units)) > 1 for layout, units in self.widths.values())
+        return kinds | {"uneven"} if uneven else kinds
 
     def to_dict(self) -> dict[str, Any]:
         """Plain dictionaries and lists."""
@@ -110,7 +130,7 @@ def resolve_pruned(model: PreTrainedModel, spec: ArchitectureSpec | None = None)
 
 
 def record_plan(model: PreTrainedModel, pairs: list[list[ResolvedPair]]) -> PruningPlan:
-    """Write what is left of ``pairs`` on the model as its plan, and the common FFN width into its config."""
+    """Write what is left of ``pairs`` on the model as its plan, and the widths all blocks share into its config."""
     blocks = tuple(
         {
             pair.spec.consumer: PairPlan(pair.layout, tuple(pair.kept.tolist()))
@@ -121,11 +141,21 @@ def record_plan(model: PreTrainedModel, pairs: list[list[ResolvedPair]]) -> Prun
     )
     plan = PruningPlan(model.config.model_type, blocks)
     model.fasp_plan = plan  # type: ignore[assignment]
-    field = spec_for(model).width_field
-    widths = {pair.kept.numel() for block in pairs for pair in block if pair.spec.kind == "ffn"}
-    if field is not None and len(widths) == 1:
-        setattr(model.config, field, widths.pop())
+    present = {
+        first.spec.consumer: (first.layout, [first.kept.numel(), *(pair.kept.numel() for pair in rest)])
+        for first, *rest in zip(*pairs, strict=True)  # one pair of every block
+    }
+    for name, value in config_fields(spec_for(model), present).items():
+        setattr(model.config, name, value)
     return plan
+
+
+def config_fields(spec: ArchitectureSpec, widths: Widths) -> dict[str, int]:
+    """Config values with which stock code builds these widths; the original one where blocks differ."""
+    fields: dict[str, int] = {}
+    for layout, units in widths.values():
+        fields |= stock_fields(spec, layout, units[0] if len(set(units)) == 1 else layout.width)
+    return fields
 
 
 def apply_plan(model: PreTrainedModel, plan: PruningPlan, *, wrap: bool = True) -> PreTrainedModel:
@@ -143,11 +173,11 @@ def apply_plan(model: PreTrainedModel, plan: PruningPlan, *, wrap: bool = True) 
         ValueError: If the plan belongs to another family or to other shapes, or keeps a unit that is gone.
     """
     pairs = resolve_pruned(model)
-    targets = _targets(model, pairs, plan)
-    for pair, kept in targets:  # all are checked before the first is cut
+    wanted = targets(model, pairs, plan)
+    for pair, kept in wanted:  # all are checked before the first is cut
         if not torch.isin(kept, pair.kept).all():
             raise ValueError(_bad_units(pair, pair.kept.numel()))
-    for pair, kept in targets:
+    for pair, kept in wanted:
         pair.cut(kept, wrap=wrap)
     record_plan(model, pairs)
     return model
@@ -167,7 +197,7 @@ def conform(model: PreTrainedModel, plan: PruningPlan | None) -> PreTrainedModel
     """
     plan = plan or PruningPlan(model.config.model_type, tuple({} for _ in resolve_pruned(model)))
     pairs = resolve_pruned(model)
-    for pair, kept in _targets(model, pairs, plan):
+    for pair, kept in targets(model, pairs, plan):
         if not torch.isin(kept, pair.kept).all():
             pair.widen()
         pair.cut(kept)
@@ -175,10 +205,14 @@ def conform(model: PreTrainedModel, plan: PruningPlan | None) -> PreTrainedModel
     return model
 
 
-def _targets(
+def targets(
     model: PreTrainedModel, pairs: list[list[ResolvedPair]], plan: PruningPlan
 ) -> list[tuple[ResolvedPair, torch.Tensor]]:
-    """Each pair with the units that the plan keeps of it."""
+    """Each pair with the units that the plan keeps of it.
+
+    Raises:
+        ValueError: If the plan belongs to another family or to other shapes.
+    """
     if plan.model_type != model.config.model_type:
         raise ValueError(f"plan must be one of a {model.config.model_type} model, got one of {plan.model_type!r}")
     if len(plan.blocks) != len(pairs):

@@ -6,7 +6,8 @@ from typing import Any
 
 import torch
 
-from fasp_lightning.pruning.checkpoint import read_plan, stock_part
+from fasp_lightning.pruning.checkpoint import read_plan
+from fasp_lightning.pruning.forms import stock_part
 from fasp_lightning.pruning.plan import apply_plan
 from fasp_lightning.pruning.source import ModelSource
 from fasp_lightning.structure.registry import spec_for
@@ -35,7 +36,7 @@ def model_shapes(source: ModelSource, config: Any, trust_remote_code: bool = Fal
         ) from error
     if source.pruned:
         form, plan = read_plan(source.location)
-        if form != "compact":  # the config's width has cut the FFN already
+        if form != "compact":  # the config's widths have cut it so far already
             model.fasp_plan = stock_part(plan, spec_for(model))
         apply_plan(model, plan)
     return model

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from fasp_lightning.pruning.config import PruningConfig
 from fasp_lightning.pruning.plan import resolve_pruned
+from fasp_lightning.structure.layout import PairLayout
 from fasp_lightning.structure.linears import linear_parameters, parameter_count
 from fasp_lightning.structure.pair import ResolvedPair
 from fasp_lightning.structure.registry import spec_for
@@ -50,6 +51,8 @@ class WidthPlan:
         parameters_before: All parameters before this pruning.
         parameters_after: All parameters after it.
         attention: ``"value_dims"`` or ``"none"``, as decided.
+        allocation: As asked. With ``"adaptive"`` the widths of single blocks are not known before calibration, and
+            ``pairs`` are the uniform ones of the same sum.
     """
 
     pairs: tuple[tuple[PairWidth, ...], ...]
@@ -58,6 +61,7 @@ class WidthPlan:
     parameters_before: int
     parameters_after: int
     attention: str
+    allocation: str = "uniform"
 
     @property
     def sparsity(self) -> float:
@@ -66,8 +70,11 @@ class WidthPlan:
 
     @property
     def kinds(self) -> set[str]:
-        """Kinds of the pairs that are, or will be, cut."""
-        return {pair.kind for block in self.pairs for pair in block if pair.after < pair.original}
+        """Kinds of the pairs that are, or will be, cut, and ``"uneven"`` if blocks have different FFN widths."""
+        kinds = {pair.kind for block in self.pairs for pair in block if pair.after < pair.original}
+        adaptive = self.allocation == "adaptive" and self.parameters_after < self.parameters_before
+        ffns = {pair.after for block in self.pairs for pair in block if pair.kind == "ffn"}
+        return kinds | {"uneven"} if adaptive or len(ffns) > 1 else kinds
 
     @property
     def sparsity_total(self) -> float:
@@ -79,12 +86,13 @@ def plan_widths(model: PreTrainedModel, config: PruningConfig) -> WidthPlan:
     """Decide the widths; needs shapes only, so the model may be on the ``meta`` device.
 
     P_all counts the blocks' linear parameters, c_p the parameters of one unit of pair p. R = sparsity · P_all and
-    r = R / Σ n_p c_p over the pairs to be pruned. Value pairs lose round(r · head size) dims in each KV head; the
-    FFN pair takes up what is left of the block's share, to the nearest column and then to the nearest multiple.
+    r = R / Σ n_p c_p over the pairs to be pruned. Value pairs lose round(r · head size) dims in each KV head, or that
+    share of all dims with ``head_balance="free"``; the FFN pair takes up what is left of the block's share, to the
+    nearest column and then to the nearest multiple.
 
     Args:
         model: A causal LM, pruned before or not; sparsity counts from the original.
-        config: ``sparsity``, ``attention`` and ``multiple_of`` are read.
+        config: ``sparsity``, ``attention``, ``head_balance``, ``allocation`` and ``multiple_of`` are read.
 
     Raises:
         ValueError: If the sparsity cannot be reached with queries and keys kept (the message gives the highest
@@ -124,7 +132,7 @@ def _plan(model: PreTrainedModel, config: PruningConfig) -> WidthPlan:
     widths = tuple(tuple(_block_widths(block, pruned, share, config)) for block in pairs)
     parameters = parameter_count(model)
     newly = sum((pair.before - pair.after) * pair.cost for block in widths for pair in block)
-    return WidthPlan(widths, total, parameters + gone, parameters, parameters - newly, attention)
+    return WidthPlan(widths, total, parameters + gone, parameters, parameters - newly, attention, config.allocation)
 
 
 def _decide_attention(pairs: list[list[ResolvedPair]], attention: str) -> str:
@@ -150,7 +158,20 @@ def _share(pairs: list[list[ResolvedPair]], pruned: set[str], config: PruningCon
         highest = math.floor(removable / total * 1e4) / 1e4
         kept = "queries and keys" if "value" in pruned else "the attention"
         raise ValueError(f"sparsity must be at most {highest} with {kept} kept, got {config.sparsity}")
-    return config.sparsity * total / sum(pair.layout.width * pair.column_cost for pair in cut)
+    sizes = [sum(pair.layout.width * pair.column_cost for pair in block if pair.spec.kind in pruned) for block in pairs]
+    return _level(config.sparsity * total, sizes, [sum(map(_removed, block)) for block in pairs])
+
+
+def _level(wanted: float, sizes: list[int], gone: list[int]) -> float:
+    """The share r with Σ max(r · size, gone) = wanted: blocks that have lost more before leave less to the others."""
+    blocks = set(range(len(sizes)))
+    while True:
+        others = sum(gone) - sum(gone[block] for block in blocks)
+        share = (wanted - others) / sum(sizes[block] for block in blocks)
+        beyond = {block for block in blocks if gone[block] > share * sizes[block]}
+        if not beyond or beyond == blocks:
+            return share
+        blocks -= beyond
 
 
 def _least(pair: ResolvedPair, multiple_of: int) -> int:
@@ -172,8 +193,7 @@ def _block_widths(
         if pair.spec.kind == "value":
             left = pair.layout.width
             if "value" in pruned:
-                dims = min(round(share * pair.layout.size), pair.layout.size - 1)
-                left -= pair.layout.groups * dims
+                left -= _value_dims(pair.layout, share, config.head_balance)
         else:
             left = _ffn_width(pair, wanted, config.multiple_of)
         left = min(left, before)
@@ -182,6 +202,12 @@ def _block_widths(
         cost = pair.column_cost
         widths.append(PairWidth(name, pair.spec.kind, pair.layout.width, before, left, pair.columns, cost))
     return widths
+
+
+def _value_dims(layout: PairLayout, share: float, head_balance: str) -> int:
+    """How many value dims go; at least one a KV head is left."""
+    heads = layout.groups if head_balance == "even" else 1
+    return min(heads * round(share * layout.width / heads), layout.width - layout.groups)
 
 
 def _ffn_width(pair: ResolvedPair, wanted: float, multiple_of: int) -> int:

@@ -17,7 +17,7 @@ class PairLayout:
     Attributes:
         kind: ``"ffn"`` or ``"value"``.
         width: Number of units of the original pair.
-        groups: KV heads for value pairs, 1 for an FFN; each keeps the same number of units.
+        groups: KV heads for value pairs, 1 for an FFN. Any units of each can be left.
         repeats: Consumer columns a unit feeds: query heads per KV head, 1 for an FFN.
         fused: Layout of the producers, see :class:`~fasp_lightning.structure.spec.CoupledPair`.
         producer_rows: Rows of each original producer.

@@ -158,11 +158,12 @@ class ResolvedPair:
 
     def widen(self) -> None:
         """Give the pair its original shapes again, in place, with zeros where units are gone."""
+        whole = torch.arange(self.layout.width, device="cpu")
         for piece in self.pieces():
             piece.parameter.grad = None
-            piece.parameter.data = self._expanded(piece)
+            piece.parameter.data = self._expanded(piece, whole)
         self._set_features()
-        self.kept = torch.arange(self.layout.width, device="cpu")
+        self.kept = whole
         for path in (self.spec.consumer, *self.spec.producers):
             replace_module(self.block, path, inner(self.block.get_submodule(path)))
 
@@ -178,16 +179,17 @@ class ResolvedPair:
             scatter = ScatterRows(producer, rows, self.layout.producer_rows[index])
             replace_module(self.block, path, scatter)
 
-    def zero_filled(self) -> dict[str, Tensor]:
-        """The pair's tensors in their original shapes, zero where units are gone; keys are paths in the block."""
-        return {piece.key: self._expanded(piece) for piece in self.pieces()}
+    def zero_filled(self, units: Tensor) -> dict[str, Tensor]:
+        """The pair's tensors in the shapes of ``units``, zero where they are gone; keys are paths in the block.
 
-    def _expanded(self, piece: Piece) -> Tensor:
-        if piece.producer is None:
-            width = self.layout.width * self.layout.repeats
-        else:
-            width = self.layout.producer_rows[piece.producer]
-        return expand(piece.parameter.detach(), self.positions(piece, self.kept), piece.dim, width)
+        Args:
+            units: Ascending units in original numbering, those left among them.
+        """
+        return {piece.key: self._expanded(piece, units) for piece in self.pieces()}
+
+    def _expanded(self, piece: Piece, units: Tensor) -> Tensor:
+        left, wanted = self.positions(piece, self.kept), self.positions(piece, units)
+        return expand(piece.parameter.detach(), torch.searchsorted(wanted, left), piece.dim, wanted.numel())
 
     def _set_features(self) -> None:
         linears = {self.spec.consumer: self.consumer} | dict(zip(self.spec.producers, self.producers, strict=True))

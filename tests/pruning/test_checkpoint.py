@@ -199,7 +199,8 @@ def test_wrong_logits_are_not_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 def _doubled(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     pairs = [pair for block in checkpoint.resolve_pruned(model) for pair in block if pair.spec.kind != "ffn"]
-    return {f"{pair.name}.{key}": 2 * tensor for pair in pairs for key, tensor in pair.zero_filled().items()}
+    filled = [(pair, pair.zero_filled(torch.arange(pair.layout.width))) for pair in pairs]
+    return {f"{pair.name}.{key}": 2 * tensor for pair, tensors in filled for key, tensor in tensors.items()}
 
 
 def test_half_precision_is_kept(tmp_path: Path) -> None:

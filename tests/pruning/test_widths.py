@@ -161,3 +161,11 @@ def test_widths_need_no_weights() -> None:
     with torch.device("meta"):
         model = type(tiny_model("llama"))(TINY["llama"].config())
     assert plan_widths(model, PruningConfig()) == plan_widths(tiny_model("llama"), PruningConfig())
+
+
+def test_free_head_balance_takes_its_share_of_all_dims() -> None:
+    """r = 0.3008 of 32 value dims are 9.6: 10 of them instead of 2 in each of 4 heads; the FFN takes up the rest."""
+    config = PruningConfig(0.23, attention="value_dims", head_balance="free")
+    widths = plan_widths(tiny_model("llama"), config)
+    assert widths.pairs[0][0].after == HEADS * 8 - 10
+    assert widths.sparsity == pytest.approx(0.23, abs=96 / 2 * LAYERS / widths.linear_parameters)
