@@ -1,12 +1,15 @@
-"""On which device, and in which dtype, a model is loaded."""
+"""On which device, and in which dtype, a model is loaded; and where a part of it computes."""
 
 from __future__ import annotations
 
 import functools
 import logging
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
+from torch import nn
 
 logger = logging.getLogger(__name__)
 
@@ -108,3 +111,14 @@ def _matmul_seconds(dtype: torch.dtype) -> float:
         torch.nn.functional.linear(x, weight)
         best = min(best, time.perf_counter() - start)
     return best
+
+
+@contextmanager
+def placed(module: nn.Module, device: torch.device) -> Iterator[None]:
+    """Move a module to the compute device, and back whatever happens."""
+    home = next(module.parameters()).device
+    module.to(device)
+    try:
+        yield
+    finally:
+        module.to(home)

@@ -5,19 +5,19 @@ from __future__ import annotations
 import logging
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fasp_lightning.ops.scores import magnitude_score, wanda_score
 from fasp_lightning.ops.selection import select_columns
 from fasp_lightning.ops.statistics import GramStatistics
 from fasp_lightning.pruning.capture import Sample, capture
 from fasp_lightning.pruning.config import PruningConfig
+from fasp_lightning.pruning.placement import placed
 from fasp_lightning.pruning.plan import record_plan, resolve_pruned
 from fasp_lightning.pruning.processes import Processes
 from fasp_lightning.pruning.replay import BlockReplay
@@ -177,7 +177,7 @@ class _Run:
         """Statistics, selection, restoration and cut of each pair; then the block's output for the next block."""
         block = pairs[0].block
         replay = BlockReplay(block, index, pairs, attention, store, self.watch)
-        with _placed(block, self.device):
+        with placed(block, self.device):
             for pair, width in zip(pairs, widths, strict=True):
                 if width.after == width.before:
                     continue
@@ -238,17 +238,6 @@ class _Run:
         groups = pair.layout.groups
         scores = scores.reshape(groups, pair.layout.repeats, -1).sum(1).reshape(-1).cpu()
         return pair.kept[select_columns(scores, width.after // groups, groups)]
-
-
-@contextmanager
-def _placed(block: nn.Module, device: torch.device) -> Iterator[None]:
-    """Move a block to the compute device, and back whatever happens."""
-    home = next(block.parameters()).device
-    block.to(device)
-    try:
-        yield
-    finally:
-        block.to(home)
 
 
 def _device_of(pairs: list[list[ResolvedPair]]) -> torch.device:

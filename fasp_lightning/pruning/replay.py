@@ -145,10 +145,15 @@ class BlockReplay:
 
     def _run(self, sample: Sample, replacements: dict[str, nn.Module]) -> Tensor:
         """One call of the block, with what the model called it with."""
-        args, kwargs = self.store.load(sample.calls[self.index])
         assert sample.hidden is not None
-        hidden: Any = self.store.get(sample.hidden)
+        hidden = self.store.get(sample.hidden)
         with stand_ins(self.block, replacements), torch.no_grad():
-            if sample.named_hidden:
-                return first(self.block(hidden_states=hidden, **kwargs))
-            return first(self.block(hidden, *args, **kwargs))
+            return first(call_block(self.block, self.index, sample, hidden, self.store))
+
+
+def call_block(block: nn.Module, index: int, sample: Sample, hidden: Tensor, store: TensorStore) -> Any:
+    """What a block returns for hidden states, called with all else that the model called it with."""
+    args, kwargs = store.load(sample.calls[index])
+    if sample.named_hidden:
+        return block(hidden_states=hidden, **kwargs)
+    return block(hidden, *args, **kwargs)
