@@ -48,7 +48,7 @@ def texts_of(job: PruneJob) -> tuple[TextConfig, list[TextConfig]]:
     calibration = for_role(job.calibration, "calibration")
     if job.seed is not None:
         calibration = dataclasses.replace(calibration, seed=job.seed)
-    evaluation = [for_role(text, "test") for text in job.evaluation]
+    evaluation = [for_role(text, "test") for text in job.evaluated()]
     for text in evaluation:
         if overlap(calibration, text):
             raise UsageError(

@@ -85,7 +85,7 @@ class PruneJob:
 
     def __post_init__(self) -> None:
         if self.other_text is not None:
-            self.further_text()  # refuses an unknown source
+            self.evaluated()  # refuses an unknown source
         if self.form not in ("auto", *FORMS):
             raise ValueError(f"form must be one of {', '.join(('auto', *FORMS))}, got {self.form!r}")
         if self.dtype != "auto":
@@ -93,9 +93,18 @@ class PruneJob:
         if self.new_tokens < 1:
             raise ValueError(f"new_tokens must be at least 1, got {self.new_tokens}")
 
-    def further_text(self) -> TextConfig | None:
-        """The text that `other_text` names, in the size of the default ones."""
-        return None if self.other_text is None else TextConfig(self.other_text, sequences=EVALUATED_SEQUENCES)
+    def evaluated(self) -> list[TextConfig]:
+        """The texts of `evaluation`, and last the one that `other_text` names, in the size of the first of them."""
+        if self.other_text is None:
+            return self.evaluation
+        like = (self.evaluation or default_evaluation())[0]
+        other = TextConfig(self.other_text, seq_len=like.seq_len, sequences=like.sequences, batch_size=like.batch_size)
+        return [*self.evaluation, other]
+
+    @property
+    def compares(self) -> bool:
+        """Whether the model is measured without restoration too."""
+        return self.compare_unrestored and self.pruning.restoration != "none" and bool(self.evaluated())
 
 
 @dataclass(frozen=True)

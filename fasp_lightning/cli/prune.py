@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +20,17 @@ from fasp_lightning.cli.console import (
     shown_warnings,
     tracked,
 )
+from fasp_lightning.cli.domains import OTHER, domain_of, missing_domain
 from fasp_lightning.cli.generation import continuation
 from fasp_lightning.cli.jobs import PruneJob
-from fasp_lightning.cli.prune_tables import Measured, print_continuations, print_loaders, print_results
+from fasp_lightning.cli.prune_tables import print_continuations, print_loaders, print_results
 from fasp_lightning.cli.quiet import quiet_libraries
 from fasp_lightning.cli.setup import Setup, already_pruned, load, memory_of, set_up
+from fasp_lightning.pruning.checkpoint import SavedModel, save_pruned
 from fasp_lightning.pruning.perplexity import PerplexityResult, measure_perplexity
+from fasp_lightning.pruning.plan import apply_plan, plan_of
 from fasp_lightning.pruning.pruner import FASPPruner
-from fasp_lightning.pruning.report import PruningReport, peak_memory
+from fasp_lightning.pruning.report import PruningReport, TextReport, peak_memory, restoration_warning
 
 JOB = PruneJob
 
@@ -41,20 +46,16 @@ def run(job: PruneJob) -> int:
     tokenizer = tokenizer_of(job.model)
     calibration = load_text(calibration_config, tokenizer, setup.model, "calibration")
     evaluation = [load_text(text, tokenizer, setup.model, "evaluation") for text in evaluation_configs]
-    _announce(job, setup, calibration)
+    announce(job, setup, calibration, evaluation)
     with shown_warnings():
-        model = _load(job, setup)
-        before = _measure(model, evaluation, "dense" if not setup.already_pruned else "as it is")
+        model = load_home(job, setup)
+        before = measure(model, evaluation, "dense" if not setup.already_pruned else "as it is")
         dense_text = _continue(model, tokenizer, job)
-        with PruningProgress() as progress:
-            report = FASPPruner(setup.pruning).prune(model, calibration.batches, progress=progress)
-        after = _measure(model, evaluation, "pruned")
+        report = prune_measured(model, job, setup, calibration, evaluation, before, again=lambda: load_home(job, setup))
         pruned_text = _continue(model, tokenizer, job)
-    measured = [Measured(text.name, *pair) for text, *pair in zip(evaluation, before, after, strict=True)]
-    _note_in_report(model, report, job, calibration, measured)
-    saved = _save(model, tokenizer, job, setup)
+    saved = save(model, tokenizer, job, setup)
     report.peak_memory = peak_memory(setup.device)  # with the evaluation, and the copy that verified
-    print_results(job, setup, calibration, report, measured)
+    print_results(job, setup, calibration, report)
     if job.prompt is not None:
         print_continuations(job.prompt, dense_text, pruned_text)
     if saved is not None:
@@ -62,22 +63,23 @@ def run(job: PruneJob) -> int:
     return 0
 
 
-def _announce(job: PruneJob, setup: Setup, calibration: Text) -> None:
-    """Say what is about to happen, and what it will take."""
-    widths = setup.widths
+def announce(job: PruneJob, setup: Setup, calibration: Text, evaluation: list[Text]) -> None:
+    """Say what is about to happen, what it will take, and what the figures will not show."""
     memory = memory_of(setup, job, calibration.tokens)
     if setup.already_pruned:
         note(already_pruned(setup))
     note(
-        f"pruning {setup.source.name} to {percent(widths.sparsity)} sparsity on {calibration.tokens:,} tokens "
+        f"pruning {setup.source.name} to {percent(setup.widths.sparsity)} sparsity on {calibration.tokens:,} tokens "
         f"of {calibration.name}, in {dtype_name(setup.dtype)} on {setup.device}; "
         f"about {gibibytes(memory.total)} of memory"
     )
     if job.output_dir is None:
         note("output_dir is null: the pruned model will not be saved")
+    if missing := missing_domain(_domains(job, calibration, evaluation)):
+        note(missing)
 
 
-def _load(job: PruneJob, setup: Setup) -> Any:
+def load_home(job: PruneJob, setup: Setup) -> Any:
     """The model, on the compute device if it has room for it, else on the CPU."""
     note("loading the weights")
     return load(job.model, setup.config, setup.dtype, _home(setup))
@@ -98,31 +100,74 @@ def _home(setup: Setup) -> torch.device:
     return torch.device("cpu")
 
 
-def _measure(model: Any, texts: list[Text], what: str) -> list[PerplexityResult]:
+def measure(model: Any, texts: list[Text], what: str) -> list[PerplexityResult]:
+    """Perplexity of a model on each text.
+
+    Args:
+        model: The model.
+        texts: The texts.
+        what: What the model is, for the progress bar.
+    """
     return [measure_perplexity(model, tracked(text.batches, f"perplexity, {what}: {text.name}")) for text in texts]
+
+
+def prune_measured(
+    model: Any,
+    job: PruneJob,
+    setup: Setup,
+    calibration: Text,
+    evaluation: list[Text],
+    before: list[PerplexityResult],
+    again: Callable[[], Any],
+) -> PruningReport:
+    """Prune a model in place, measure it, and note on it what it was calibrated and measured on; it is saved along.
+
+    Args:
+        model: The model.
+        job: The job.
+        setup: Its setup.
+        calibration: The calibration text.
+        evaluation: The texts to measure.
+        before: Their perplexities before.
+        again: Gives the model as it was, to measure it without restoration; called if the job compares.
+    """
+    with PruningProgress() as progress:
+        report = FASPPruner(setup.pruning).prune(model, calibration.batches, progress=progress)
+    after = measure(model, evaluation, "pruned")
+    plain = _unrestored(model, again(), evaluation) if job.compares else [None] * len(evaluation)
+    domains = _domains(job, calibration, evaluation)
+    names = [text.name for text in evaluation]
+    report.evaluation = [TextReport(*row) for row in zip(names, domains, before, after, plain, strict=True)]
+    if message := restoration_warning(report.evaluation):
+        report.warnings.append(message)
+        warnings.warn(message, stacklevel=2)
+    model.fasp_report = {
+        **report.to_dict(),
+        "model": job.model.name_or_path,
+        "calibration": {"name": calibration.name, **dataclasses.asdict(calibration.config)},
+    }
+    return report
+
+
+def _unrestored(pruned: Any, model: Any, texts: list[Text]) -> list[PerplexityResult]:
+    """Perplexities with the same columns, chosen on restored activations, but the weights as they were."""
+    plan = plan_of(pruned)
+    assert plan is not None
+    return measure(apply_plan(model, plan), texts, "nothing restored")
+
+
+def _domains(job: PruneJob, calibration: Text, evaluation: list[Text]) -> list[str]:
+    """Whether each text comes from the calibration's source; the one that `other_text` names is not of its kind."""
+    domains = [domain_of(text.config, [calibration.config]) for text in evaluation]
+    return domains if job.other_text is None else [*domains[:-1], OTHER]
 
 
 def _continue(model: Any, tokenizer: Any, job: PruneJob) -> str:
     return "" if job.prompt is None else continuation(model, tokenizer, job.prompt, job.new_tokens)
 
 
-def _note_in_report(
-    model: Any, report: PruningReport, job: PruneJob, calibration: Text, measured: list[Measured]
-) -> None:
-    """Put beside the engine's report what it was calibrated and measured on; it is saved with the model."""
-    model.fasp_report = {
-        **report.to_dict(),
-        "model": job.model.name_or_path,
-        "calibration": {"name": calibration.name, **dataclasses.asdict(calibration.config)},
-        "evaluation": [
-            {"name": text.name, "before": text.before.to_dict(), "after": text.after.to_dict()} for text in measured
-        ],
-    }
-
-
-def _save(model: Any, tokenizer: Any, job: PruneJob, setup: Setup) -> Any:
-    from fasp_lightning.pruning.checkpoint import save_pruned
-
+def save(model: Any, tokenizer: Any, job: PruneJob, setup: Setup) -> SavedModel | None:
+    """Save a pruned model with its report, if the job names a folder."""
     if job.output_dir is None:
         return None
     note(f"saving to {job.output_dir}")

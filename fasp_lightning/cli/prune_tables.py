@@ -2,40 +2,23 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 from fasp_lightning.cli.checks import Text
 from fasp_lightning.cli.console import change, dtype_name, gibibytes, megabytes, percent, results, table
+from fasp_lightning.cli.domains import CALIBRATED, OTHER
 from fasp_lightning.cli.jobs import PruneJob
 from fasp_lightning.cli.setup import Setup
 from fasp_lightning.pruning.checkpoint import SavedModel
 from fasp_lightning.pruning.forms import Loader
-from fasp_lightning.pruning.perplexity import PerplexityResult
-from fasp_lightning.pruning.report import PruningReport
+from fasp_lightning.pruning.report import PruningReport, TextReport
 
 Row = tuple[str, str, str, str]
 
 PLACES = {"rss": "process", "cuda": "GPU"}
+SOURCES = {CALIBRATED: "as calibrated", OTHER: "another"}
 
 
-class Measured(NamedTuple):
-    """Perplexity on one text.
-
-    Attributes:
-        name: The text.
-        before: Of the model as it was loaded.
-        after: Of the pruned model.
-    """
-
-    name: str
-    before: PerplexityResult
-    after: PerplexityResult
-
-
-def print_results(
-    job: PruneJob, setup: Setup, calibration: Text, report: PruningReport, measured: list[Measured]
-) -> None:
-    """The one table: sizes, both sparsities, perplexities and what they were measured on, time, memory."""
+def print_results(job: PruneJob, setup: Setup, calibration: Text, report: PruningReport) -> None:
+    """The tables: sizes, both sparsities, time and memory; perplexities of all texts side by side."""
     size = setup.dtype.itemsize
     old, new = report.parameters_before, report.parameters_after
     now = setup.already_pruned
@@ -54,12 +37,6 @@ def print_results(
             "",
         ),
         ("sparsity of all parameters", percent(_total(setup)), percent(report.sparsity_total), ""),
-    ]
-    for name, before, after in measured:
-        label = f"perplexity, {name}\n  {after.tokens:,} predicted tokens, seq_len {after.seq_len}"
-        ratio = f"x {after.perplexity / before.perplexity:.3f}"
-        rows.append((label, f"{before.perplexity:.3f}", f"{after.perplexity:.3f}", ratio))
-    rows += [
         (
             f"seconds to prune\n  calibration {calibration.name}, {calibration.tokens:,} tokens",
             "",
@@ -75,6 +52,24 @@ def print_results(
     phases = {name: value for name, value in report.seconds.items() if name != "total"}
     if phases:
         results().print("seconds by phase: " + ", ".join(f"{name} {value:.1f}" for name, value in phases.items()))
+    if report.evaluation:
+        print_perplexities(report.evaluation)
+
+
+def print_perplexities(texts: list[TextReport]) -> None:
+    """One column a text: where it comes from, before, after, and what the restoration did."""
+    rows = [
+        ("source", *(SOURCES[text.domain] for text in texts)),
+        ("before", *(f"{text.before.perplexity:.3f}" for text in texts)),
+        ("pruned", *(f"{text.after.perplexity:.3f}" for text in texts)),
+        ("change", *(f"x {text.after.perplexity / text.before.perplexity:.3f}" for text in texts)),
+        ("predicted tokens", *(f"{text.after.tokens:,}" for text in texts)),
+        ("seq_len", *(str(text.after.seq_len) for text in texts)),
+    ]
+    if any(text.unrestored for text in texts):
+        plain = (f"{text.unrestored.perplexity:.3f}" if text.unrestored else "" for text in texts)
+        rows.insert(4, ("same columns, nothing restored", *plain))
+    table("perplexity", ("", *(text.name for text in texts)), rows)
 
 
 def print_continuations(prompt: str, before: str, after: str) -> None:

@@ -122,9 +122,9 @@ def memory_of(setup: Setup, job: PruneJob, tokens: int) -> PeakMemory:
         setup.widths,
         setup.pruning,
         tokens=tokens,
-        evaluated_tokens=max((batch_tokens(text) for text in job.evaluation), default=0),
+        evaluated_tokens=max((batch_tokens(text) for text in job.evaluated()), default=0),
         bytes_per_value=setup.dtype.itemsize,
-        verify=job.verify and job.output_dir is not None,
+        verify=job.compares or (job.verify and job.output_dir is not None),
     )
 
 

@@ -47,7 +47,7 @@ class PeakMemory:
         calibration: Hidden states, attention outputs and recorded consumer inputs of the calibration set.
         solve: The gram of the widest pair, and its solve.
         logits: Logits of the batch that is evaluated.
-        reload: Second copy of the model that is loaded to verify what was saved.
+        reload: Second copy of the model that is loaded to verify what was saved, or to compare with.
     """
 
     weights: int
@@ -105,7 +105,7 @@ def peak_memory_estimate(
         tokens: Calibration tokens.
         evaluated_tokens: Tokens of the largest batch of which logits are computed; 0 for none.
         bytes_per_value: Of the model's dtype.
-        verify: Whether the saved model is loaded again.
+        verify: Whether a second model is loaded afterwards, to check what was saved or to compare with.
     """
     before, after = footprints(model, widths, bytes_per_value)
     columns = [pair.columns for block in widths.pairs for pair in block if pair.after < pair.before]

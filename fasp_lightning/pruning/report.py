@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import resource
 import sys
 import time
@@ -12,7 +13,11 @@ from typing import Any
 
 import torch
 
+from fasp_lightning.pruning.perplexity import PerplexityResult
 from fasp_lightning.pruning.widths import WidthPlan
+
+SAME = 0.005
+"""Relative difference of two perplexities up to which they count as equal: other calibration samples differ by more."""
 
 
 @dataclass
@@ -43,6 +48,55 @@ class PairReport:
 
 
 @dataclass
+class TextReport:
+    """Perplexity on one text that the calibration did not see.
+
+    Attributes:
+        name: The text.
+        domain: ``"calibrated"`` if it comes from a source of the calibration text, else ``"other"``.
+        before: Of the model before this pruning.
+        after: Of the pruned model.
+        unrestored: Of a model with the same columns and the weights as they were; ``None`` if not measured.
+    """
+
+    name: str
+    domain: str
+    before: PerplexityResult
+    after: PerplexityResult
+    unrestored: PerplexityResult | None = None
+
+    @property
+    def restoration_effect(self) -> int:
+        """−1 if restoration lowered the perplexity, 1 if it raised it, 0 if neither, or if that was not measured."""
+        if self.unrestored is None:
+            return 0
+        change = self.after.perplexity / self.unrestored.perplexity - 1
+        return 0 if abs(change) < SAME else int(math.copysign(1, change))
+
+
+def restoration_warning(texts: list[TextReport]) -> str | None:
+    """What to tell the user if restoration raised the perplexity of a text; where it lowered one, that is said too.
+
+    Args:
+        texts: Those that were measured.
+    """
+    hurt = [_step(text) for text in texts if text.restoration_effect > 0]
+    helped = [_step(text) for text in texts if text.restoration_effect < 0]
+    if not hurt:
+        return None
+    lowered = f"; it lowered that of {', '.join(helped)}" if helped else ""
+    return (
+        f"restoration raised the perplexity of {', '.join(hurt)}{lowered}: it fits the calibration text; mix "
+        "other text or own text into the calibration, raise damping, or set restoration to none"
+    )
+
+
+def _step(text: TextReport) -> str:
+    assert text.unrestored is not None
+    return f"{text.name} from {text.unrestored.perplexity:.2f} to {text.after.perplexity:.2f}"
+
+
+@dataclass
 class PruningReport:
     """Outcome of :meth:`fasp_lightning.FASPPruner.prune`.
 
@@ -57,6 +111,7 @@ class PruningReport:
         peak_memory: Bytes: ``"rss"`` of the process (its highest so far) and ``"cuda"``.
         warnings: What the user should know.
         config: The settings.
+        evaluation: Perplexity on each text that was measured: ``fasp prune`` fills it, the engine measures none.
     """
 
     sparsity: float
@@ -69,6 +124,7 @@ class PruningReport:
     peak_memory: dict[str, int] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
     config: dict[str, Any] = field(default_factory=dict)
+    evaluation: list[TextReport] = field(default_factory=list)
 
     @classmethod
     def of_widths(cls, widths: WidthPlan, config: dict[str, Any]) -> PruningReport:

@@ -12,7 +12,9 @@ from tiny import random_tokens, tiny_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fasp_lightning import load_pruned
-from fasp_lightning.pruning.perplexity import perplexity
+from fasp_lightning.cli import prune as prune_module
+from fasp_lightning.pruning.perplexity import PerplexityResult, perplexity
+from fasp_lightning.pruning.plan import apply_plan
 from fasp_lightning.pruning.text import TextConfig, token_batches
 
 
@@ -39,7 +41,7 @@ def test_table_holds_the_figures(prune, tiny_folder, tmp_path: Path) -> None:
     (text,) = report["evaluation"]
     for when in ("before", "after"):
         assert f"{text[when]['perplexity']:.3f}" in out
-    assert re.search(r"perplexity, topics \(test\).*\n.*60 predicted tokens, seq_len 16", out)
+    assert re.search(r"topics \(test\)[\s\S]*predicted tokens .* 60 [\s\S]*seq_len .* 16 ", out)
     assert re.search(r"seconds to prune .* \d+\.\d", out)
     assert re.search(r"peak memory, process .* \d+\.\d\d GiB", out)
 
@@ -53,6 +55,66 @@ def test_reported_perplexities_are_those_of_the_models(prune, tiny_folder, tmp_p
     assert found["before"]["perplexity"] == pytest.approx(perplexity(tiny_model("opt"), batches))
     assert found["after"]["perplexity"] == pytest.approx(perplexity(load_pruned(tmp_path / "pruned"), batches))
     assert found["after"]["tokens"] == 4 * 15
+
+
+def test_texts_stand_side_by_side_with_their_domains(prune, tiny_folder, tmp_path: Path) -> None:
+    out = prune(tiny_folder("opt"), "--other_text", "builtin:docstrings").out
+    assert re.search(r"topics \(test\) .* docstrings \(test\)", out)
+    assert re.search(r"source .* as calibrated .* another", out)
+    found = report_of(tmp_path / "pruned")["evaluation"]
+    assert [(text["name"], text["domain"]) for text in found] == [
+        ("topics (test)", "calibrated"),
+        ("docstrings (test)", "other"),
+    ]
+
+
+def test_text_named_as_other_is_of_another_domain_wherever_it_lies(prune, tiny_folder, tmp_path, text) -> None:
+    beside = tmp_path / "beside.txt"
+    beside.write_text(text.read_text()[::-1])
+    source = ["--calibration.source", text, "--evaluation", f"[{{source: {beside}, seq_len: 16, sequences: 4}}]"]
+    prune(tiny_folder("opt"), *source, "--other_text", beside)
+    domains = [found["domain"] for found in report_of(tmp_path / "pruned")["evaluation"]]
+    assert domains == ["calibrated", "other"]
+
+
+@pytest.mark.parametrize(
+    ("option", "told"), [("builtin:topics", "--other_text"), ("builtin:docstrings", "--evaluation")]
+)
+def test_figures_of_one_domain_alone_are_told(prune, tiny_folder, option: str, told: str) -> None:
+    outcome = prune(tiny_folder("opt"), "--calibration.source", option, "--compare_unrestored", "false")
+    assert outcome.code == 0
+    assert told in outcome.err
+    assert "the source of the calibration text" in " ".join(outcome.err.split())
+
+
+def test_unrestored_figure_is_that_of_the_same_columns_with_the_old_weights(
+    prune, tiny_folder, tmp_path: Path, tiny_tokenizer
+) -> None:
+    folder = tiny_folder("llama")
+    out = prune(folder).out
+    model = apply_plan(tiny_model("llama"), load_pruned(tmp_path / "pruned").fasp_plan)
+    batches = token_batches(TextConfig(split="test", seq_len=16, sequences=4, batch_size=2), tiny_tokenizer)
+    (found,) = report_of(tmp_path / "pruned")["evaluation"]
+    assert found["unrestored"]["perplexity"] == pytest.approx(perplexity(model, batches))
+    assert found["unrestored"]["perplexity"] != pytest.approx(found["after"]["perplexity"], rel=1e-4)
+    assert f"{found['unrestored']['perplexity']:.3f}" in out
+
+
+@pytest.mark.parametrize(
+    "options", [["--compare_unrestored", "false"], ["--pruning.restoration", "none"]], ids=lambda options: options[0]
+)
+def test_nothing_is_compared_without_need(prune, tiny_folder, tmp_path: Path, options: list[str]) -> None:
+    assert "nothing restored" not in prune(tiny_folder("opt"), *options).out
+    (found,) = report_of(tmp_path / "pruned")["evaluation"]
+    assert found["unrestored"] is None
+
+
+def test_restoration_that_does_harm_is_warned_of(prune, tiny_folder, tmp_path: Path, monkeypatch) -> None:
+    harmless = PerplexityResult(1.0, 0.0, 60, 4, 16, 1.0, 60.0)
+    monkeypatch.setattr(prune_module, "_unrestored", lambda pruned, model, texts: [harmless for _ in texts])
+    outcome = prune(tiny_folder("llama"))
+    assert "warning: restoration raised the perplexity of topics (test)" in " ".join(outcome.err.split())
+    assert any(message.startswith("restoration raised") for message in report_of(tmp_path / "pruned")["warnings"])
 
 
 def test_loaders_and_reload_are_told(prune, tiny_folder) -> None:
