@@ -2,7 +2,26 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from fasp_lightning.pruning.batches import as_inputs, weight_of
+from fasp_lightning.pruning.id_cache import fingerprint, key_of, read_ids, write_ids
+from fasp_lightning.pruning.processes import Processes
+from fasp_lightning.pruning.sampling import first_tokens, sample
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+BATCH_TOKENS = 1024
+"""Tokens of a returned batch: enough to keep matrix products busy, little enough for any memory."""
 
 
 @dataclass(frozen=True)
@@ -10,12 +29,16 @@ class OwnTextConfig:
     """How much text the model writes itself for its calibration, and how.
 
     Attributes:
-        tokens: How many tokens in all.
+        tokens: How many tokens in all, rounded down to whole sequences.
         share: Weight of this text in the whole calibration, in (0, 1]; 1 is this text alone.
         seq_len: Tokens of a sequence; many short ones are sampled in a batch.
         temperature: Of the sampling; 1 is the model's own distribution.
         seed: Seed of the sampling.
-        cache_dir: Folder in which sampled text is kept for the next run; null keeps none.
+        cache_dir: Folder in which sampled text is kept for the next run with the same weights and settings. "auto"
+            is a folder of the user's cache in commands, and none in Python; null keeps none.
+
+    Raises:
+        ValueError: If a field is outside its range.
     """
 
     tokens: int = 16384
@@ -23,4 +46,151 @@ class OwnTextConfig:
     seq_len: int = 128
     temperature: float = 1.0
     seed: int = 0
-    cache_dir: str | None = None
+    cache_dir: str | None = "auto"
+
+    def __post_init__(self) -> None:
+        if self.seq_len < 2:
+            raise ValueError(f"own_text.seq_len must be 2 or more, got {self.seq_len}: the first token is given")
+        if self.tokens < self.seq_len:
+            raise ValueError(
+                f"own_text.tokens must be at least own_text.seq_len, {self.seq_len}, got {self.tokens}; "
+                "set own_text to null for none"
+            )
+        if not 0 < self.share <= 1:
+            raise ValueError(f"own_text.share must be in (0, 1], got {self.share}; set own_text to null for none")
+        if not 0 < self.temperature < math.inf:
+            raise ValueError(f"own_text.temperature must be positive and finite, got {self.temperature}")
+        if self.cache_dir == "":
+            raise ValueError("own_text.cache_dir must be a folder, 'auto' or null, got ''")
+
+    @property
+    def sequences(self) -> int:
+        """Number of sequences."""
+        return self.tokens // self.seq_len
+
+
+def with_user_cache(config: OwnTextConfig) -> OwnTextConfig:
+    """What "auto" means in a command: a folder below XDG_CACHE_HOME, or below ~/.cache without that."""
+    if config.cache_dir != "auto":
+        return config
+    cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return replace(config, cache_dir=str(Path(cache).expanduser() / "fasp_lightning" / "own_text"))
+
+
+def own_text(model: PreTrainedModel, config: OwnTextConfig, processes: Processes | None = None) -> list[Tensor]:
+    """Sample text from a causal LM, or read from the cache what it sampled before.
+
+    Each sequence starts with the model's beginning-of-text token. An end of text within it is a token like any other:
+    what follows is the model's next document. The outcome depends on the model, ``config`` and the rounding of the
+    logits alone, not on the global random state (which stays), nor on the number of processes.
+
+    Args:
+        model: The model, where it is; its modes and config stay.
+        config: How much, and how.
+        processes: Those that hold copies of this model, and share the work; all of them call this. By default this
+            process alone.
+
+    Returns:
+        This process's part: batches of (batch, seq_len) int64 token ids on the CPU.
+
+    Raises:
+        ValueError: If the sequences are longer than the model's positions, a process is left without one, or the
+            logits are not finite.
+        RuntimeError: If another process raised an error.
+    """
+    processes = processes or Processes()
+    longest = getattr(model.config, "max_position_embeddings", None)
+    if isinstance(longest, int) and config.seq_len > longest:
+        raise ValueError(f"own_text.seq_len must be at most {longest}, the model's positions, got {config.seq_len}")
+    if config.sequences < processes.count:
+        raise ValueError(
+            f"own_text.tokens must give each of {processes.count} processes a sequence of {config.seq_len}, "
+            f"got {config.tokens}"
+        )
+    cached = None if config.cache_dir in (None, "auto") else Path(str(config.cache_dir)).expanduser()
+    mine = _sampled(model, config, processes) if cached is None else _kept(model, config, processes, cached)
+    return list(mine.split(max(1, BATCH_TOKENS // config.seq_len)))
+
+
+def _sampled(model: PreTrainedModel, config: OwnTextConfig, processes: Processes) -> Tensor:
+    """This process's sequences, every n-th one; all numbers are drawn for all of them."""
+    generator = torch.Generator().manual_seed(config.seed)
+    starts = first_tokens(model, config.sequences, generator)
+    # with the 24 random bits of float32, a draw times a total in float64 stays below the total
+    draws = torch.rand(config.sequences, config.seq_len - 1, generator=generator)
+    mine = slice(processes.rank, None, processes.count)
+    with processes.together():
+        return sample(model, starts[mine], draws[mine], config.temperature)
+
+
+def _kept(model: PreTrainedModel, config: OwnTextConfig, processes: Processes, folder: Path) -> Tensor:
+    """The same, from a file of the first process's if there is one; else they are put there."""
+    shape = (config.sequences, config.seq_len)
+
+    def look() -> tuple[Path, Tensor | None]:
+        settings = {"shape": shape, "temperature": config.temperature, "seed": config.seed}
+        path = folder / f"{key_of(fingerprint(model), settings)}.ids"
+        return path, read_ids(path, shape)
+
+    path, ids = processes.first(look)
+    if ids is not None:
+        return ids[processes.rank :: processes.count]
+    mine = _sampled(model, config, processes)
+    parts = processes.gather(mine)
+    if processes.rank == 0:
+        whole = torch.empty(shape, dtype=torch.long)
+        for rank, part in enumerate(parts):
+            whole[rank :: processes.count] = part
+        write_ids(path, whole)
+    return mine
+
+
+def share_weight(share: float, calibration: float, tokens: int) -> float:
+    """Weight of each token of own text with which it holds ``share`` of the whole weight.
+
+    w · tokens = share · (w · tokens + calibration).
+
+    Args:
+        share: In (0, 1).
+        calibration: Σ weight over the tokens of all other batches.
+        tokens: Tokens of own text.
+    """
+    return share / (1 - share) * calibration / tokens
+
+
+def mixed(
+    batches: Iterable[Any], own: list[Tensor], share: float, processes: Processes | None = None
+) -> list[Any] | list[Tensor]:
+    """Calibration batches, and after them own text with the weight that gives it its share.
+
+    Args:
+        batches: As :meth:`FASPPruner.prune` takes them; with a share of 1 they are not read.
+        own: Batches of :func:`own_text`.
+        share: In (0, 1].
+        processes: As in :func:`own_text`; weights are summed over all of them.
+
+    Raises:
+        TypeError: If a batch is none.
+        ValueError: If a batch is none, or there is no token of calibration text, but it should have a share.
+        RuntimeError: If another process raised an error.
+    """
+    if share == 1:
+        return own
+    processes = processes or Processes()
+    with processes.together():
+        given = list(batches)
+        weight = sum(weight_of(batch) * _tokens(batch) for batch in given)
+    calibration, tokens = processes.total(weight, sum(ids.numel() for ids in own))
+    if calibration == 0:
+        raise ValueError(
+            "batches must hold at least one calibration token, got none; "
+            "set own_text.share to 1 to calibrate on own text alone"
+        )
+    each = share_weight(share, calibration, int(tokens))
+    return [*given, *({"input_ids": ids, "weight": each} for ids in own)]
+
+
+def _tokens(batch: Any) -> int:
+    """Real tokens of a batch."""
+    input_ids, mask = as_inputs(batch)
+    return input_ids.numel() if mask is None else int(mask.bool().sum())
