@@ -102,10 +102,11 @@ def test_a_token_without_probability_is_never_chosen(draw: float, temperature: f
     assert finite
 
 
-def test_likely_tails_of_a_large_vocabulary_are_reached() -> None:
-    """In float32 the sum would stand still at 2²⁴ equal tokens, and before."""
-    chosen, _ = choose(torch.zeros(1, 2**24 + 1000), torch.tensor([1 - 2.0**-24]), 1.0)
-    assert int(chosen) == 2**24 + 998  # the last but one: (1 − 2⁻²⁴) · (2²⁴ + 1000) is a little more than that
+def test_unlikely_tokens_are_told_apart() -> None:
+    """One of weight 1, and 64 of 1.1 · 2⁻²⁶: float32 tells no sums closer than 2⁻²³ apart."""
+    logits = torch.tensor([[1.0] + 64 * [1.1 * 2.0**-26]]).log()
+    chosen, _ = choose(logits, torch.tensor([1 - 2.0**-24]), 1.0)
+    assert int(chosen) == 61  # 64 · 1.1 − 4 = 66.4 is above 60 · 1.1, and not above 61 · 1.1
 
 
 @pytest.mark.parametrize(("name", "value"), [("SEQUENCES", 1), ("SEQUENCES", 2), ("CACHE_BYTES", 1)])
