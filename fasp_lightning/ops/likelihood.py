@@ -46,6 +46,36 @@ def next_token_nll(logits: Tensor, input_ids: Tensor, mask: Tensor | None = None
     return nll, tokens
 
 
+def next_token_nll_gradient(logits: Tensor, input_ids: Tensor, mask: Tensor | None = None) -> Tensor:
+    """∂ NLL / ∂ logits of :func:`next_token_nll`.
+
+    Autograd over all the logits would keep a float32 softmax as large as they are; here it goes piece by piece.
+
+    Args:
+        logits: As in :func:`next_token_nll`; whether they require gradients does not matter.
+        input_ids: As there.
+        mask: As there.
+
+    Returns:
+        (batch, seq, vocabulary) gradient in the dtype of the logits, zero where nothing is predicted.
+
+    Raises:
+        ValueError: If the shapes don't match.
+    """
+    _check_shapes(logits, input_ids, mask)
+    gradient = torch.zeros_like(logits, requires_grad=False)
+    positions = max(1, CHUNK_ELEMENTS // max(1, logits.shape[2]))
+    for row in range(logits.shape[0]):
+        for start in range(0, logits.shape[1] - 1, positions):
+            # one position more, for its target: it predicts nothing in this piece, and is the next one's first
+            piece = slice(row, row + 1), slice(start, start + positions + 1)
+            leaf = logits[piece].detach().requires_grad_()
+            with torch.enable_grad():
+                nll, _ = next_token_nll(leaf, input_ids[piece], None if mask is None else mask[piece])
+            gradient[piece] = torch.autograd.grad(nll, leaf)[0]
+    return gradient
+
+
 def _check_shapes(logits: Tensor, input_ids: Tensor, mask: Tensor | None) -> None:
     if logits.ndim != 3 or input_ids.shape != logits.shape[:2]:
         raise ValueError(

@@ -29,3 +29,21 @@ def magnitude_score(weight: Tensor) -> Tensor:
         (n,) scores in float64.
     """
     return weight.abs().sum(0, dtype=torch.float64)
+
+
+def fisher_score(inputs: Tensor, gradients: Tensor) -> Tensor:
+    """Loss sensitivity of a column, s_j = Σ_t (x_tj · ∂L/∂x_tj)² (Fisher pruning; Theis et al., 2018).
+
+    A factor is what the loss L changes by, to first order, when the column's input at token t goes; the squares are
+    summed since such changes cancel out in their plain sum. A column that is scaled up against smaller weights keeps
+    its score.
+
+    Args:
+        inputs: (tokens, n) consumer inputs X, any floating dtype.
+        gradients: (tokens, n) ∂L/∂X. 16-bit values are multiplied, and summed up, in float32.
+
+    Returns:
+        (n,) scores in float64.
+    """
+    wide = torch.promote_types(inputs.dtype, torch.float32)
+    return (inputs.to(wide) * gradients).square().sum(0).double()

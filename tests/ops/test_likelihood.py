@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from fasp_lightning.ops import likelihood
-from fasp_lightning.ops.likelihood import next_token_nll
+from fasp_lightning.ops.likelihood import next_token_nll, next_token_nll_gradient
 
 BATCH, SEQ_LEN, VOCABULARY = 3, 7, 11
 
@@ -86,6 +86,27 @@ def test_no_second_copy_of_the_logits_is_made(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(torch.nn.functional, "cross_entropy", spy)
     next_token_nll(*random_case(torch.bfloat16))
     assert max(sizes) == 2 * VOCABULARY
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("elements", [1, 3 * VOCABULARY, 2**24])
+def test_gradient_is_that_of_the_sum(dtype: torch.dtype, elements: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A padded row, one with a hole, one that is all padding; under ``no_grad``, as the engine calls it."""
+    logits, input_ids = random_case(dtype)
+    mask = torch.tensor([[0, 0, 1, 1, 1, 1, 1], [1, 1, 0, 1, 1, 1, 0], [0] * SEQ_LEN])
+    leaf = logits.clone().requires_grad_()
+    next_token_nll(leaf, input_ids, mask)[0].backward()
+    monkeypatch.setattr(likelihood, "CHUNK_ELEMENTS", elements)
+    with torch.no_grad():
+        found = next_token_nll_gradient(logits, input_ids, mask)
+    assert found.dtype == dtype
+    torch.testing.assert_close(found, leaf.grad)
+    assert not found[mask == 0].any()
+
+
+def test_gradient_of_one_token_is_zero() -> None:
+    logits, input_ids = random_case()
+    assert not next_token_nll_gradient(logits[:, :1], input_ids[:, :1]).any()
 
 
 @pytest.mark.parametrize("shape", [(BATCH, SEQ_LEN + 1), (SEQ_LEN,)])

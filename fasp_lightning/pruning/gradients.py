@@ -1,0 +1,132 @@
+"""What a backward pass says at the consumers' inputs, summed up on the way."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fasp_lightning.ops.scores import fisher_score
+from fasp_lightning.structure.pair import ResolvedPair
+
+
+class ConsumerScores:
+    """Loss sensitivity of the columns of many consumers, summed up while forward and backward passes run.
+
+    The sums are float64, on the device of the inputs.
+    """
+
+    def __init__(self) -> None:
+        self._scores: dict[str, Tensor] = {}
+        self._inputs: dict[str, Tensor] = {}  # plain sums: not finite iff an input was not
+
+    @contextmanager
+    def recording(self, pairs: Iterable[ResolvedPair], mask: Tensor | None, weight: float) -> Iterator[None]:
+        """One forward and one backward pass; an input is freed as soon as the backward pass has come to it.
+
+        Args:
+            pairs: Whose consumers take part.
+            mask: (tokens,) true where a token is real, or ``None`` if all are.
+            weight: How much each token counts.
+        """
+
+        def take(layer: str, inputs: Tensor, gradients: Tensor) -> None:
+            rows, slopes = _real(inputs, mask), _real(gradients, mask)
+            _add(self._scores, layer, weight * fisher_score(rows, slopes))
+            _add(self._inputs, layer, rows.sum(dtype=torch.float32).double())
+
+        handles = [pair.consumer.register_forward_pre_hook(_watcher(layer_of(pair), take)) for pair in pairs]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def add(self, other: ConsumerScores) -> None:
+        """Take over the sums of another one."""
+        for mine, more in ((self._scores, other._scores), (self._inputs, other._inputs)):
+            for layer, value in more.items():
+                _add(mine, layer, value)
+
+    def columns(self, pairs: Iterable[ResolvedPair]) -> list[Tensor]:
+        """The (columns left,) float64 sums of some pairs, on the CPU.
+
+        Args:
+            pairs: In the order of the forward pass.
+
+        Raises:
+            ValueError: If no gradient came, or an input or a gradient was not finite; the message names the layer.
+        """
+        layers = [layer_of(pair) for pair in pairs]
+        for layer in layers:
+            if layer not in self._scores:
+                raise ValueError(
+                    f"the loss must depend on the input of {layer}, got no gradient there; score with 'wanda' instead"
+                )
+        # trouble spreads forwards from an activation, and backwards from a gradient: the first one is named
+        _require_finite("activations", self._inputs, layers)
+        _require_finite("gradients", self._scores, layers[::-1])
+        return [self._scores[layer].cpu() for layer in layers]
+
+
+def _watcher(
+    layer: str, take: Callable[[str, Tensor, Tensor], None]
+) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+    """A hook before a consumer's forward: it keeps the input until its gradient comes, and hands both on."""
+
+    def watch(_: nn.Module, args: tuple[Any, ...]) -> None:
+        # detached: a tensor of the graph would hold itself, through the hook, for ever
+        kept = [args[0].detach()]
+        args[0].register_hook(lambda gradient: take(layer, kept.pop(), gradient))
+
+    return watch
+
+
+def _real(tensor: Tensor, mask: Tensor | None) -> Tensor:
+    """(tokens, n) rows of the real tokens: at padding, 0 · Inf of a gradient and an activation would be NaN."""
+    rows = tensor.reshape(-1, tensor.shape[-1])
+    return rows if mask is None else rows[mask.to(rows.device)]
+
+
+def _add(sums: dict[str, Tensor], layer: str, value: Tensor) -> None:
+    sums[layer] = sums[layer] + value if layer in sums else value
+
+
+def _require_finite(name: str, sums: dict[str, Tensor], layers: list[str]) -> None:
+    for layer in layers:
+        if not sums[layer].isfinite().all():
+            raise ValueError(
+                f"{name} must be finite, got NaN or Inf at the input of {layer}; "
+                "check the checkpoint, or run the model in float32 or bfloat16"
+            )
+
+
+def layer_of(pair: ResolvedPair) -> str:
+    """Path of a pair's consumer in the model."""
+    return f"{pair.name}.{pair.spec.consumer}"
+
+
+@contextmanager
+def frozen(model: nn.Module) -> Iterator[None]:
+    """No parameter requires gradients; those that did do so again afterwards, whatever happens."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    try:
+        for parameter in trained:
+            parameter.requires_grad_(False)
+        yield
+    finally:
+        for parameter in trained:
+            parameter.requires_grad_(True)
+
+
+@contextmanager
+def requiring_gradients(embeddings: nn.Module) -> Iterator[None]:
+    """Its outputs require gradients, so that all that follows has some, though no parameter does."""
+    handle = embeddings.register_forward_hook(lambda module, args, output: output.requires_grad_())
+    try:
+        yield
+    finally:
+        handle.remove()
