@@ -22,6 +22,9 @@ def consumer_columns(layout: PairLayout, units: Iterable[int]) -> list[int]:
     """Consumer columns that ``units`` feed, by counting: heads of a KV group stand side by side."""
     if layout.kind == "ffn":
         return sorted(units)
+    if layout.kind == "groups":
+        span = layout.repeats * layout.head_size
+        return sorted(unit * span + column for unit in units for column in range(span))
     size = layout.width // layout.groups
     return sorted(
         (unit // size * layout.repeats + head) * size + unit % size
@@ -93,10 +96,15 @@ def reference(model: nn.Module, batches: list[Any], config: PruningConfig) -> li
             weight = consumer_weight(model, index, pair.consumer)
             inputs = consumer_inputs(model, consumer, batches)
             groups, repeats = 1, width.columns // width.original
-            if pair.kind == "value":
+            if width.kind == "value":
                 groups = model.config.num_attention_heads // repeats
             scores = weight.double().abs().sum(0) * inputs.norm(dim=0)
-            layout = PairLayout(pair.kind, width.original, groups, repeats, None, ())
+            layout = PairLayout(width.kind, width.original, groups, repeats, None, ())
+            if width.kind == "groups":  # all columns of a group stand side by side
+                scores, repeats = scores.reshape(width.original, repeats).sum(1), 1
+                heads = model.config.num_attention_heads // width.original
+                rows = width.original * (heads + 2) * width.head_size
+                layout = PairLayout("groups", width.original, 1, heads, None, (rows,))
             units = best_units(scores, groups, repeats, width.after // groups)
             _restore(consumer, weight, inputs, consumer_columns(layout, units), config)
             kept[index][pair.consumer] = units

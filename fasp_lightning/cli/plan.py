@@ -52,9 +52,9 @@ def _print_sizes(job: PruneJob, setup: Setup) -> None:
          percent(widths.sparsity), ""),
         ("sparsity of all parameters", percent(total), percent(widths.sparsity_total), ""),
     ]  # fmt: skip
-    cache = before.kv_bytes_per_token
-    if cache is not None:  # values are scattered to their full width, so the cache keeps its size
-        rows.insert(4, row(f"KV cache per token in {dtype}", cache, cache, _kilo))
+    cache, cache_after = before.kv_bytes_per_token, after.kv_bytes_per_token
+    if cache is not None and cache_after is not None:
+        rows.insert(4, row(f"KV cache per token in {dtype}", cache, cache_after, _kilo))
     kind = f"{setup.config.model_type}, attention {widths.attention}, form {setup.form}"
     table(f"{setup.source.name} ({kind})", ("", "before", "after", "change"), rows)
 

@@ -157,7 +157,7 @@ def _widths(widths: WidthPlan) -> Iterator[str]:
 
 def _cut(model: Any, widths: WidthPlan) -> None:
     """Give the model the widths; which units stay does not matter for shapes."""
-    pairs = resolve_pruned(model)
+    pairs = resolve_pruned(model, kv_groups=widths.attention == "kv_groups")
     for block, planned in zip(pairs, widths.pairs, strict=True):
         for pair, width in zip(block, planned, strict=True):
             pair.cut(pair.kept[: width.after])

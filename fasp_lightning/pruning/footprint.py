@@ -28,7 +28,7 @@ class Footprint:
         parameters: All parameters; tied ones count once.
         weight_bytes: Their size in the model's dtype.
         flops_per_token: Floating-point operations of its matrices for one token, 2 per parameter of the
-            blocks' linear layers and of the head. Attention over the context comes on top, unchanged.
+            blocks' linear layers and of the head. Attention over the context comes on top.
         kv_bytes_per_token: KV cache of one token; ``None`` if the family's row has no value pair.
     """
 
@@ -72,15 +72,15 @@ def footprints(model: Any, widths: WidthPlan, bytes_per_value: int) -> tuple[Foo
     """
     head = model.get_output_embeddings()
     head_parameters = 0 if head is None else head.weight.numel()
-    values = [pair.original for block in widths.pairs for pair in block if pair.kind == "value"]
-    # keys are as wide as values; cut values are scattered to their full width, so the cache keeps its size
-    cache = 2 * sum(values) * bytes_per_value if values else None
+    pairs = [pair for block in widths.pairs for pair in block]
 
-    def of(parameters: int) -> Footprint:
+    def of(parameters: int, cached: int) -> Footprint:
         linear = widths.linear_parameters - (widths.original_parameters - parameters)
-        return Footprint(parameters, parameters * bytes_per_value, 2 * (linear + head_parameters), cache)
+        flops = 2 * (linear + head_parameters)
+        return Footprint(parameters, parameters * bytes_per_value, flops, cached * bytes_per_value or None)
 
-    return of(widths.parameters_before), of(widths.parameters_after)
+    before = of(widths.parameters_before, sum(pair.cached(pair.before) for pair in pairs))
+    return before, of(widths.parameters_after, sum(pair.cached(pair.after) for pair in pairs))
 
 
 def peak_memory_estimate(

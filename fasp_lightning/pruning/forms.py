@@ -28,7 +28,8 @@ class Loader(NamedTuple):
 def choose_form(form: str, spec: ArchitectureSpec, kinds: set[str]) -> str:
     """The form to save in.
 
-    * ``stock``: the FFN width, one for all blocks, stands in the config; loads with ``AutoModelForCausalLM``.
+    * ``stock``: the FFN width, one for all blocks, and the number of heads stand in the config; loads with
+      ``AutoModelForCausalLM``.
     * ``compact``: small on disk whatever was cut; loads with :func:`~fasp_lightning.load_pruned` alone.
     * ``zero_filled``: value pairs (and FFNs of a fixed width) in their original shapes, FFNs of different widths as
       wide as the widest, zeros where units are gone; loads with ``AutoModelForCausalLM``, saves nothing there.
@@ -57,7 +58,7 @@ def _obstacle(spec: ArchitectureSpec, kinds: set[str]) -> str | None:
     if "ffn" in kinds and spec.width_field is None:
         return "the FFN width is fixed in the model's code"
     if "uneven" in kinds:
-        return "blocks have different FFN widths, and its config holds one"
+        return "blocks have different FFN widths, and the config holds one for all"
     return None
 
 
@@ -108,6 +109,8 @@ def loaders_for(form: str, spec: ArchitectureSpec, kinds: set[str]) -> list[Load
 def _stock_shapes(spec: ArchitectureSpec, kinds: set[str]) -> str:
     """How stock code comes by the shapes of a saved model."""
     parts = []
+    if "groups" in kinds:
+        parts.append("head counts and head size in the config")
     if "value" in kinds:
         parts.append("original V/O shapes, zeros where dims are gone")
     if "ffn" in kinds and spec.width_field is None:

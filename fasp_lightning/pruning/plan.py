@@ -13,7 +13,7 @@ from fasp_lightning.structure.pair import ResolvedPair
 from fasp_lightning.structure.registry import spec_for
 from fasp_lightning.structure.resolve import Kept, resolve
 from fasp_lightning.structure.spec import ArchitectureSpec
-from fasp_lightning.structure.stock import stock_fields
+from fasp_lightning.structure.stock import groups_obstacle, stock_fields
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -60,9 +60,12 @@ class PruningPlan:
 
     @property
     def kinds(self) -> set[str]:
-        """Kinds of the pairs that are cut, and ``"uneven"`` if blocks have different FFN widths."""
+        """Kinds of the pairs that are cut, and ``"uneven"`` if blocks have different FFN widths.
+
+        Different numbers of KV groups count as well; they are left when a pruning fails half-way.
+        """
         kinds = {layout.kind for layout, _ in self.widths.values()}
-        uneven = any(layout.kind == "ffn" and len(set(units)) > 1 for layout, units in self.widths.values())
+        uneven = any(layout.kind != "value" and len(set(units)) > 1 for layout, units in self.widths.values())
         return kinds | {"uneven"} if uneven else kinds
 
     def to_dict(self) -> dict[str, Any]:
@@ -123,10 +126,33 @@ def plan_of(model: PreTrainedModel) -> PruningPlan | None:
     return getattr(model, "fasp_plan", None)
 
 
-def resolve_pruned(model: PreTrainedModel, spec: ArchitectureSpec | None = None) -> list[list[ResolvedPair]]:
-    """The pairs of a model that may carry a plan."""
-    plan = plan_of(model)
-    return resolve(model, spec or spec_for(model), plan.cuts() if plan else None)
+def resolve_pruned(model: PreTrainedModel, *, kv_groups: bool = False) -> list[list[ResolvedPair]]:
+    """The pairs of a model that may carry a plan.
+
+    Args:
+        model: A causal LM.
+        kv_groups: Let whole KV groups be the units of the attention; they are in any case where some are cut.
+
+    Raises:
+        ValueError: If a path or shape does not fit, or value dims are cut where KV groups are asked for.
+    """
+    plan, spec = plan_of(model), spec_for(model)
+    kinds = plan.kinds if plan else set()
+    if kv_groups:
+        _require_groups(model, spec, kinds)
+    return resolve(model, spec, plan.cuts() if plan else None, kv_groups or "groups" in kinds)
+
+
+def _require_groups(model: PreTrainedModel, spec: ArchitectureSpec, kinds: set[str]) -> None:
+    obstacle = groups_obstacle(spec, model.config)
+    if obstacle:
+        reason = f"attention='kv_groups' cannot be used with {model.config.model_type}: {obstacle}"
+        raise ValueError(f"{reason}; use 'value_dims' or 'none'")
+    if "value" in kinds:
+        raise ValueError(
+            "attention='kv_groups' cannot follow 'value_dims' on the same model, whose heads are no longer whole; "
+            "go on with 'value_dims' or 'none', or prune the original model"
+        )
 
 
 def record_plan(model: PreTrainedModel, pairs: list[list[ResolvedPair]]) -> PruningPlan:
@@ -172,7 +198,7 @@ def apply_plan(model: PreTrainedModel, plan: PruningPlan, *, wrap: bool = True) 
     Raises:
         ValueError: If the plan belongs to another family or to other shapes, or keeps a unit that is gone.
     """
-    pairs = resolve_pruned(model)
+    pairs = resolve_pruned(model, kv_groups="groups" in plan.kinds)
     wanted = targets(model, pairs, plan)
     for pair, kept in wanted:  # all are checked before the first is cut
         if not torch.isin(kept, pair.kept).all():
@@ -196,13 +222,25 @@ def conform(model: PreTrainedModel, plan: PruningPlan | None) -> PreTrainedModel
         ValueError: If the plan belongs to another family or to other shapes.
     """
     plan = plan or PruningPlan(model.config.model_type, tuple({} for _ in resolve_pruned(model)))
-    pairs = resolve_pruned(model)
+    _change_units(model, plan)
+    pairs = resolve_pruned(model, kv_groups="groups" in plan.kinds)
     for pair, kept in targets(model, pairs, plan):
         if not torch.isin(kept, pair.kept).all():
             pair.widen()
         pair.cut(kept)
     record_plan(model, pairs)
     return model
+
+
+def _change_units(model: PreTrainedModel, plan: PruningPlan) -> None:
+    """Give a model its whole attention back, if it is cut in other units than the plan's."""
+    present, other = plan_of(model), "value" if "groups" in plan.kinds else "groups"
+    if present is None or other not in present.kinds:
+        return
+    pairs = resolve_pruned(model)
+    for pair in (pair for block in pairs for pair in block if pair.spec.inside_attention):
+        pair.widen()
+    record_plan(model, pairs)
 
 
 def targets(

@@ -96,7 +96,7 @@ class FASPPruner:
         """
         widths = plan_widths(model, self.config)
         report = PruningReport.of_widths(widths, self.config.to_dict())
-        pairs = resolve_pruned(model)
+        pairs = resolve_pruned(model, kv_groups=widths.attention == "kv_groups")
         _require_weights(model)
         device = torch.device(self.config.device) if self.config.device else _device_of(pairs)
         if widths.parameters_after == widths.parameters_before:
@@ -229,14 +229,14 @@ class _Run:
         return torch.searchsorted(pair.layout.columns(pair.kept), pair.layout.columns(units)).to(self.device)
 
     def _select(self, pair: ResolvedPair, width: PairWidth, statistics: GramStatistics) -> Tensor:
-        """Units to keep, in original numbering; a value dim's score is the sum over the columns it feeds."""
+        """Units to keep, in original numbering; a unit's score is the sum over the columns it feeds."""
         norms = statistics.norms()
         if self.config.score == "wanda":
             scores = wanda_score(pair.weight, norms)
         else:
             scores = magnitude_score(pair.weight) * (norms > 0)  # a dead column goes first, whatever its weights
         groups = pair.layout.groups
-        scores = scores.reshape(groups, pair.layout.repeats, -1).sum(1).reshape(-1).cpu()
+        scores = pair.layout.unit_scores(scores, pair.kept)
         return pair.kept[select_columns(scores, width.after // groups, groups)]
 
 

@@ -65,7 +65,7 @@ class BlockReplay:
         tap = self._attention_stand_in(sample)
         if tap is not None:
             assert self.attention is not None
-            if pair.spec.kind == "value":  # the recorder must stand inside the tapped original
+            if pair.spec.inside_attention:  # the recorder must stand inside the tapped original
                 replacements |= self._skipped(pair)
             replacements[self.attention] = tap
         with self.watch.phase("forward"):
@@ -74,7 +74,7 @@ class BlockReplay:
             output = first(tap.value)
             sample.form = form(tap.value)
             # zero almost everywhere: most attention modules add nothing to what their consumer returns
-            empty = pair.spec.kind == "value" and not output.any()
+            empty = pair.spec.inside_attention and not output.any()
             sample.attention = None if empty else self.store.put(output)
             tap.value = None
 
@@ -104,8 +104,8 @@ class BlockReplay:
         return fixed
 
     def finish(self, pair: ResolvedPair, kept: Tensor, samples: list[Sample]) -> None:
-        """After the cut: apply the consumer to what was recorded (a value pair's now, an FFN's in ``advance``)."""
-        if pair.spec.kind == "ffn":
+        """After the cut: apply the consumer to what was recorded (an attention's now, an FFN's in ``advance``)."""
+        if not pair.spec.inside_attention:
             self._ffn, self._ffn_kept = pair, kept
             return
         for sample in samples:

@@ -12,6 +12,7 @@ from fasp_lightning.structure.layout import PairLayout
 from fasp_lightning.structure.linears import linear_parameters, parameter_count
 from fasp_lightning.structure.pair import ResolvedPair
 from fasp_lightning.structure.registry import spec_for
+from fasp_lightning.structure.stock import accepts, stock_fields
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -19,16 +20,17 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class PairWidth:
-    """Width of one pair, in units (hidden units of the FFN, value dims over all KV heads).
+    """Width of one pair, in units (hidden units of the FFN, value dims over all KV heads, or KV groups).
 
     Attributes:
         layer: Path of the consumer, from the causal LM.
-        kind: ``"ffn"`` or ``"value"``.
+        kind: ``"ffn"``, ``"value"`` or ``"groups"``.
         original: Units of the original model.
         before: Units before this pruning.
         after: Units after it.
         columns: Columns of the consumer before this pruning: the size of its gram matrix.
         cost: Parameters that go with one unit.
+        head_size: Size of the attention heads, 0 for an FFN.
     """
 
     layer: str
@@ -38,6 +40,13 @@ class PairWidth:
     after: int
     columns: int
     cost: int
+    head_size: int
+
+    def cached(self, units: int) -> int:
+        """Entries of one token in the KV cache when so many units are left."""
+        if self.kind == "value":  # cut values are scattered to their full width, which is that of the keys
+            return 2 * self.original
+        return 2 * units * self.head_size
 
 
 @dataclass(frozen=True)
@@ -50,7 +59,7 @@ class WidthPlan:
         original_parameters: All parameters of the original model; tied ones count once.
         parameters_before: All parameters before this pruning.
         parameters_after: All parameters after it.
-        attention: ``"value_dims"`` or ``"none"``, as decided.
+        attention: ``"value_dims"``, ``"kv_groups"`` or ``"none"``, as decided.
         allocation: As asked. With ``"adaptive"`` the widths of single blocks are not known before calibration, and
             ``pairs`` are the uniform ones of the same sum.
     """
@@ -87,16 +96,17 @@ def plan_widths(model: PreTrainedModel, config: PruningConfig) -> WidthPlan:
 
     P_all counts the blocks' linear parameters, c_p the parameters of one unit of pair p. R = sparsity · P_all and
     r = R / Σ n_p c_p over the pairs to be pruned. Value pairs lose round(r · head size) dims in each KV head, or that
-    share of all dims with ``head_balance="free"``; the FFN pair takes up what is left of the block's share, to the
-    nearest column and then to the nearest multiple.
+    share of all dims with ``head_balance="free"``; of KV groups as many go as are nearest to r. The FFN pair takes up
+    what is left of the block's share, to the nearest column and then to the nearest multiple.
 
     Args:
         model: A causal LM, pruned before or not; sparsity counts from the original.
         config: ``sparsity``, ``attention``, ``head_balance``, ``allocation`` and ``multiple_of`` are read.
 
     Raises:
-        ValueError: If the sparsity cannot be reached with queries and keys kept (the message gives the highest
-            that can), lies below what is pruned already, or ``multiple_of`` exceeds the FFN width.
+        ValueError: If the sparsity cannot be reached with what is to be kept (the message gives the highest that
+            can), lies below what is pruned already, ``multiple_of`` exceeds the FFN width, or ``attention`` does not
+            fit the family or what was cut before.
     """
     plan = _plan(model, config)
     gone = plan.original_parameters > plan.parameters_before
@@ -123,13 +133,15 @@ def present_widths(model: PreTrainedModel) -> WidthPlan:
 
 
 def _plan(model: PreTrainedModel, config: PruningConfig) -> WidthPlan:
-    pairs = resolve_pruned(model)
+    pairs = resolve_pruned(model, kv_groups=config.attention == "kv_groups")
     attention = _decide_attention(pairs, config.attention)
-    pruned = {"ffn", "value"} if attention == "value_dims" else {"ffn"}
+    pruned = {"value_dims": {"ffn", "value"}, "kv_groups": {"ffn", "groups"}, "none": {"ffn"}}[attention]
+    counts = _group_counts(model, pairs) if attention == "kv_groups" else []
     gone = sum(_removed(pair) for block in pairs for pair in block)
     total = linear_parameters(model, spec_for(model)) + gone
-    share = _share(pairs, pruned, config, total)
-    widths = tuple(tuple(_block_widths(block, pruned, share, config)) for block in pairs)
+    share = _share(pairs, pruned, config, total, counts)
+    groups = _groups_left(pairs[0], counts, share, config) if counts else 0
+    widths = tuple(tuple(_block_widths(block, pruned, share, config, groups)) for block in pairs)
     parameters = parameter_count(model)
     newly = sum((pair.before - pair.after) * pair.cost for block in widths for pair in block)
     return WidthPlan(widths, total, parameters + gone, parameters, parameters - newly, attention, config.allocation)
@@ -137,6 +149,11 @@ def _plan(model: PreTrainedModel, config: PruningConfig) -> WidthPlan:
 
 def _decide_attention(pairs: list[list[ResolvedPair]], attention: str) -> str:
     value = [pair for block in pairs for pair in block if pair.spec.kind == "value"]
+    if attention == "value_dims" and any(pair.spec.kind == "groups" for pair in pairs[0]):
+        raise ValueError(
+            "attention='value_dims' cannot follow 'kv_groups' on the same model, whose plan counts in KV groups; "
+            "go on with 'kv_groups' or 'none', or prune the original model"
+        )
     if attention == "value_dims" and not value:
         raise ValueError(
             "attention='value_dims' needs a value pair in the architecture's row, which has none; use 'none'"
@@ -146,17 +163,52 @@ def _decide_attention(pairs: list[list[ResolvedPair]], attention: str) -> str:
     return attention
 
 
+def _group_counts(model: PreTrainedModel, pairs: list[list[ResolvedPair]]) -> list[int]:
+    """Numbers of KV groups that the model's config can hold, ascending, the present one last."""
+    spec, attention = spec_for(model), [pair for block in pairs for pair in block if pair.spec.kind == "groups"]
+    layout, left = attention[0].layout, max(pair.kept.numel() for pair in attention)
+    fewer = [count for count in range(1, left) if accepts(model.config, stock_fields(spec, layout, count))]
+    return [*fewer, left]
+
+
+def _groups_left(block: list[ResolvedPair], counts: list[int], share: float, config: PruningConfig) -> int:
+    """The number of KV groups nearest to their share with which the FFN can take up the rest of a block's."""
+    wanted = share * sum(pair.layout.width * pair.column_cost for pair in block)
+    groups = next(pair for pair in block if pair.spec.kind == "groups")
+    found = []
+    for count in counts:
+        rest = wanted - (groups.layout.width - count) * groups.column_cost
+        lowest, highest = -0.5, math.inf  # without an FFN, nothing takes up the rest
+        for ffn in (pair for pair in block if pair.spec.kind == "ffn"):
+            lowest, highest = -ffn.column_cost / 2, (ffn.layout.width - config.multiple_of) * ffn.column_cost
+        if rest <= highest and (rest >= lowest or count == counts[-1]):
+            found.append(count)
+    if not found:
+        raise ValueError(
+            f"sparsity must be one that whole KV groups and the FFN make up together, got {config.sparsity}: stock "
+            f"code can hold {', '.join(map(str, counts))} of {groups.layout.width} groups; use 'value_dims' or 'none'"
+        )
+    return min(found, key=lambda count: (abs(count - (1 - share) * groups.layout.width), -count))
+
+
 def _removed(pair: ResolvedPair) -> int:
     return (pair.layout.width - pair.kept.numel()) * pair.column_cost
 
 
-def _share(pairs: list[list[ResolvedPair]], pruned: set[str], config: PruningConfig, total: int) -> float:
+def _share(
+    pairs: list[list[ResolvedPair]], pruned: set[str], config: PruningConfig, total: int, counts: list[int]
+) -> float:
     """r = R / Σ n_p c_p: the fraction that each pair to be pruned loses; below 1, since each keeps something."""
-    cut = [pair for block in pairs for pair in block if pair.spec.kind in pruned]
-    removable = sum((pair.layout.width - _least(pair, config.multiple_of)) * pair.column_cost for pair in cut)
+    removable = sum(
+        (pair.layout.width - _least(pair, config, counts)) * pair.column_cost
+        if pair.spec.kind in pruned
+        else _removed(pair)
+        for block in pairs
+        for pair in block
+    )
     if config.sparsity * total > removable:
         highest = math.floor(removable / total * 1e4) / 1e4
-        kept = "queries and keys" if "value" in pruned else "the attention"
+        kept = "queries and keys" if "value" in pruned else f"{counts[0]} KV groups" if counts else "the attention"
         raise ValueError(f"sparsity must be at most {highest} with {kept} kept, got {config.sparsity}")
     sizes = [sum(pair.layout.width * pair.column_cost for pair in block if pair.spec.kind in pruned) for block in pairs]
     return _level(config.sparsity * total, sizes, [sum(map(_removed, block)) for block in pairs])
@@ -174,33 +226,33 @@ def _level(wanted: float, sizes: list[int], gone: list[int]) -> float:
         blocks -= beyond
 
 
-def _least(pair: ResolvedPair, multiple_of: int) -> int:
+def _least(pair: ResolvedPair, config: PruningConfig, counts: list[int]) -> int:
     """Fewest units that are left: one value dim in each KV head, one step of the FFN width."""
     if pair.spec.kind == "value":
         return pair.layout.groups
-    if multiple_of > pair.layout.width:
-        raise ValueError(f"multiple_of must be at most the FFN width {pair.layout.width}, got {multiple_of}")
-    return multiple_of
+    if pair.spec.kind == "groups":
+        return counts[0]
+    if config.multiple_of > pair.layout.width:
+        raise ValueError(f"multiple_of must be at most the FFN width {pair.layout.width}, got {config.multiple_of}")
+    return config.multiple_of
 
 
 def _block_widths(
-    block: list[ResolvedPair], pruned: set[str], share: float, config: PruningConfig
+    block: list[ResolvedPair], pruned: set[str], share: float, config: PruningConfig, groups: int
 ) -> list[PairWidth]:
     wanted = share * sum(pair.layout.width * pair.column_cost for pair in block if pair.spec.kind in pruned)
     widths = []
-    for pair in block:  # value before ffn: the FFN takes up what is left
-        before = pair.kept.numel()
-        if pair.spec.kind == "value":
-            left = pair.layout.width
-            if "value" in pruned:
-                left -= _value_dims(pair.layout, share, config.head_balance)
-        else:
+    for pair in block:  # the FFN is the last: it takes up what is left
+        kind, layout, before = pair.spec.kind, pair.layout, pair.kept.numel()
+        left = layout.width
+        if kind == "ffn":
             left = _ffn_width(pair, wanted, config.multiple_of)
+        elif kind in pruned:
+            left = groups if kind == "groups" else left - _value_dims(layout, share, config.head_balance)
         left = min(left, before)
-        wanted -= (pair.layout.width - left) * pair.column_cost
-        name = f"{pair.name}.{pair.spec.consumer}"
-        cost = pair.column_cost
-        widths.append(PairWidth(name, pair.spec.kind, pair.layout.width, before, left, pair.columns, cost))
+        wanted -= (layout.width - left) * pair.column_cost
+        name, cost = f"{pair.name}.{pair.spec.consumer}", pair.column_cost
+        widths.append(PairWidth(name, kind, layout.width, before, left, pair.columns, cost, layout.head_size))
     return widths
 
 

@@ -106,7 +106,17 @@ def replace_module(root: nn.Module, path: str, module: nn.Module) -> None:
 
 def set_features(linear: nn.Module, inputs: int, outputs: int) -> None:
     """Make the width attributes of a linear module agree with its weight again, whatever its class calls them."""
-    for names, value in ((("in_features", "nx"), inputs), (("out_features", "nf"), outputs)):
-        for name in names:
-            if hasattr(linear, name):
-                setattr(linear, name, value)
+    _set(linear, ("in_features", "nx"), inputs)
+    _set(linear, ("out_features", "nf"), outputs)
+
+
+def set_heads(attention: nn.Module, heads: int, kv_heads: int) -> None:
+    """Make the head counts of an attention module agree with its projections again, where it holds them."""
+    _set(attention, ("num_heads", "num_attention_heads"), heads)
+    _set(attention, ("num_key_value_heads", "num_kv_heads"), kv_heads)
+
+
+def _set(module: nn.Module, names: tuple[str, ...], value: int) -> None:
+    for name in names:
+        if hasattr(module, name):
+            setattr(module, name, value)

@@ -12,13 +12,14 @@ from torch import Tensor
 class PairLayout:
     """Numbering of one pair, always in that of the original model.
 
-    A *unit* is what is removed at a time: a hidden unit of the FFN, or a value dim of one KV head.
+    A *unit* is what is removed at a time: a hidden unit of the FFN, a value dim of one KV head, or a KV group, that
+    is, a whole KV head with its query heads.
 
     Attributes:
-        kind: ``"ffn"`` or ``"value"``.
+        kind: ``"ffn"``, ``"value"`` or ``"groups"``.
         width: Number of units of the original pair.
-        groups: KV heads for value pairs, 1 for an FFN. Any units of each can be left.
-        repeats: Consumer columns a unit feeds: query heads per KV head, 1 for an FFN.
+        groups: KV heads that value dims are divided among, any of which can be left; 1 for other pairs.
+        repeats: Query heads per KV head, 1 for an FFN.
         fused: Layout of the producers, see :class:`~fasp_lightning.structure.spec.CoupledPair`.
         producer_rows: Rows of each original producer.
     """
@@ -35,15 +36,45 @@ class PairLayout:
         """Units in a group: the head size for value pairs."""
         return self.width // self.groups
 
+    @property
+    def head_size(self) -> int:
+        """Size of the attention heads; 0 for an FFN, which has none."""
+        if self.kind == "groups":  # the producers are all queries, keys and values
+            return sum(self.producer_rows) // (self.width * (self.repeats + 2))
+        return self.size if self.kind == "value" else 0
+
     def columns(self, units: Tensor) -> Tensor:
         """Ascending consumer columns that are fed by ``units``."""
+        if self.kind == "groups":
+            return _spans(units, self.repeats * self.head_size)
         group, dim = units // self.size, units % self.size
         heads = group.unsqueeze(0) * self.repeats + torch.arange(self.repeats, device=units.device).unsqueeze(1)
         return (heads * self.size + dim).reshape(-1).sort().values
 
+    def units_of(self, columns: Tensor) -> Tensor:
+        """Inverse of :meth:`columns`: the unit that feeds each column."""
+        if self.kind == "groups":
+            return columns // (self.repeats * self.head_size)
+        return columns // self.size // self.repeats * self.size + columns % self.size
+
+    def unit_scores(self, scores: Tensor, kept: Tensor) -> Tensor:
+        """Score of each unit left: the sum over the columns it feeds.
+
+        Args:
+            scores: (columns left,) column scores.
+            kept: (m,) ascending units left.
+
+        Returns:
+            (m,) scores, on the CPU: sums there do not depend on the order in which threads come.
+        """
+        owners = torch.searchsorted(kept, self.units_of(self.columns(kept)))
+        return torch.zeros(kept.numel(), dtype=scores.dtype).index_add(0, owners, scores.cpu())
+
     def unit_rows(self, producer: int, units: Tensor) -> Tensor:
         """Rows of one producer that make ``units``."""
         rows = self.producer_rows[producer]
+        if self.kind == "groups":
+            return torch.cat([start + _spans(units, size) for start, size in self._spans_of(rows)])
         if self.fused == "interleaved":  # (group, queries of the group + key + value, head size)
             group, dim = units // self.size, units % self.size
             return (group * (self.repeats + 2) + self.repeats + 1) * self.size + dim
@@ -53,8 +84,20 @@ class PairLayout:
         return (parts.unsqueeze(1) + units).reshape(-1)
 
     def rows(self, producer: int, kept: Tensor) -> Tensor:
-        """Ascending rows of one producer that are left when only the units ``kept`` are; queries and keys stay."""
+        """Ascending rows of one producer that are left when only the units ``kept`` are; rows of no unit stay."""
         left = torch.ones(self.producer_rows[producer], dtype=torch.bool, device=kept.device)
         left[self.unit_rows(producer, torch.arange(self.width, device=kept.device))] = False
         left[self.unit_rows(producer, kept)] = True
         return left.nonzero().squeeze(1)
+
+    def _spans_of(self, rows: int) -> list[tuple[int, int]]:
+        """Where a producer's rows of KV groups start, and how many each group has there, one entry a part."""
+        if self.fused != "concatenated":
+            return [(0, rows // self.width)]
+        size, queries = self.head_size, self.width * self.repeats * self.head_size
+        return [(0, self.repeats * size), (queries, size), (queries + self.width * size, size)]
+
+
+def _spans(units: Tensor, size: int) -> Tensor:
+    """Positions of units that have ``size`` neighbouring ones each."""
+    return (units.unsqueeze(1) * size + torch.arange(size, device=units.device)).reshape(-1)

@@ -17,6 +17,7 @@ from fasp_lightning.structure.compact import (
     inner,
     replace_module,
     set_features,
+    set_heads,
 )
 from fasp_lightning.structure.layout import PairLayout
 from fasp_lightning.structure.spec import CoupledPair
@@ -106,8 +107,8 @@ class ResolvedPair:
     @property
     def column_cost(self) -> int:
         """Parameters that go with one unit: its consumer columns, and its producer rows with their bias entries."""
-        cost = self.outputs * self.layout.repeats
         unit = torch.zeros(1, dtype=torch.long)
+        cost = self.outputs * self.layout.columns(unit).numel()
         for index, producer in enumerate(self.producers):
             rows = self.layout.unit_rows(index, unit).numel()
             cost += rows * (shape_of(producer, self.transposed)[1] + (getattr(producer, "bias", None) is not None))
@@ -168,8 +169,8 @@ class ResolvedPair:
             replace_module(self.block, path, inner(self.block.get_submodule(path)))
 
     def wrap(self) -> None:
-        """Put a cut value pair behind its run-time modules; an FFN, cut on both sides, needs none."""
-        if self.spec.kind == "ffn":
+        """Put a cut value pair behind its run-time modules; other pairs, narrower on all sides, need none."""
+        if self.spec.kind != "value":
             return
         consumer = self.consumer
         columns = self.layout.columns(self.kept).to(consumer.weight.device)
@@ -199,6 +200,10 @@ class ResolvedPair:
             for adapter in adapters_of(path, linear):
                 set_features(linear, inputs, outputs)
                 adapter.first.in_features, adapter.second.out_features = inputs, outputs
+        if self.spec.kind == "groups":
+            groups = self.columns // (self.layout.repeats * self.layout.head_size)
+            attention = self.block.get_submodule(self.spec.consumer.rpartition(".")[0])
+            set_heads(attention, groups * self.layout.repeats, groups)
 
 
 def shape_of(linear: nn.Linear, transposed: bool) -> tuple[int, int]:

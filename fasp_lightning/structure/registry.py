@@ -6,10 +6,12 @@ from typing import Any
 
 from fasp_lightning.structure.spec import ArchitectureSpec, CoupledPair
 
+_QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+
 _LLAMA = ArchitectureSpec(
     layers="model.layers",
     pairs=(
-        CoupledPair("self_attn.o_proj", producers=("self_attn.v_proj",), kind="value"),
+        CoupledPair("self_attn.o_proj", producers=("self_attn.v_proj",), kind="value", groups=_QKV),
         CoupledPair("mlp.down_proj", producers=("mlp.gate_proj", "mlp.up_proj"), kind="ffn"),
     ),
 )
@@ -33,14 +35,20 @@ _REGISTRY: dict[str, ArchitectureSpec] = {
     "phi": ArchitectureSpec(
         layers="model.layers",
         pairs=(
-            CoupledPair("self_attn.dense", producers=("self_attn.v_proj",), kind="value"),
+            CoupledPair("self_attn.dense", producers=("self_attn.v_proj",), kind="value", groups=_QKV),
             CoupledPair("mlp.fc2", producers=("mlp.fc1",), kind="ffn"),
         ),
     ),
     "phi3": ArchitectureSpec(
         layers="model.layers",
         pairs=(
-            CoupledPair("self_attn.o_proj", ("self_attn.qkv_proj",), kind="value", fused="concatenated"),
+            CoupledPair(
+                "self_attn.o_proj",
+                producers=("self_attn.qkv_proj",),
+                kind="value",
+                fused="concatenated",
+                groups=("self_attn.qkv_proj",),
+            ),
             CoupledPair("mlp.down_proj", ("mlp.gate_up_proj",), kind="ffn", fused="concatenated"),
         ),
     ),

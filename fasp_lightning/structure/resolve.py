@@ -33,7 +33,7 @@ def find_blocks(model: nn.Module, spec: ArchitectureSpec) -> nn.ModuleList:
 
 
 def resolve(
-    model: nn.Module, spec: ArchitectureSpec, cuts: Sequence[Kept] | None = None
+    model: nn.Module, spec: ArchitectureSpec, cuts: Sequence[Kept] | None = None, kv_groups: bool = False
 ) -> list[list[ResolvedPair]]:
     """Find the pairs of every block, and check their shapes against the model's config.
 
@@ -41,6 +41,7 @@ def resolve(
         model: A causal LM, on any device, ``meta`` included.
         spec: Its row.
         cuts: What was cut before, one mapping a block.
+        kv_groups: Let whole KV groups be the units of the attention, instead of value dims.
 
     Returns:
         For each block its pairs, in the order of the forward pass.
@@ -50,11 +51,12 @@ def resolve(
     """
     blocks = find_blocks(model, spec)
     heads = getattr(model.config, "num_attention_heads", None)
+    pairs = [pair.whole_groups() if kv_groups and pair.kind == "value" else pair for pair in spec.pairs]
     resolved = []
     for index, block in enumerate(blocks):
         name = f"{spec.layers}.{index}"
         before = cuts[index] if cuts else {}
-        resolved.append([_resolve_pair(block, name, pair, spec.transposed, heads, before) for pair in spec.pairs])
+        resolved.append([_resolve_pair(block, name, pair, spec.transposed, heads, before) for pair in pairs])
     return resolved
 
 
@@ -89,13 +91,17 @@ def _fresh_layout(
     if not isinstance(heads, int) or columns % heads:
         raise ValueError(f"{name}: num_attention_heads must divide its {columns} columns, got {heads}")
     size = columns // heads
-    groups = rows[0] // size if pair.fused is None else (rows[0] // size - heads) // 2
-    whole = size * (groups if pair.fused is None else heads + 2 * groups)
-    if groups < 1 or heads % groups or rows[0] != whole:
+    groups = rows[-1] // size if pair.fused is None else (rows[0] // size - heads) // 2
+    made = [groups] if pair.kind == "value" else [heads, groups, groups]  # heads that each producer makes
+    if pair.fused is not None:
+        made = [heads + 2 * groups]
+    if groups < 1 or heads % groups or list(rows) != [size * count for count in made]:
         raise ValueError(
             f"{name}: {heads} query heads of size {size} must divide evenly among its KV heads, "
-            f"got {groups} of them in {rows[0]} producer rows"
+            f"got {groups} of them in {', '.join(map(str, rows))} producer rows"
         )
+    if pair.kind == "groups":
+        return PairLayout("groups", groups, 1, heads // groups, pair.fused, rows)
     return PairLayout("value", groups * size, groups, heads // groups, pair.fused, rows)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-KINDS = ("ffn", "value")
+KINDS = ("ffn", "value", "groups")
 LAYOUTS = (None, "concatenated", "interleaved")
 
 
@@ -15,27 +15,47 @@ class CoupledPair:
     Attributes:
         consumer: Path of the consumer linear inside the block, for example ``"mlp.down_proj"``.
         producers: Paths of the producer linears inside the block.
-        kind: ``"ffn"`` (one hidden unit a column) or ``"value"`` (value dims; with grouped-query attention one
-            value row feeds a column of each query head of its group).
+        kind: ``"ffn"`` (one hidden unit a column), ``"value"`` (value dims; with grouped-query attention one
+            value row feeds a column of each query head of its group) or ``"groups"`` (whole KV heads with their
+            query heads; made from a value pair by :meth:`whole_groups`, never part of a row).
         fused: How a fused producer holds its parts: ``None`` (not fused), ``"concatenated"`` (gate | up, or
             q | k | v one behind the other) or ``"interleaved"`` (each KV head's queries, key and value together).
+        groups: Of a value pair, the paths of queries, keys and values in this order (one path if they are fused),
+            if whole KV heads can go. Leave it out where stock code takes hidden_size / num_attention_heads for the
+            head size, since it cannot have fewer heads then, and where heads differ by their number, as with ALiBi.
     """
 
     consumer: str
     producers: tuple[str, ...]
     kind: str
     fused: str | None = None
+    groups: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "producers", tuple(self.producers))
+        object.__setattr__(self, "groups", tuple(self.groups))
         if self.kind not in KINDS:
             raise ValueError(f"kind must be one of {KINDS}, got {self.kind!r}")
         if self.fused not in LAYOUTS:
             raise ValueError(f"fused must be one of {LAYOUTS}, got {self.fused!r}")
         if not self.producers:
             raise ValueError(f"producers of {self.consumer!r} must name at least one linear layer, got none")
-        if self.fused == "interleaved" and self.kind != "value":
+        if self.fused == "interleaved" and self.kind == "ffn":
             raise ValueError(f"fused='interleaved' is a layout of value pairs, got kind={self.kind!r}")
+        if self.groups and (self.kind != "value" or len(self.groups) != (1 if self.fused else 3)):
+            raise ValueError(
+                "groups must be the paths of queries, keys and values of a value pair, or the one path of their fused "
+                f"projection, got {self.groups} of a pair of kind {self.kind!r}, fused {self.fused!r}"
+            )
+
+    @property
+    def inside_attention(self) -> bool:
+        """Whether the consumer is part of the attention module."""
+        return self.kind != "ffn"
+
+    def whole_groups(self) -> CoupledPair:
+        """The pair of the same consumer whose units are whole KV heads with their query heads."""
+        return CoupledPair(self.consumer, self.groups, "groups", self.fused)
 
 
 @dataclass(frozen=True)
@@ -62,6 +82,8 @@ class ArchitectureSpec:
         kinds = [pair.kind for pair in self.pairs]
         if not kinds or any(kinds.count(kind) > 1 for kind in kinds):
             raise ValueError(f"pairs must hold one pair of a kind, at least one in all, got kinds {kinds}")
+        if "groups" in kinds:
+            raise ValueError("pairs must be of kinds 'value' and 'ffn'; whole KV groups go into a value pair's groups")
         if kinds == ["ffn", "value"]:
             raise ValueError("pairs must be in the order of the forward pass: value before ffn")
         if self.attention is None:

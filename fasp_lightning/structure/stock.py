@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from fasp_lightning.structure.layout import PairLayout
 from fasp_lightning.structure.spec import ArchitectureSpec
 
@@ -19,4 +21,33 @@ def stock_fields(spec: ArchitectureSpec, layout: PairLayout, units: int) -> dict
     """
     if layout.kind == "ffn" and spec.width_field is not None:
         return {spec.width_field: units}
+    if layout.kind == "groups":  # the head size would otherwise be taken from the number of heads
+        heads = {"num_attention_heads": units * layout.repeats, "num_key_value_heads": units}
+        return {**heads, "head_dim": layout.head_size}
     return {}
+
+
+def accepts(config: Any, fields: dict[str, int]) -> bool:
+    """Whether a config's class takes these values; some want the number of heads to divide the hidden size."""
+    try:
+        type(config).from_dict({**config.to_dict(), **fields})
+    except Exception:  # config classes raise whatever their validators do
+        return False
+    return True
+
+
+def groups_obstacle(spec: ArchitectureSpec, config: Any) -> str | None:
+    """Why stock code could not hold a model with fewer KV groups, or ``None`` if it can.
+
+    Args:
+        spec: The family's row.
+        config: The model's config.
+    """
+    value = [pair for pair in spec.pairs if pair.kind == "value"]
+    if not value:
+        return "its row has no value pair"
+    if not value[0].groups:
+        return "its stock code ties the size or the position bias of a head to the number of heads"
+    if getattr(config, "qk_layernorm", False):
+        return "qk_layernorm has norms of hidden_size / num_attention_heads"
+    return None

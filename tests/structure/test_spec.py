@@ -31,6 +31,9 @@ def test_lists_become_tuples_so_that_rows_can_be_hashed() -> None:
         ({"fused": "stacked"}, r"fused must be one of .*'concatenated'.* got 'stacked'"),
         ({"producers": ()}, r"producers of 'fc2' must name at least one linear layer, got none"),
         ({"fused": "interleaved"}, r"fused='interleaved' is a layout of value pairs, got kind='ffn'"),
+        ({"groups": ("q", "k", "v")}, r"groups must be .* of a value pair, .* kind 'ffn'"),
+        ({"kind": "value", "groups": ("q", "k")}, r"groups must be the paths of queries, keys and values"),
+        ({"kind": "value", "fused": "concatenated", "groups": ("q", "k", "v")}, r"the one path of their fused"),
     ],
 )
 def test_bad_pair_is_refused(changes: dict[str, Any], error: str) -> None:
@@ -44,6 +47,7 @@ def test_bad_pair_is_refused(changes: dict[str, Any], error: str) -> None:
         ((), {}, r"pairs must hold .* at least one in all, got kinds \[\]"),
         ((FFN, FFN), {}, r"one pair of a kind.* got kinds \['ffn', 'ffn'\]"),
         ((FFN, VALUE), {}, "value before ffn"),
+        ((CoupledPair("o_proj", ("q_proj",), "groups"), FFN), {}, "whole KV groups go into a value pair's groups"),
         (
             (VALUE, FFN),
             {"attention": "attn"},
