@@ -72,9 +72,7 @@ class ConsumerScores:
         return [self._scores[layer].cpu() for layer in layers]
 
 
-def _watcher(
-    layer: str, take: Callable[[str, Tensor, Tensor], None]
-) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+def _watcher(layer: str, take: Callable[[str, Tensor, Tensor], None]) -> Callable[[nn.Module, tuple[Any, ...]], None]:
     """A hook before a consumer's forward: it keeps the input until its gradient comes, and hands both on."""
 
     def watch(_: nn.Module, args: tuple[Any, ...]) -> None:

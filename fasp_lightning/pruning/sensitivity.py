@@ -160,7 +160,9 @@ class _Passes:
         for index in reversed(range(len(self.pairs))):
             with placed(self.pairs[index][0].block, self.store.device):
                 for number, sample in enumerate(samples):
-                    slopes[number] = self._block(index, sample, inputs[number].pop(), slopes[number])
+                    gradient = self._block(index, sample, inputs[number].pop(), slopes[number])
+                    if index:  # what is before the blocks is not asked for
+                        slopes[number] = self.store.put(gradient)
                     self._tick(index)
 
     def _head(self, samples: list[Sample], outputs: list[Stored], returned: Any) -> list[Stored]:
@@ -180,11 +182,11 @@ class _Passes:
                         last.value = with_first(returned, hidden[rows])
                     self._backward(input_ids, mask)
                 self.store.drop(output)
-                slopes.append(self._gradient(hidden))
+                slopes.append(self.store.put(_gradient(hidden)))
         return slopes
 
-    def _block(self, index: int, sample: Sample, stored: Stored, slopes: Stored) -> Stored:
-        """From ∂L/∂ of a block's output to that of its input, which is dropped."""
+    def _block(self, index: int, sample: Sample, stored: Stored, slopes: Stored) -> Tensor:
+        """From ∂L/∂ of a block's output to that of its input; both are dropped."""
         hidden = self.store.get(stored).detach().requires_grad_()
         pairs = self.pairs[index]
         with self.scores.recording(pairs, sample.mask, sample.weight):
@@ -194,11 +196,12 @@ class _Passes:
         self.store.drop(slopes)
         if index:  # the first block's input is the sample's
             self.store.drop(stored)
-        return self._gradient(hidden)
+        return _gradient(hidden)
 
-    def _gradient(self, leaf: Tensor) -> Stored:
-        assert leaf.grad is not None
-        return self.store.put(leaf.grad)
+
+def _gradient(leaf: Tensor) -> Tensor:
+    assert leaf.grad is not None
+    return leaf.grad
 
 
 def _pieces(sample: Sample) -> Iterator[tuple[slice, Tensor, Tensor | None]]:

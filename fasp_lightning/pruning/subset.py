@@ -29,7 +29,7 @@ def spread_samples(samples: list[Sample], tokens: int, processes: Processes | No
         kinds[sample.weight].append(index)
     whole = _tokens_by_kind(samples, processes)
     total = max(1, sum(whole.values()))
-    taken = sorted(index for indices in kinds.values() for index in _spread(indices, -(-len(indices) * tokens // total)))
+    taken = sorted(index for kind in kinds.values() for index in _spread(kind, -(-len(kind) * tokens // total)))
     chosen = [samples[index] for index in taken]
     part = _tokens_by_kind(chosen, processes)
     return [

@@ -17,9 +17,7 @@ def rows(seed: int) -> torch.Tensor:
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_fisher_score_is_the_sum_of_squared_products(dtype: torch.dtype) -> None:
     inputs, gradients = rows(0).to(dtype), rows(1).to(dtype)
-    expected = [
-        sum((float(inputs[t, j]) * float(gradients[t, j])) ** 2 for t in range(TOKENS)) for j in range(WIDTH)
-    ]
+    expected = [sum((float(inputs[t, j]) * float(gradients[t, j])) ** 2 for t in range(TOKENS)) for j in range(WIDTH)]
     found = fisher_score(inputs, gradients)
     assert found.dtype == torch.float64
     assert found.tolist() == pytest.approx(expected, rel=1e-14 if dtype == torch.float64 else 1e-6)

@@ -1,0 +1,68 @@
+"""Loss sensitivity of tiny models, and the naive way to it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import pytest
+import torch
+from oracle import consumer_columns
+from tiny_pruning import calibration
+from torch import Tensor, nn
+
+from fasp_lightning import spec_for
+from fasp_lightning.pruning.capture import capture
+from fasp_lightning.pruning.plan import resolve_pruned
+from fasp_lightning.pruning.sensitivity import fisher_scores
+from fasp_lightning.pruning.standins import evaluating
+from fasp_lightning.pruning.store import TensorStore
+
+WAYS = pytest.mark.parametrize("whole", [True, False], ids=["whole", "blocks"])
+Scores = list[list[Tensor]]
+
+
+def scores(model: Any, batches: Iterable[Any] | None = None, device: str = "cpu", **options: Any) -> Scores:
+    """As the engine asks for them."""
+    with evaluating(model), TensorStore("cpu", torch.device(device)) as store:
+        samples = capture(model, spec_for(model), batches or calibration(2), None, store)
+        return fisher_scores(model, resolve_pruned(model), samples, store, **options)
+
+
+def assert_close(found: Scores, expected: Scores, rtol: float = 1e-4) -> None:
+    for block, wanted in zip(found, expected, strict=True):
+        for score, target in zip(block, wanted, strict=True):
+            assert score.dtype == torch.float64
+            torch.testing.assert_close(score, target.double(), rtol=rtol, atol=rtol * 1e-3 * float(target.max()))
+
+
+def naive(model: Any, batches: list[Any]) -> Scores:
+    """Every gradient that autograd can give is kept, and the loss is written out; weights train."""
+    pairs, found = resolve_pruned(model), {}
+    for batch in batches:
+        kept, handles = {}, []
+        for i, block in enumerate(pairs):
+            for j, pair in enumerate(block):
+
+                def keep(_: nn.Module, args: Any, key: Any = (i, j), kept: Any = kept) -> None:
+                    args[0].retain_grad()
+                    kept[key] = args[0]
+
+                handles.append(pair.consumer.register_forward_pre_hook(keep))
+        given = {"input_ids": batch} if isinstance(batch, Tensor) else batch
+        log_p = model(**given, use_cache=False).logits.double().log_softmax(-1)
+        ids, mask = given["input_ids"], given.get("attention_mask", torch.ones_like(given["input_ids"])).bool()
+        losses = -log_p[:, :-1].gather(-1, ids[:, 1:, None]).squeeze(-1)
+        losses[mask[:, 1:] & mask[:, :-1]].sum().backward()
+        for key, inputs in kept.items():
+            products = (inputs * inputs.grad).detach().double().reshape(mask.numel(), -1)[mask.reshape(-1)]
+            found[key] = found.get(key, 0) + products.square().sum(0)
+        for handle in handles:
+            handle.remove()
+    return [[_units(pair, found[i, j]) for j, pair in enumerate(block)] for i, block in enumerate(pairs)]
+
+
+def _units(pair: Any, columns: Tensor) -> Tensor:
+    left = consumer_columns(pair.layout, pair.kept.tolist())
+    fed = [[left.index(c) for c in consumer_columns(pair.layout, [unit])] for unit in pair.kept.tolist()]
+    return torch.stack([columns[index].sum() for index in fed])
