@@ -12,6 +12,7 @@ from fasp_lightning.cli.errors import UsageError, is_user_error, one_line
 
 COMMANDS = {
     "prune": "prune a model and save it",
+    "sweep": "prune a model to several sparsities, with one table and one picture",
     "plan": "say what a pruning would give; reads no weights",
     "evaluate": "perplexity of a model, and tasks of the evaluation harness",
     "fit": "train a model, and prune it on the way",

@@ -75,17 +75,17 @@ def announce(job: PruneJob, setup: Setup, calibration: Text, evaluation: list[Te
     )
     if job.output_dir is None:
         note("output_dir is null: the pruned model will not be saved")
-    if missing := missing_domain(_domains(job, calibration, evaluation)):
+    if missing := missing_domain(domains_of(job, calibration, evaluation)):
         note(missing)
 
 
 def load_home(job: PruneJob, setup: Setup) -> Any:
     """The model, on the compute device if it has room for it, else on the CPU."""
     note("loading the weights")
-    return load(job.model, setup.config, setup.dtype, _home(setup))
+    return load(job.model, setup.config, setup.dtype, home(setup))
 
 
-def _home(setup: Setup) -> torch.device:
+def home(setup: Setup) -> torch.device:
     """An accelerator keeps the whole model if as much room again is left for the work on it."""
     if setup.device.type != "cuda":
         return setup.device
@@ -135,7 +135,7 @@ def prune_measured(
         report = FASPPruner(setup.pruning).prune(model, calibration.batches, progress=progress)
     after = measure(model, evaluation, "pruned")
     plain = _unrestored(model, again(), evaluation) if job.compares else [None] * len(evaluation)
-    domains = _domains(job, calibration, evaluation)
+    domains = domains_of(job, calibration, evaluation)
     names = [text.name for text in evaluation]
     report.evaluation = [TextReport(*row) for row in zip(names, domains, before, after, plain, strict=True)]
     if message := restoration_warning(report.evaluation):
@@ -156,7 +156,7 @@ def _unrestored(pruned: Any, model: Any, texts: list[Text]) -> list[PerplexityRe
     return measure(apply_plan(model, plan), texts, "nothing restored")
 
 
-def _domains(job: PruneJob, calibration: Text, evaluation: list[Text]) -> list[str]:
+def domains_of(job: PruneJob, calibration: Text, evaluation: list[Text]) -> list[str]:
     """Whether each text comes from the calibration's source; the one that `other_text` names is not of its kind."""
     domains = [domain_of(text.config, [calibration.config]) for text in evaluation]
     return domains if job.other_text is None else [*domains[:-1], OTHER]
