@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 import fasp_lightning
 
@@ -59,17 +59,6 @@ def digest_of_tokens(batches: Iterable[Tensor]) -> str:
     total = hashlib.sha256()
     for batch in batches:
         total.update(str(tuple(batch.shape)).encode() + batch.numpy().tobytes())
-    return total.hexdigest()[:16]
-
-
-def digest_of_weights(model: nn.Module) -> str:
-    """What stands for the model: every value of it."""
-    import torch
-
-    total = hashlib.sha256()
-    for name, value in model.state_dict().items():
-        plain = value.detach().cpu().contiguous().reshape(-1)
-        total.update(f"{name}{tuple(value.shape)}{value.dtype}".encode() + plain.view(torch.uint8).numpy().tobytes())
     return total.hexdigest()[:16]
 
 

@@ -23,12 +23,13 @@ from typing import Any
 
 import torch
 import transformers
-from cells import Cells, digest_of_code, digest_of_tokens, digest_of_weights
+from cells import Cells, digest_of_code, digest_of_tokens
 from methods import METHODS, own_tokens, prune, settings
 from tables import Cell, markdown, picture, rows_of
 from torch import Tensor, nn
 
 from fasp_lightning.cli.checks import overlap
+from fasp_lightning.pruning.id_cache import fingerprint
 from fasp_lightning.pruning.loading import load_model, load_tokenizer
 from fasp_lightning.pruning.perplexity import measure_perplexity
 from fasp_lightning.pruning.text import TextConfig, describe, for_role, token_batches
@@ -70,7 +71,7 @@ class Benchmark:
         self.dense = load_model(args.model, dtype=args.dtype, device=args.device)
         self.common = {
             "model": plain_name(args.model),
-            "weights": digest_of_weights(self.dense),
+            "weights": fingerprint(self.dense),
             "dtype": str(self.dense.dtype).removeprefix("torch."),
             "device": self.dense.device.type,
             "evaluation": {name: digest_of_tokens(batches) for name, batches in self.texts.items()},
