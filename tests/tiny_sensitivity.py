@@ -22,11 +22,13 @@ WAYS = pytest.mark.parametrize("whole", [True, False], ids=["whole", "blocks"])
 Scores = list[list[Tensor]]
 
 
-def scores(model: Any, batches: Iterable[Any] | None = None, device: str = "cpu", **options: Any) -> Scores:
+def scores(
+    model: Any, batches: Iterable[Any] | None = None, device: str = "cpu", kv_groups: bool = False, **options: Any
+) -> Scores:
     """As the engine asks for them."""
     with evaluating(model), TensorStore("cpu", torch.device(device)) as store:
         samples = capture(model, spec_for(model), batches or calibration(2), None, store)
-        return fisher_scores(model, resolve_pruned(model), samples, store, **options)
+        return fisher_scores(model, resolve_pruned(model, kv_groups=kv_groups), samples, store, **options)
 
 
 def assert_close(found: Scores, expected: Scores, rtol: float = 1e-4) -> None:
@@ -36,9 +38,9 @@ def assert_close(found: Scores, expected: Scores, rtol: float = 1e-4) -> None:
             torch.testing.assert_close(score, target.double(), rtol=rtol, atol=rtol * 1e-3 * float(target.max()))
 
 
-def naive(model: Any, batches: list[Any]) -> Scores:
+def naive(model: Any, batches: list[Any], kv_groups: bool = False) -> Scores:
     """Every gradient that autograd can give is kept, and the loss is written out; weights train."""
-    pairs, found = resolve_pruned(model), {}
+    pairs, found = resolve_pruned(model, kv_groups=kv_groups), {}
     for batch in batches:
         kept, handles = {}, []
         for i, block in enumerate(pairs):

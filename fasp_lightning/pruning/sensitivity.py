@@ -73,27 +73,11 @@ def fisher_scores(
         if left:
             work.block_by_block(left)
         columns = iter(work.scores.columns(work.flat))
-        scores = [[unit_scores(pair, next(columns)) for pair in block] for block in pairs]
+        scores = [[pair.layout.unit_scores(next(columns), pair.kept) for pair in block] for block in pairs]
     for block in scores:
         for score in block:
             processes.add(score)
     return scores
-
-
-def unit_scores(pair: ResolvedPair, columns: Tensor) -> Tensor:
-    """Sum the scores of the consumer columns that each unit feeds.
-
-    Args:
-        pair: The pair.
-        columns: (columns left,) scores, on the CPU.
-
-    Returns:
-        (units left,) scores.
-    """
-    layout = pair.layout
-    column = layout.columns(pair.kept)
-    unit = column // (layout.repeats * layout.size) * layout.size + column % layout.size
-    return columns.new_zeros(pair.kept.numel()).index_add_(0, torch.searchsorted(pair.kept, unit), columns)
 
 
 class _Passes:

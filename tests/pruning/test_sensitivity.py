@@ -24,6 +24,12 @@ def test_scores_are_the_definition(name: str, whole: bool) -> None:
     assert_close(scores(tiny_model(name), whole=whole), naive(tiny_model(name), calibration(2)))
 
 
+@WAYS
+def test_score_of_a_kv_group_is_that_of_all_its_columns(whole: bool) -> None:
+    model = tiny_model("llama-gqa")
+    assert_close(scores(model, kv_groups=True, whole=whole), naive(model, calibration(2), kv_groups=True))
+
+
 @pytest.mark.parametrize(
     ("family", "attention"), [(name, attention) for name, tiny in TINY.items() for attention in tiny.attention]
 )
