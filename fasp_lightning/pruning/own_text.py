@@ -158,9 +158,7 @@ def share_weight(share: float, calibration: float, tokens: int) -> float:
     return share / (1 - share) * calibration / tokens
 
 
-def mixed(
-    batches: Iterable[Any], own: list[Tensor], share: float, processes: Processes | None = None
-) -> list[Any] | list[Tensor]:
+def mixed(batches: Iterable[Any], own: list[Tensor], share: float, processes: Processes | None = None) -> list[Any]:
     """Calibration batches, and after them own text with the weight that gives it its share.
 
     Args:
@@ -175,7 +173,7 @@ def mixed(
         RuntimeError: If another process raised an error.
     """
     if share == 1:
-        return own
+        return list(own)
     processes = processes or Processes()
     with processes.together():
         given = list(batches)

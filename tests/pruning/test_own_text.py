@@ -109,15 +109,23 @@ def test_unlikely_tokens_are_told_apart() -> None:
     assert int(chosen) == 61  # 64 · 1.1 − 4 = 66.4 is above 60 · 1.1, and not above 61 · 1.1
 
 
-@pytest.mark.parametrize(("name", "value"), [("SEQUENCES", 1), ("SEQUENCES", 2), ("CACHE_BYTES", 1)])
-def test_batching_changes_nothing(name: str, value: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = tiny_model("llama")
+@pytest.mark.parametrize(
+    ("name", "value", "at_once"),
+    [
+        ("SEQUENCES", 1, {1}),
+        ("SEQUENCES", 4, {3, 2}),  # not 4 and 1
+        ("CACHE_BYTES", 1, {1}),
+        ("CACHE_BYTES", 2 * 20 * 2 * 2 * 2 * 8 * 4, {2, 1}),  # two times 20 tokens, in 2 blocks, of 2 heads
+    ],
+)
+def test_batching_changes_nothing(name: str, value: int, at_once: set[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model("llama-gqa")
     whole = sampled(model)
     sizes: set[int] = set()
     monkeypatch.setattr(sampling, name, value)
     model.lm_head.register_forward_pre_hook(lambda module, args: sizes.add(len(args[0])))
     assert torch.equal(sampled(model), whole)
-    assert max(sizes) == value
+    assert sizes == at_once
 
 
 def test_batches_hold_all_sequences() -> None:

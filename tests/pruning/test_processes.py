@@ -13,6 +13,7 @@ from tiny import tiny_model
 from tiny_pruning import calibration
 
 from fasp_lightning import FASPPruner, PruningConfig, PruningPlan
+from fasp_lightning.pruning.own_text import OwnTextConfig, own_text
 from fasp_lightning.pruning.processes import Processes
 
 Found = Callable[[str], list[dict[str, Any]]]
@@ -63,6 +64,7 @@ def test_each_pair_is_solved_once(family: str, found: Found) -> None:
         ("nothing", 1, "ValueError: batches must hold at least one calibration batch"),
         ("breaks", 1, "OSError: disk gone"),
         ("solver", 0, "RuntimeError: no solution"),
+        ("own", 1, "ValueError: the logits must be finite to sample own text"),
     ],
 )
 def test_error_in_one_process_ends_both(case: str, culprit: int, message: str, found: Found) -> None:
@@ -70,6 +72,34 @@ def test_error_in_one_process_ends_both(case: str, culprit: int, message: str, f
     own, other = processes[culprit]["message"], processes[1 - culprit]["message"]
     assert own.startswith(message)
     assert other == f"RuntimeError: process {culprit} stopped with {own}"
+
+
+def test_processes_write_together_what_one_does(found: Found) -> None:
+    config = OwnTextConfig(tokens=5 * 20, seq_len=20)
+    whole = torch.cat(own_text(tiny_model("opt"), config))
+    for rank, process in enumerate(found("own")):
+        for case in process["written"]:  # sampled, put into a cache, and read from it
+            assert torch.equal(torch.cat(case), whole[rank::2])
+        assert process["files"] == 1
+
+
+def test_own_text_has_its_share_over_all_processes(found: Found) -> None:
+    weights = set()
+    for process in found("own"):
+        own = [batch for batch in process["batches"] if isinstance(batch, dict) and "weight" in batch]
+        weights |= {batch["weight"] for batch in own}
+        assert len(own) == 1
+    calibrated = 3 * 80 - 9  # one of three batches is padded
+    (weight,) = weights
+    assert 100 * weight == pytest.approx(0.4 * (100 * weight + calibrated))
+
+
+def test_each_process_must_have_own_text() -> None:
+    class Six(Processes):
+        count = 6
+
+    with pytest.raises(ValueError, match="each of 6 processes a sequence of 20, got 100"):
+        own_text(tiny_model("opt"), OwnTextConfig(tokens=100, seq_len=20), Six())
 
 
 def test_blocks_done_before_an_error_stay_pruned(found: Found) -> None:

@@ -9,6 +9,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +20,14 @@ from tiny_pruning import calibration
 
 from fasp_lightning import FASPPruner, PruningConfig
 from fasp_lightning.pruning import pruner
+from fasp_lightning.pruning.own_text import OwnTextConfig, mixed, own_text
 from fasp_lightning.pruning.processes import Processes
 
 CONFIG = PruningConfig(0.2, attention="value_dims")
 FAMILIES = ("llama-gqa", "opt")
+
+
+OWN = OwnTextConfig(tokens=5 * 20, seq_len=20, share=0.4)
 
 
 def uneven(rank: int) -> list[Any]:
@@ -60,6 +65,7 @@ def main(folder: Path) -> None:
         found |= {"plan": model.fasp_plan.to_json() if hasattr(model, "fasp_plan") else None}
         torch.save(found | {"weights": model.state_dict()}, folder / f"{case}-{rank}.pt")
 
+    write(folder, rank)
     for family in FAMILIES:
         prune(family, uneven, family)
     prune("token", out_of_range)
@@ -68,6 +74,24 @@ def main(folder: Path) -> None:
     pruner.restore_pair = failing_late(pruner.restore_pair)
     prune("solver", lambda rank: calibration())
     dist.destroy_process_group()
+
+
+def write(folder: Path, rank: int) -> None:
+    """Own text without a cache, into one and from it, mixed with the calibration text; and a model that cannot."""
+    processes = Processes.everyone()
+    caches = (None, str(folder / "cache"), str(folder / "cache"))
+    written = [own_text(tiny_model("opt"), replace(OWN, cache_dir=cache), processes) for cache in caches]
+    batches = mixed(uneven(rank), written[0], OWN.share, processes)
+    broken = tiny_model("opt")
+    if rank == 1:
+        broken.model.decoder.final_layer_norm.weight.data.fill_(float("nan"))
+    try:
+        own_text(broken, OWN, processes)
+        message = ""
+    except Exception as error:
+        message = f"{type(error).__name__}: {error}"
+    found = {"written": written, "batches": batches, "message": message, "files": len(list(folder.glob("cache/*")))}
+    torch.save(found, folder / f"own-{rank}.pt")
 
 
 @contextmanager
