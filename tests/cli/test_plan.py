@@ -48,6 +48,16 @@ def test_70b_config_needs_no_weights(fasp, large: Path) -> None:
     assert re.search(r"hidden states and consumer inputs .* 2\.75 GiB", outcome.out)  # 32768 · (2 · 8192 + 28672) · 2
 
 
+def test_fewer_kv_groups_show_in_widths_and_cache(fasp, large: Path) -> None:
+    groups = ("--pruning.attention", "kv_groups", "--pruning.sparsity", 0.3)
+    outcome = fasp("plan", "--model.name_or_path", large, "--device", "cpu", "--dtype", "bf16", *groups)
+    assert outcome.code == 0
+    assert re.search(r"KV cache per token in bfloat16 .* 327\.7 kB .* 163\.8 kB", outcome.out)
+    assert re.search(r"sparsity of the blocks, 30\.00 % asked .* 30\.00 %", outcome.out)
+    assert re.search(r"o_proj .* groups .* 80 .* 8 .* 4 ", outcome.out)  # 6 · 8 query heads do not divide 8192
+    assert re.search(r"transformers AutoModelForCausalLM .* yes .* head counts and head size", outcome.out)
+
+
 def test_plan_loads_no_heavy_library(large: Path) -> None:
     code = (
         "import sys; from fasp_lightning.cli.main import main; "
@@ -58,12 +68,15 @@ def test_plan_loads_no_heavy_library(large: Path) -> None:
     assert (done.returncode, done.stderr) == (0, "")
 
 
-@pytest.mark.parametrize("name", ["opt", "llama-gqa", "phi3", "gpt2", "bloom"])
-def test_plan_agrees_with_the_pruning(prune, tiny_folder, tmp_path: Path, name: str) -> None:
+VALUE_DIMS = [(name, "value_dims") for name in ("opt", "llama-gqa", "phi3", "gpt2", "bloom")]
+
+
+@pytest.mark.parametrize(("name", "attention"), [*VALUE_DIMS, ("phi3", "kv_groups")])
+def test_plan_agrees_with_the_pruning(prune, tiny_folder, tmp_path: Path, name: str, attention: str) -> None:
     folder = tiny_folder(name)
-    job = PruneJob(ModelConfig(str(folder)), PruningConfig(0.25, attention="value_dims"), device="cpu")
+    job = PruneJob(ModelConfig(str(folder)), PruningConfig(0.35, attention=attention), device="cpu")
     planned = set_up(job).widths
-    prune(folder, "--pruning.sparsity", 0.25, "--pruning.attention", "value_dims", "--evaluation", "[]")
+    prune(folder, "--pruning.sparsity", 0.35, "--pruning.attention", attention, "--evaluation", "[]")
     report = json.loads((tmp_path / "pruned" / "fasp_report.json").read_text())
     assert planned.parameters_after == report["parameters_after"]
     assert planned.sparsity == report["sparsity"]
@@ -80,6 +93,15 @@ def test_plan_of_a_pruned_folder_starts_from_what_is_left(prune, fasp, tiny_fold
     assert outcome.code == 0
     assert "already pruned" in outcome.err
     assert re.search(rf"parameters .* {report['parameters_after']:,} ", outcome.out)
+
+
+def test_size_of_different_ffn_widths_is_at_most_that_of_the_original_ones(tiny_folder) -> None:
+    model = ModelConfig(str(tiny_folder("llama")))
+    pruning = PruningConfig(0.2, attention="none", allocation="adaptive")
+    setups = {form: set_up(PruneJob(model, pruning, form=form, device="cpu")) for form in ("auto", "compact")}
+    assert setups["auto"].form == "zero_filled"
+    assert setups["auto"].stored_bytes == 4 * setups["auto"].widths.parameters_before
+    assert setups["compact"].stored_bytes == 4 * setups["compact"].widths.parameters_after
 
 
 @pytest.mark.parametrize("form", ["compact", "zero_filled"])
