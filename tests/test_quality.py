@@ -57,7 +57,7 @@ def result_of(content: dict[str, Any], method: str) -> dict[str, Any]:
 
 
 def test_every_method_sparsity_and_seed_has_a_cell_and_the_table_their_means(quality, tmp_path: Path) -> None:
-    methods = ("magnitude", "flap", "flap-uniform", "paper", "stock-no-restoration")
+    methods = ("magnitude", "flap", "flap-uniform", "paper", "wanda")
     content = quality("--methods", *methods, "--sparsities", 0.1, 0.3, "--seeds", 0, 1)
     assert len(content["cells"]) == 1 + 5 * 2 * 2
     (row,) = (row for row in content["rows"] if (row["method"], row["sparsity"]) == ("flap", 0.3))
