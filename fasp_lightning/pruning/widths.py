@@ -6,6 +6,8 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import torch
+
 from fasp_lightning.pruning.config import PruningConfig
 from fasp_lightning.pruning.plan import resolve_pruned
 from fasp_lightning.structure.layout import PairLayout
@@ -105,8 +107,8 @@ def plan_widths(model: PreTrainedModel, config: PruningConfig) -> WidthPlan:
 
     Raises:
         ValueError: If the sparsity cannot be reached with what is to be kept (the message gives the highest that
-            can), lies below what is pruned already, ``multiple_of`` exceeds the FFN width, or ``attention`` does not
-            fit the family or what was cut before.
+            can), lies below what is pruned already, ``multiple_of`` exceeds the FFN width, or ``attention`` or
+            ``head_balance`` do not fit the family or what was cut before.
     """
     plan = _plan(model, config)
     gone = plan.original_parameters > plan.parameters_before
@@ -137,6 +139,8 @@ def _plan(model: PreTrainedModel, config: PruningConfig) -> WidthPlan:
     attention = _decide_attention(pairs, config.attention)
     pruned = {"value_dims": {"ffn", "value"}, "kv_groups": {"ffn", "groups"}, "none": {"ffn"}}[attention]
     counts = _group_counts(model, pairs) if attention == "kv_groups" else []
+    if attention == "value_dims" and config.head_balance == "even":
+        _require_even(pairs)
     gone = sum(_removed(pair) for block in pairs for pair in block)
     total = linear_parameters(model, spec_for(model)) + gone
     share = _share(pairs, pruned, config, total, counts)
@@ -161,6 +165,16 @@ def _decide_attention(pairs: list[list[ResolvedPair]], attention: str) -> str:
     if attention == "auto":
         return "value_dims" if value and all(pair.layout.repeats == 1 for pair in value) else "none"
     return attention
+
+
+def _require_even(pairs: list[list[ResolvedPair]]) -> None:
+    for pair in (pair for block in pairs for pair in block if pair.spec.kind == "value"):
+        dims = torch.bincount(pair.kept // pair.layout.size, minlength=pair.layout.groups)
+        if dims.min() < dims.max():
+            raise ValueError(
+                "head_balance must be 'free' where KV heads keep different numbers of value dims, got 'even': those of "
+                f"{pair.name} keep {', '.join(map(str, dims.tolist()))}"
+            )
 
 
 def _group_counts(model: PreTrainedModel, pairs: list[list[ResolvedPair]]) -> list[int]:

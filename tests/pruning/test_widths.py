@@ -12,6 +12,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from fasp_lightning import FASPPruner, PruningConfig, spec_for
+from fasp_lightning.pruning.plan import record_plan, resolve_pruned
 from fasp_lightning.pruning.widths import WidthPlan, plan_widths
 from fasp_lightning.structure.resolve import find_blocks
 
@@ -169,3 +170,14 @@ def test_free_head_balance_takes_its_share_of_all_dims() -> None:
     widths = plan_widths(tiny_model("llama"), config)
     assert widths.pairs[0][0].after == HEADS * 8 - 10
     assert widths.sparsity == pytest.approx(0.23, abs=96 / 2 * LAYERS / widths.linear_parameters)
+
+
+def test_even_cut_of_heads_that_are_uneven_already_is_refused() -> None:
+    model = tiny_model("llama")
+    pairs = resolve_pruned(model)
+    pairs[0][0].cut(torch.arange(2, HEADS * 8))
+    record_plan(model, pairs)
+    with pytest.raises(ValueError, match=r"head_balance must be 'free' .* those of model\.layers\.0 keep 6, 8, 8, 8"):
+        plan_widths(model, PruningConfig(0.3, attention="value_dims"))
+    plan_widths(model, PruningConfig(0.3, attention="value_dims", head_balance="free"))
+    plan_widths(model, PruningConfig(0.3, attention="none"))
