@@ -21,7 +21,7 @@ from rich.progress import (
 )
 from rich.table import Table
 
-from fasp_lightning.pruning.pruner import ProgressEvent
+from fasp_lightning.pruning.progress import ProgressEvent
 
 Item = TypeVar("Item")
 

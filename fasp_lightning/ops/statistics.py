@@ -82,6 +82,12 @@ class GramStatistics:
             add(total)
         self.tokens = float(tokens)
 
+    def add(self, other: GramStatistics) -> None:
+        """Take in what another one, of as many columns, has seen."""
+        for total, more in ((self.lower, other.lower), (self.sums, other.sums)):
+            total += more
+        self.tokens += other.tokens
+
     @property
     def lower(self) -> Tensor:
         """(n, n) sum so far; the tensor itself, so that sums of several processes can be added in place."""
@@ -124,16 +130,21 @@ def _add_product(total: Tensor, left: Tensor, right: Tensor, weight: float) -> N
         total.addmm_(left.to(total.dtype), right.to(total.dtype), alpha=weight)
 
 
-def centre(gram: Tensor, mean: Tensor, tokens: float) -> Tensor:
-    """Gram of the centred inputs, G − T μ μᵀ.
+def centre(gram: Tensor, mean: Tensor, tokens: float, about: Tensor | None = None) -> Tensor:
+    """Gram of the centred inputs, G − T μ μᵀ + T (μ − ν)(μ − ν)ᵀ.
 
     Args:
         gram: (n, n) uncentred gram.
-        mean: (n,) column means.
+        mean: (n,) column means μ.
         tokens: Number T of tokens behind them, each counted by its weight.
+        about: (n,) point ν that the inputs are centred about; by default their mean.
 
     Returns:
-        (n, n) gram of X − μ, in the dtype of ``gram``.
+        (n, n) gram of X − ν, in the dtype of ``gram``.
     """
     mean = mean.to(gram.dtype)
-    return gram - tokens * torch.outer(mean, mean)
+    centred = gram - tokens * torch.outer(mean, mean)
+    if about is not None:
+        shift = mean - about.to(gram.dtype)
+        centred += tokens * torch.outer(shift, shift)
+    return centred

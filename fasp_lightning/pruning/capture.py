@@ -29,6 +29,7 @@ class Sample:
         mask: (batch · seq,) true where a token is real, or ``None`` if all are.
         input_ids: (batch, seq) int64 token ids, on the CPU.
         weight: How much each of its tokens counts.
+        held_back: It serves to choose the damping by, and is no part of the first gram.
         calls: For each block, the arguments it was called with: positional ones after the hidden states, and named.
         hidden: (batch, seq, hidden) input of the next block.
         attention: Finished output of the attention module in the present block.
@@ -41,6 +42,7 @@ class Sample:
     mask: Tensor | None
     input_ids: Tensor
     weight: float = 1.0
+    held_back: bool = False
     calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = field(default_factory=list)
     hidden: Stored | None = None
     attention: Stored | None = None

@@ -2,59 +2,31 @@
 
 from __future__ import annotations
 
-import logging
 import time
-import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
 
-from fasp_lightning.ops.scores import magnitude_score, wanda_score
-from fasp_lightning.ops.selection import select_columns
-from fasp_lightning.ops.statistics import GramStatistics
-from fasp_lightning.pruning.capture import Sample, capture
+from fasp_lightning.pruning.allocation import adaptive_widths
+from fasp_lightning.pruning.capture import capture
 from fasp_lightning.pruning.config import PruningConfig
-from fasp_lightning.pruning.placement import placed
+from fasp_lightning.pruning.held_back import hold_back
 from fasp_lightning.pruning.plan import record_plan, resolve_pruned
+from fasp_lightning.pruning.prepare import Prepared, prepare
 from fasp_lightning.pruning.processes import Processes
-from fasp_lightning.pruning.replay import BlockReplay
-from fasp_lightning.pruning.report import PairReport, PruningReport, Stopwatch, peak_memory
-from fasp_lightning.pruning.restore import Restored, restore_pair
+from fasp_lightning.pruning.progress import Meter, Progress
+from fasp_lightning.pruning.report import PruningReport, Stopwatch, peak_memory
+from fasp_lightning.pruning.run import PruningRun
 from fasp_lightning.pruning.standins import evaluating
 from fasp_lightning.pruning.store import TensorStore
-from fasp_lightning.pruning.widths import PairWidth, plan_widths
+from fasp_lightning.pruning.widths import WidthPlan, plan_widths
 from fasp_lightning.structure.pair import ResolvedPair
 from fasp_lightning.structure.registry import spec_for
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class ProgressEvent:
-    """Where a pruning is.
-
-    Attributes:
-        block: Index of the block, from 0.
-        blocks: Number of blocks.
-        phase: ``"statistics"`` or ``"apply"``.
-        done: Units of work done.
-        total: Units of work in all: calibration pieces times passes over them.
-    """
-
-    block: int
-    blocks: int
-    phase: str
-    done: int
-    total: int
-
-
-Progress = Callable[[ProgressEvent], None]
 
 
 class FASPPruner:
@@ -70,7 +42,7 @@ class FASPPruner:
     def prune(
         self,
         model: PreTrainedModel,
-        batches: Iterable[Any],
+        batches: Iterable[Any] | Prepared,
         progress: Progress | None = None,
         processes: Processes | None = None,
     ) -> PruningReport:
@@ -81,7 +53,8 @@ class FASPPruner:
         Args:
             model: A Hugging Face causal LM of a registered family, pruned before or not.
             batches: Any iterable of (batch, seq) token ids or of mappings with ``input_ids`` and optionally
-                ``attention_mask``; read once. Padding enters no statistic.
+                ``attention_mask`` and ``weight`` (how much each of its tokens counts); read once. Padding enters no
+                statistic. Or what :meth:`prepare` made of them.
             progress: Called after each unit of work.
             processes: Those that hold copies of this model and call this together, each with batches of its own:
                 statistics are summed, one solves, all cut alike. By default this process alone.
@@ -94,150 +67,97 @@ class FASPPruner:
                 sparsity cannot be reached; later, if an activation is not finite (the message names the layer).
             RuntimeError: If another process raised an error.
         """
-        widths = plan_widths(model, self.config)
-        report = PruningReport.of_widths(widths, self.config.to_dict())
-        pairs = resolve_pruned(model, kv_groups=widths.attention == "kv_groups")
-        _require_weights(model)
-        device = torch.device(self.config.device) if self.config.device else _device_of(pairs)
-        if widths.parameters_after == widths.parameters_before:
-            record_plan(model, pairs)
-            return report
-        if device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(device)
+        work = _Work.of(model, self.config, progress, processes)
+        if work.widths.parameters_after == work.widths.parameters_before:
+            record_plan(model, work.pairs)
+            return PruningReport.of_widths(work.widths, self.config.to_dict())
+        if work.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(work.device)
         start = time.perf_counter()
-        run = _Run(self.config, device, report, progress, len(pairs), processes or Processes())
-        with evaluating(model), TensorStore(self.config.offload, device) as store:
-            try:
-                with run.processes.together(), run.watch.phase("capture"):
-                    samples = capture(model, spec_for(model), batches, self.config.micro_batch_size, store)
-                run.start(samples, widths.pairs)
-                for index, block in enumerate(pairs):
-                    run.prune_block(index, block, widths.pairs[index], samples, store, spec_for(model).attention)
-            finally:
-                record_plan(model, pairs)
-        report.seconds = {**run.watch.seconds, "total": time.perf_counter() - start}
-        report.peak_memory = peak_memory(device)
+        prepared = batches if isinstance(batches, Prepared) else work.prepare(batches)
+        prepared.check(work.pairs, self.config)
+        report = work.prune(prepared)
+        report.seconds = {**work.watch.seconds, "total": time.perf_counter() - start}
+        report.peak_memory = peak_memory(work.device)
         model.fasp_report = report.to_dict()  # type: ignore[assignment]  # saved along
         return report
 
-
-class _Run:
-    """One call of :meth:`FASPPruner.prune`: settings, clock, progress and report."""
-
-    def __init__(
+    def prepare(
         self,
-        config: PruningConfig,
-        device: torch.device,
-        report: PruningReport,
-        progress: Progress | None,
-        blocks: int,
-        processes: Processes,
-    ) -> None:
-        self.config = config
-        self.device = device
-        self.report = report
-        self.watch = Stopwatch(device)
-        self.processes = processes
-        self._progress = progress
-        self._blocks = blocks
-        self._done = self._total = 0
+        model: PreTrainedModel,
+        batches: Iterable[Any],
+        progress: Progress | None = None,
+        processes: Processes | None = None,
+    ) -> Prepared:
+        """What prunings of copies of one model to several sparsities share: own text and loss sensitivity.
 
-    def start(self, samples: list[Sample], widths: tuple[tuple[PairWidth, ...], ...]) -> None:
-        """Count the work, and warn if the calibration set is small."""
-        cut = [pair for block in widths for pair in block if pair.after < pair.before]
-        self._total = len(samples) * (len(cut) + self._blocks)
-        self.report.tokens = int(self.processes.total(sum(sample.tokens for sample in samples))[0])
-        widest = max((pair.columns for pair in cut), default=0)
-        if self.report.tokens < widest:
-            self.warn(
-                f"{self.report.tokens} calibration tokens are fewer than the {widest} columns of the widest pair: the "
-                "restoration will fit them and little else; give more text or raise damping"
+        Args:
+            model: The model, which stays as it is.
+            batches: As for :meth:`prune`, as the other arguments.
+            progress: Called after each unit of work.
+            processes: Those that call this together.
+
+        Raises:
+            ValueError: As :meth:`prune`.
+            RuntimeError: If another process raised an error.
+        """
+        return _Work.of(model, self.config, progress, processes).prepare(batches)
+
+
+@dataclass(frozen=True)
+class _Work:
+    """What one call computes with, all of it checked."""
+
+    model: PreTrainedModel
+    config: PruningConfig
+    widths: WidthPlan
+    pairs: list[list[ResolvedPair]]
+    device: torch.device
+    processes: Processes
+    watch: Stopwatch
+    meter: Meter
+
+    @classmethod
+    def of(
+        cls, model: PreTrainedModel, config: PruningConfig, progress: Progress | None, processes: Processes | None
+    ) -> _Work:
+        widths = plan_widths(model, config)
+        pairs = resolve_pruned(model, kv_groups=widths.attention == "kv_groups")
+        _require_weights(model)
+        device = torch.device(config.device) if config.device else _device_of(pairs)
+        meter = Meter(progress, len(pairs))
+        return cls(model, config, widths, pairs, device, processes or Processes(), Stopwatch(device), meter)
+
+    def prepare(self, batches: Iterable[Any]) -> Prepared:
+        with TensorStore(self.config.offload, self.device) as store:
+            return prepare(
+                self.model,
+                self.pairs,
+                batches,
+                self.config,
+                store,
+                processes=self.processes,
+                watch=self.watch,
+                meter=self.meter,
             )
 
-    def warn(self, message: str) -> None:
-        """Tell the user now, and in the report."""
-        self.report.warnings.append(message)
-        warnings.warn(message, stacklevel=4)
-
-    def tick(self, block: int, phase: str) -> None:
-        """One unit of work is done."""
-        self._done += 1
-        if self._progress is not None:
-            self._progress(ProgressEvent(block, self._blocks, phase, self._done, self._total))
-
-    def prune_block(
-        self,
-        index: int,
-        pairs: list[ResolvedPair],
-        widths: tuple[PairWidth, ...],
-        samples: list[Sample],
-        store: TensorStore,
-        attention: str | None,
-    ) -> None:
-        """Statistics, selection, restoration and cut of each pair; then the block's output for the next block."""
-        block = pairs[0].block
-        replay = BlockReplay(block, index, pairs, attention, store, self.watch)
-        with placed(block, self.device):
-            for pair, width in zip(pairs, widths, strict=True):
-                if width.after == width.before:
-                    continue
-                start = time.perf_counter()
-                statistics = GramStatistics(pair.columns, self.device)
-                with self.processes.together():
-                    for sample in samples:
-                        replay.record(pair, sample, statistics)
-                        self.tick(index, "statistics")
-                statistics.join(self.processes.add)
-                kept = self._cut(pair, width, statistics)
-                self.report.pairs[-1].seconds = time.perf_counter() - start
-                with self.processes.together():
-                    replay.finish(pair, kept, samples)
-            with self.processes.together():
-                for sample in samples:
-                    replay.advance(sample)
-                    self.tick(index, "apply")
-
-    def _cut(self, pair: ResolvedPair, width: PairWidth, statistics: GramStatistics) -> Tensor:
-        """Choose, restore and cut; returns the positions kept among the consumer's columns so far."""
-        if not statistics.is_finite():
-            raise ValueError(
-                f"activations must be finite, got NaN or Inf at the input of {width.layer}; "
-                "check the checkpoint, or run the model in float32 or bfloat16"
-            )
-        with self.watch.phase("solve"):
-            units, restored, entry = self.processes.first(lambda: self._decide(pair, width, statistics))
-        if entry.damping > self.config.damping or entry.solver == "eigh":
-            self.warn(f"{width.layer}: the gram was singular; solved by {entry.solver} with damping {entry.damping:g}")
-        self.report.pairs.append(entry)
-        columns = self._columns(pair, units)
-        with self.watch.phase("cut"):
-            pair.cut(units)
-            pair.assign(*restored)
-        log.debug("%s: %d -> %d, error %.4f", width.layer, width.before, width.after, entry.error_after)
-        return columns
-
-    def _decide(
-        self, pair: ResolvedPair, width: PairWidth, statistics: GramStatistics
-    ) -> tuple[Tensor, Restored, PairReport]:
-        """Which units stay, and the restored weights, in the dtype of the model's."""
-        units = self._select(pair, width, statistics)
-        restored, entry = restore_pair(pair, width, self._columns(pair, units), statistics, self.config)
-        return units, restored.like(pair.consumer.weight), entry
-
-    def _columns(self, pair: ResolvedPair, units: Tensor) -> Tensor:
-        """Where the units' columns are among those left."""
-        return torch.searchsorted(pair.layout.columns(pair.kept), pair.layout.columns(units)).to(self.device)
-
-    def _select(self, pair: ResolvedPair, width: PairWidth, statistics: GramStatistics) -> Tensor:
-        """Units to keep, in original numbering; a unit's score is the sum over the columns it feeds."""
-        norms = statistics.norms()
-        if self.config.score == "wanda":
-            scores = wanda_score(pair.weight, norms)
-        else:
-            scores = magnitude_score(pair.weight) * (norms > 0)  # a dead column goes first, whatever its weights
-        groups = pair.layout.groups
-        scores = pair.layout.unit_scores(scores, pair.kept)
-        return pair.kept[select_columns(scores, width.after // groups, groups)]
+    def prune(self, prepared: Prepared) -> PruningReport:
+        config, widths, spec = self.config, self.widths, spec_for(self.model)
+        if config.allocation == "adaptive":
+            assert prepared.sensitivity is not None
+            widths = adaptive_widths(widths, self.pairs, prepared.sensitivity, config)
+        report = PruningReport.of_widths(widths, config.to_dict())
+        run = PruningRun(config, self.device, report, self.processes, self.watch, self.meter)
+        with evaluating(self.model), TensorStore(config.offload, self.device) as store:
+            with self.processes.together(), self.watch.phase("capture"):
+                samples = capture(self.model, spec, prepared.batches, config.micro_batch_size, store)
+            if config.damping == "auto":
+                hold_back(samples)
+            try:
+                run.prune_blocks(self.pairs, widths.pairs, prepared.sensitivity, samples, store, spec.attention)
+            finally:
+                record_plan(self.model, self.pairs)
+        return report
 
 
 def _device_of(pairs: list[list[ResolvedPair]]) -> torch.device:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -16,57 +17,66 @@ from fasp_lightning.pruning.report import PairReport
 from fasp_lightning.pruning.widths import PairWidth
 from fasp_lightning.structure.pair import ResolvedPair
 
+FALLBACK = 0.1
+"""Damping where too little was held back to choose one."""
+
+GRID = (0.01, 0.03, 0.1, 0.3, 1.0)
+"""Dampings that ``damping="auto"`` chooses from, as multiples of the mean diagonal of the gram."""
+
 
 class Restored(NamedTuple):
-    """What :meth:`~fasp_lightning.structure.pair.ResolvedPair.assign` takes.
+    """What :meth:`~fasp_lightning.structure.pair.ResolvedPair.assign` takes, and how it was found.
 
     Attributes:
         factors: (out, columns kept) weight, and the (r, columns kept) A of each adapter.
         bias: The (out,) bias if it is refitted.
+        singular: The gram was singular with the damping asked for.
     """
 
     factors: list[Tensor]
     bias: Tensor | None
+    singular: bool
 
     def like(self, other: Tensor) -> Restored:
         """In the dtype of another tensor."""
         bias = None if self.bias is None else self.bias.to(other.dtype)
-        return Restored([factor.to(other.dtype) for factor in self.factors], bias)
+        return Restored([factor.to(other.dtype) for factor in self.factors], bias, self.singular)
 
 
 def restore_pair(
-    pair: ResolvedPair, width: PairWidth, kept: Tensor, statistics: GramStatistics, config: PruningConfig
+    pair: ResolvedPair,
+    width: PairWidth,
+    kept: Tensor,
+    statistics: GramStatistics,
+    held: GramStatistics | None,
+    config: PruningConfig,
 ) -> tuple[Restored, PairReport]:
     """Restore a consumer on the columns ``kept``, and measure the error before and after.
 
-    A restoration that raises the calibration error (a ridge towards zero with strong damping can) is not taken.
+    A restoration that raises the calibration error (a ridge towards zero with strong damping can) is not taken, nor
+    one that raises the error on the tokens held back. Their gram serves the final solve, too.
 
     Args:
         pair: The pair, not cut yet.
         width: Its widths.
         kept: Ascending positions among the consumer's columns so far.
-        statistics: Of the consumer's inputs.
+        statistics: Of the consumer's inputs; afterwards of those held back, too.
+        held: Of the inputs that were held back to choose the damping by.
         config: ``restoration``, ``ridge``, ``damping`` and ``refit_bias`` are read.
     """
-    factors, gram = [factor.double() for factor in pair.factors], statistics.gram()
-    weight = pair.effective(factors)
-    energy = output_energy(weight, gram)
-    removed = complement(kept, weight.shape[1])
-    plain = output_energy(weight[:, removed], gram[removed[:, None], removed])  # what the removed columns gave
-    best, bias, error, damping, solver = [factor[:, kept] for factor in factors], None, plain, 0.0, "none"
-    if config.restoration == "least_squares":
-        old = getattr(pair.consumer, "bias", None) if config.refit_bias else None
-        mean = statistics.mean()
-        used = gram if old is None else centre(gram, mean, statistics.tokens)
-        # The restoration is a linear map of the columns, the same for every row: to restore W and each A is to
-        # restore W + Σ scaling · B A, and the rank stays.
-        found = restore_weight(torch.cat(factors), used, kept, damping=config.damping, ridge=config.ridge)
-        rows = list(found.weight.split([factor.shape[0] for factor in factors]))
-        restored = pair.effective(rows)
-        restored_error = residual_energy(weight, restored, used, kept)
-        if restored_error <= plain:
-            best, error, damping, solver = rows, restored_error, found.damping, found.solver
-            bias = None if old is None else refit_bias(old.detach(), weight, restored, mean, kept)
+    problem = _Problem.of(pair, kept, config)
+    asked = None if config.restoration == "none" else _damping(problem, statistics, held, config.damping)
+    if held is not None:
+        statistics.add(held)
+    gram = statistics.gram()
+    energy, plain = output_energy(problem.weight, gram), problem.plain_error(gram)
+    best = _Solution([factor[:, kept] for factor in problem.factors], None, 0.0, "none")
+    error = plain
+    if asked is not None:
+        found = problem.solve(statistics, gram, asked)
+        found_error = problem.error(found, statistics, gram)
+        if found_error <= plain and not (held and problem.gain(found, held) < 0):
+            best, error = found, found_error
     entry = PairReport(
         layer=width.layer,
         kind=width.kind,
@@ -74,11 +84,101 @@ def restore_pair(
         width_after=width.after,
         error_before=_relative(plain, energy),
         error_after=_relative(error, energy),
-        damping=damping,
-        solver=solver,
+        damping=best.damping,
+        solver=best.solver,
         seconds=0.0,
     )
-    return Restored(best, bias), entry
+    singular = best.solver == "eigh" or best.damping > (asked or 0.0)
+    return Restored(best.factors, problem.refitted(best), singular), entry
+
+
+def _damping(
+    problem: _Problem, fitted: GramStatistics, held: GramStatistics | None, damping: float | str
+) -> float | None:
+    """The damping to solve with: as given, or the best on the tokens held back; ``None`` if none gains there."""
+    if not isinstance(damping, str):
+        return damping
+    if held is None or not held.tokens or not fitted.tokens:
+        return FALLBACK
+    gram = fitted.gram()
+    gains = [problem.gain(problem.solve(fitted, gram, damping), held) for damping in GRID]
+    best = max(range(len(GRID)), key=gains.__getitem__)
+    return GRID[best] if gains[best] > 0 else None
+
+
+class _Solution(NamedTuple):
+    """A weight on the kept columns.
+
+    Attributes:
+        factors: The rows of W, and of each adapter's A.
+        mean: (n,) the inputs' means that the bias takes account of; ``None`` if it is not refitted.
+        damping: As used.
+        solver: As used.
+    """
+
+    factors: list[Tensor]
+    mean: Tensor | None
+    damping: float
+    solver: str
+
+
+@dataclass(frozen=True)
+class _Problem:
+    """Least squares of one consumer.
+
+    Attributes:
+        pair: The pair.
+        kept: Columns that stay.
+        factors: What is restored, in float64.
+        weight: (out, n) what they make together.
+        bias: The bias to be refitted.
+        ridge: What the solution is pulled towards.
+    """
+
+    pair: ResolvedPair
+    kept: Tensor
+    factors: list[Tensor]
+    weight: Tensor
+    bias: Tensor | None
+    ridge: str
+
+    @classmethod
+    def of(cls, pair: ResolvedPair, kept: Tensor, config: PruningConfig) -> _Problem:
+        factors = [factor.double() for factor in pair.factors]
+        bias = getattr(pair.consumer, "bias", None) if config.refit_bias else None
+        return cls(pair, kept, factors, pair.effective(factors), None if bias is None else bias.detach(), config.ridge)
+
+    def solve(self, statistics: GramStatistics, gram: Tensor, damping: float) -> _Solution:
+        mean = None if self.bias is None else statistics.mean()
+        used = gram if mean is None else centre(gram, mean, statistics.tokens)
+        # The restoration is a linear map of the columns, the same for every row: to restore W and each A is to
+        # restore W + Σ scaling · B A, and the rank stays.
+        found = restore_weight(torch.cat(self.factors), used, self.kept, damping=damping, ridge=self.ridge)
+        rows = list(found.weight.split([factor.shape[0] for factor in self.factors]))
+        return _Solution(rows, mean, found.damping, found.solver)
+
+    def error(self, solution: _Solution, statistics: GramStatistics, gram: Tensor) -> float:
+        """‖W X − Ŵ X_M‖² over the tokens of ``statistics``, with the refitted bias if there is one."""
+        if solution.mean is not None:
+            gram = centre(gram, statistics.mean(), statistics.tokens, about=solution.mean)
+        return residual_energy(self.weight, self.pair.effective(solution.factors), gram, self.kept)
+
+    def plain_error(self, gram: Tensor) -> float:
+        """What the removed columns gave, ‖W_P X_P‖²."""
+        removed = complement(self.kept, self.weight.shape[1])
+        return output_energy(self.weight[:, removed], gram[removed[:, None], removed])
+
+    def gain(self, solution: _Solution, statistics: GramStatistics) -> float:
+        """By how much the error on some tokens is below that of no restoration."""
+        gram = statistics.gram()
+        return self.plain_error(gram) - self.error(solution, statistics, gram)
+
+    def refitted(self, solution: _Solution) -> Tensor | None:
+        """The bias that goes with a solution."""
+        if self.bias is None or solution.mean is None:
+            return None
+        restored = self.pair.effective(solution.factors)
+        return refit_bias(self.bias, self.weight, restored, solution.mean, self.kept)
 
 
 def _relative(error: float, energy: float) -> float:

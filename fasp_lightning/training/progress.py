@@ -11,7 +11,7 @@ from lightning.pytorch.callbacks import RichProgressBar, TQDMProgressBar
 from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
 from lightning.pytorch.utilities import rank_zero_info
 
-from fasp_lightning.pruning.pruner import Progress, ProgressEvent
+from fasp_lightning.pruning.progress import Progress, ProgressEvent
 
 
 @contextmanager

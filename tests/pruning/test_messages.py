@@ -12,7 +12,7 @@ from tiny import HIDDEN, LAYERS, TINY, random_tokens, tiny_model
 from tiny_pruning import BOTH, FFN, assert_unchanged, calibration
 
 from fasp_lightning import FASPPruner, PruningConfig
-from fasp_lightning.pruning.pruner import ProgressEvent
+from fasp_lightning.pruning.progress import ProgressEvent
 
 
 def test_few_tokens_are_warned_of_with_both_numbers() -> None:

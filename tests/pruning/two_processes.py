@@ -19,7 +19,7 @@ from tiny import VOCAB, random_tokens, tiny_model
 from tiny_pruning import calibration
 
 from fasp_lightning import FASPPruner, PruningConfig
-from fasp_lightning.pruning import pruner
+from fasp_lightning.pruning import run
 from fasp_lightning.pruning.own_text import OwnTextConfig, mixed, own_text
 from fasp_lightning.pruning.processes import Processes
 
@@ -71,7 +71,7 @@ def main(folder: Path) -> None:
     prune("token", out_of_range)
     prune("nothing", nothing_in_one)
     prune("breaks", breaks_in_one)
-    pruner.restore_pair = failing_late(pruner.restore_pair)
+    run.restore_pair = failing_late(run.restore_pair)
     prune("solver", lambda rank: calibration())
     dist.destroy_process_group()
 
@@ -97,17 +97,17 @@ def write(folder: Path, rank: int) -> None:
 @contextmanager
 def counted(found: dict[str, Any]) -> Iterator[None]:
     """Count restorations in ``found["solved"]``."""
-    original = pruner.restore_pair
+    original = run.restore_pair
 
     def restore(*arguments: Any) -> Any:
         found["solved"] += 1
         return original(*arguments)
 
-    pruner.restore_pair = restore
+    run.restore_pair = restore
     try:
         yield
     finally:
-        pruner.restore_pair = original
+        run.restore_pair = original
 
 
 def failing_late(original: Callable[..., Any]) -> Callable[..., Any]:

@@ -13,7 +13,7 @@ from typing import Any
 import lightning as L
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from fasp_lightning.pruning import pruner
+from fasp_lightning.pruning.progress import Meter
 
 BATCHES = 5
 """Of an epoch: an odd number, so that the last window of two accumulated batches is a short one."""
@@ -129,14 +129,14 @@ class Checkpoints(ModelCheckpoint):
 @contextmanager
 def watched_calibration(stopper: Stopper) -> Iterator[None]:
     """Let each unit of the pruner's work be a point to stop at."""
-    tick = pruner._Run.tick
+    tick = Meter.tick
 
     def watched(self: Any, *place: Any) -> None:
         tick(self, *place)
         stopper.reach("calibration")
 
-    pruner._Run.tick = watched  # type: ignore[method-assign]
+    Meter.tick = watched  # type: ignore[method-assign]
     try:
         yield
     finally:
-        pruner._Run.tick = tick  # type: ignore[method-assign]
+        Meter.tick = tick  # type: ignore[method-assign]
