@@ -24,19 +24,18 @@ class ConsumerScores:
         self._inputs: dict[str, Tensor] = {}  # plain sums: not finite iff an input was not
 
     @contextmanager
-    def recording(self, pairs: Iterable[ResolvedPair], mask: Tensor | None, weight: float) -> Iterator[None]:
+    def recording(self, pairs: Iterable[ResolvedPair], weight: float) -> Iterator[None]:
         """One forward and one backward pass; an input is freed as soon as the backward pass has come to it.
 
         Args:
             pairs: Whose consumers take part.
-            mask: (tokens,) true where a token is real, or ``None`` if all are.
-            weight: How much each token counts.
+            weight: How much each token counts. Padding counts nothing in any case: its gradient is zero.
         """
 
         def take(layer: str, inputs: Tensor, gradients: Tensor) -> None:
-            rows, slopes = _real(inputs, mask), _real(gradients, mask)
-            _add(self._scores, layer, weight * fisher_score(rows, slopes))
-            _add(self._inputs, layer, rows.sum(dtype=torch.float32).double())
+            width = inputs.shape[-1]
+            _add(self._scores, layer, weight * fisher_score(inputs.reshape(-1, width), gradients.reshape(-1, width)))
+            _add(self._inputs, layer, inputs.sum(dtype=torch.float32).double())
 
         handles = [pair.consumer.register_forward_pre_hook(_watcher(layer_of(pair), take)) for pair in pairs]
         try:
@@ -81,12 +80,6 @@ def _watcher(layer: str, take: Callable[[str, Tensor, Tensor], None]) -> Callabl
         args[0].register_hook(lambda gradient: take(layer, kept.pop(), gradient))
 
     return watch
-
-
-def _real(tensor: Tensor, mask: Tensor | None) -> Tensor:
-    """(tokens, n) rows of the real tokens: at padding, 0 · Inf of a gradient and an activation would be NaN."""
-    rows = tensor.reshape(-1, tensor.shape[-1])
-    return rows if mask is None else rows[mask.to(rows.device)]
 
 
 def _add(sums: dict[str, Tensor], layer: str, value: Tensor) -> None:

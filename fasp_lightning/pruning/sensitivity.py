@@ -114,7 +114,7 @@ class _Passes:
         found = ConsumerScores()  # of its own, so that a sample counts as a whole or not at all
         with requiring_gradients(self.model.get_input_embeddings()):
             for _, input_ids, mask in _pieces(sample):
-                with found.recording(self.flat, None if mask is None else mask.reshape(-1), sample.weight):
+                with found.recording(self.flat, sample.weight):
                     self._backward(input_ids, mask)
         return found
 
@@ -173,7 +173,7 @@ class _Passes:
         """From ∂L/∂ of a block's output to that of its input; both are dropped."""
         hidden = self.store.get(stored).detach().requires_grad_()
         pairs = self.pairs[index]
-        with self.scores.recording(pairs, sample.mask, sample.weight):
+        with self.scores.recording(pairs, sample.weight):
             with torch.enable_grad():
                 output = first(call_block(pairs[0].block, index, sample, hidden, self.store))
             output.backward(self.store.get(slopes))
