@@ -25,9 +25,10 @@ Scores = list[list[Tensor]]
 def scores(
     model: Any, batches: Iterable[Any] | None = None, device: str = "cpu", kv_groups: bool = False, **options: Any
 ) -> Scores:
-    """As the engine asks for them."""
-    with evaluating(model), TensorStore("cpu", torch.device(device)) as store:
-        samples = capture(model, spec_for(model), batches or calibration(2), None, store)
+    """Of samples taken in evaluation mode; the scores are asked for in the model's own mode, with gradients on."""
+    with TensorStore("cpu", torch.device(device)) as store:
+        with evaluating(model):
+            samples = capture(model, spec_for(model), batches or calibration(2), None, store)
         return fisher_scores(model, resolve_pruned(model, kv_groups=kv_groups), samples, store, **options)
 
 
