@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,8 @@ from torch import Tensor
 from fasp_lightning.cli.console import megabytes
 from fasp_lightning.cli.errors import UsageError
 from fasp_lightning.cli.jobs import ModelConfig, PruneJob
-from fasp_lightning.pruning.batches import check_vocabulary
+from fasp_lightning.pruning.batches import check_vocabulary, weighted
+from fasp_lightning.pruning.own_text import OwnTextConfig, check_positions
 from fasp_lightning.pruning.text import TextConfig, describe, for_role, token_batches
 from fasp_lightning.pruning.text_files import local_files
 
@@ -39,18 +41,68 @@ class Text:
         return sum(batch.numel() for batch in self.batches)
 
 
-def texts_of(job: PruneJob) -> tuple[TextConfig, list[TextConfig]]:
+@dataclass(frozen=True)
+class Calibration:
+    """All text that a model is calibrated on.
+
+    Attributes:
+        texts: Texts that are read; none where own text is all.
+        own: What the model will write itself, if it does.
+    """
+
+    texts: list[Text]
+    own: OwnTextConfig | None
+
+    @property
+    def name(self) -> str:
+        """For tables."""
+        return calibration_name(self.configs, self.own)
+
+    @property
+    def configs(self) -> list[TextConfig]:
+        """Where the texts that are read came from."""
+        return [text.config for text in self.texts]
+
+    @property
+    def tokens(self) -> int:
+        """All tokens, own text among them."""
+        return sum(text.tokens for text in self.texts) + own_tokens(self.own)
+
+    @property
+    def batches(self) -> list[Any]:
+        """For the pruner, own text aside."""
+        return [batch for text in self.texts for batch in weighted(text.batches, text.config.weight)]
+
+    def to_dict(self) -> dict[str, Any]:
+        """What the report says of it: the first text's settings, and those of further ones."""
+        first, *further = map(dataclasses.asdict, self.configs) if self.texts else [{}]
+        return {"name": self.name, **first, **({"further": further} if further else {})}
+
+
+def calibration_name(texts: Sequence[TextConfig], own: OwnTextConfig | None) -> str:
+    """Name a mix for a table: "topics (calibration), 0.5 x articles.jsonl, own text"."""
+    names = [describe(text) if text.weight == 1 else f"{text.weight:g} x {describe(text)}" for text in texts]
+    return ", ".join([*names, *(["own text"] if own is not None else [])])
+
+
+def own_tokens(own: OwnTextConfig | None) -> int:
+    """Tokens of own text."""
+    return 0 if own is None else own.sequences * own.seq_len
+
+
+def texts_of(job: PruneJob) -> tuple[list[TextConfig], list[TextConfig]]:
     """Calibration and evaluation texts with their splits, which must not overlap.
 
     Raises:
         UsageError: If a text would serve for both.
+        ValueError: If an evaluation text has a weight.
     """
-    calibration = for_role(job.calibration, "calibration")
+    calibration = [for_role(text, "calibration") for text in job.calibrated()]
     if job.seed is not None:
-        calibration = dataclasses.replace(calibration, seed=job.seed)
+        calibration = [dataclasses.replace(text, seed=job.seed) for text in calibration]
     evaluation = [for_role(text, "test") for text in job.evaluated()]
     for text in evaluation:
-        if overlap(calibration, text):
+        if any(overlap(one, text) for one in calibration):
             raise UsageError(
                 f"calibration and evaluation must not share text, got {describe(text)} for both; "
                 "set another source, or another split"
@@ -93,6 +145,25 @@ def load_text(config: TextConfig, tokenizer: Any, model: Any, name: str) -> Text
     for batch in batches:
         check_vocabulary(batch, vocabulary)
     return Text(describe(config), batches, config)
+
+
+def load_calibration(texts: list[TextConfig], own: OwnTextConfig | None, tokenizer: Any, model: Any) -> Calibration:
+    """Tokenize the calibration texts, and check that the model can take them, and write its own.
+
+    Args:
+        texts: Those of :func:`texts_of`.
+        own: The settings of own text.
+        tokenizer: The model's tokenizer.
+        model: The model, on any device.
+
+    Raises:
+        ValueError: As in :func:`load_text`, or if own text would have too long sequences.
+        OSError: If a file cannot be read.
+    """
+    if own is not None:
+        check_positions(model, own)
+    names = ("further_calibration" if index else "calibration" for index in range(len(texts)))
+    return Calibration([load_text(text, tokenizer, model, name) for text, name in zip(texts, names, strict=True)], own)
 
 
 def tokenizer_of(model: ModelConfig) -> Any:

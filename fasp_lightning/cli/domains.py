@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from fasp_lightning.pruning.text import TextConfig
+from fasp_lightning.pruning.text import TextConfig, describe
 from fasp_lightning.pruning.text_files import local_files
 
 CALIBRATED, OTHER = "calibrated", "other"
@@ -38,6 +38,22 @@ def missing_domain(domains: Iterable[str]) -> str | None:
             "--other_text names another"
         )
     return None
+
+
+def single_source(calibration: Sequence[TextConfig], own: bool) -> str | None:
+    """What a user risks who calibrates on text of one source.
+
+    Args:
+        calibration: The texts that are read.
+        own: Whether the model's own text is in the calibration too.
+    """
+    if own or OTHER in {domain_of(text, calibration[:1]) for text in calibration}:
+        return None
+    return (
+        f"all calibration text is of one source, {describe(calibration[0])}: the pruned model may get worse on other "
+        "text than the figures on this one say; mix in another by --further_calibration, or the model's own by "
+        "--pruning.own_text"
+    )
 
 
 def _source(text: TextConfig) -> set[tuple[str | None, ...] | Path]:

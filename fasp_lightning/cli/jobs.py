@@ -47,7 +47,10 @@ class PruneJob:
     Attributes:
         model: Which model.
         pruning: How to prune it.
-        calibration: The text on which columns are scored and weights restored.
+        calibration: The text on which columns are scored and weights restored; not read where pruning.own_text.share
+            is 1.
+        further_calibration: More such texts, each token counting by the text's weight; a list such as
+            '[{source: builtin:docstrings, weight: 0.5}]'. Text of one kind alone makes a model worse on others.
         evaluation: The texts on which perplexity is measured before and after; a list such as
             '[{source: builtin:topics, split: test}]', which replaces the default, or '[]' for none.
         other_text: Source of one more such text, of another kind than the calibration text: what least squares gain
@@ -62,7 +65,7 @@ class PruneJob:
         dtype: "auto" (the checkpoint's, on a CPU only if it is not slower than float32), "float32",
             "bfloat16" or "float16".
         device: "auto", "cpu", "cuda" or "cuda:N".
-        seed: Seed of the drawing of calibration sequences, instead of calibration.seed.
+        seed: Seed of the drawing of calibration sequences, instead of each text's own.
         prompt: Print how the model continues this text, before and after.
         new_tokens: Length of that continuation.
     """
@@ -70,6 +73,7 @@ class PruneJob:
     model: ModelConfig
     pruning: PruningConfig = field(default_factory=PruningConfig)
     calibration: TextConfig = field(default_factory=TextConfig)
+    further_calibration: list[TextConfig] = field(default_factory=list)
     evaluation: list[TextConfig] = field(default_factory=default_evaluation)
     other_text: str | None = None
     compare_unrestored: bool = True
@@ -86,12 +90,22 @@ class PruneJob:
     def __post_init__(self) -> None:
         if self.other_text is not None:
             self.evaluated()  # refuses an unknown source
+        if self.further_calibration and not self.calibrated():
+            raise ValueError(
+                "further_calibration must be empty where pruning.own_text.share is 1, got "
+                f"{len(self.further_calibration)} texts that would not be read; lower the share"
+            )
         if self.form not in ("auto", *FORMS):
             raise ValueError(f"form must be one of {', '.join(('auto', *FORMS))}, got {self.form!r}")
         if self.dtype != "auto":
             parse_dtype(self.dtype)
         if self.new_tokens < 1:
             raise ValueError(f"new_tokens must be at least 1, got {self.new_tokens}")
+
+    def calibrated(self) -> list[TextConfig]:
+        """The texts to calibrate on beside own text: none if that is all."""
+        own = self.pruning.own_text
+        return [] if own is not None and own.share == 1 else [self.calibration, *self.further_calibration]
 
     def evaluated(self) -> list[TextConfig]:
         """The texts of `evaluation`, and last the one that `other_text` names, in the size of the first of them."""

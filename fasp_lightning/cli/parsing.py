@@ -43,7 +43,12 @@ def parse(job: type, program: str, argv: list[str]) -> Any:
         raise UsageError(f"{reworded(str(error))}; see {program} --help") from error
     parsed.pop("config", None)
     instantiate = getattr(parser, "instantiate", None) or parser.instantiate_classes  # renamed in 4.49
-    return job(**instantiate(parsed).as_dict())
+    try:
+        return job(**instantiate(parsed).as_dict())
+    except ValueError as error:
+        if isinstance(error.__cause__, ValueError):  # of a dataclass that may be null: the parser wraps what it says
+            raise error.__cause__ from None
+        raise
 
 
 def _summary(job: type) -> str:

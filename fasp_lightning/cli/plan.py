@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable
 
-from fasp_lightning.cli.checks import texts_of
+from fasp_lightning.cli.checks import calibration_name, own_tokens, texts_of
 from fasp_lightning.cli.console import change, dtype_name, gibibytes, megabytes, note, percent, table
 from fasp_lightning.cli.jobs import PruneJob
 from fasp_lightning.cli.prune_tables import loaders_table
@@ -13,7 +13,6 @@ from fasp_lightning.cli.quiet import one_thread, quiet_libraries
 from fasp_lightning.cli.setup import Setup, already_pruned, memory_of, set_up
 from fasp_lightning.pruning.footprint import PeakMemory, footprints
 from fasp_lightning.pruning.forms import loaders_for
-from fasp_lightning.pruning.text import describe
 
 JOB = PruneJob
 
@@ -74,15 +73,17 @@ def _print_widths(setup: Setup) -> None:
 
 
 def _print_memory(job: PruneJob, setup: Setup) -> None:
-    calibration = texts_of(job)[0]
-    if calibration.sequences is None:
-        note("calibration.sequences is null: the peak memory depends on the length of the whole text")
-        return
-    tokens = calibration.sequences * calibration.seq_len
+    calibration, own = texts_of(job)[0], job.pruning.own_text
+    tokens = own_tokens(own)
+    for text in calibration:
+        if text.sequences is None:
+            note("calibration.sequences is null: the peak memory depends on the length of the whole text")
+            return
+        tokens += text.sequences * text.seq_len
     memory = memory_of(setup, job, tokens)
     rows = [(name, gibibytes(size), place) for name, size, place in _parts(memory, setup)]
     rows.append(("peak, if all of it is in one place", gibibytes(memory.total), ""))
-    title = f"estimated memory while pruning on {tokens:,} tokens of {describe(calibration)}"
+    title = f"estimated memory while pruning on {tokens:,} tokens of {calibration_name(calibration, own)}"
     table(title, ("", "size", "where"), rows)
 
 

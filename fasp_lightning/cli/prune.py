@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -10,7 +9,16 @@ from typing import Any
 
 import torch
 
-from fasp_lightning.cli.checks import Text, check_output_dir, check_room, load_text, texts_of, tokenizer_of
+from fasp_lightning.cli.checks import (
+    Calibration,
+    Text,
+    check_output_dir,
+    check_room,
+    load_calibration,
+    load_text,
+    texts_of,
+    tokenizer_of,
+)
 from fasp_lightning.cli.console import (
     PruningProgress,
     dtype_name,
@@ -20,7 +28,7 @@ from fasp_lightning.cli.console import (
     shown_warnings,
     tracked,
 )
-from fasp_lightning.cli.domains import OTHER, domain_of, missing_domain
+from fasp_lightning.cli.domains import OTHER, domain_of, missing_domain, single_source
 from fasp_lightning.cli.generation import continuation
 from fasp_lightning.cli.jobs import PruneJob
 from fasp_lightning.cli.prune_tables import print_continuations, print_loaders, print_results
@@ -39,12 +47,12 @@ def run(job: PruneJob) -> int:
     """Run the command; returns the exit code."""
     quiet_libraries()
     check_output_dir(job)
-    calibration_config, evaluation_configs = texts_of(job)
+    calibration_configs, evaluation_configs = texts_of(job)
     setup = set_up(job)
     if job.output_dir is not None:
         check_room(Path(job.output_dir), setup.stored_bytes)
     tokenizer = tokenizer_of(job.model)
-    calibration = load_text(calibration_config, tokenizer, setup.model, "calibration")
+    calibration = load_calibration(calibration_configs, setup.pruning.own_text, tokenizer, setup.model)
     evaluation = [load_text(text, tokenizer, setup.model, "evaluation") for text in evaluation_configs]
     announce(job, setup, calibration, evaluation)
     with shown_warnings():
@@ -63,7 +71,7 @@ def run(job: PruneJob) -> int:
     return 0
 
 
-def announce(job: PruneJob, setup: Setup, calibration: Text, evaluation: list[Text]) -> None:
+def announce(job: PruneJob, setup: Setup, calibration: Calibration, evaluation: list[Text]) -> None:
     """Say what is about to happen, what it will take, and what the figures will not show."""
     memory = memory_of(setup, job, calibration.tokens)
     if setup.already_pruned:
@@ -75,6 +83,8 @@ def announce(job: PruneJob, setup: Setup, calibration: Text, evaluation: list[Te
     )
     if job.output_dir is None:
         note("output_dir is null: the pruned model will not be saved")
+    if warning := single_source(calibration.configs, calibration.own is not None):
+        note(f"warning: {warning}")
     if missing := missing_domain(domains_of(job, calibration, evaluation)):
         note(missing)
 
@@ -115,7 +125,7 @@ def prune_measured(
     model: Any,
     job: PruneJob,
     setup: Setup,
-    calibration: Text,
+    calibration: Calibration,
     evaluation: list[Text],
     before: list[PerplexityResult],
     again: Callable[[], Any],
@@ -138,13 +148,15 @@ def prune_measured(
     domains = domains_of(job, calibration, evaluation)
     names = [text.name for text in evaluation]
     report.evaluation = [TextReport(*row) for row in zip(names, domains, before, after, plain, strict=True)]
+    if message := single_source(calibration.configs, calibration.own is not None):
+        report.warnings.append(message)  # announced before
     if message := restoration_warning(report.evaluation):
         report.warnings.append(message)
         warnings.warn(message, stacklevel=2)
     model.fasp_report = {
         **report.to_dict(),
         "model": job.model.name_or_path,
-        "calibration": {"name": calibration.name, **dataclasses.asdict(calibration.config)},
+        "calibration": calibration.to_dict(),
     }
     return report
 
@@ -156,9 +168,9 @@ def _unrestored(pruned: Any, model: Any, texts: list[Text]) -> list[PerplexityRe
     return measure(apply_plan(model, plan), texts, "nothing restored")
 
 
-def domains_of(job: PruneJob, calibration: Text, evaluation: list[Text]) -> list[str]:
+def domains_of(job: PruneJob, calibration: Calibration, evaluation: list[Text]) -> list[str]:
     """Whether each text comes from the calibration's source; the one that `other_text` names is not of its kind."""
-    domains = [domain_of(text.config, [calibration.config]) for text in evaluation]
+    domains = [domain_of(text.config, calibration.configs) for text in evaluation]
     return domains if job.other_text is None else [*domains[:-1], OTHER]
 
 

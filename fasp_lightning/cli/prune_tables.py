@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fasp_lightning.cli.checks import Text
+from fasp_lightning.cli.checks import Calibration
 from fasp_lightning.cli.console import change, dtype_name, gibibytes, megabytes, percent, results, table
 from fasp_lightning.cli.domains import CALIBRATED, OTHER
 from fasp_lightning.cli.jobs import PruneJob
@@ -17,7 +17,7 @@ PLACES = {"rss": "process", "cuda": "GPU"}
 SOURCES = {CALIBRATED: "as calibrated", OTHER: "another"}
 
 
-def print_results(job: PruneJob, setup: Setup, calibration: Text, report: PruningReport) -> None:
+def print_results(job: PruneJob, setup: Setup, calibration: Calibration, report: PruningReport) -> None:
     """The tables: sizes, both sparsities, time and memory; perplexities of all texts side by side."""
     size = setup.dtype.itemsize
     old, new = report.parameters_before, report.parameters_after

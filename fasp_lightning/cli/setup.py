@@ -14,6 +14,7 @@ from fasp_lightning.pruning.config import PruningConfig
 from fasp_lightning.pruning.footprint import PeakMemory, peak_memory_estimate
 from fasp_lightning.pruning.forms import choose_form
 from fasp_lightning.pruning.loading import checkpoint_dtype, load_config, load_model
+from fasp_lightning.pruning.own_text import with_user_cache
 from fasp_lightning.pruning.placement import choose_device, choose_dtype
 from fasp_lightning.pruning.shapes import model_shapes
 from fasp_lightning.pruning.source import ModelSource, resolve_source
@@ -81,7 +82,8 @@ def set_up(job: PruneJob) -> Setup:
     source, config = resolve_source(job.model.name_or_path), config_of(job.model)
     spec = spec_for(config)
     model = model_shapes(source, config, job.model.trust_remote_code)
-    pruning = dataclasses.replace(job.pruning, device=job.pruning.device or str(device))
+    own = None if job.pruning.own_text is None else with_user_cache(job.pruning.own_text)
+    pruning = dataclasses.replace(job.pruning, device=job.pruning.device or str(device), own_text=own)
     widths = plan_widths(model, pruning)
     kinds = widths.kinds
     dtype = choose_dtype(job.dtype, checkpoint_dtype(source, config), device)

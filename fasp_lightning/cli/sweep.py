@@ -14,9 +14,18 @@ from typing import Any
 import torch
 
 import fasp_lightning
-from fasp_lightning.cli.checks import Text, check_output_dir, check_room, load_text, texts_of, tokenizer_of
+from fasp_lightning.cli.checks import (
+    Calibration,
+    Text,
+    check_output_dir,
+    check_room,
+    load_calibration,
+    load_text,
+    texts_of,
+    tokenizer_of,
+)
 from fasp_lightning.cli.console import dtype_name, gibibytes, note, percent, shown_warnings
-from fasp_lightning.cli.domains import missing_domain
+from fasp_lightning.cli.domains import missing_domain, single_source
 from fasp_lightning.cli.errors import UsageError
 from fasp_lightning.cli.generation import continuation
 from fasp_lightning.cli.jobs import PruneJob
@@ -89,12 +98,12 @@ def run(job: SweepJob) -> int:
     """Run the command; returns the exit code."""
     quiet_libraries()
     _check_folders(job)
-    calibration_config, evaluation_configs = texts_of(job)
+    calibration_configs, evaluation_configs = texts_of(job)
     points = _set_up(job.points())
     setup = points[0][1]
     check_room(job.folder / "sweep", max(setup.stored_bytes for _, setup in points))
     tokenizer = tokenizer_of(job.model)
-    calibration = load_text(calibration_config, tokenizer, setup.model, "calibration")
+    calibration = load_calibration(calibration_configs, setup.pruning.own_text, tokenizer, setup.model)
     evaluation = [load_text(text, tokenizer, setup.model, "evaluation") for text in evaluation_configs]
     with shown_warnings():
         note("loading the weights")
@@ -135,7 +144,9 @@ def _set_up(jobs: list[PruneJob]) -> list[tuple[PruneJob, Setup]]:
 class _Sweep:
     """What all sparsities share: the model as it was loaded, on the CPU, the texts, and the figures before."""
 
-    def __init__(self, job: SweepJob, dense: Any, tokenizer: Any, calibration: Text, evaluation: list[Text]) -> None:
+    def __init__(
+        self, job: SweepJob, dense: Any, tokenizer: Any, calibration: Calibration, evaluation: list[Text]
+    ) -> None:
         self.job, self.dense, self.tokenizer = job, dense, tokenizer
         self.calibration, self.evaluation = calibration, evaluation
         self._model = fingerprint(dense)
@@ -147,7 +158,7 @@ class _Sweep:
             "version": fasp_lightning.__version__,
             "model": self._model,
             "pruning": job.pruning.to_dict(),
-            "calibration": _digest(self.calibration),
+            "calibration": [[text.config.weight, _digest(text)] for text in self.calibration.texts],
             "evaluation": [_digest(text) for text in self.evaluation],
             "form": job.form,
             "compare_unrestored": job.compares,
@@ -180,6 +191,8 @@ class _Sweep:
             note(f"pruning.sparsity, {self.job.pruning.sparsity}, is not used: sparsities take its place")
         if missing := missing_domain(domains_of(self.job, self.calibration, self.evaluation)):
             note(missing)
+        if warning := single_source(self.calibration.configs, self.calibration.own is not None):
+            note(f"warning: {warning}")
         if not left:
             return
         job, setup = left[0]

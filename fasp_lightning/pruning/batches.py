@@ -61,6 +61,11 @@ def weight_of(batch: Any) -> float:
     return float(weight)
 
 
+def weighted(batches: list[Tensor], weight: float) -> list[Any]:
+    """Batches of token ids of which each token counts ``weight`` times; as they are for a weight of 1."""
+    return list(batches) if weight == 1 else [{"input_ids": ids, "weight": weight} for ids in batches]
+
+
 def check_vocabulary(input_ids: Tensor, vocab_size: int) -> None:
     """Refuse token ids that have no embedding: looking them up would crash without naming them.
 

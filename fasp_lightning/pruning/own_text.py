@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from fasp_lightning.pruning.batches import as_inputs, weight_of
+from fasp_lightning.pruning.batches import as_inputs, weight_of, weighted
 from fasp_lightning.pruning.id_cache import fingerprint, key_of, read_ids, write_ids
 from fasp_lightning.pruning.processes import Processes
 from fasp_lightning.pruning.sampling import first_tokens, sample
@@ -70,11 +70,14 @@ class OwnTextConfig:
 
 
 def with_user_cache(config: OwnTextConfig) -> OwnTextConfig:
-    """What "auto" means in a command: a folder below XDG_CACHE_HOME, or below ~/.cache without that."""
+    """What "auto" means in a command: a folder below XDG_CACHE_HOME, or below ~/.cache without that.
+
+    The home folder is not spelt out, since settings are saved along with the model.
+    """
     if config.cache_dir != "auto":
         return config
     cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return replace(config, cache_dir=str(Path(cache).expanduser() / "fasp_lightning" / "own_text"))
+    return replace(config, cache_dir=str(Path(cache) / "fasp_lightning" / "own_text"))
 
 
 def own_text(model: PreTrainedModel, config: OwnTextConfig, processes: Processes | None = None) -> list[Tensor]:
@@ -99,9 +102,7 @@ def own_text(model: PreTrainedModel, config: OwnTextConfig, processes: Processes
         RuntimeError: If another process raised an error.
     """
     processes = processes or Processes()
-    longest = getattr(model.config, "max_position_embeddings", None)
-    if isinstance(longest, int) and config.seq_len > longest:
-        raise ValueError(f"own_text.seq_len must be at most {longest}, the model's positions, got {config.seq_len}")
+    check_positions(model, config)
     if config.sequences < processes.count:
         raise ValueError(
             f"own_text.tokens must give each of {processes.count} processes a sequence of {config.seq_len}, "
@@ -110,6 +111,17 @@ def own_text(model: PreTrainedModel, config: OwnTextConfig, processes: Processes
     cached = None if config.cache_dir in (None, "auto") else Path(str(config.cache_dir)).expanduser()
     mine = _sampled(model, config, processes) if cached is None else _kept(model, config, processes, cached)
     return list(mine.split(max(1, BATCH_TOKENS // config.seq_len)))
+
+
+def check_positions(model: PreTrainedModel, config: OwnTextConfig) -> None:
+    """Refuse sequences that are longer than the model's positions; its weights are not needed.
+
+    Raises:
+        ValueError: If they are.
+    """
+    longest = getattr(model.config, "max_position_embeddings", None)
+    if isinstance(longest, int) and config.seq_len > longest:
+        raise ValueError(f"own_text.seq_len must be at most {longest}, the model's positions, got {config.seq_len}")
 
 
 def _sampled(model: PreTrainedModel, config: OwnTextConfig, processes: Processes) -> Tensor:
@@ -184,8 +196,7 @@ def mixed(batches: Iterable[Any], own: list[Tensor], share: float, processes: Pr
             "batches must hold at least one calibration token, got none; "
             "set own_text.share to 1 to calibrate on own text alone"
         )
-    each = share_weight(share, calibration, int(tokens))
-    return [*given, *({"input_ids": ids, "weight": each} for ids in own)]
+    return [*given, *weighted(own, share_weight(share, calibration, int(tokens)))]
 
 
 def _tokens(batch: Any) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fasp_lightning.pruning.batches import weighted
 from fasp_lightning.pruning.corpora import BUILTIN, SHARES, builtin_splits, split_of
 from fasp_lightning.pruning.text_files import hub_documents, is_local, local_documents
 
@@ -47,6 +49,7 @@ class TextConfig:
         batch_size: Sequences of a batch.
         separator: Text between two documents; None puts the tokenizer's end-of-text token there. WikiText,
             whose rows on the hub are paragraphs, is commonly joined with two line feeds.
+        weight: How much each token of this text counts beside other calibration texts; for calibration alone.
 
     Raises:
         ValueError: If a field is outside its range, or the source is neither of those above.
@@ -61,6 +64,7 @@ class TextConfig:
     seed: int = 0
     batch_size: int = 1
     separator: str | None = None
+    weight: float = 1.0
 
     def __post_init__(self) -> None:
         kind = self.kind  # refuses an unknown source
@@ -73,6 +77,8 @@ class TextConfig:
         for name, value in (("sequences", self.sequences), ("batch_size", self.batch_size)):
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be 1 or more, got {value}")
+        if not 0 < self.weight < math.inf:
+            raise ValueError(f"weight must be positive and finite, got {self.weight}")
 
     @property
     def kind(self) -> str:
@@ -100,9 +106,17 @@ def for_role(config: TextConfig, role: str) -> TextConfig:
     Returns:
         The config with that split (of the hub: "train" for calibration); unchanged where a split is set, and
         for local text, all of which is meant unless a split is named.
+
+    Raises:
+        ValueError: If there is no such role, or a text has a weight that does not serve for calibration.
     """
     if role not in SPLITS:
         raise ValueError(f"role must be one of {', '.join(SPLITS)}, got {role!r}")
+    if role != "calibration" and config.weight != 1:
+        raise ValueError(
+            f"weight must be 1 for all but calibration text, got {config.weight} for {describe(config)}: each token of "
+            "a text counts alike in its perplexity"
+        )
     if config.split is not None or config.kind == "local":
         return config
     split = role if config.kind == "builtin" else _HUB_SPLITS.get(role, role)
@@ -152,7 +166,7 @@ def token_batches(config: TextConfig, tokenizer: Any) -> list[Tensor]:
     Returns:
         Batches of (batch_size, seq_len) int64 token ids, the last one possibly smaller: every full sequence
         of the text, or a sample of `config.sequences`, in the order of the text, that depends on
-        `config.seed` alone.
+        `config.seed` alone. `config.weight` is not in them; see :func:`calibration_batches`.
 
     Raises:
         FileNotFoundError: If a local file isn't there.
@@ -169,6 +183,16 @@ def token_batches(config: TextConfig, tokenizer: Any) -> list[Tensor]:
         order = torch.randperm(len(blocks), generator=torch.Generator().manual_seed(config.seed))
         blocks = blocks[order[:wanted].sort().values]
     return list(blocks.split(config.batch_size))
+
+
+def calibration_batches(texts: Iterable[TextConfig], tokenizer: Any) -> list[Any]:
+    """The batches of several texts, each of its weight, as :meth:`FASPPruner.prune` takes them.
+
+    Args:
+        texts: The texts.
+        tokenizer: As for :func:`token_batches`, which also says what is refused.
+    """
+    return [batch for text in texts for batch in weighted(token_batches(text, tokenizer), text.weight)]
 
 
 def _bad_split(config: TextConfig) -> str:

@@ -29,7 +29,15 @@ Command = Callable[..., Outcome]
 
 
 @pytest.fixture
-def fasp(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Command:
+def user_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The user's cache folder, an empty one."""
+    folder = tmp_path_factory.mktemp("cache")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(folder))
+    return folder
+
+
+@pytest.fixture
+def fasp(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, user_cache: Path) -> Command:
     """``fasp("prune", …)`` runs the command."""
     # loggers of libraries hold on to the stderr of the test that imported them
     monkeypatch.setattr(logging, "raiseExceptions", False)

@@ -282,7 +282,9 @@ def test_commands_have_a_folder_in_the_users_cache(set_: bool, tmp_path: Path, m
     if set_:
         monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
     cache = tmp_path / ("xdg" if set_ else ".cache")
-    assert with_user_cache(CONFIG).cache_dir == str(cache / "fasp_lightning" / "own_text")
+    found = with_user_cache(CONFIG).cache_dir
+    assert Path(str(found)).expanduser() == cache / "fasp_lightning" / "own_text"
+    assert set_ or str(tmp_path) not in str(found)  # settings are saved along, and name no home
     for mine in (replace(CONFIG, cache_dir="here"), replace(CONFIG, cache_dir=None)):
         assert with_user_cache(mine) == mine
 

@@ -18,6 +18,7 @@ from fasp_lightning.pruning import text
 from fasp_lightning.pruning.text import (
     SPLITS,
     TextConfig,
+    calibration_batches,
     describe,
     documents,
     for_role,
@@ -99,6 +100,29 @@ def test_a_sample_is_of_different_sequences_in_the_order_of_the_text(numbers: st
     assert len(places) == 20
     assert places == sorted(set(places))
     assert places != list(range(20))
+
+
+def test_calibration_batches_have_the_weights_of_their_texts(numbers: str) -> None:
+    plain, heavy = (TextConfig(numbers, seq_len=10, sequences=4, batch_size=2, weight=weight) for weight in (1, 0.5))
+    first, second, *weighted = calibration_batches([plain, heavy], word_tokenizer())
+    expected = token_batches(plain, word_tokenizer())
+    assert torch.equal(torch.cat([first, second]), torch.cat(expected))
+    assert [batch["weight"] for batch in weighted] == [0.5, 0.5]
+    assert torch.equal(torch.cat([batch["input_ids"] for batch in weighted]), torch.cat(expected))
+
+
+@pytest.mark.parametrize("weight", [0, -1, float("inf"), float("nan")])
+def test_a_weight_is_a_positive_number(weight: float) -> None:
+    with pytest.raises(ValueError, match=rf"weight must be positive and finite, got {weight}"):
+        TextConfig(weight=weight)
+
+
+@pytest.mark.parametrize("role", ["train", "test", "validation"])
+def test_only_calibration_text_has_a_weight(role: str) -> None:
+    heavy = TextConfig(weight=2)
+    assert for_role(heavy, "calibration").weight == 2
+    with pytest.raises(ValueError, match="weight must be 1 for all but calibration text, got 2 for topics"):
+        for_role(heavy, role)
 
 
 def test_the_seed_alone_decides_on_the_sample(numbers: str) -> None:
