@@ -83,7 +83,7 @@ def _sample_batch(model: PreTrainedModel, starts: Tensor, draws: Tensor, tempera
     for column in draws.T:
         output = model(input_ids=tokens[-1][:, None], past_key_values=past, use_cache=True)
         past = output.past_key_values
-        chosen, whole = choose(output.logits[:, -1], column.to(output.logits.device), temperature)
+        chosen, whole = choose(output.logits[:, -1], column, temperature)
         tokens.append(chosen.to(device))
         finite &= whole.to(device)  # looked at once: each look would wait for the device
     if not finite:
@@ -104,10 +104,12 @@ def choose(logits: Tensor, draws: Tensor, temperature: float) -> tuple[Tensor, T
     """
     # softmax without its division, p_j ∝ exp((z_j − max z) / temperature): nothing overflows, however low it is
     likely = (logits.float() - logits.amax(-1, keepdim=True)).div_(temperature).exp_()
+    if torch.are_deterministic_algorithms_enabled():
+        likely = likely.cpu()  # cumsum on CUDA would refuse: its order of summation varies
     cumulative = likely.cumsum(-1, dtype=torch.float64)  # in float32 the tail of a large vocabulary would be lost
     total = cumulative[:, -1:]
     # right: a token without probability adds nothing, so the sum first exceeds the number at another one
-    chosen = torch.searchsorted(cumulative, draws.double()[:, None] * total, right=True)[:, 0]
+    chosen = torch.searchsorted(cumulative, draws[:, None].to(total) * total, right=True)[:, 0]
     return chosen.clamp_max(logits.shape[-1] - 1), total.isfinite().all()  # clamped where all are NaN
 
 

@@ -290,5 +290,12 @@ def test_commands_have_a_folder_in_the_users_cache(set_: bool, tmp_path: Path, m
 
 
 @pytest.mark.cuda
-def test_model_on_the_accelerator_writes_the_same() -> None:
-    assert torch.equal(sampled(tiny_model("llama").cuda()), sampled(tiny_model("llama")))
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_model_on_the_accelerator_writes_the_same(deterministic: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    expected = sampled(tiny_model("llama"))
+    torch.use_deterministic_algorithms(deterministic)
+    try:
+        assert torch.equal(sampled(tiny_model("llama").cuda()), expected)
+    finally:
+        torch.use_deterministic_algorithms(False)
