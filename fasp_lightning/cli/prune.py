@@ -37,6 +37,7 @@ from fasp_lightning.cli.setup import Setup, already_pruned, load, memory_of, set
 from fasp_lightning.pruning.checkpoint import SavedModel, save_pruned
 from fasp_lightning.pruning.perplexity import PerplexityResult, measure_perplexity
 from fasp_lightning.pruning.plan import apply_plan, plan_of
+from fasp_lightning.pruning.prepare import Prepared
 from fasp_lightning.pruning.pruner import FASPPruner
 from fasp_lightning.pruning.report import PruningReport, TextReport, peak_memory, restoration_warning
 
@@ -129,6 +130,7 @@ def prune_measured(
     evaluation: list[Text],
     before: list[PerplexityResult],
     again: Callable[[], Any],
+    prepared: Prepared | None = None,
 ) -> PruningReport:
     """Prune a model in place, measure it, and note on it what it was calibrated and measured on; it is saved along.
 
@@ -140,9 +142,10 @@ def prune_measured(
         evaluation: The texts to measure.
         before: Their perplexities before.
         again: Gives the model as it was, to measure it without restoration; called if the job compares.
+        prepared: What was prepared of the calibration text with the model as it was; by default that is done here.
     """
     with PruningProgress() as progress:
-        report = FASPPruner(setup.pruning).prune(model, calibration.batches, progress=progress)
+        report = FASPPruner(setup.pruning).prune(model, prepared or calibration.batches, progress=progress)
     after = measure(model, evaluation, "pruned")
     plain = _unrestored(model, again(), evaluation) if job.compares else [None] * len(evaluation)
     domains = domains_of(job, calibration, evaluation)

@@ -24,7 +24,7 @@ from fasp_lightning.cli.checks import (
     texts_of,
     tokenizer_of,
 )
-from fasp_lightning.cli.console import dtype_name, gibibytes, note, percent, shown_warnings
+from fasp_lightning.cli.console import PruningProgress, dtype_name, gibibytes, note, percent, shown_warnings
 from fasp_lightning.cli.domains import missing_domain, single_source
 from fasp_lightning.cli.errors import UsageError
 from fasp_lightning.cli.generation import continuation
@@ -38,6 +38,8 @@ from fasp_lightning.pruning.config import PruningConfig
 from fasp_lightning.pruning.forms import choose_form
 from fasp_lightning.pruning.id_cache import fingerprint
 from fasp_lightning.pruning.perplexity import PerplexityResult
+from fasp_lightning.pruning.prepare import Prepared
+from fasp_lightning.pruning.pruner import FASPPruner
 from fasp_lightning.pruning.staging import read_json
 from fasp_lightning.pruning.widths import plan_widths
 
@@ -142,7 +144,7 @@ def _set_up(jobs: list[PruneJob]) -> list[tuple[PruneJob, Setup]]:
 
 
 class _Sweep:
-    """What all sparsities share: the model as it was loaded, on the CPU, the texts, and the figures before."""
+    """What all sparsities share: the model as it was loaded, on the CPU, the texts, and what is known of both."""
 
     def __init__(
         self, job: SweepJob, dense: Any, tokenizer: Any, calibration: Calibration, evaluation: list[Text]
@@ -150,7 +152,7 @@ class _Sweep:
         self.job, self.dense, self.tokenizer = job, dense, tokenizer
         self.calibration, self.evaluation = calibration, evaluation
         self._model = fingerprint(dense)
-        self._before: list[PerplexityResult] | None = None
+        self._shared: tuple[list[PerplexityResult], Prepared] | None = None
 
     def settings(self, job: PruneJob) -> Settings:
         """All that decides what comes out, as plain data."""
@@ -207,16 +209,21 @@ class _Sweep:
     def prune(self, job: PruneJob, setup: Setup) -> None:
         """Prune a copy to one sparsity, measure it and save it."""
         fresh = self._copies(home(setup))
-        if self._before is None:
-            self._before = measure(fresh(), self.evaluation, "dense" if not setup.already_pruned else "as it is")
+        before, prepared = self._shared = self._shared or self._share(fresh(), setup)
         note(f"sparsity {percent(setup.widths.sparsity)}")
         model = fresh()
-        prune_measured(model, job, setup, self.calibration, self.evaluation, self._before, again=fresh)
+        prune_measured(model, job, setup, self.calibration, self.evaluation, before, fresh, prepared)
         model.fasp_report["made_with"] = self.settings(job)
         if job.prompt is not None:
             text = continuation(model, self.tokenizer, job.prompt, job.new_tokens)
             model.fasp_report["continuation"] = {"prompt": job.prompt, "text": text}
         save(model, self.tokenizer, job, setup)
+
+    def _share(self, model: Any, setup: Setup) -> tuple[list[PerplexityResult], Prepared]:
+        """Perplexities before, and own text and loss sensitivity for the pruning to any sparsity."""
+        before = measure(model, self.evaluation, "dense" if not setup.already_pruned else "as it is")
+        with PruningProgress() as progress:
+            return before, FASPPruner(setup.pruning).prepare(model, self.calibration.batches, progress=progress)
 
     def _copies(self, device: torch.device) -> Callable[[], Any]:
         return lambda: copy.deepcopy(self.dense).to(device)

@@ -15,6 +15,7 @@ from tiny import tiny_model
 from fasp_lightning import FASPPruner, load_pruned
 from fasp_lightning.cli import prune as prune_module
 from fasp_lightning.cli import sweep as sweep_module
+from fasp_lightning.pruning import pruner
 from fasp_lightning.pruning.perplexity import PerplexityResult
 
 
@@ -61,13 +62,17 @@ def report_of(folder: Path) -> dict:
     return json.loads((folder / "fasp_report.json").read_text())
 
 
-def test_each_sparsity_is_what_prune_makes_of_the_dense_model(sweep, fasp, tiny_folder, tmp_path: Path) -> None:
+SHARED = ["--pruning.score", "fisher", "--pruning.own_text", "{tokens: 128, seq_len: 16, cache_dir: null}"]
+
+
+@pytest.mark.parametrize("options", [[], SHARED], ids=["plain", "sensitivity and own text"])
+def test_each_sparsity_is_what_prune_makes_of_the_dense_model(sweep, fasp, tiny_folder, tmp_path, options) -> None:
     folder = tiny_folder("opt")
-    assert sweep(folder).code == 0
+    assert sweep(folder, *options).code == 0
     for sparsity in ("0.10", "0.30"):
         alone = ["--calibration.source", tmp_path / "calibration.txt", "--calibration.seq_len", 16, "--device", "cpu"]
         more = ["--calibration.sequences", 8, "--evaluation", "[]", "--output_dir", tmp_path / sparsity]
-        fasp("prune", "--model.name_or_path", folder, *alone, *more, "--pruning.sparsity", sparsity)
+        fasp("prune", "--model.name_or_path", folder, *alone, *more, "--pruning.sparsity", sparsity, *options)
         ours, theirs = load_pruned(tmp_path / "sweep" / f"sparsity_{sparsity}"), load_pruned(tmp_path / sparsity)
         assert ours.fasp_plan == theirs.fasp_plan
         torch.testing.assert_close(ours.state_dict(), theirs.state_dict())
@@ -104,9 +109,13 @@ def test_without_matplotlib_a_note_says_how_to_get_it(sweep, tiny_folder, tmp_pa
     assert sorted(path.name for path in (tmp_path / "sweep").glob("sweep*")) == ["sweep.json", "sweep.md"]
 
 
-def test_dense_model_is_loaded_and_measured_once(sweep, tiny_folder, monkeypatch: pytest.MonkeyPatch) -> None:
-    calls = {"load": 0, "dense": 0}
-    load, measure = sweep_module.load, sweep_module.measure
+def test_dense_model_is_loaded_measured_and_prepared_once(sweep, tiny_folder, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = {"load": 0, "dense": 0, "prepare": 0}
+    load, measure, prepare = sweep_module.load, sweep_module.measure, pruner.prepare
+
+    def prepared(*args: object, **kwargs: object) -> object:
+        calls["prepare"] += 1
+        return prepare(*args, **kwargs)
 
     def counted(*args: object) -> object:
         calls["load"] += 1
@@ -119,8 +128,9 @@ def test_dense_model_is_loaded_and_measured_once(sweep, tiny_folder, monkeypatch
     monkeypatch.setattr(sweep_module, "load", counted)
     monkeypatch.setattr(prune_module, "load", counted)
     monkeypatch.setattr(sweep_module, "measure", measured)
+    monkeypatch.setattr(pruner, "prepare", prepared)
     assert sweep(tiny_folder("opt")).code == 0
-    assert calls == {"load": 1, "dense": 1}
+    assert calls == {"load": 1, "dense": 1, "prepare": 1}
 
 
 def test_killed_sweep_loses_only_the_one_in_work(sweep, tiny_folder, tmp_path: Path, pruned, monkeypatch) -> None:
@@ -159,15 +169,19 @@ CHANGES = {
 
 
 @pytest.mark.parametrize("name", CHANGES)
-def test_models_of_other_settings_are_refused_or_replaced(sweep, tiny_folder, tmp_path, pruned, name: str) -> None:
+def test_models_of_other_settings_are_refused(sweep, tiny_folder, pruned: list[float], name: str) -> None:
     folder, one = tiny_folder("opt"), ["--sparsities", "[0.1]"]
     sweep(folder, *one)
     outcome = sweep(folder, *one, *CHANGES[name])
     assert outcome.code == 2
     assert name in re.search(r"made with other settings \((.*?)\)", outcome.err).group(1)
     assert pruned == [0.1]
-    assert sweep(folder, *one, *CHANGES[name], "--overwrite").code == 0
-    assert sweep(folder, *one, *CHANGES[name], "--overwrite").code == 0  # made with these settings now
+
+
+def test_overwrite_replaces_models_of_other_settings_once(sweep, tiny_folder, pruned: list[float]) -> None:
+    folder, changed = tiny_folder("opt"), ["--sparsities", "[0.1]", *CHANGES["pruning"], "--overwrite"]
+    sweep(folder, "--sparsities", "[0.1]")
+    assert [sweep(folder, *changed).code for _ in range(2)] == [0, 0]
     assert pruned == [0.1, 0.1]
 
 
