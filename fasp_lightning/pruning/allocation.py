@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fasp_lightning.pruning.config import PruningConfig
-from fasp_lightning.pruning.widths import PairWidth, WidthPlan
+from fasp_lightning.pruning.widths import PairWidth, WidthPlan, step_units
 from fasp_lightning.structure.pair import ResolvedPair
 
 LEAST = 0.2
@@ -17,7 +17,7 @@ LEAST = 0.2
 MOST = 0.7
 """A pair loses at most this fraction of its units, or half of what a uniform cut would leave if that is more."""
 
-ALLOCATED = ("ffn", "value")
+ALLOCATED = {"value_dims": ("value", "ffn"), "kv_groups": ("ffn",), "none": ("ffn",)}
 """Kinds of pairs whose widths may differ between blocks; the number of KV groups stands in the config once for all."""
 
 
@@ -52,34 +52,35 @@ def adaptive_widths(
     Returns:
         The plan with other widths.
     """
-    kinds = {width.kind for block in plan.pairs for width in block if width.after < width.before} & set(ALLOCATED)
     chosen = [
         (block, place)
         for block, widths in enumerate(plan.pairs)
         for place, width in enumerate(widths)
-        if width.kind in kinds
+        if width.kind in ALLOCATED[plan.attention]
     ]
     widths = [plan.pairs[block][place] for block, place in chosen]
     steps = [
         _steps(pairs[block][place], width, sensitivity[block][place], config)
         for (block, place), width in zip(chosen, widths, strict=True)
     ]
-    wanted = sum((width.before - width.after) * width.cost for width in widths)
-    gone = _take(steps, widths, wanted)
     found = [list(block) for block in plan.pairs]
-    for (block, place), width, units in zip(chosen, widths, gone, strict=True):
+    wanted = plan.parameters_before - plan.parameters_after
+    wanted -= sum(_newly(width) for block in found for width in block if width not in widths)
+    for (block, place), width, units in zip(chosen, widths, _take(steps, widths, wanted), strict=True):
         found[block][place] = replace(width, after=width.before - units)
-    newly = sum((width.before - width.after) * width.cost for block in found for width in block)
-    return replace(
-        plan, pairs=tuple(tuple(block) for block in found), parameters_after=plan.parameters_before - newly
-    )
+    newly = sum(_newly(width) for block in found for width in block)
+    return replace(plan, pairs=tuple(tuple(block) for block in found), parameters_after=plan.parameters_before - newly)
+
+
+def _newly(width: PairWidth) -> int:
+    """Parameters that this pruning removes."""
+    return (width.before - width.after) * width.cost
 
 
 def _steps(pair: ResolvedPair, width: PairWidth, scores: Tensor, config: PruningConfig) -> _Steps:
     """The steps of one pair."""
-    heads = pair.layout.groups if width.kind == "value" and config.head_balance == "even" else 1
+    heads, size = (1, config.multiple_of) if width.kind == "ffn" else (step_units(pair, config), 1)
     ascending = scores.double().reshape(heads, -1).sort(dim=1).values.sum(0)
-    size = config.multiple_of if width.kind == "ffn" else 1
     step = (torch.arange(ascending.numel()) + -width.before % size) // size  # the first one ends at a multiple
     total = ascending.new_zeros(int(step[-1]) + 1).index_add(0, step, ascending)
     units = torch.bincount(step) * heads

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -62,8 +62,8 @@ class WidthPlan:
         parameters_before: All parameters before this pruning.
         parameters_after: All parameters after it.
         attention: ``"value_dims"``, ``"kv_groups"`` or ``"none"``, as decided.
-        allocation: As asked. With ``"adaptive"`` the widths of single blocks are not known before calibration, and
-            ``pairs`` are the uniform ones of the same sum.
+        allocation: As asked. With ``"adaptive"`` the widths of single blocks are not known before calibration:
+            ``pairs`` are the uniform ones, the sum is exact.
     """
 
     pairs: tuple[tuple[PairWidth, ...], ...]
@@ -148,6 +148,11 @@ def _plan(model: PreTrainedModel, config: PruningConfig) -> WidthPlan:
     widths = tuple(tuple(_block_widths(block, pruned, share, config, groups)) for block in pairs)
     parameters = parameter_count(model)
     newly = sum((pair.before - pair.after) * pair.cost for block in widths for pair in block)
+    if config.allocation == "adaptive":  # the sum alone is known: what the uniform widths are rounded to is not
+        steps = (step_units(pair, config) * pair.column_cost for block in pairs for pair in block)
+        newly = round(config.sparsity * total) - gone
+        if newly <= max(steps) / 2:
+            newly, widths = 0, tuple(tuple(replace(pair, after=pair.before) for pair in block) for block in widths)
     return WidthPlan(widths, total, parameters + gone, parameters, parameters - newly, attention, config.allocation)
 
 
@@ -203,6 +208,18 @@ def _groups_left(block: list[ResolvedPair], counts: list[int], share: float, con
             f"code can hold {', '.join(map(str, counts))} of {groups.layout.width} groups; use 'value_dims' or 'none'"
         )
     return min(found, key=lambda count: (abs(count - (1 - share) * groups.layout.width), -count))
+
+
+def step_units(pair: ResolvedPair, config: PruningConfig) -> int:
+    """Units of a pair that go at a time: one value dim of every head that is kept even, ``multiple_of`` FFN units.
+
+    Args:
+        pair: The pair.
+        config: ``head_balance`` and ``multiple_of`` are read.
+    """
+    if pair.spec.kind == "ffn":
+        return config.multiple_of
+    return pair.layout.groups if config.head_balance == "even" else 1
 
 
 def _removed(pair: ResolvedPair) -> int:
