@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
 
 from fasp_lightning.pruning.config import PruningConfig
+from fasp_lightning.pruning.division import removed, units_left
 from fasp_lightning.pruning.plan import resolve_pruned
-from fasp_lightning.structure.layout import PairLayout
 from fasp_lightning.structure.linears import linear_parameters, parameter_count
 from fasp_lightning.structure.pair import ResolvedPair
 from fasp_lightning.structure.registry import spec_for
@@ -137,23 +136,35 @@ def present_widths(model: PreTrainedModel) -> WidthPlan:
 def _plan(model: PreTrainedModel, config: PruningConfig) -> WidthPlan:
     pairs = resolve_pruned(model, kv_groups=config.attention == "kv_groups")
     attention = _decide_attention(pairs, config.attention)
-    pruned = {"value_dims": {"ffn", "value"}, "kv_groups": {"ffn", "groups"}, "none": {"ffn"}}[attention]
-    counts = _group_counts(model, pairs) if attention == "kv_groups" else []
     if attention == "value_dims" and config.head_balance == "even":
         _require_even(pairs)
-    gone = sum(_removed(pair) for block in pairs for pair in block)
+    pruned = {"value_dims": {"ffn", "value"}, "kv_groups": {"ffn", "groups"}, "none": {"ffn"}}[attention]
+    counts = _group_counts(model, pairs) if attention == "kv_groups" else []
+    gone = sum(removed(pair) for block in pairs for pair in block)
     total = linear_parameters(model, spec_for(model)) + gone
-    share = _share(pairs, pruned, config, total, counts)
-    groups = _groups_left(pairs[0], counts, share, config) if counts else 0
-    widths = tuple(tuple(_block_widths(block, pruned, share, config, groups)) for block in pairs)
+    left = units_left(pairs, pruned, config, total, counts)
+    widths = tuple(tuple(map(_width, block, units)) for block, units in zip(pairs, left, strict=True))
     parameters = parameter_count(model)
     newly = sum((pair.before - pair.after) * pair.cost for block in widths for pair in block)
     if config.allocation == "adaptive":  # the sum alone is known: what the uniform widths are rounded to is not
-        steps = (step_units(pair, config) * pair.column_cost for block in pairs for pair in block)
+        decided = [pair for block in pairs for pair in block if pair.spec.kind in pruned - {"groups"}]
         newly = round(config.sparsity * total) - gone
-        if newly <= max(steps) / 2:
+        if newly <= max(step_units(pair, config) * pair.column_cost for pair in decided) / 2:
             newly, widths = 0, tuple(tuple(replace(pair, after=pair.before) for pair in block) for block in widths)
     return WidthPlan(widths, total, parameters + gone, parameters, parameters - newly, attention, config.allocation)
+
+
+def _width(pair: ResolvedPair, left: int) -> PairWidth:
+    return PairWidth(
+        layer=f"{pair.name}.{pair.spec.consumer}",
+        kind=pair.spec.kind,
+        original=pair.layout.width,
+        before=pair.kept.numel(),
+        after=left,
+        columns=pair.columns,
+        cost=pair.column_cost,
+        head_size=pair.layout.head_size,
+    )
 
 
 def _decide_attention(pairs: list[list[ResolvedPair]], attention: str) -> str:
@@ -190,26 +201,6 @@ def _group_counts(model: PreTrainedModel, pairs: list[list[ResolvedPair]]) -> li
     return [*fewer, left]
 
 
-def _groups_left(block: list[ResolvedPair], counts: list[int], share: float, config: PruningConfig) -> int:
-    """The number of KV groups nearest to their share with which the FFN can take up the rest of a block's."""
-    wanted = share * sum(pair.layout.width * pair.column_cost for pair in block)
-    groups = next(pair for pair in block if pair.spec.kind == "groups")
-    found = []
-    for count in counts:
-        rest = wanted - (groups.layout.width - count) * groups.column_cost
-        lowest, highest = -0.5, math.inf  # without an FFN, nothing takes up the rest
-        for ffn in (pair for pair in block if pair.spec.kind == "ffn"):
-            lowest, highest = -ffn.column_cost / 2, (ffn.layout.width - config.multiple_of) * ffn.column_cost
-        if rest <= highest and (rest >= lowest or count == counts[-1]):
-            found.append(count)
-    if not found:
-        raise ValueError(
-            f"sparsity must be one that whole KV groups and the FFN make up together, got {config.sparsity}: stock "
-            f"code can hold {', '.join(map(str, counts))} of {groups.layout.width} groups; use 'value_dims' or 'none'"
-        )
-    return min(found, key=lambda count: (abs(count - (1 - share) * groups.layout.width), -count))
-
-
 def step_units(pair: ResolvedPair, config: PruningConfig) -> int:
     """Units of a pair that go at a time: one value dim of every head that is kept even, ``multiple_of`` FFN units.
 
@@ -220,82 +211,3 @@ def step_units(pair: ResolvedPair, config: PruningConfig) -> int:
     if pair.spec.kind == "ffn":
         return config.multiple_of
     return pair.layout.groups if config.head_balance == "even" else 1
-
-
-def _removed(pair: ResolvedPair) -> int:
-    return (pair.layout.width - pair.kept.numel()) * pair.column_cost
-
-
-def _share(
-    pairs: list[list[ResolvedPair]], pruned: set[str], config: PruningConfig, total: int, counts: list[int]
-) -> float:
-    """r = R / Σ n_p c_p: the fraction that each pair to be pruned loses; below 1, since each keeps something."""
-    removable = sum(
-        (pair.layout.width - _least(pair, config, counts)) * pair.column_cost
-        if pair.spec.kind in pruned
-        else _removed(pair)
-        for block in pairs
-        for pair in block
-    )
-    if config.sparsity * total > removable:
-        highest = math.floor(removable / total * 1e4) / 1e4
-        kept = "queries and keys" if "value" in pruned else f"{counts[0]} KV groups" if counts else "the attention"
-        raise ValueError(f"sparsity must be at most {highest} with {kept} kept, got {config.sparsity}")
-    sizes = [sum(pair.layout.width * pair.column_cost for pair in block if pair.spec.kind in pruned) for block in pairs]
-    return _level(config.sparsity * total, sizes, [sum(map(_removed, block)) for block in pairs])
-
-
-def _level(wanted: float, sizes: list[int], gone: list[int]) -> float:
-    """The share r with Σ max(r · size, gone) = wanted: blocks that have lost more before leave less to the others."""
-    blocks = set(range(len(sizes)))
-    while True:
-        others = sum(gone) - sum(gone[block] for block in blocks)
-        share = (wanted - others) / sum(sizes[block] for block in blocks)
-        beyond = {block for block in blocks if gone[block] > share * sizes[block]}
-        if not beyond or beyond == blocks:
-            return share
-        blocks -= beyond
-
-
-def _least(pair: ResolvedPair, config: PruningConfig, counts: list[int]) -> int:
-    """Fewest units that are left: one value dim in each KV head, one step of the FFN width."""
-    if pair.spec.kind == "value":
-        return pair.layout.groups
-    if pair.spec.kind == "groups":
-        return counts[0]
-    if config.multiple_of > pair.layout.width:
-        raise ValueError(f"multiple_of must be at most the FFN width {pair.layout.width}, got {config.multiple_of}")
-    return config.multiple_of
-
-
-def _block_widths(
-    block: list[ResolvedPair], pruned: set[str], share: float, config: PruningConfig, groups: int
-) -> list[PairWidth]:
-    wanted = share * sum(pair.layout.width * pair.column_cost for pair in block if pair.spec.kind in pruned)
-    widths = []
-    for pair in block:  # the FFN is the last: it takes up what is left
-        kind, layout, before = pair.spec.kind, pair.layout, pair.kept.numel()
-        left = layout.width
-        if kind == "ffn":
-            left = _ffn_width(pair, wanted, config.multiple_of)
-        elif kind in pruned:
-            left = groups if kind == "groups" else left - _value_dims(layout, share, config.head_balance)
-        left = min(left, before)
-        wanted -= (layout.width - left) * pair.column_cost
-        name, cost = f"{pair.name}.{pair.spec.consumer}", pair.column_cost
-        widths.append(PairWidth(name, kind, layout.width, before, left, pair.columns, cost, layout.head_size))
-    return widths
-
-
-def _value_dims(layout: PairLayout, share: float, head_balance: str) -> int:
-    """How many value dims go; at least one a KV head is left."""
-    heads = layout.groups if head_balance == "even" else 1
-    return min(heads * round(share * layout.width / heads), layout.width - layout.groups)
-
-
-def _ffn_width(pair: ResolvedPair, wanted: float, multiple_of: int) -> int:
-    width = pair.layout.width
-    left = width - round(max(wanted, 0.0) / pair.column_cost)
-    if left < width:
-        left = max(multiple_of, round(left / multiple_of) * multiple_of)
-    return max(1, min(left, width))
