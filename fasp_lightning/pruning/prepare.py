@@ -67,6 +67,7 @@ def prepare(
     processes: Processes,
     watch: Stopwatch,
     meter: Meter,
+    passes: int = 0,
 ) -> Prepared:
     """Let the model write its own text, and measure the loss sensitivity of its units.
 
@@ -79,6 +80,7 @@ def prepare(
         processes: Those that call this together.
         watch: Counts seconds by phase.
         meter: Counts units of work.
+        passes: Passes over the calibration set that will follow.
 
     Raises:
         ValueError: If there is no calibration batch, or a gradient or logit is not finite.
@@ -94,7 +96,7 @@ def prepare(
         with processes.together():
             samples = capture(model, spec_for(model), batches, config.micro_batch_size, store)
         chosen = spread_samples(samples, config.sensitivity_tokens, processes)
-        meter.expect(len(chosen) * len(pairs))
+        meter.expect(len(chosen) * len(pairs) + len(samples) * passes)
         sensitivity = fisher_scores(
             model, pairs, chosen, store, processes=processes, tick=lambda block: meter.tick(block, "sensitivity")
         )

@@ -42,8 +42,8 @@ class Meter:
         self._done = self._total = 0
 
     def expect(self, units: int) -> None:
-        """So many more units are to be done."""
-        self._total += units
+        """So many units are still to be done, as far as is known now."""
+        self._total = self._done + units
 
     def tick(self, block: int, phase: str) -> None:
         """One unit of work is done."""

@@ -18,7 +18,7 @@ from fasp_lightning.pruning.prepare import Prepared, prepare
 from fasp_lightning.pruning.processes import Processes
 from fasp_lightning.pruning.progress import Meter, Progress
 from fasp_lightning.pruning.report import PruningReport, Stopwatch, peak_memory
-from fasp_lightning.pruning.run import PruningRun
+from fasp_lightning.pruning.run import PruningRun, passes_over
 from fasp_lightning.pruning.standins import evaluating
 from fasp_lightning.pruning.store import TensorStore
 from fasp_lightning.pruning.widths import WidthPlan, plan_widths
@@ -74,7 +74,7 @@ class FASPPruner:
         if work.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(work.device)
         start = time.perf_counter()
-        prepared = batches if isinstance(batches, Prepared) else work.prepare(batches)
+        prepared = batches if isinstance(batches, Prepared) else work.prepare(batches, passes_over(work.widths.pairs))
         prepared.check(work.pairs, self.config)
         report = work.prune(prepared)
         report.seconds = {**work.watch.seconds, "total": time.perf_counter() - start}
@@ -128,7 +128,7 @@ class _Work:
         meter = Meter(progress, len(pairs))
         return cls(model, config, widths, pairs, device, processes or Processes(), Stopwatch(device), meter)
 
-    def prepare(self, batches: Iterable[Any]) -> Prepared:
+    def prepare(self, batches: Iterable[Any], passes: int = 0) -> Prepared:
         with TensorStore(self.config.offload, self.device) as store:
             return prepare(
                 self.model,
@@ -139,6 +139,7 @@ class _Work:
                 processes=self.processes,
                 watch=self.watch,
                 meter=self.meter,
+                passes=passes,
             )
 
     def prune(self, prepared: Prepared) -> PruningReport:

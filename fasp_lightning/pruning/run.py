@@ -73,7 +73,7 @@ class PruningRun:
             store: Where its tensors are kept.
             attention: Path of the attention module in a block.
         """
-        self._start(samples, widths, len(pairs))
+        self._start(samples, widths)
         for index, block in enumerate(pairs):
             replay = BlockReplay(block[0].block, index, block, attention, store, self.watch)
             with placed(block[0].block, self.device):
@@ -86,10 +86,10 @@ class PruningRun:
                         replay.advance(sample)
                         self.meter.tick(index, "apply")
 
-    def _start(self, samples: list[Sample], widths: tuple[tuple[PairWidth, ...], ...], blocks: int) -> None:
+    def _start(self, samples: list[Sample], widths: tuple[tuple[PairWidth, ...], ...]) -> None:
         """Count the work, and warn if the calibration set is small."""
-        cut = [pair for block in widths for pair in block if pair.after < pair.before]
-        self.meter.expect(len(samples) * (len(cut) + blocks))
+        cut = cut_pairs(widths)
+        self.meter.expect(len(samples) * passes_over(widths))
         self.report.tokens = int(self.processes.total(sum(sample.tokens for sample in samples))[0])
         widest = max((pair.columns for pair in cut), default=0)
         if self.report.tokens < widest:
@@ -145,6 +145,16 @@ class PruningRun:
     def _columns(self, pair: ResolvedPair, units: Tensor) -> Tensor:
         """Where the units' columns are among those left."""
         return torch.searchsorted(pair.layout.columns(pair.kept), pair.layout.columns(units)).to(self.device)
+
+
+def passes_over(widths: tuple[tuple[PairWidth, ...], ...]) -> int:
+    """How often a pruning goes over its calibration set: for each pair that is cut, and for each block's outputs."""
+    return len(cut_pairs(widths)) + len(widths)
+
+
+def cut_pairs(widths: tuple[tuple[PairWidth, ...], ...]) -> list[PairWidth]:
+    """Those that lose something."""
+    return [pair for block in widths for pair in block if pair.after < pair.before]
 
 
 def _require_finite(statistics: GramStatistics, layer: str) -> None:

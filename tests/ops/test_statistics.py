@@ -130,6 +130,38 @@ def test_centred_gram_counts_weights() -> None:
     torch.testing.assert_close(found, (weights * (inputs - mean)).T @ (inputs - mean))
 
 
+def test_gram_can_be_centred_about_any_point() -> None:
+    inputs, weights = torch.randn(50, 6, dtype=torch.float64) + 3, torch.rand(50, 1, dtype=torch.float64)
+    mean, point = (weights * inputs).sum(0) / weights.sum(), torch.randn(6, dtype=torch.float64)
+    gram = (weights * inputs).T @ inputs
+    shifted = inputs - point
+    found = centre(gram, mean, float(weights.sum()), about=point)
+    torch.testing.assert_close(found, (weights * shifted).T @ shifted)
+    torch.testing.assert_close(centre(gram, mean, float(weights.sum()), about=torch.zeros(6)), gram)
+    torch.testing.assert_close(
+        centre(gram, mean, float(weights.sum()), about=mean), centre(gram, mean, float(weights.sum()))
+    )
+
+
+@pytest.mark.parametrize("limit", [4, statistics.DOUBLE_LIMIT], ids=["float32", "float64"])
+def test_one_takes_in_what_another_has_seen(limit: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(statistics, "DOUBLE_LIMIT", limit)
+    whole, first, second = (GramStatistics(150, "cpu") for _ in range(3))
+    for found, seed, weight in ((first, 0, 1.0), (second, 1, 0.3), (first, 2, 2.5), (second, 3, 1.0)):
+        rows = torch.randn(20, 150, generator=torch.Generator().manual_seed(seed))
+        found.update(rows, weight)
+        whole.update(rows, weight)
+    seen = second.gram()
+    first.add(second)
+    torch.testing.assert_close(first.gram(), whole.gram(), atol=1e-4, rtol=1e-5)
+    torch.testing.assert_close(first.mean(), whole.mean())
+    assert first.tokens == pytest.approx(whole.tokens) == 96
+    assert torch.equal(second.gram(), seen)  # the other stays
+    assert second.tokens == 26
+    first.update(torch.ones(1, 150))  # and more can follow
+    assert first.tokens == pytest.approx(97)
+
+
 def test_inputs_of_another_width_are_refused() -> None:
     with pytest.raises(ValueError, match=r"inputs must be \(tokens, 6\), got \(3, 5\)"):
         GramStatistics(6, "cpu").update(torch.ones(3, 5))

@@ -10,7 +10,7 @@ import torch
 from oracle import mask_units
 from tiny import TINY, random_tokens, tiny_model
 from tiny_pruning import calibration
-from torch import Tensor, nn
+from torch import Tensor
 
 from fasp_lightning import FASPPruner, PruningConfig, spec_for
 from fasp_lightning.pruning.allocation import ALLOCATED, LEAST, MOST, adaptive_widths
@@ -47,7 +47,7 @@ def drawn(pairs: list[list[Any]], spread: float = 1.0, seed: int = 0) -> list[li
     return [[scores(pair.kept.numel()) for pair in block] for block in pairs]
 
 
-def allocated(model: nn.Module, config: PruningConfig, spread: float = 1.0, seed: int = 0) -> tuple[WidthPlan, Any]:
+def allocated(model: Any, config: PruningConfig, spread: float = 1.0, seed: int = 0) -> tuple[WidthPlan, Any]:
     """Uniform and adaptive widths from random sensitivity."""
     uniform = plan_widths(model, config)
     pairs = resolve_pruned(model, kv_groups=uniform.attention == "kv_groups")
@@ -58,7 +58,7 @@ def flat(plan: WidthPlan) -> list[PairWidth]:
     return [pair for block in plan.pairs for pair in block]
 
 
-def half_step(model: nn.Module, config: PruningConfig) -> float:
+def half_step(model: Any, config: PruningConfig) -> float:
     """Half the parameters of the largest step that is decided upon, and half of one for the rounding."""
     groups = config.attention == "kv_groups"
     kinds = ALLOCATED[plan_widths(model, config).attention]
