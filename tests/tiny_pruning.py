@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -9,10 +10,21 @@ from tiny import random_tokens, tiny_model
 from torch import nn
 
 from fasp_lightning import FASPPruner, PruningConfig
+from fasp_lightning.pruning.own_text import OwnTextConfig
 from fasp_lightning.pruning.standins import StandIn
 
 BOTH = PruningConfig(0.2, attention="value_dims")
 FFN = PruningConfig(0.2, attention="none")
+
+OWN = OwnTextConfig(tokens=5 * 20, seq_len=20, share=0.4)
+INGREDIENTS = {
+    "fisher": replace(BOTH, score="fisher"),
+    "adaptive": replace(BOTH, allocation="adaptive", head_balance="free"),
+    "auto": replace(BOTH, damping="auto"),
+    "own-text": replace(BOTH, own_text=OWN),
+    "everything": replace(BOTH, score="fisher", allocation="adaptive", damping="auto", own_text=OWN),
+}
+"""Settings that look at more than the inputs of one consumer."""
 
 
 def calibration(batches: int = 3) -> list[Any]:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from processes import run_script
 from tiny import tiny_model
-from tiny_pruning import calibration
+from tiny_pruning import INGREDIENTS, calibration
 
 from fasp_lightning import FASPPruner, PruningConfig, PruningPlan
 from fasp_lightning.pruning.own_text import OwnTextConfig, own_text
@@ -42,7 +42,24 @@ def test_two_processes_prune_as_one_does_on_all_the_data(family: str, found: Fou
             torch.testing.assert_close(process["weights"][name], value, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("case", [*FAMILIES, "solver"])
+@pytest.mark.parametrize("settings", INGREDIENTS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_settings_mean_the_same_in_two_processes(family: str, settings: str, found: Found) -> None:
+    """Loss sensitivity, own text and tokens held back are those of all processes together."""
+    model = tiny_model(family)
+    report = FASPPruner(INGREDIENTS[settings]).prune(model, calibration(8))
+    for process in found(f"{family}-{settings}"):
+        assert process["plan"] == model.fasp_plan.to_json()
+        assert process["tokens"] == report.tokens
+        assert process["dampings"] == [pair.damping for pair in report.pairs]
+        for name, value in model.state_dict().items():
+            torch.testing.assert_close(process["weights"][name], value, atol=1e-5, rtol=1e-4)
+
+
+MIXED = [f"{family}-{settings}" for family in FAMILIES for settings in INGREDIENTS]
+
+
+@pytest.mark.parametrize("case", [*FAMILIES, *MIXED, "solver"])
 def test_both_processes_have_the_same_model(case: str, found: Found) -> None:
     """Bit for bit; also where the pruning stopped half-way."""
     first, second = found(case)

@@ -16,23 +16,25 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from tiny import VOCAB, random_tokens, tiny_model
-from tiny_pruning import calibration
+from tiny_pruning import INGREDIENTS, OWN, calibration
 
 from fasp_lightning import FASPPruner, PruningConfig
 from fasp_lightning.pruning import run
-from fasp_lightning.pruning.own_text import OwnTextConfig, mixed, own_text
+from fasp_lightning.pruning.own_text import mixed, own_text
 from fasp_lightning.pruning.processes import Processes
 
 CONFIG = PruningConfig(0.2, attention="value_dims")
 FAMILIES = ("llama-gqa", "opt")
 
 
-OWN = OwnTextConfig(tokens=5 * 20, seq_len=20, share=0.4)
-
-
 def uneven(rank: int) -> list[Any]:
     """The part of ``calibration(3)`` that a process has: two batches, one of them padded, or one."""
     return calibration(3)[:2] if rank == 0 else calibration(3)[2:]
+
+
+def eight(rank: int) -> list[Any]:
+    """Four of ``calibration(8)`` in each process, of which one is held back, as two of eight in one process are."""
+    return calibration(8)[4 * rank : 4 * rank + 4]
 
 
 def out_of_range(rank: int) -> list[Any]:
@@ -54,12 +56,13 @@ def main(folder: Path) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
 
-    def prune(case: str, batches: Callable[[int], Any], family: str = "llama") -> None:
+    def prune(case: str, batches: Callable[[int], Any], family: str = "llama", config: PruningConfig = CONFIG) -> None:
         model, found = tiny_model(family), {"solved": 0}
         with counted(found):
             try:
-                report = FASPPruner(CONFIG).prune(model, batches(rank), processes=Processes.everyone())
+                report = FASPPruner(config).prune(model, batches(rank), processes=Processes.everyone())
                 found |= {"tokens": report.tokens, "errors": [pair.error_after for pair in report.pairs]}
+                found |= {"dampings": [pair.damping for pair in report.pairs]}
             except Exception as error:
                 found["message"] = f"{type(error).__name__}: {error}"
         found |= {"plan": model.fasp_plan.to_json() if hasattr(model, "fasp_plan") else None}
@@ -68,6 +71,8 @@ def main(folder: Path) -> None:
     write(folder, rank)
     for family in FAMILIES:
         prune(family, uneven, family)
+        for name, config in INGREDIENTS.items():
+            prune(f"{family}-{name}", eight, family, config)
     prune("token", out_of_range)
     prune("nothing", nothing_in_one)
     prune("breaks", breaks_in_one)
