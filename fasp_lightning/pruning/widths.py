@@ -43,6 +43,11 @@ class PairWidth:
     cost: int
     head_size: int
 
+    @property
+    def dims_left(self) -> int:
+        """Hidden units or value dims after it, also where whole KV groups are cut."""
+        return self.after * self.head_size if self.kind == "groups" else self.after
+
     def cached(self, units: int) -> int:
         """Entries of one token in the KV cache when so many units are left."""
         if self.kind == "value":  # cut values are scattered to their full width, which is that of the keys

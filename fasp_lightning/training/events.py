@@ -101,7 +101,8 @@ def prune_model(
 
     with isolate_rng():
         torch.manual_seed(draw.seed)
-        report: PruningReport = prune_attached(trainer, model, prune, attribute)
+        kv_groups = config.attention == "kv_groups"
+        report: PruningReport = prune_attached(trainer, model, prune, attribute, kv_groups)
     return report
 
 

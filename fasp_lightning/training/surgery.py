@@ -95,7 +95,9 @@ def unwrapped(trainer: Trainer) -> Iterator[None]:
         strategy.configure_ddp()
 
 
-def prune_attached(trainer: Trainer, model: PreTrainedModel, prune: Callable[[], Any], attribute: str | None) -> Any:
+def prune_attached(
+    trainer: Trainer, model: PreTrainedModel, prune: Callable[[], Any], attribute: str | None, kv_groups: bool
+) -> Any:
     """Let ``prune`` change the model in place, and all that hangs on its shapes follow: optimizers, averages.
 
     Args:
@@ -103,14 +105,15 @@ def prune_attached(trainer: Trainer, model: PreTrainedModel, prune: Callable[[],
         model: The causal LM in its LightningModule.
         prune: Prunes it.
         attribute: Where the model is, for the averaged copies.
+        kv_groups: Whether ``prune`` cuts whole KV groups.
 
     Returns:
         What ``prune`` returns.
     """
-    before = [pair.kept for block in resolve_pruned(model) for pair in block]
+    before = [pair.kept for block in resolve_pruned(model, kv_groups=kv_groups) for pair in block]
     with eagerly():
         result = prune()
-        after = [pair for block in resolve_pruned(model) for pair in block]
+        after = [pair for block in resolve_pruned(model, kv_groups=kv_groups) for pair in block]
         slices = chain.from_iterable(pair.slices(kept, pair.kept) for kept, pair in zip(before, after, strict=True))
         slice_states(trainer.optimizers, slices)
         for average in _average_models(trainer):

@@ -64,7 +64,7 @@ def tell_structure(trainer: Trainer, model: PreTrainedModel, perplexity: float |
         "fasp/sparsity_total": widths.sparsity_total,
         "fasp/parameters": float(widths.parameters_after),
     }
-    pairs = {f"fasp_width/{pair.layer}": float(pair.after) for block in widths.pairs for pair in block}
+    pairs = {f"fasp_width/{pair.layer}": float(pair.dims_left) for block in widths.pairs for pair in block}
     measured = {} if perplexity is None else {"fasp/perplexity": perplexity}
     publish(trainer, scalars | pairs | measured, trainer.global_step - before)
 

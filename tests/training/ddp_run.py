@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, DistributedSampler, default_collate
 
 from fasp_lightning import PruningConfig
+from fasp_lightning.pruning.own_text import OwnTextConfig
 from fasp_lightning.training.callback import FASPPruning
 from fasp_lightning.training.lora import LoRAConfig
 from fasp_lightning.training.module import CausalLMModule
@@ -69,9 +70,19 @@ def adamw(parameters: Any) -> torch.optim.Optimizer:
     return torch.optim.AdamW(parameters, lr=1e-2)
 
 
-def plain(folder: Path, processes: int = 2) -> tuple[Noting, L.Trainer, FASPPruning]:
+INGREDIENTS = PruningConfig(
+    attention="value_dims",
+    head_balance="free",
+    score="fisher",
+    allocation="adaptive",
+    own_text=OwnTextConfig(tokens=5 * 12, seq_len=12),
+)
+GROUPS = PruningConfig(attention="kv_groups", score="fisher")
+
+
+def plain(folder: Path, processes: int = 2, **options: Any) -> tuple[Noting, L.Trainer, FASPPruning]:
     """The same data in all processes together, for any number of them."""
-    module, callback = Noting(sgd), fasp()
+    module, callback = Noting(sgd), fasp(**options)
     made = fit(folder, module, callback, processes)
     return module, made, callback
 
@@ -174,6 +185,8 @@ def main(folder: Path) -> None:
         return rank
 
     rank = note("none", lambda: plain(folder))
+    note("ingredients", lambda: plain(folder, pruning=INGREDIENTS))
+    note("groups", lambda: plain(folder, pruning=GROUPS))
     note("full", lambda: full(folder))
     note("lora", lambda: lora(folder))
     note("whole", lambda: resumable(folder, rank))

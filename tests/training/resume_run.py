@@ -19,17 +19,33 @@ from lightning.pytorch.cli import ReduceLROnPlateau
 from lightning.pytorch.loggers.logger import Logger
 from resume_stops import BATCHES, EPOCHS, After, Before, Checkpoints, Stop, Stopper, watched_calibration
 from runs import UserModule, loader
+from tiny import TINY
 from tiny_lightning import SCRATCH
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from fasp_lightning import CausalLMDataModule, CausalLMModule, FASPPruning, LoRAConfig, PruningConfig
+from fasp_lightning.pruning.own_text import OwnTextConfig
 from fasp_lightning.training.sources import TextSource
 
 EVENTS = [{"step": 2, "sparsity": 0.15}, {"epoch": 2, "sparsity": 0.3}]
 DROPOUT = 0.2
 LORA = LoRAConfig(rank=2, dropout=DROPOUT)
 CONFIG = {**SCRATCH, "dropout": DROPOUT}
+LLAMA = {**TINY["llama"].config().to_diff_dict(), "attention_dropout": DROPOUT}
+PRUNING = {
+    "plain": PruningConfig(attention="value_dims"),
+    "everything": PruningConfig(
+        attention="value_dims",
+        head_balance="free",
+        score="fisher",
+        allocation="adaptive",
+        damping="auto",
+        own_text=OwnTextConfig(tokens=48, seq_len=12),
+    ),
+    "groups": PruningConfig(attention="kv_groups", score="fisher"),
+}
+"""Settings of the engine; whole KV groups are cut from a llama, since an OPT has none."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +61,7 @@ class Run:
         validate_every: Batches between validations; None is once an epoch.
         by_steps: The run ends by max_steps, not by max_epochs.
         plateau: The learning rate falls by what validation gives.
+        settings: A key of ``PRUNING``.
     """
 
     foreign: bool = False
@@ -55,6 +72,12 @@ class Run:
     validate_every: int | None = None
     by_steps: bool = False
     plateau: bool = False
+    settings: str = "plain"
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """Of the model."""
+        return LLAMA if self.settings == "groups" else CONFIG
 
 
 class Lines(Logger):
@@ -97,7 +120,7 @@ def fit(run: Run, folder: Path, stop: Stop | None = None) -> None:
     stopper = Stopper(stop)
     before, pruning = Before(stopper), new_pruning(run)
     checkpoints = Checkpoints(stopper, folder / "checkpoints", run.saves)
-    module, data = new_foreign() if run.foreign else new_own(run, folder)
+    module, data = new_foreign(run) if run.foreign else new_own(run, folder)
     with watched_calibration(stopper):
         new_trainer(run, folder, [before, pruning, After(stopper), checkpoints]).fit(module, **data, ckpt_path=ckpt)
     records = [{**asdict(record), "seconds": 0.0} for record in pruning.records]
@@ -119,8 +142,8 @@ def seed_all(seed: int) -> None:
 
 def new_pruning(run: Run) -> FASPPruning:
     """Two events: in the middle of the first epoch, and at the start of the third."""
-    config = PruningConfig(attention="value_dims")
-    return FASPPruning(EVENTS, config, run.recovery, LORA, calibration_sequences=6, validation_batches=2)
+    config, more = PRUNING[run.settings], {"calibration_sequences": 6, "validation_batches": 2}
+    return FASPPruning(EVENTS, config, run.recovery, LORA, **more)
 
 
 def new_trainer(run: Run, folder: Path, callbacks: list[L.Callback]) -> L.Trainer:
@@ -156,13 +179,13 @@ def new_own(run: Run, folder: Path) -> tuple[L.LightningModule, dict[str, Any]]:
         cache_dir=str(text / "cache"),
     )
     schedule = watching if run.plateau else falling
-    module = CausalLMModule(config=CONFIG, lora=LORA if run.lora else None, optimizer=adamw, lr_scheduler=schedule)
+    module = CausalLMModule(config=run.config, lora=LORA if run.lora else None, optimizer=adamw, lr_scheduler=schedule)
     return module, {"datamodule": data}
 
 
-def new_foreign() -> tuple[L.LightningModule, dict[str, Any]]:
+def new_foreign(run: Run) -> tuple[L.LightningModule, dict[str, Any]]:
     """A user's own module and plain loaders, which draw from the global generator."""
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**CONFIG))
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**run.config))
     train = loader(2 * BATCHES, shuffle=True)
     return Noisy(model.train(), adamw, falling), {"train_dataloaders": train, "val_dataloaders": loader(6)}
 

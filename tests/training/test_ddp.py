@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from ddp_run import Noting, fasp, fit, plain, sgd
+from ddp_run import GROUPS, INGREDIENTS, Noting, fasp, fit, plain, sgd
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from processes import run_script
 from runs import UserModule, half, trainer
@@ -55,7 +55,7 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return module, callback
 
 
-@pytest.mark.parametrize("run", ["none", "full", "lora", "whole"])
+@pytest.mark.parametrize("run", ["none", "ingredients", "groups", "full", "lora", "whole"])
 def test_weights_and_optimizer_state_stay_the_same_in_both(run: str, found: Found) -> None:
     first, second = found(run)
     assert first["plan"] == second["plan"]
@@ -72,9 +72,17 @@ def test_what_recovery_trains_takes_steps(run: str, found: Found) -> None:
         assert all(state and state["exp_avg"].abs().sum() > 0 for state in process["moments"])
 
 
-def test_run_in_two_processes_equals_one_on_all_the_data(alone: Any, found: Found) -> None:
-    module, _ = alone
-    for process in found("none"):
+@pytest.mark.parametrize(
+    ("run", "options"),
+    [("none", {}), ("ingredients", {"pruning": INGREDIENTS}), ("groups", {"pruning": GROUPS})],
+    ids=["none", "ingredients", "groups"],
+)
+def test_run_in_two_processes_equals_one_on_all_the_data(
+    run: str, options: dict[str, Any], found: Found, tmp_path: Path
+) -> None:
+    """Each process writes its part of the own text, and measures the sensitivity of its part of the calibration."""
+    module, _, _ = plain(tmp_path, processes=1, **options)
+    for process in found(run):
         assert process["plan"] == module.lm.fasp_plan.to_json()
         assert process["weights"].keys() == module.lm.state_dict().keys()
         for name, value in module.lm.state_dict().items():

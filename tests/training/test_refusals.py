@@ -80,6 +80,11 @@ def test_sparsity_that_cannot_be_reached(tmp_path: Any) -> None:
     refused(tmp_path, "sparsity must be at most", FASPPruning([{"step": 1, "sparsity": 0.9}], FFN_ONLY))
 
 
+def test_family_that_kv_groups_cannot_be_cut_from(tmp_path: Any) -> None:
+    callback, module = FASPPruning(ONE, PruningConfig(attention="kv_groups")), UserModule(tiny_model("opt").train())
+    refused(tmp_path, "attention='kv_groups' cannot be used with opt: ", callback, module=module)
+
+
 def test_rows_without_value_pair_cannot_cut_one(tmp_path: Any) -> None:
     refused(tmp_path, "multiple_of must be at most", FASPPruning(ONE, PruningConfig(multiple_of=64)))
 

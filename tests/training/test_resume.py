@@ -34,9 +34,13 @@ RUNS = {
     "own-plateau": Run(plateau=True, saves="epoch"),
     "own-plateau-by-steps": Run(plateau=True, saves="epoch", by_steps=True, accumulate=2),
     "own-saved-on-error": Run(recovery="lora", saves="error", accumulate=2),
+    "own-everything": Run(settings="everything", recovery="lora"),
+    "own-groups": Run(settings="groups", recovery="full", accumulate=2),
     "foreign": Run(foreign=True, saves="epoch"),
     "foreign-full-by-steps": Run(foreign=True, recovery="full", saves="epoch", by_steps=True),
     "foreign-lora": Run(foreign=True, recovery="lora", saves="validation", accumulate=2),
+    "foreign-everything": Run(foreign=True, settings="everything", saves="epoch", accumulate=2),
+    "foreign-groups": Run(foreign=True, settings="groups", recovery="lora", saves="epoch"),
 }
 VALIDATION = {"val_loss", "val_perplexity"}
 
@@ -164,6 +168,11 @@ SAMPLE = [
     ("own-plateau", Stop("step", 7, "early")),
     ("foreign-full-by-steps", Stop("batch", 8)),
     ("foreign-lora", Stop("calibration", 30)),
+    ("own-everything", Stop("calibration", 20)),
+    ("own-everything", Stop("batch", 13)),
+    ("own-groups", Stop("step", 4)),
+    ("foreign-everything", Stop("pruned", 8)),
+    ("foreign-groups", Stop("batch", 12)),
     ("own-lora", Stop("calibration", 7, "kill")),
     ("own-lora-of-the-module", Stop("saved", 8, "kill")),
 ]
