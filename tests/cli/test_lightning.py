@@ -80,6 +80,33 @@ def test_callback_is_appended_by_its_bare_name(fasp, config, tmp_path: Path) -> 
     assert plan_of(load_pruned(exported)) is not None
 
 
+EVERYTHING = {
+    "attention": "value_dims",
+    "head_balance": "free",
+    "score": "fisher",
+    "sensitivity_tokens": 64,
+    "allocation": "adaptive",
+    "damping": "auto",
+    "own_text": {"tokens": 64, "seq_len": 16, "share": 0.5},
+}
+
+
+@pytest.mark.parametrize("settings", [EVERYTHING, {"attention": "kv_groups", "score": "fisher"}], ids=["all", "groups"])
+def test_settings_of_the_engine_are_taken_from_yaml(fasp, config, tmp_path: Path, settings: dict[str, Any]) -> None:
+    exported = tmp_path / "exported"
+    callback = pruning(pruning=settings, export_to=str(exported))
+    outcome = fasp("fit", "-c", config(trainer={"callbacks": [callback]}))
+    assert outcome.code == 0, outcome.err
+    model = load_pruned(exported)
+    kinds = {"value", "ffn", "uneven"} if "allocation" in settings else {"groups", "ffn"}
+    assert model.fasp_plan.kinds == kinds
+    told = model.fasp_report["config"]
+    assert {name: told[name] for name in settings if name != "own_text"} == {
+        name: value for name, value in settings.items() if name != "own_text"
+    }
+    assert (told["own_text"] or {}).items() >= settings.get("own_text", {}).items()
+
+
 def test_later_config_and_flags_win(config, tmp_path: Path) -> None:
     second = tmp_path / "second.yaml"
     second.write_text("trainer: {max_steps: 1, accumulate_grad_batches: 2}")
@@ -163,6 +190,14 @@ BAD = {
     "a tokenizer with more tokens than the model": (
         ("--data.tokenizer={vocab_size: 300}",),
         "tokenizer must have ids below 97, the model's vocabulary, got one with ids up to",
+    ),
+    "bad settings of the engine": (
+        (
+            "--trainer.callbacks+=FASPPruning",
+            "--trainer.callbacks.schedule={kind: one_shot, sparsity: 0.3}",
+            "--trainer.callbacks.pruning={own_text: {share: 2}}",
+        ),
+        "own_text.share must be in (0, 1], got 2",
     ),
     "bad data": (("--data.seq_len", "1"), "seq_len must be 2 or more, got 1"),
 }
