@@ -34,16 +34,20 @@ class Meter:
     Args:
         progress: Called after each unit; ``None`` for nobody.
         blocks: Number of blocks.
+
+    Attributes:
+        rounds_left: Rounds after the present one, each taken to be as long.
     """
 
     def __init__(self, progress: Progress | None, blocks: int) -> None:
         self._progress = progress
         self._blocks = blocks
         self._done = self._total = 0
+        self.rounds_left = 0
 
     def expect(self, units: int) -> None:
-        """So many units are still to be done, as far as is known now."""
-        self._total = self._done + units
+        """So many units are still to be done in this round, as far as is known now."""
+        self._total = self._done + units * (1 + self.rounds_left)
 
     def tick(self, block: int, phase: str) -> None:
         """One unit of work is done."""

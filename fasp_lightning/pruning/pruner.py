@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,7 +21,7 @@ from fasp_lightning.pruning.report import PruningReport, Stopwatch, peak_memory
 from fasp_lightning.pruning.run import PruningRun, passes_over
 from fasp_lightning.pruning.standins import evaluating
 from fasp_lightning.pruning.store import TensorStore
-from fasp_lightning.pruning.widths import WidthPlan, plan_widths
+from fasp_lightning.pruning.widths import WidthPlan, is_changed, plan_widths
 from fasp_lightning.structure.pair import ResolvedPair
 from fasp_lightning.structure.registry import spec_for
 
@@ -74,9 +74,7 @@ class FASPPruner:
         if work.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(work.device)
         start = time.perf_counter()
-        prepared = batches if isinstance(batches, Prepared) else work.prepare(batches, passes_over(work.widths.pairs))
-        prepared.check(work.pairs, self.config)
-        report = work.prune(prepared)
+        report = work.prune_in_rounds(batches)
         report.seconds = {**work.watch.seconds, "total": time.perf_counter() - start}
         report.peak_memory = peak_memory(work.device)
         model.fasp_report = report.to_dict()  # type: ignore[assignment]  # saved along
@@ -127,6 +125,40 @@ class _Work:
         device = torch.device(config.device) if config.device else _device_of(pairs)
         meter = Meter(progress, len(pairs))
         return cls(model, config, widths, pairs, device, processes or Processes(), Stopwatch(device), meter)
+
+    def prune_in_rounds(self, batches: Iterable[Any] | Prepared) -> PruningReport:
+        """Each round with sensitivity and statistics of what the last one left; own text is the original's."""
+        report: PruningReport | None = None
+        steps = self._rounds()
+        for index, sparsity in enumerate(steps):
+            if not is_changed(self.model, replace(self.config, sparsity=sparsity)):
+                continue  # rounded to the widths that are there
+            work = self._towards(sparsity, report is None)
+            self.meter.rounds_left = len(steps) - 1 - index
+            if not isinstance(batches, Prepared):
+                batches = work.prepare(batches, passes_over(work.widths.pairs))
+            batches.check(work.pairs, work.config)
+            found = work.prune(batches)
+            report = found if report is None else report.followed_by(found)
+            batches = batches.batches
+        assert report is not None
+        report.config = self.config.to_dict()
+        return report
+
+    def _rounds(self) -> list[float]:
+        """Sparsities from the present one to the one asked for, in even steps."""
+        widths, last = self.widths, self.config.sparsity
+        present = (widths.original_parameters - widths.parameters_before) / widths.linear_parameters
+        rounds = self.config.rounds
+        return [*(present + (last - present) * done / rounds for done in range(1, rounds)), last]
+
+    def _towards(self, sparsity: float, first: bool) -> _Work:
+        """The same work with another sparsity, on the model as it is now."""
+        own = self.config.own_text if first else None
+        config = replace(self.config, sparsity=sparsity, own_text=own)
+        widths = plan_widths(self.model, config)
+        pairs = resolve_pruned(self.model, kv_groups=widths.attention == "kv_groups")
+        return replace(self, config=config, widths=widths, pairs=pairs)
 
     def prepare(self, batches: Iterable[Any], passes: int = 0) -> Prepared:
         with TensorStore(self.config.offload, self.device) as store:

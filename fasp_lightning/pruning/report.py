@@ -8,7 +8,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
@@ -132,6 +132,11 @@ class PruningReport:
         return cls(
             widths.sparsity, widths.sparsity_total, widths.parameters_before, widths.parameters_after, config=config
         )
+
+    def followed_by(self, later: PruningReport) -> PruningReport:
+        """This pruning and a later one of the same model as one: what came out last, from what was there first."""
+        pairs, warnings = self.pairs + later.pairs, self.warnings + later.warnings
+        return replace(later, parameters_before=self.parameters_before, pairs=pairs, warnings=warnings)
 
     def to_dict(self) -> dict[str, Any]:
         """The report as plain data."""

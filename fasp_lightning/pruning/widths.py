@@ -133,6 +133,12 @@ def is_reached(model: PreTrainedModel, config: PruningConfig) -> bool:
     return plan.original_parameters > plan.parameters_before == plan.parameters_after
 
 
+def is_changed(model: PreTrainedModel, config: PruningConfig) -> bool:
+    """Whether any width changes on the way to a sparsity: it does not where all are rounded to what they are."""
+    plan = _plan(model, config)
+    return plan.parameters_after < plan.parameters_before
+
+
 def present_widths(model: PreTrainedModel) -> WidthPlan:
     """The widths of a model as it is: nothing is to be cut."""
     return _plan(model, PruningConfig(sparsity=0.0, attention="none"))
