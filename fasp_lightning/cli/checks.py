@@ -16,7 +16,7 @@ from fasp_lightning.cli.console import megabytes
 from fasp_lightning.cli.errors import UsageError
 from fasp_lightning.cli.jobs import ModelConfig, PruneJob
 from fasp_lightning.pruning.batches import check_vocabulary, weighted
-from fasp_lightning.pruning.own_text import OwnTextConfig, check_positions
+from fasp_lightning.pruning.own_text import OwnTextConfig, within_positions
 from fasp_lightning.pruning.text import TextConfig, describe, for_role, token_batches
 from fasp_lightning.pruning.text_files import local_files
 
@@ -148,7 +148,7 @@ def load_text(config: TextConfig, tokenizer: Any, model: Any, name: str) -> Text
 
 
 def load_calibration(texts: list[TextConfig], own: OwnTextConfig | None, tokenizer: Any, model: Any) -> Calibration:
-    """Tokenize the calibration texts, and check that the model can take them, and write its own.
+    """Tokenize the calibration texts, and check that the model can take them.
 
     Args:
         texts: Those of :func:`texts_of`.
@@ -157,11 +157,10 @@ def load_calibration(texts: list[TextConfig], own: OwnTextConfig | None, tokeniz
         model: The model, on any device.
 
     Raises:
-        ValueError: As in :func:`load_text`, or if own text would have too long sequences.
+        ValueError: As in :func:`load_text`.
         OSError: If a file cannot be read.
     """
-    if own is not None:
-        check_positions(model, own)
+    own = own and within_positions(model, own)
     names = ("further_calibration" if index else "calibration" for index in range(len(texts)))
     return Calibration([load_text(text, tokenizer, model, name) for text, name in zip(texts, names, strict=True)], own)
 

@@ -13,6 +13,7 @@ from fasp_lightning.cli.quiet import one_thread, quiet_libraries
 from fasp_lightning.cli.setup import Setup, already_pruned, memory_of, set_up
 from fasp_lightning.pruning.footprint import PeakMemory, footprints
 from fasp_lightning.pruning.forms import loaders_for
+from fasp_lightning.pruning.own_text import within_positions
 
 JOB = PruneJob
 
@@ -74,7 +75,7 @@ def _print_widths(setup: Setup) -> None:
 
 def _print_memory(job: PruneJob, setup: Setup) -> None:
     calibration, own = texts_of(job)[0], job.pruning.own_text
-    tokens = own_tokens(own)
+    tokens = own_tokens(own and within_positions(setup.model, own))
     for text in calibration:
         if text.sequences is None:
             note("calibration.sequences is null: the peak memory depends on the length of the whole text")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, get_args, get_type_hints
 
 import torch
@@ -33,7 +33,8 @@ class PruningConfig:
             each pair, by the error on calibration tokens that are held back.
         refit_bias: Refit the bias of consumers that have one, on centred inputs.
         own_text: Text sampled from the model itself, mixed into the calibration text; null for none.
-        rounds: Prune in this many steps to the sparsity, each with fresh statistics.
+        rounds: Prune in this many even steps to the sparsity, each with statistics and loss sensitivity of what the
+            last one left; the time grows with it.
         multiple_of: Round the FFN widths that are left to a multiple of this.
         device: Device to compute on, block by block, such as "cuda" or "cpu"; by default where the model is.
         offload: Where the calibration set's hidden states and consumer inputs live: "cpu", "accelerator" or "disk".
@@ -44,14 +45,14 @@ class PruningConfig:
     sparsity: float = 0.2
     attention: Literal["auto", "value_dims", "kv_groups", "none"] = "auto"
     head_balance: Literal["even", "free"] = "even"
-    score: Literal["fisher", "wanda", "magnitude"] = "wanda"
+    score: Literal["fisher", "wanda", "magnitude"] = "fisher"
     sensitivity_tokens: int = 16384
     allocation: Literal["uniform", "adaptive"] = "uniform"
     restoration: Literal["least_squares", "none"] = "least_squares"
     ridge: Literal["original", "zero"] = "original"
     damping: float | Literal["auto"] = 0.1
     refit_bias: bool = True
-    own_text: OwnTextConfig | None = None
+    own_text: OwnTextConfig | None = field(default_factory=OwnTextConfig)
     rounds: int = 1
     multiple_of: int = 1
     device: str | None = None
@@ -59,6 +60,8 @@ class PruningConfig:
     micro_batch_size: int | None = None
 
     def __post_init__(self) -> None:
+        if isinstance(self.own_text, dict):  # as to_dict() gives it
+            object.__setattr__(self, "own_text", OwnTextConfig(**self.own_text))
         if not 0 <= self.sparsity < 1:
             raise ValueError(f"sparsity must be in [0, 1), got {self.sparsity}")
         hints = get_type_hints(type(self))

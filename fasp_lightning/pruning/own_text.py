@@ -31,7 +31,8 @@ class OwnTextConfig:
     Attributes:
         tokens: How many tokens in all, rounded down to whole sequences.
         share: Weight of this text in the whole calibration, in (0, 1]; 1 is this text alone.
-        seq_len: Tokens of a sequence; many short ones are sampled in a batch.
+        seq_len: Tokens of a sequence, all positions of the model if it has fewer; many short ones are sampled in a
+            batch.
         temperature: Of the sampling; 1 is the model's own distribution.
         seed: Seed of the sampling.
         cache_dir: Folder in which sampled text is kept for the next run with the same weights and settings. "auto"
@@ -41,7 +42,7 @@ class OwnTextConfig:
         ValueError: If a field is outside its range.
     """
 
-    tokens: int = 16384
+    tokens: int = 8192
     share: float = 0.33
     seq_len: int = 128
     temperature: float = 1.0
@@ -97,12 +98,11 @@ def own_text(model: PreTrainedModel, config: OwnTextConfig, processes: Processes
         This process's part: batches of (batch, seq_len) int64 token ids on the CPU.
 
     Raises:
-        ValueError: If the sequences are longer than the model's positions, a process is left without one, or the
-            logits are not finite.
+        ValueError: If a process is left without a sequence, or the logits are not finite.
         RuntimeError: If another process raised an error.
     """
     processes = processes or Processes()
-    check_positions(model, config)
+    config = within_positions(model, config)
     if config.sequences < processes.count:
         raise ValueError(
             f"own_text.tokens must give each of {processes.count} processes a sequence of {config.seq_len}, "
@@ -113,15 +113,12 @@ def own_text(model: PreTrainedModel, config: OwnTextConfig, processes: Processes
     return list(mine.split(max(1, BATCH_TOKENS // config.seq_len)))
 
 
-def check_positions(model: PreTrainedModel, config: OwnTextConfig) -> None:
-    """Refuse sequences that are longer than the model's positions; its weights are not needed.
-
-    Raises:
-        ValueError: If they are.
-    """
+def within_positions(model: PreTrainedModel, config: OwnTextConfig) -> OwnTextConfig:
+    """The settings with sequences no longer than the model's positions; its weights are not needed."""
     longest = getattr(model.config, "max_position_embeddings", None)
     if isinstance(longest, int) and config.seq_len > longest:
-        raise ValueError(f"own_text.seq_len must be at most {longest}, the model's positions, got {config.seq_len}")
+        return replace(config, seq_len=longest)
+    return config
 
 
 def _sampled(model: PreTrainedModel, config: OwnTextConfig, processes: Processes) -> Tensor:

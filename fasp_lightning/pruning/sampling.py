@@ -81,8 +81,9 @@ def _sample_batch(model: PreTrainedModel, starts: Tensor, draws: Tensor, tempera
     tokens, past = [starts.to(device)], None
     finite = torch.ones((), dtype=torch.bool, device=device)
     for column in draws.T:
-        output = model(input_ids=tokens[-1][:, None], past_key_values=past, use_cache=True)
-        past = output.past_key_values
+        given = torch.stack(tokens, 1) if past is None else tokens[-1][:, None]  # all, where a model keeps no cache
+        output = model(input_ids=given, past_key_values=past, use_cache=True)
+        past = getattr(output, "past_key_values", None)
         chosen, whole = choose(output.logits[:, -1], column, temperature)
         tokens.append(chosen.to(device))
         finite &= whole.to(device)  # looked at once: each look would wait for the device

@@ -14,6 +14,9 @@ from fasp_lightning.cli.main import main
 from fasp_lightning.pruning import loading
 
 WORDS = ("the", "cat", "sat", "on", "a", "mat", "while", "some", "dog", "ran", "off", "and", "rain", "fell")
+BASIC = ("--pruning.score", "wanda", "--pruning.own_text", "null")
+"""Neither gradients nor own text; later options win."""
+
 TEXT = "{source: builtin:topics, split: test, seq_len: 16, sequences: 4, batch_size: 2}"
 
 
@@ -52,12 +55,15 @@ def fasp(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, us
 
 @pytest.fixture
 def prune(fasp: Command, tmp_path: Path) -> Command:
-    """``prune(folder, …)`` prunes a folder with small texts to ``tmp_path / "pruned"``; later options win."""
+    """``prune(folder, …)`` prunes a folder with small texts to ``tmp_path / "pruned"``; later options win.
+
+    Without gradients and own text, which are asked for where they matter.
+    """
 
     def run(folder: object, *more: object) -> Outcome:
         small = ["--calibration.seq_len", 16, "--calibration.sequences", 8, "--evaluation", f"[{TEXT}]"]
         where = ["--output_dir", tmp_path / "pruned", "--device", "cpu"]
-        return fasp("prune", "--model.name_or_path", folder, *small, *where, *more)
+        return fasp("prune", "--model.name_or_path", folder, *BASIC, *small, *where, *more)
 
     return run
 

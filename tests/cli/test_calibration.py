@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from tiny import tiny_model
+from tiny_pruning import basic
 
 from fasp_lightning import FASPPruner, PruningConfig, load_pruned
 from fasp_lightning.cli.checks import Calibration, Text, calibration_name, texts_of
@@ -46,7 +47,7 @@ def assert_equal(folder: Path, model: Any) -> None:
 
 def test_further_texts_are_mixed_in_with_their_weight(prune, tiny_folder, tmp_path, tiny_tokenizer) -> None:
     assert prune(tiny_folder("opt"), *MIX, *QUICK).code == 0
-    expected = in_python(calibration_batches([TEXT, OTHER], tiny_tokenizer), PruningConfig())
+    expected = in_python(calibration_batches([TEXT, OTHER], tiny_tokenizer), basic())
     assert_equal(tmp_path / "pruned", expected)
 
 
@@ -76,7 +77,7 @@ def test_own_text_alone_needs_no_other(prune, tiny_folder, tmp_path: Path) -> No
     assert report["calibration"] == {"name": "own text"}
     assert report["tokens"] == 64
     own = OwnTextConfig(tokens=64, seq_len=16, share=1)
-    assert_equal(tmp_path / "pruned", in_python([], PruningConfig(own_text=own)))
+    assert_equal(tmp_path / "pruned", in_python([], basic(own_text=own)))
 
 
 @pytest.mark.usefixtures("no_weights")
@@ -123,7 +124,6 @@ def test_one_source_is_warned_of_once(prune, tiny_folder, tmp_path: Path, option
         (("--further_calibration", "[{source: missing.txt, seq_len: 16}]"), ("missing.txt",)),
         (("--calibration.weight", "0"), ("weight must be positive and finite, got 0",)),
         (("--evaluation", "[{weight: 2}]"), ("weight must be 1 for all but calibration text, got 2",)),
-        (("--pruning.own_text.seq_len", "65"), ("own_text.seq_len must be at most 64", "got 65")),
         (("--pruning.own_text.share", "1.5"), ("fasp: own_text.share must be in (0, 1], got 1.5",)),
     ],
     ids=lambda value: " ".join(value) if value and str(value[0]).startswith("-") else "",
@@ -162,7 +162,7 @@ def test_plan_counts_all_calibration_text(fasp, tiny_folder) -> None:
 def test_name_tells_weights() -> None:
     assert calibration_name([TEXT, OTHER], None) == "topics (calibration), 0.5 x docstrings (calibration)"
     assert calibration_name([], OwnTextConfig()) == "own text"
-    assert Calibration([Text("x", [torch.ones(2, 3).long()], TEXT)], OwnTextConfig()).tokens == 6 + 16384
+    assert Calibration([Text("x", [torch.ones(2, 3).long()], TEXT)], OwnTextConfig()).tokens == 6 + 8192
 
 
 def test_local_files_of_one_folder_are_one_source(tmp_path: Path) -> None:

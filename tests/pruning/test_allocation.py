@@ -9,7 +9,7 @@ import pytest
 import torch
 from oracle import mask_units
 from tiny import TINY, random_tokens, tiny_model
-from tiny_pruning import calibration
+from tiny_pruning import basic, calibration
 from torch import Tensor
 
 from fasp_lightning import FASPPruner, PruningConfig, spec_for
@@ -33,7 +33,7 @@ every_case = pytest.mark.parametrize(("name", "cut"), CASES)
 
 
 def settings(cut: str, sparsity: float = 0.2, **options: Any) -> PruningConfig:
-    return PruningConfig(sparsity, **{"score": "fisher", "allocation": "adaptive", **CUTS[cut], **options})
+    return basic(sparsity, **{"score": "fisher", "allocation": "adaptive", **CUTS[cut], **options})
 
 
 def drawn(pairs: list[list[Any]], spread: float = 1.0, seed: int = 0) -> list[list[Tensor]]:

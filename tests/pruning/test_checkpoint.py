@@ -12,9 +12,10 @@ from pathlib import Path
 import pytest
 import torch
 from tiny import TINY, random_tokens, tiny_model
+from tiny_pruning import basic
 from transformers import AutoModelForCausalLM
 
-from fasp_lightning import FASPPruner, PruningConfig, load_pruned, save_pruned, spec_for
+from fasp_lightning import FASPPruner, load_pruned, save_pruned, spec_for
 from fasp_lightning.pruning import checkpoint, staging
 
 TOKENS = random_tokens(2, 12, seed=3)
@@ -22,7 +23,7 @@ TOKENS = random_tokens(2, 12, seed=3)
 
 def pruned(name: str = "llama", attention: str = "value_dims", **options: object) -> torch.nn.Module:
     model = tiny_model(name, **options)
-    config = PruningConfig(sparsity=0.2, attention=attention)
+    config = basic(sparsity=0.2, attention=attention)
     with pytest.warns(UserWarning, match="calibration tokens"):
         FASPPruner(config).prune(model, [random_tokens(2, 12)])
     return model
@@ -243,7 +244,7 @@ def test_a_loaded_model_prunes_further_from_the_original(tmp_path: Path) -> None
     for form in ("compact", "zero_filled"):
         save_pruned(pruned("phi3"), tmp_path / form, form=form)
         model = load_pruned(tmp_path / form)
-        config = PruningConfig(sparsity=0.4, attention="value_dims")
+        config = basic(sparsity=0.4, attention="value_dims")
         with pytest.warns(UserWarning, match="calibration tokens"):
             report = FASPPruner(config).prune(model, [random_tokens(2, 12)])
         assert report.sparsity == pytest.approx(0.4, abs=0.02)

@@ -10,14 +10,19 @@ from typing import Any
 import pytest
 
 from fasp_lightning import PruningConfig
+from fasp_lightning.pruning.own_text import OwnTextConfig
 
 BAD = {
     "sparsity": [-0.1, 1.0, 1.3, float("nan"), float("inf")],
     "attention": ["heads", "VALUE_DIMS", None],
+    "head_balance": ["uneven"],
     "score": ["l2"],
+    "sensitivity_tokens": [0],
+    "allocation": ["global"],
+    "rounds": [0],
     "restoration": ["ols"],
     "ridge": ["mean"],
-    "damping": [-1e-9, float("nan"), float("inf")],
+    "damping": [-1e-9, float("nan"), float("inf"), "cv"],
     "multiple_of": [0, -8],
     "micro_batch_size": [0, -1],
     "device": ["gpu0", ""],
@@ -52,6 +57,20 @@ def test_paper_settings_take_changes() -> None:
     assert PruningConfig.paper() == PruningConfig.paper(sparsity=0.2)
 
 
-def test_settings_are_plain_data_both_ways() -> None:
-    config = PruningConfig.paper(0.3, device="cpu", micro_batch_size=4)
+@pytest.mark.parametrize(
+    "config",
+    [
+        PruningConfig(),
+        PruningConfig.paper(0.3, device="cpu", micro_batch_size=4),
+        PruningConfig(own_text=OwnTextConfig(tokens=640, share=1.0), damping="auto", allocation="adaptive", rounds=2),
+    ],
+    ids=["default", "paper", "others"],
+)
+def test_settings_are_plain_data_both_ways(config: PruningConfig) -> None:
     assert PruningConfig(**json.loads(json.dumps(config.to_dict()))) == config
+
+
+def test_default_scores_by_sensitivity_and_writes_own_text_and_the_papers_does_neither() -> None:
+    assert (PruningConfig().score, PruningConfig().own_text) == ("fisher", OwnTextConfig())
+    assert (PruningConfig.paper().score, PruningConfig.paper().own_text) == ("wanda", None)
+    assert PruningConfig().allocation == PruningConfig.paper().allocation == "uniform"

@@ -11,7 +11,7 @@ import pytest
 import torch
 from oracle import least_squares
 from tiny import random_tokens, tiny_model
-from tiny_pruning import FFN
+from tiny_pruning import FFN, basic
 from torch import Tensor
 
 from fasp_lightning import FASPPruner, PruningConfig
@@ -24,7 +24,7 @@ from fasp_lightning.pruning.report import PairReport
 from fasp_lightning.pruning.restore import FALLBACK, GRID, Restored, restore_pair
 from fasp_lightning.pruning.widths import plan_widths
 
-AUTO = PruningConfig(0.3, attention="value_dims", damping="auto")
+AUTO = basic(0.3, attention="value_dims", damping="auto")
 FAMILIES = pytest.mark.parametrize("family", ["opt", "llama-gqa"])  # with and without a bias that is refitted
 KINDS = pytest.mark.parametrize("kind", ["value", "ffn"])
 
@@ -227,7 +227,7 @@ def test_singular_grams_are_warned_of_where_they_matter(damping: Any, warned: bo
     batches = [random_tokens(1, 5, seed=seed) for seed in range(4)]
     with warnings.catch_warnings(record=True):
         warnings.simplefilter("always")
-        report = FASPPruner(PruningConfig(0.2, attention="none", damping=damping)).prune(tiny_model("llama"), batches)
+        report = FASPPruner(basic(0.2, attention="none", damping=damping)).prune(tiny_model("llama"), batches)
     singular = [message for message in report.warnings if "the gram was singular" in message]
     assert len(singular) == (2 if warned else 0)
     assert any("20 calibration tokens are fewer" in message for message in report.warnings)

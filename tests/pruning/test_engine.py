@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 import torch
 from tiny import TINY, random_tokens, tiny_model
-from tiny_pruning import BOTH, assert_same, assert_unchanged, calibration, leftovers, pruned
+from tiny_pruning import BOTH, assert_same, assert_unchanged, basic, calibration, leftovers, pruned
 from torch import Tensor, nn
 
-from fasp_lightning import FASPPruner, PruningConfig, apply_plan, spec_for
+from fasp_lightning import FASPPruner, apply_plan, spec_for
 from fasp_lightning.structure.compact import inner
 from fasp_lightning.structure.resolve import find_blocks
 
@@ -26,7 +26,7 @@ def test_every_projection_runs_once_a_calibration_batch(family: str, attention: 
         for name, module in block.named_modules():
             if isinstance(getattr(module, "weight", None), Tensor) and module.weight.ndim == 2:
                 module.register_forward_pre_hook(lambda m, args, key=(index, name): calls.update([key]))
-    FASPPruner(PruningConfig(0.2, attention=attention)).prune(model, batches)
+    FASPPruner(basic(0.2, attention=attention)).prune(model, batches)
     # one call more in block 0: the form of a block's output is learned by running it once
     runs = {key: count - (key[0] == 0) for key, count in calls.items()}
     assert len(runs) == len(blocks) * len({name for _, name in runs})

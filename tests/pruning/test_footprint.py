@@ -7,17 +7,18 @@ import weakref
 import pytest
 import torch
 from tiny import TINY, random_tokens, tiny_model
+from tiny_pruning import basic
 from torch import nn
 from transformers import DynamicCache
 
-from fasp_lightning import FASPPruner, PruningConfig
+from fasp_lightning import FASPPruner
 from fasp_lightning.pruning.footprint import footprints, peak_memory_estimate
 from fasp_lightning.pruning.store import TensorStore
 from fasp_lightning.pruning.widths import plan_widths
 from fasp_lightning.structure.linears import linear_parameters
 from fasp_lightning.structure.registry import spec_for
 
-CONFIG = PruningConfig(0.25, attention="value_dims")
+CONFIG = basic(0.25, attention="value_dims")
 
 
 @pytest.mark.parametrize("family", TINY)
@@ -74,7 +75,7 @@ class Gauge:
 @pytest.mark.parametrize("attention", ["none", "value_dims"])
 @pytest.mark.parametrize("family", ["opt", "llama", "bloom", "gemma2", "gpt_neox"])
 def test_memory_of_the_calibration_set(tiny: nn.Module, attention: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    config = PruningConfig(0.25, attention=attention)
+    config = basic(0.25, attention=attention)
     options = {"evaluated_tokens": 0, "bytes_per_value": 4, "verify": False}
     estimate = peak_memory_estimate(tiny, plan_widths(tiny, config), config, tokens=16 * 12, **options)
     gauge = Gauge(monkeypatch)

@@ -9,11 +9,11 @@ import pytest
 import torch
 from oracle import mask_units
 from tiny import FFN, TINY, random_tokens, tiny_model
-from tiny_pruning import calibration
+from tiny_pruning import basic, calibration
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from fasp_lightning import FASPPruner, PruningConfig, PruningPlan, apply_plan, load_pruned, save_pruned, spec_for
+from fasp_lightning import FASPPruner, PruningPlan, apply_plan, load_pruned, save_pruned, spec_for
 from fasp_lightning.pruning.forms import loaders_for
 from fasp_lightning.pruning.plan import PairPlan, resolve_pruned
 from fasp_lightning.pruning.widths import plan_widths
@@ -119,7 +119,7 @@ def test_uneven_model_is_pruned_further_to_the_sparsity_that_was_asked(form: str
     """The first block has lost more than its share: the other one loses as much less."""
     save_pruned(uneven("llama", 20, 44), tmp_path / "p", form=form)
     model = load_pruned(tmp_path / "p")
-    report = FASPPruner(PruningConfig(0.25, attention="none")).prune(model, calibration())
+    report = FASPPruner(basic(0.25, attention="none")).prune(model, calibration())
     column = 3 * 32 / (4 * 32**2 + 3 * 32 * FFN) / 2
     assert ffn_widths(model)[0] == 20
     assert report.sparsity == pytest.approx(0.25, abs=column / 2)
@@ -135,7 +135,7 @@ def test_plans_name_what_a_form_must_hold() -> None:
 
 @pytest.mark.parametrize(("allocation", "kinds"), [("uniform", {"ffn"}), ("adaptive", {"ffn", "uneven"})])
 def test_widths_foretell_what_a_form_must_hold(allocation: str, kinds: set[str]) -> None:
-    config = PruningConfig(0.2, attention="none", allocation=allocation)
+    config = basic(0.2, attention="none", allocation=allocation)
     assert plan_widths(tiny_model("llama"), config).kinds == kinds
 
 

@@ -6,15 +6,15 @@ import pytest
 import torch
 from oracle import mask_units
 from tiny import random_tokens, tiny_model
-from tiny_pruning import calibration, pruned
+from tiny_pruning import basic, calibration, pruned
 
-from fasp_lightning import FASPPruner, PruningConfig
+from fasp_lightning import FASPPruner
 
 
 @pytest.mark.parametrize("family", ["opt", "llama-gqa", "gpt2", "gpt_neox", "phi3", "bloom"])
 def test_pruning_further_counts_from_the_original(family: str) -> None:
     model, once = tiny_model(family), tiny_model(family)
-    config = {sparsity: PruningConfig(sparsity, attention="value_dims") for sparsity in (0.1, 0.3)}
+    config = {sparsity: basic(sparsity, attention="value_dims") for sparsity in (0.1, 0.3)}
     FASPPruner(config[0.1]).prune(model, calibration())
     first = model.fasp_plan
     further = FASPPruner(config[0.3]).prune(model, calibration())
@@ -30,7 +30,7 @@ def test_pruning_further_counts_from_the_original(family: str) -> None:
 def test_model_cut_twice_equals_masked_model(family: str) -> None:
     model = tiny_model(family)
     for sparsity in (0.1, 0.3):
-        config = PruningConfig(sparsity, attention="value_dims", restoration="none")
+        config = basic(sparsity, attention="value_dims", restoration="none")
         FASPPruner(config).prune(model, calibration())
     masked = mask_units(tiny_model(family), model.fasp_plan)
     with torch.no_grad():
@@ -39,9 +39,9 @@ def test_model_cut_twice_equals_masked_model(family: str) -> None:
 
 def test_ffn_can_follow_the_attention() -> None:
     """Value dims that are gone count for the block, and stay gone."""
-    model = pruned("llama", PruningConfig(0.1, attention="value_dims"))
+    model = pruned("llama", basic(0.1, attention="value_dims"))
     values = [block["self_attn.o_proj"] for block in model.fasp_plan.blocks]
-    report = FASPPruner(PruningConfig(0.3, attention="none")).prune(model, calibration())
+    report = FASPPruner(basic(0.3, attention="none")).prune(model, calibration())
     assert [block["self_attn.o_proj"] for block in model.fasp_plan.blocks] == values
     assert {pair.kind for pair in report.pairs} == {"ffn"}
     assert report.sparsity == pytest.approx(0.3, abs=0.01)
@@ -51,4 +51,4 @@ def test_ffn_can_follow_the_attention() -> None:
 def test_sparsity_that_is_reached_already_is_refused(sparsity: float) -> None:
     model = pruned()
     with pytest.raises(ValueError, match=rf"sparsity must exceed 0\.\d+.* got {sparsity}"):
-        FASPPruner(PruningConfig(sparsity, attention="value_dims")).prune(model, calibration())
+        FASPPruner(basic(sparsity, attention="value_dims")).prune(model, calibration())

@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 import torch
 from tiny import TINY, random_tokens, tiny_model
-from tiny_pruning import BOTH, assert_same, calibration, pruned
+from tiny_pruning import BOTH, assert_same, basic, calibration, pruned
 from torch import nn
 
-from fasp_lightning import FASPPruner, PruningConfig
+from fasp_lightning import FASPPruner
 
 
 def test_same_seed_same_plan() -> None:
@@ -23,7 +23,7 @@ def test_same_seed_same_plan() -> None:
 @pytest.mark.parametrize("family", ["opt", "bloom", "gemma3"])
 def test_offload_changes_nothing(family: str, offload: str, tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    elsewhere = pruned(family, PruningConfig(0.2, attention="value_dims", offload=offload))
+    elsewhere = pruned(family, basic(0.2, attention="value_dims", offload=offload))
     assert_same(elsewhere, pruned(family))
     assert list(tmp_path.iterdir()) == []
 
@@ -39,25 +39,25 @@ def test_disk_is_freed_after_an_exception(tmp_path: Any, monkeypatch: pytest.Mon
 
     model.model.layers[1].mlp.up_proj.register_forward_pre_hook(boom)
     with pytest.raises(ArithmeticError):
-        FASPPruner(PruningConfig(0.2, offload="disk")).prune(model, calibration())
+        FASPPruner(basic(0.2, offload="disk")).prune(model, calibration())
     assert seen
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("family", ["opt", "llama-gqa", "gemma2"])
 def test_micro_batches_change_nothing(family: str) -> None:
-    config = PruningConfig(0.2, attention="value_dims", micro_batch_size=1)
+    config = basic(0.2, attention="value_dims", micro_batch_size=1)
     assert_same(pruned(family, config), pruned(family), tolerance=1e-4)
 
 
 def test_device_asked_for_is_where_the_model_is() -> None:
-    assert_same(pruned(config=PruningConfig(0.2, attention="value_dims", device="cpu")), pruned())
+    assert_same(pruned(config=basic(0.2, attention="value_dims", device="cpu")), pruned())
 
 
 @pytest.mark.cuda
 @pytest.mark.parametrize("offload", ["cpu", "accelerator", "disk"])
 def test_model_on_the_cpu_is_pruned_on_the_accelerator_block_by_block(offload: str) -> None:
-    model = pruned("llama-gqa", PruningConfig(0.2, attention="value_dims", device="cuda", offload=offload))
+    model = pruned("llama-gqa", basic(0.2, attention="value_dims", device="cuda", offload=offload))
     assert {tensor.device.type for tensor in (*model.parameters(), *model.buffers())} == {"cpu"}
     assert_same(model, pruned("llama-gqa"), 1e-3)
 
@@ -76,7 +76,7 @@ def test_block_returns_from_the_accelerator_after_an_exception() -> None:
     with torch.no_grad():
         model.model.layers[1].mlp.up_proj.weight[0, 0] = float("nan")
     with pytest.raises(ValueError, match="activations must be finite"):
-        FASPPruner(PruningConfig(0.2, device="cuda")).prune(model, calibration())
+        FASPPruner(basic(0.2, device="cuda")).prune(model, calibration())
     assert {parameter.device.type for parameter in model.parameters()} == {"cpu"}
 
 

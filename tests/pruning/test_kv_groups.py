@@ -10,7 +10,7 @@ import pytest
 import torch
 from oracle import consumer_columns, consumer_weight, mask_units, reference
 from tiny import FFN, HIDDEN, TINY, random_tokens, tiny_model
-from tiny_pruning import assert_unchanged, calibration
+from tiny_pruning import assert_unchanged, basic, calibration
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, DynamicCache
 
@@ -25,8 +25,8 @@ ABLE = ["llama", "llama-gqa", "mistral", "qwen2", "qwen3", "gemma2", "gemma3", "
 """Gemma has one KV head here, which stays."""
 
 UNABLE = ["opt", "gpt2", "gpt_neox", "bloom", "falcon", "falcon-multi-query", "falcon-alibi"]
-HALF = PruningConfig(0.4, attention="kv_groups")
-PLAIN = PruningConfig(0.4, attention="kv_groups", restoration="none")
+HALF = basic(0.4, attention="kv_groups")
+PLAIN = basic(0.4, attention="kv_groups", restoration="none")
 able = pytest.mark.parametrize("name", ABLE)
 
 
@@ -143,8 +143,8 @@ def test_restoration_never_raises_the_error(name: str) -> None:
 def test_removed_parameters_are_what_was_asked_within_half_a_column_a_block(name: str, sparsity: float) -> None:
     model = tiny_model(name)
     linear = linear_parameters(model, spec_for(model))
-    widths = plan_widths(model, PruningConfig(sparsity, attention="kv_groups"))
-    report = FASPPruner(PruningConfig(sparsity, attention="kv_groups")).prune(model, calibration(4))
+    widths = plan_widths(model, basic(sparsity, attention="kv_groups"))
+    report = FASPPruner(basic(sparsity, attention="kv_groups")).prune(model, calibration(4))
     removed = linear - linear_parameters(model, spec_for(model))
     assert report.sparsity == widths.sparsity == removed / linear
     assert abs(removed - sparsity * linear) <= len(widths.pairs) * 3 * HIDDEN / 2
@@ -157,12 +157,12 @@ def test_removed_parameters_are_what_was_asked_within_half_a_column_a_block(name
 )
 def test_number_of_groups_is_the_nearest_that_the_config_takes(name: str, left: list[int]) -> None:
     """Llama's config wants the heads to divide the hidden size of 32; Phi's does not."""
-    configs = [PruningConfig(sparsity, attention="kv_groups") for sparsity in (0.1, 0.3, 0.4)]
+    configs = [basic(sparsity, attention="kv_groups") for sparsity in (0.1, 0.3, 0.4)]
     assert [groups_of(plan_widths(tiny_model(name), config)) for config in configs] == [{count} for count in left]
 
 
 def test_last_kv_group_stays() -> None:
-    widths = plan_widths(tiny_model("gemma"), PruningConfig(0.3, attention="kv_groups"))
+    widths = plan_widths(tiny_model("gemma"), basic(0.3, attention="kv_groups"))
     assert groups_of(widths) == {1}
     assert widths.kinds == {"ffn"}
     assert widths.sparsity == pytest.approx(0.3, abs=0.006)
@@ -171,8 +171,8 @@ def test_last_kv_group_stays() -> None:
 def test_highest_sparsity_leaves_what_the_config_takes() -> None:
     model = tiny_model("llama")
     with pytest.raises(ValueError, match=r"sparsity must be at most 0\.8713 with 1 KV groups kept, got 0\.95"):
-        plan_widths(model, PruningConfig(0.95, attention="kv_groups"))
-    FASPPruner(PruningConfig(0.8713, attention="kv_groups")).prune(model, calibration())
+        plan_widths(model, basic(0.95, attention="kv_groups"))
+    FASPPruner(basic(0.8713, attention="kv_groups")).prune(model, calibration())
     assert heads(model.config) == (1, 1, 8)
     assert logits(model).isfinite().all()
 
@@ -203,7 +203,7 @@ def test_original_shapes_come_back(name: str) -> None:
 @able
 @pytest.mark.parametrize("order", [("value_dims", "kv_groups"), ("kv_groups", "value_dims")])
 def test_weights_of_another_cut_can_be_loaded(name: str, order: tuple[str, str]) -> None:
-    model, other = (pruned(name, PruningConfig(0.3, attention=attention)) for attention in order)
+    model, other = (pruned(name, basic(0.3, attention=attention)) for attention in order)
     conform(model, plan_of(other))
     model.load_state_dict(other.state_dict())
     assert model.fasp_plan == other.fasp_plan
@@ -213,9 +213,9 @@ def test_weights_of_another_cut_can_be_loaded(name: str, order: tuple[str, str])
 
 @pytest.mark.parametrize(("name", "query_heads"), [("llama", 1), ("phi", 1), ("phi3", 2)])
 def test_pruned_further_from_what_was_saved(name: str, query_heads: int, tmp_path: Path) -> None:
-    save_pruned(pruned(name, PruningConfig(0.3, attention="kv_groups")), tmp_path / "p")
+    save_pruned(pruned(name, basic(0.3, attention="kv_groups")), tmp_path / "p")
     model = load_pruned(tmp_path / "p")
-    for config in (PruningConfig(0.75, attention="kv_groups"), PruningConfig(0.78, attention="none")):
+    for config in (basic(0.75, attention="kv_groups"), basic(0.78, attention="none")):
         report = FASPPruner(config).prune(model, calibration(4))
         assert heads(model.config) == (query_heads, 1, 8)  # which the second pruning leaves
         assert report.sparsity == pytest.approx(config.sparsity, abs=0.006)
@@ -262,18 +262,18 @@ def test_norms_of_the_head_size_are_refused() -> None:
 
 @pytest.mark.parametrize("order", [("value_dims", "kv_groups"), ("kv_groups", "value_dims")])
 def test_heads_are_not_cut_in_both_ways(order: tuple[str, str]) -> None:
-    model = pruned("llama", PruningConfig(0.4, attention=order[0]))
+    model = pruned("llama", basic(0.4, attention=order[0]))
     before = copy.deepcopy(model.state_dict())
     with pytest.raises(
         ValueError, match=f"attention='{order[1]}' cannot follow '{order[0]}' .*prune the original model"
     ):
-        FASPPruner(PruningConfig(0.5, attention=order[1])).prune(model, calibration())
+        FASPPruner(basic(0.5, attention=order[1])).prune(model, calibration())
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
 
 
 def test_auto_leaves_a_model_without_some_groups_its_attention() -> None:
     model = pruned("llama")
-    assert plan_widths(model, PruningConfig(0.5)).attention == "none"
+    assert plan_widths(model, basic(0.5)).attention == "none"
 
 
 def test_failed_pruning_leaves_a_model_that_can_be_saved(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import pytest
 import torch
 from oracle import consumer_columns, consumer_weight, mask_units, reference
 from tiny import TINY, random_tokens, tiny_model
+from tiny_pruning import basic
 from torch import Tensor, nn
 
 from fasp_lightning import FASPPruner, PruningConfig
@@ -17,8 +18,8 @@ from fasp_lightning.pruning.plan import resolve_pruned
 VARIANTS = {f"{name}-{kind}": (name, kind) for name, tiny in TINY.items() for kind in tiny.attention}
 every_variant = pytest.mark.parametrize(("name", "kind"), VARIANTS.values(), ids=VARIANTS)
 SETTINGS = {
-    "default": PruningConfig(0.3, attention="value_dims"),
-    "ffn-only": PruningConfig(0.2, attention="none", damping=1e-2),
+    "default": basic(0.3, attention="value_dims"),
+    "ffn-only": basic(0.2, attention="none", damping=1e-2),
     "paper": PruningConfig.paper(0.25),
 }
 
@@ -49,7 +50,7 @@ def logits(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
 def test_cut_model_equals_masked_model(name: str, kind: str) -> None:
     cut = tiny_model(name, kind)
     original = copy.deepcopy(cut)
-    FASPPruner(PruningConfig(0.3, attention="value_dims", restoration="none")).prune(cut, calibration())
+    FASPPruner(basic(0.3, attention="value_dims", restoration="none")).prune(cut, calibration())
     assert [len(block) for block in cut.fasp_plan.blocks] == [2] * len(cut.fasp_plan.blocks)  # both pairs
     masked = mask_units(copy.deepcopy(original), cut.fasp_plan)
     batch = padded_batch("left", 5, seed=9)
@@ -84,7 +85,7 @@ def test_engine_equals_naive_oracle(name: str, kind: str, setting: str) -> None:
 @pytest.mark.parametrize("family", TINY)
 def test_sparsity_zero_is_the_identity(family: str) -> None:
     model, original = tiny_model(family), tiny_model(family)
-    report = FASPPruner(PruningConfig(0.0, attention="value_dims")).prune(model, calibration())
+    report = FASPPruner(basic(0.0, attention="value_dims")).prune(model, calibration())
     assert report.sparsity == report.sparsity_total == 0
     assert report.pairs == []
     assert not any(model.fasp_plan.blocks)
@@ -98,7 +99,7 @@ def test_padding_enters_no_statistic(name: str, kind: str) -> None:
     for padding in (100, 200):  # the pad tokens differ, and nothing else
         model = tiny_model(name, kind)
         batches = [padded_batch(side, padding, seed) for seed in range(3) for side in ("left", "right")]
-        report = FASPPruner(PruningConfig(0.2, attention="value_dims")).prune(model, batches)
+        report = FASPPruner(basic(0.2, attention="value_dims")).prune(model, batches)
         assert report.tokens == sum(int(batch["attention_mask"].sum()) for batch in batches)
         outcomes.append(model)
     first, second = outcomes
@@ -113,7 +114,7 @@ def test_right_padded_batches_equal_shorter_ones(name: str) -> None:
     tokens = random_tokens(12, 30)
     wide = torch.nn.functional.pad(tokens, (0, 10), value=5)
     mask = torch.nn.functional.pad(torch.ones_like(tokens), (0, 10))
-    config = PruningConfig(0.2, attention="value_dims")
+    config = basic(0.2, attention="value_dims")
     FASPPruner(config).prune(padded, [{"input_ids": wide, "attention_mask": mask}])
     FASPPruner(config).prune(short, [tokens])
     assert padded.fasp_plan == short.fasp_plan

@@ -10,7 +10,7 @@ import pytest
 import torch
 from oracle import mask_units
 from tiny import TINY, random_tokens, tiny_model
-from tiny_pruning import BOTH, FFN, assert_unchanged, calibration, pruned
+from tiny_pruning import BOTH, FFN, assert_unchanged, basic, calibration, pruned
 from torch import nn
 
 from fasp_lightning import FASPPruner, PruningConfig, PruningPlan, apply_plan
@@ -64,9 +64,9 @@ def test_plan_applies_to_a_model_without_weights() -> None:
 
 
 def test_plan_applies_to_a_model_that_was_pruned_less() -> None:
-    model = pruned(config=PruningConfig(0.1, attention="value_dims"))
+    model = pruned(config=basic(0.1, attention="value_dims"))
     half = copy.deepcopy(model)
-    FASPPruner(PruningConfig(0.3, attention="value_dims")).prune(model, calibration())
+    FASPPruner(basic(0.3, attention="value_dims")).prune(model, calibration())
     assert shapes(apply_plan(half, model.fasp_plan)) == shapes(model)
 
 
@@ -131,7 +131,7 @@ def test_plan_that_names_an_unknown_consumer_is_refused() -> None:
     assert_unchanged(fresh)
 
 
-@pytest.mark.parametrize("config", [PruningConfig(0.1, attention="value_dims"), FFN], ids=["less", "another-pair"])
+@pytest.mark.parametrize("config", [basic(0.1, attention="value_dims"), FFN], ids=["less", "another-pair"])
 def test_plan_cannot_bring_units_back(config: PruningConfig) -> None:
     model, other = pruned(config=BOTH), pruned(config=config)
     before = shapes(model)

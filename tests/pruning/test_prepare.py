@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from tiny import tiny_model
-from tiny_pruning import assert_same, assert_unchanged, calibration
+from tiny_pruning import assert_same, assert_unchanged, basic, calibration
 
 from fasp_lightning import FASPPruner, PruningConfig
 from fasp_lightning.pruning import prepare as preparing
@@ -26,11 +26,11 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "groups": {"score": "fisher", "attention": "kv_groups"},
     "few tokens": {"score": "fisher", "sensitivity_tokens": 40, "own_text": OWN},
 }
-FISHER = PruningConfig(0.2, score="fisher")
+FISHER = basic(score="fisher")
 
 
 def config(settings: str, sparsity: float) -> PruningConfig:
-    return PruningConfig(sparsity, **{"attention": "value_dims", **SETTINGS[settings]})
+    return basic(sparsity, **{"attention": "value_dims", **SETTINGS[settings]})
 
 
 @pytest.mark.parametrize("settings", SETTINGS)
@@ -65,7 +65,7 @@ def test_nothing_is_measured_twice(monkeypatch: pytest.MonkeyPatch) -> None:
     [({}, False), ({"score": "magnitude"}, False), ({"score": "fisher"}, True), ({"allocation": "adaptive"}, True)],
 )
 def test_sensitivity_is_measured_where_a_setting_reads_it(settings: dict[str, Any], needed: bool) -> None:
-    chosen = PruningConfig(**{"score": "wanda", "own_text": None, **settings})
+    chosen = basic(**settings)
     assert needs_sensitivity(chosen) == needed
     prepared = FASPPruner(chosen).prepare(tiny_model("llama"), calibration())
     assert (prepared.sensitivity is not None) == needed
@@ -78,15 +78,14 @@ def test_sensitivity_is_of_each_pair_and_unit() -> None:
 
 
 def prepared_with(**options: Any) -> Prepared:
-    given = PruningConfig(0.2, **{"score": "wanda", "own_text": None, **options})
-    return FASPPruner(given).prepare(tiny_model("llama"), calibration())
+    return FASPPruner(basic(**options)).prepare(tiny_model("llama"), calibration())
 
 
 @pytest.mark.parametrize("settings", [{"score": "fisher"}, {"allocation": "adaptive"}])
 def test_preparation_without_sensitivity_is_refused_where_it_is_needed(settings: dict[str, Any]) -> None:
     model, prepared = tiny_model("llama"), prepared_with()
     with pytest.raises(ValueError, match="batches must be prepared with the score and allocation"):
-        FASPPruner(PruningConfig(0.2, **settings)).prune(model, prepared)
+        FASPPruner(basic(**settings)).prune(model, prepared)
     assert_unchanged(model)
 
 
@@ -102,7 +101,7 @@ OTHERS = {
 def test_preparation_of_another_model_is_refused(name: str, options: dict[str, Any], before: float | None) -> None:
     model, prepared = tiny_model(name), prepared_with(score="fisher")
     if before is not None:
-        FASPPruner(PruningConfig(before, attention="value_dims")).prune(model, calibration())
+        FASPPruner(basic(before, attention="value_dims")).prune(model, calibration())
     state = {key: value.clone() for key, value in model.state_dict().items()}
     with pytest.raises(ValueError, match="batches must be prepared with this model as it is, or a copy of it"):
         FASPPruner(replace(FISHER, **options)).prune(model, prepared)

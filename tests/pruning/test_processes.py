@@ -10,9 +10,9 @@ import pytest
 import torch
 from processes import run_script
 from tiny import tiny_model
-from tiny_pruning import INGREDIENTS, calibration
+from tiny_pruning import INGREDIENTS, basic, calibration
 
-from fasp_lightning import FASPPruner, PruningConfig, PruningPlan
+from fasp_lightning import FASPPruner, PruningPlan
 from fasp_lightning.pruning.own_text import OwnTextConfig, own_text
 from fasp_lightning.pruning.processes import Processes
 
@@ -32,7 +32,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> Found:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_two_processes_prune_as_one_does_on_all_the_data(family: str, found: Found) -> None:
     model = tiny_model(family)
-    report = FASPPruner(PruningConfig(0.2, attention="value_dims")).prune(model, calibration(3))
+    report = FASPPruner(basic(0.2, attention="value_dims")).prune(model, calibration(3))
     for process in found(family):
         assert process["plan"] == model.fasp_plan.to_json()
         assert process["tokens"] == report.tokens

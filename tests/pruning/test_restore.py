@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 from tiny import random_tokens, tiny_model
-from tiny_pruning import BOTH, FFN, calibration, pruned
+from tiny_pruning import BOTH, FFN, basic, calibration, pruned
 
 from fasp_lightning import FASPPruner, PruningConfig
 
@@ -27,7 +27,7 @@ def test_restoration_never_raises_the_calibration_error(family: str, config: Pru
 def test_reported_error_is_that_of_the_outputs() -> None:
     """‖WX − ŴX_M‖/‖WX‖ of the first consumer, from the model's own activations."""
     model, dense, batches = tiny_model("opt"), tiny_model("opt"), [random_tokens(6, 40)]
-    report = FASPPruner(PruningConfig(0.3, attention="value_dims")).prune(model, batches)
+    report = FASPPruner(basic(0.3, attention="value_dims")).prune(model, batches)
     found = {}
     for key, which in (("pruned", model), ("dense", dense)):
         handle = which.model.decoder.layers[0].self_attn.out_proj.register_forward_hook(

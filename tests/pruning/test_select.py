@@ -9,7 +9,7 @@ import pytest
 import torch
 from oracle import mask_units
 from tiny import HEADS, random_tokens, tiny_model
-from tiny_pruning import calibration
+from tiny_pruning import basic, calibration
 from tiny_sensitivity import naive, scores
 from torch import Tensor
 
@@ -19,7 +19,7 @@ from fasp_lightning.pruning.plan import resolve_pruned
 from fasp_lightning.pruning.select import select_units
 from fasp_lightning.pruning.widths import plan_widths
 
-FISHER = PruningConfig(0.3, attention="value_dims", score="fisher", restoration="none")
+FISHER = basic(0.3, attention="value_dims", score="fisher", restoration="none")
 FREE = replace(FISHER, head_balance="free")
 
 

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 from tiny import random_tokens, tiny_model
-from tiny_pruning import assert_same, assert_unchanged, calibration, pruned
+from tiny_pruning import assert_same, assert_unchanged, basic, calibration, pruned
 
-from fasp_lightning import FASPPruner, PruningConfig, perplexity
+from fasp_lightning import FASPPruner, perplexity
 from fasp_lightning.pruning.capture import micro_batches
 
 
@@ -47,7 +47,7 @@ def test_each_piece_of_a_batch_has_its_weight() -> None:
 def test_a_bad_weight_leaves_the_model_as_it_is() -> None:
     model = tiny_model("llama")
     with pytest.raises(ValueError, match="weight of a batch must be positive and finite, got -1"):
-        FASPPruner(PruningConfig(0.2)).prune(model, [*calibration(), weighted(random_tokens(), -1)])
+        FASPPruner(basic(0.2)).prune(model, [*calibration(), weighted(random_tokens(), -1)])
     assert_unchanged(model)
 
 

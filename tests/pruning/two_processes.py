@@ -16,14 +16,14 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from tiny import VOCAB, random_tokens, tiny_model
-from tiny_pruning import INGREDIENTS, OWN, calibration
+from tiny_pruning import INGREDIENTS, OWN, basic, calibration
 
 from fasp_lightning import FASPPruner, PruningConfig
 from fasp_lightning.pruning import run
 from fasp_lightning.pruning.own_text import mixed, own_text
 from fasp_lightning.pruning.processes import Processes
 
-CONFIG = PruningConfig(0.2, attention="value_dims")
+CONFIG = basic(0.2, attention="value_dims")
 FAMILIES = ("llama-gqa", "opt")
 
 

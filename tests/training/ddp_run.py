@@ -18,6 +18,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from runs import UserModule, loader, trainer
 from tiny import VOCAB, random_tokens, tiny_model
 from tiny_lightning import SCRATCH
+from tiny_pruning import basic
 from torch import Tensor
 from torch.utils.data import DataLoader, DistributedSampler, default_collate
 
@@ -58,7 +59,7 @@ class Noting(UserModule):
 
 def fasp(**options: Any) -> FASPPruning:
     """Cuts FFN units and value dims, twice; 9 calibration sequences do not divide evenly."""
-    settings: dict[str, Any] = {"pruning": PruningConfig(attention="value_dims"), "calibration_sequences": 9}
+    settings: dict[str, Any] = {"pruning": basic(attention="value_dims"), "calibration_sequences": 9}
     return FASPPruning(EVENTS, **{**settings, **options})
 
 
@@ -77,7 +78,7 @@ INGREDIENTS = PruningConfig(
     allocation="adaptive",
     own_text=OwnTextConfig(tokens=5 * 12, seq_len=12),
 )
-GROUPS = PruningConfig(attention="kv_groups", score="fisher")
+GROUPS = basic(attention="kv_groups", score="fisher")
 
 
 def plain(folder: Path, processes: int = 2, **options: Any) -> tuple[Noting, L.Trainer, FASPPruning]:
@@ -113,7 +114,7 @@ def resumable(folder: Path, rank: int, ckpt_path: Path | None = None) -> tuple[A
     torch.manual_seed(rank if ckpt_path is None else 100 + rank)
     module = CausalLMModule(config=SCRATCH, optimizer=partial(torch.optim.AdamW, lr=1e-2))
     schedule = [{"step": 1, "sparsity": 0.1}, {"step": 4, "sparsity": 0.2}]
-    callback = FASPPruning(schedule, calibration_sequences=8, validation_batches=1)
+    callback = FASPPruning(schedule, basic(), calibration_sequences=8, validation_batches=1)
     saver = ModelCheckpoint(dirpath=folder, filename="{epoch}", save_top_k=-1)
     options: dict[str, Any] = {"max_steps": -1, "max_epochs": 2, "enable_checkpointing": True}
     made = trainer(folder, callback, saver, strategy="ddp", devices=2, **options)

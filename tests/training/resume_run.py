@@ -21,6 +21,7 @@ from resume_stops import BATCHES, EPOCHS, After, Before, Checkpoints, Stop, Stop
 from runs import UserModule, loader
 from tiny import TINY
 from tiny_lightning import SCRATCH
+from tiny_pruning import basic
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -34,7 +35,7 @@ LORA = LoRAConfig(rank=2, dropout=DROPOUT)
 CONFIG = {**SCRATCH, "dropout": DROPOUT}
 LLAMA = {**TINY["llama"].config().to_diff_dict(), "attention_dropout": DROPOUT}
 PRUNING = {
-    "plain": PruningConfig(attention="value_dims"),
+    "plain": basic(attention="value_dims"),
     "everything": PruningConfig(
         attention="value_dims",
         head_balance="free",
@@ -43,7 +44,7 @@ PRUNING = {
         damping="auto",
         own_text=OwnTextConfig(tokens=48, seq_len=12),
     ),
-    "groups": PruningConfig(attention="kv_groups", score="fisher"),
+    "groups": basic(attention="kv_groups", score="fisher"),
 }
 """Settings of the engine; whole KV groups are cut from a llama, since an OPT has none."""
 

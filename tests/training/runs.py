@@ -10,13 +10,13 @@ import torch
 from lightning.pytorch.loggers import Logger
 from tiny import FFN, HIDDEN, random_tokens, tiny_model
 from tiny_lightning import silent
+from tiny_pruning import basic
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from fasp_lightning import PruningConfig
 from fasp_lightning.training.callback import FASPPruning
 
-FFN_ONLY = PruningConfig(attention="none")
+FFN_ONLY = basic(attention="none")
 HALF_FFN = 3 * HIDDEN * FFN / 2 / (3 * HIDDEN * FFN + 4 * HIDDEN * HIDDEN)
 """Sparsity at which the tiny llama loses every second FFN unit."""
 

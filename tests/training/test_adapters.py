@@ -8,6 +8,7 @@ import pytest
 import torch
 from tiny import random_tokens, tiny_model
 from tiny_lightning import lora_parameters
+from tiny_pruning import basic
 from torch import nn
 
 from fasp_lightning import FASPPruner, PruningConfig, save_pruned
@@ -18,7 +19,7 @@ from fasp_lightning.training.lora import LoRAConfig, attach_lora, merge_lora
 
 BATCHES = [random_tokens(2, 40, seed=seed) for seed in range(3)]
 SETTINGS = {
-    "original": PruningConfig(0.2, attention="value_dims"),
+    "original": basic(0.2, attention="value_dims"),
     "zero": PruningConfig.paper(0.2, refit_bias=True),
 }
 
@@ -52,14 +53,14 @@ def test_pruned_then_merged_equals_merged_then_pruned(family: str, settings: str
 
 
 def test_adapters_do_not_count_as_parameters_of_the_model(family: str) -> None:
-    config = PruningConfig(0.2, attention="value_dims")
+    config = basic(0.2, attention="value_dims")
     assert plan_widths(adapted(family), config) == plan_widths(tiny_model(family), config)
 
 
 def test_adapted_model_can_be_pruned_twice(family: str) -> None:
     model = adapted(family)
     for sparsity in (0.1, 0.2):
-        FASPPruner(PruningConfig(sparsity, attention="value_dims")).prune(model, BATCHES)
+        FASPPruner(basic(sparsity, attention="value_dims")).prune(model, BATCHES)
     before = model(input_ids=BATCHES[0], use_cache=False).logits
     after = merged(model)(input_ids=BATCHES[0], use_cache=False).logits
     torch.testing.assert_close(before, after)
@@ -67,7 +68,7 @@ def test_adapted_model_can_be_pruned_twice(family: str) -> None:
 
 def test_original_shapes_come_back_with_adapters(family: str) -> None:
     model, shapes = adapted(family), {name: value.shape for name, value in adapted(family).state_dict().items()}
-    FASPPruner(PruningConfig(0.2, attention="value_dims")).prune(model, BATCHES)
+    FASPPruner(basic(0.2, attention="value_dims")).prune(model, BATCHES)
     conform(model, None)
     assert {name: value.shape for name, value in model.state_dict().items()} == shapes
     model(input_ids=BATCHES[0], use_cache=False)
@@ -79,11 +80,11 @@ def test_adapter_that_is_not_plain_lora_is_refused() -> None:
     model = tiny_model("llama")
     inject_adapter_in_model(LoraConfig(r=2, target_modules=["down_proj"], use_dora=True), model)
     with pytest.raises(ValueError, match="must be plain LoRA to be pruned along"):
-        FASPPruner(PruningConfig(0.2)).prune(model, BATCHES)
+        FASPPruner(basic(0.2)).prune(model, BATCHES)
 
 
 def test_model_with_adapters_is_not_saved(tmp_path: Any) -> None:
     model = adapted("llama")
-    FASPPruner(PruningConfig(0.2)).prune(model, BATCHES)
+    FASPPruner(basic(0.2)).prune(model, BATCHES)
     with pytest.raises(ValueError, match="must have its LoRA merged"):
         save_pruned(model, tmp_path / "out")

@@ -12,10 +12,10 @@ import torch
 from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint, WeightAveraging
 from runs import UserModule, loader, trainer
 from tiny import FFN, HIDDEN, VOCAB, tiny_model
-from tiny_pruning import BOTH, pruned
+from tiny_pruning import BOTH, basic, pruned
 from torch import Tensor
 
-from fasp_lightning import PruningConfig, load_pruned, save_pruned
+from fasp_lightning import load_pruned, save_pruned
 from fasp_lightning.training.callback import FASPPruning
 from fasp_lightning.training.lora import LoRAConfig
 from fasp_lightning.training.module import CausalLMModule
@@ -40,7 +40,7 @@ State = dict[str, Tensor]
 
 def fasp(**options: Any) -> FASPPruning:
     """Cuts FFN units and value dims, twice."""
-    config = PruningConfig(attention="value_dims")
+    config = basic(attention="value_dims")
     return FASPPruning(EVENTS, config, calibration_sequences=8, validation_batches=1, **options)
 
 
@@ -106,7 +106,7 @@ def test_positions_of_kept_units_are_not_averaged(kind: str, tmp_path: Path) -> 
     """A mean of equal integers may be rounded down."""
     module = UserModule(tiny_model("llama").train())
     average = EMAWeightAveraging(decay=0.997) if kind == "ema" else WeightAveraging()
-    callback = FASPPruning([{"step": 0, "sparsity": 0.2}], PruningConfig(attention="value_dims"), validation_batches=0)
+    callback = FASPPruning([{"step": 0, "sparsity": 0.2}], basic(attention="value_dims"), validation_batches=0)
     trainer(tmp_path, callback, average, max_steps=20).fit(module, loader())
     block, cut = module.lm.model.layers[0].self_attn, module.lm.fasp_plan.blocks[0]["self_attn.o_proj"]
     assert block.v_proj.positions.tolist() == block.o_proj.positions.tolist() == list(cut.kept)

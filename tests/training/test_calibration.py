@@ -8,9 +8,10 @@ import pytest
 import torch
 from runs import HALF_FFN, UserModule, half, loader, trainer
 from tiny import random_tokens, tiny_model
+from tiny_pruning import basic
 from torch.utils.data import DataLoader, IterableDataset
 
-from fasp_lightning import FASPPruner, PruningConfig
+from fasp_lightning import FASPPruner
 from fasp_lightning.training.calibration import Draw
 
 
@@ -75,6 +76,6 @@ def test_own_calibration_data_is_used(tmp_path: Any) -> None:
     module = WithCalibration(tiny_model("llama").train(), lambda parameters: torch.optim.SGD(parameters, lr=0.0))
     trainer(tmp_path, half(0), max_steps=1).fit(module, loader())
     expected = tiny_model("llama")
-    config = PruningConfig(HALF_FFN, attention="none")
+    config = basic(HALF_FFN, attention="none")
     FASPPruner(config).prune(expected, [random_tokens(1, seed=seed) for seed in range(50, 54)])
     assert module.lm.fasp_plan == expected.fasp_plan

@@ -15,6 +15,7 @@ import torch
 from lightning.pytorch.callbacks import EMAWeightAveraging
 from runs import UserModule, loader, trainer
 from tiny import tiny_model
+from tiny_pruning import basic
 from transformers import AutoModelForCausalLM
 
 from fasp_lightning import PruningConfig, load_pruned
@@ -38,7 +39,7 @@ class Case:
 
     @property
     def config(self) -> PruningConfig:
-        return PruningConfig(**{"attention": "none", "own_text": None, **self.settings})
+        return basic(**{"attention": "none", **self.settings})
 
 
 UNEVEN: dict[str, Any] = {"ffn": (tuple(range(0, 16)), tuple(range(3, 35)))}

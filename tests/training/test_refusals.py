@@ -12,10 +12,10 @@ from lightning.pytorch.callbacks import StochasticWeightAveraging
 from lightning.pytorch.utilities.combined_loader import CombinedLoader
 from runs import FFN_ONLY, UserModule, half, loader, trainer
 from tiny import tiny_model
+from tiny_pruning import basic
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
 
-from fasp_lightning import PruningConfig
 from fasp_lightning.training.callback import FASPPruning
 from fasp_lightning.training.locate import find_causal_lm
 from fasp_lightning.training.optimizer_state import check_optimizer
@@ -81,12 +81,12 @@ def test_sparsity_that_cannot_be_reached(tmp_path: Any) -> None:
 
 
 def test_family_that_kv_groups_cannot_be_cut_from(tmp_path: Any) -> None:
-    callback, module = FASPPruning(ONE, PruningConfig(attention="kv_groups")), UserModule(tiny_model("opt").train())
+    callback, module = FASPPruning(ONE, basic(attention="kv_groups")), UserModule(tiny_model("opt").train())
     refused(tmp_path, "attention='kv_groups' cannot be used with opt: ", callback, module=module)
 
 
 def test_rows_without_value_pair_cannot_cut_one(tmp_path: Any) -> None:
-    refused(tmp_path, "multiple_of must be at most", FASPPruning(ONE, PruningConfig(multiple_of=64)))
+    refused(tmp_path, "multiple_of must be at most", FASPPruning(ONE, basic(multiple_of=64)))
 
 
 @pytest.mark.parametrize(
@@ -199,7 +199,7 @@ def test_export_folder_that_is_not_empty(tmp_path: Any) -> None:
 
 
 def test_form_that_cannot_hold_what_will_be_cut(tmp_path: Any) -> None:
-    both = PruningConfig(attention="value_dims")
+    both = basic(attention="value_dims")
     options = {"pruning": both, "export_to": str(tmp_path / "out"), "form": "stock"}
     refused(tmp_path, "form 'stock' cannot hold this model", FASPPruning(ONE, **options))
 

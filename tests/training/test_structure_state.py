@@ -10,9 +10,10 @@ import torch
 from runs import FFN_ONLY, UserModule, half, loader, trainer
 from tiny import random_tokens, tiny_model
 from tiny_lightning import lora_parameters
+from tiny_pruning import basic
 from torch import nn
 
-from fasp_lightning import FASPPruner, PruningConfig
+from fasp_lightning import FASPPruner
 from fasp_lightning.structure.adapters import has_adapters
 from fasp_lightning.training.callback import FASPPruning
 from fasp_lightning.training.lora import LoRAConfig, attach_lora
@@ -31,14 +32,14 @@ class Saving(L.Callback):
 
 
 BATCHES = [random_tokens(2, 40, seed=seed) for seed in range(3)]
-BOTH = PruningConfig(0.2, attention="value_dims")
+BOTH = basic(0.2, attention="value_dims")
 
 
 def module(family: str = "llama", sparsity: float = 0.0, lora: bool = False, seed: int = 0) -> UserModule:
     """A user's module that carries its structure."""
     found = UserModule(tiny_model(family, seed=seed))
     if sparsity:
-        FASPPruner(PruningConfig(sparsity, attention="value_dims")).prune(found.lm, BATCHES)
+        FASPPruner(basic(sparsity, attention="value_dims")).prune(found.lm, BATCHES)
     if lora:
         attach_lora(found.lm, LoRAConfig(rank=2))
         with torch.no_grad():
