@@ -17,7 +17,7 @@ from typing import Any
 import lightning as L
 import torch
 
-from fasp_lightning import CausalLMDataModule, CausalLMModule, FASPPruning, LoRAConfig, perplexity
+from fasp_lightning import CausalLMDataModule, CausalLMModule, FASPPruning, LoRAConfig, PruningConfig, perplexity
 from fasp_lightning.pruning.loading import load_tokenizer
 from fasp_lightning.pruning.text import TextConfig, describe, token_batches
 
@@ -77,6 +77,7 @@ def main() -> None:
     schedule = [{"step": index * args.steps, "sparsity": one} for index, one in enumerate(args.sparsities)]
     pruning = FASPPruning(
         schedule,
+        PruningConfig(score="wanda", own_text=None),  # as in the configs: the training makes up for the rest
         recovery=args.recovery,
         lora=LoRAConfig(rank=args.rank, alpha=2.0 * args.rank),
         calibration_sequences=args.calibration_sequences,

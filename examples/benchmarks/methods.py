@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from fasp_lightning import FASPPruner, PruningConfig
 from fasp_lightning.pruning.own_text import OwnTextConfig
 
-FREE: dict[str, Any] = dict(allocation="adaptive", attention="value_dims", head_balance="free")
-"""The free form: what differs from the default. Stock code cannot load it."""
+FREE: dict[str, Any] = dict(allocation="adaptive")
+"""The free form: what differs from the default. Stock code can load it zero-filled alone."""
 
 
 def plain(**changes: Any) -> Callable[[float], PruningConfig]:
@@ -55,24 +55,25 @@ METHODS: dict[str, Method] = {
     ),
     "stock": Method("the default, PruningConfig()", stock(), True),
     "free": Method(
-        "allocation adaptive, value dims free: " + ", ".join(f"{k}={v!r}" for k, v in FREE.items()), free(), True
+        "each block loses what it can spare: " + ", ".join(f"{k}={v!r}" for k, v in FREE.items()), free(), True
     ),
     "stock-no-own-text": Method("stock without own text", stock(own_text=None)),
     "stock-own-text-alone": Method("stock calibrated on own text alone", stock(own_text=OwnTextConfig(share=1.0))),
     "stock-wanda": Method("stock with Wanda columns", stock(score="wanda")),
     "stock-no-restoration": Method("stock without least squares", stock(restoration="none")),
     "stock-ridge-zero": Method("stock with the ridge towards zero", stock(ridge="zero")),
-    "stock-damping-0.1": Method("stock with one damping for all", stock(damping=0.1)),
+    "stock-damping-auto": Method("stock with damping chosen on held-back tokens", stock(damping="auto")),
     "stock-value-dims": Method("stock with V/O cut too", stock(attention="value_dims")),
     "stock-kv-groups": Method("stock with whole KV heads cut too", stock(attention="kv_groups")),
-    "stock-rounds-3": Method("stock in three rounds", stock(rounds=3)),
+    "stock-rounds-2": Method("stock in two rounds", stock(rounds=2)),
+    "stock-rounds-4": Method("stock in four rounds", stock(rounds=4)),
     "free-no-own-text": Method("free without own text", free(own_text=None)),
     "free-wanda": Method("free with Wanda columns", free(score="wanda")),
     "free-no-restoration": Method("free without least squares", free(restoration="none")),
-    "free-ffn-only": Method("free, FFN only", free(attention="none")),
-    "free-even": Method("free, as many value dims in each KV head", free(head_balance="even")),
-    "free-damping-0.1": Method("free with one damping for all", free(damping=0.1)),
-    "free-rounds-3": Method("free in three rounds", free(rounds=3)),
+    "free-value-dims": Method("free, V/O cut too", free(attention="value_dims", head_balance="free")),
+    "free-value-dims-even": Method("free, as many value dims in each KV head", free(attention="value_dims")),
+    "free-rounds-2": Method("free in two rounds", free(rounds=2)),
+    "free-rounds-4": Method("free in four rounds", free(rounds=4)),
 }
 
 

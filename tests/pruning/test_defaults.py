@@ -1,0 +1,97 @@
+"""What the defaults do to any model: they write own text and go backwards through it, and are told what is wrong."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from tiny import TINY, random_tokens, tiny_model
+from tiny_pruning import assert_same, assert_unchanged, basic, calibration, leftovers
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from fasp_lightning import FASPPruner, PruningConfig
+from fasp_lightning.pruning.own_text import OwnTextConfig, own_text
+
+SHORT = PruningConfig(own_text=OwnTextConfig(tokens=512))
+"""The defaults with less own text; its 128 tokens a sequence are more than the positions of tiny models."""
+
+
+def test_defaults_are_what_they_say() -> None:
+    """All own text counts, sensitivity decides, and one pruning is as the next."""
+    first, second, plain = (tiny_model("opt") for _ in range(3))
+    report = FASPPruner().prune(first, calibration())
+    FASPPruner(PruningConfig(0.2, score="fisher", own_text=OwnTextConfig())).prune(second, calibration())
+    FASPPruner(basic()).prune(plain, calibration())
+    assert report.tokens == 3 * 80 - 9 + 16384
+    assert_same(first, second)
+    assert first.fasp_plan != plain.fasp_plan
+
+
+@pytest.mark.parametrize("family", TINY)
+def test_every_family_is_pruned(family: str) -> None:
+    model = tiny_model(family).train()
+    report = FASPPruner(SHORT).prune(model, calibration())
+    assert all(0 < pair.error_after <= pair.error_before for pair in report.pairs)
+    assert report.tokens == 3 * 80 - 9 + 512
+    assert leftovers(model) == []
+    assert all(parameter.requires_grad and parameter.grad is None for parameter in model.parameters())
+    with torch.no_grad():
+        assert model.eval()(random_tokens()).logits.isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+@pytest.mark.parametrize("family", ["opt", "llama-gqa", "bloom"])
+def test_half_precision_model_is_pruned(family: str, dtype: torch.dtype) -> None:
+    model = tiny_model(family, dtype=dtype)
+    FASPPruner(SHORT).prune(model, calibration())
+    with torch.no_grad():
+        assert model(random_tokens()).logits.isfinite().all()
+
+
+@pytest.mark.parametrize("vocabulary", [2, 5])
+def test_model_of_a_few_tokens_none_of_them_special_is_pruned(vocabulary: int) -> None:
+    nothing = dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id"))
+    config = AutoConfig.for_model(**{**TINY["llama"].config().to_dict(), "vocab_size": vocabulary, **nothing})
+    model = AutoModelForCausalLM.from_config(config)
+    model.generation_config = None
+    ids = torch.cat(own_text(model, OwnTextConfig(tokens=512)))
+    assert set(ids[:, 0].tolist()) == set(range(vocabulary))  # any token begins a text
+    report = FASPPruner(SHORT).prune(model, [random_tokens(4, 40) % vocabulary])
+    assert report.sparsity == pytest.approx(0.2, abs=0.01)
+
+
+def test_model_without_a_cache_writes_the_same() -> None:
+    """A custom family may keep none: it is given the whole text again then."""
+    model, config = tiny_model("llama"), OwnTextConfig(tokens=60, seq_len=12)
+    expected = own_text(model, config)
+
+    def forget(module: Any, args: Any, output: Any) -> Any:
+        output.past_key_values = None
+        return output
+
+    model.register_forward_hook(forget)
+    assert torch.equal(torch.cat(own_text(model, config)), torch.cat(expected))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weight_that_is_not_finite_is_named_before_anything_changes(value: float) -> None:
+    model = tiny_model("llama")
+    model.model.layers[1].mlp.up_proj.weight[3, 4] = value
+    with pytest.raises(ValueError, match=r"parameter model\.layers\.1\.mlp\.up_proj\.weight is not; check the check"):
+        FASPPruner(SHORT).prune(model, calibration())
+    model.model.layers[1].mlp.up_proj.weight[3, 4] = tiny_model("llama").model.layers[1].mlp.up_proj.weight[3, 4]
+    assert_unchanged(model)
+    assert leftovers(model) == []
+
+
+def test_calibration_token_that_is_not_finite_is_named_by_its_layer() -> None:
+    """Own text never comes to a token whose logit is −∞, and the calibration text does."""
+    model = tiny_model("llama")
+    with torch.no_grad():
+        model.get_input_embeddings().weight[96] = torch.nan
+        model.lm_head = torch.nn.Linear(32, 97)
+        model.lm_head.bias[96] = -torch.inf
+    with pytest.raises(ValueError, match=r"activations must be finite.* model\.layers\.0\.self_attn\.o_proj"):
+        FASPPruner(SHORT).prune(model, [*calibration(), torch.full((1, 20), 96)])
