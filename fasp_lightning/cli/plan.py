@@ -70,7 +70,10 @@ def _print_widths(setup: Setup) -> None:
         (consumer, kind, str(blocks), str(before), str(after), change(before, after))
         for (consumer, kind, before, after), blocks in counts.items()
     ]
-    table("widths", ("consumer", "kind", "blocks", "before", "after", "change"), rows)
+    title = "widths"
+    if any(map(setup.widths.decided_later, setup.kinds)):
+        title += "; those of single blocks are more or less, as loss sensitivity decides"
+    table(title, ("consumer", "kind", "blocks", "before", "after", "change"), rows)
 
 
 def _print_memory(job: PruneJob, setup: Setup) -> None:

@@ -152,13 +152,16 @@ def _widths(widths: WidthPlan) -> Iterator[str]:
         pairs = [pair for block in widths.pairs for pair in block if pair.kind == kind]
         after = [pair.after for pair in pairs]
         shown = f"{after[0]} in each block" if len(set(after)) == 1 else f"{', '.join(map(str, after))} by block"
+        shown += ", more or less as loss sensitivity decides" if widths.decided_later(kind) else ""
         yield f"{kind} width ({layer}): {shown}, of {pairs[0].original}"
 
 
 def _cut(model: Any, widths: WidthPlan) -> None:
-    """Give the model the widths; which units stay does not matter for shapes."""
+    """Give the model the widths; which units stay does not matter, but that heads are even."""
     pairs = resolve_pruned(model, kv_groups=widths.attention == "kv_groups")
     for block, planned in zip(pairs, widths.pairs, strict=True):
         for pair, width in zip(block, planned, strict=True):
-            pair.cut(pair.kept[: width.after])
+            groups = pair.layout.groups
+            heads = groups if pair.kept.numel() % groups == width.after % groups == 0 else 1
+            pair.cut(pair.kept.reshape(heads, -1)[:, : width.after // heads].reshape(-1))
     record_plan(model, pairs)

@@ -61,13 +61,13 @@ class Setup:
     @property
     def stored_bytes(self) -> int:
         """Bytes of the weights that will be saved, zeros of a zero-filled model among them; the most it can be."""
-        size, left = self.dtype.itemsize, self.widths.parameters_after
+        size, widths = self.dtype.itemsize, self.widths
         if self.form != "zero_filled":
-            return size * left
+            return size * widths.parameters_after
         padded = self.spec.width_field is None or "uneven" in self.kinds  # how wide the widest will be is not known
         kinds = {"value", "ffn"} if padded else {"value"}
-        pairs = (pair for block in self.widths.pairs for pair in block if pair.kind in kinds)
-        return size * (left + sum((pair.original - pair.after) * pair.cost for pair in pairs))
+        gone = (pair for block in widths.pairs for pair in block if pair.kind not in kinds)
+        return size * (widths.original_parameters - sum((pair.original - pair.after) * pair.cost for pair in gone))
 
 
 def set_up(job: PruneJob) -> Setup:

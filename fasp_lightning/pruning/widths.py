@@ -78,6 +78,10 @@ class WidthPlan:
     attention: str
     allocation: str = "uniform"
 
+    def decided_later(self, kind: str) -> bool:
+        """Whether the widths of a kind of pair differ between blocks by what calibration will tell."""
+        return self.allocation == "adaptive" and kind != "groups" and self.parameters_after < self.parameters_before
+
     @property
     def sparsity(self) -> float:
         """Fraction of the original blocks' linear parameters that is removed."""

@@ -45,7 +45,8 @@ def test_70b_config_needs_no_weights(fasp, large: Path) -> None:
     assert re.search(r"sparsity of the blocks, 20\.00 % asked .* 20\.00 %", outcome.out)
     assert re.search(r"down_proj .* 80 .* 28672 .* 21709", outcome.out)
     assert re.search(r"transformers AutoModelForCausalLM .* yes", outcome.out)
-    assert re.search(r"hidden states and consumer inputs .* 2\.75 GiB", outcome.out)  # 32768 · (2 · 8192 + 28672) · 2
+    assert re.search(r"hidden states and consumer inputs .* 3\.44 GiB", outcome.out)  # 40960 · (2 · 8192 + 28672) · 2
+    assert "on 40,960 tokens of topics (calibration), own text" in outcome.out  # 64 · 512 and 8192
 
 
 def test_fewer_kv_groups_show_in_widths_and_cache(fasp, large: Path) -> None:

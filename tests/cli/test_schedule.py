@@ -60,6 +60,18 @@ def test_comments_say_what_is_left(fasp, config, model: str) -> None:
     assert len(re.findall(r"value width \(\w+\): \d+ in each block", out)) == len(EVENTS)
 
 
+@pytest.mark.parametrize("balance", ["even", "free"])
+def test_comments_say_where_sensitivity_decides(fasp, config, balance: str) -> None:
+    settings = {"attention": "value_dims", "head_balance": balance, "allocation": "adaptive"}
+    outcome = fasp("schedule", "-c", config(model="opt", pruning=settings))
+    assert outcome.code == 0, outcome.err
+    left = [int(found.replace(",", "")) for found in re.findall(r"event \d: ([\d,]+) of", outcome.out)]
+    linear = plan_widths(tiny_model("opt"), PruningConfig(0.1)).linear_parameters
+    total = sum(parameter.numel() for parameter in tiny_model("opt").parameters())
+    assert left == [pytest.approx(total - event["sparsity"] * linear, abs=0.5) for event in EVENTS]
+    assert outcome.out.count(", more or less as loss sensitivity decides, of ") == 2 * len(EVENTS)
+
+
 def test_model_from_scratch_needs_no_name(fasp, config) -> None:
     model = {"model_type": "opt", "hidden_size": HIDDEN, "ffn_dim": FFN, "word_embed_proj_dim": HIDDEN}
     small = {**model, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 97}

@@ -39,8 +39,7 @@ def sweep(fasp, tmp_path: Path) -> Callable:
             "--verify",
             "false",
         ]
-        basic = ["--pruning.score", "wanda", "--pruning.own_text", "null"]
-        return fasp("sweep", "--model.name_or_path", folder, *basic, *calibration, *texts, *where, *more)
+        return fasp("sweep", "--model.name_or_path", folder, *BASIC, *calibration, *texts, *where, *more)
 
     return run
 
@@ -66,7 +65,10 @@ def report_of(folder: Path) -> dict:
 SHARED = ["--pruning.score", "fisher", "--pruning.own_text", "{tokens: 128, seq_len: 16, cache_dir: null}"]
 
 
-@pytest.mark.parametrize("options", [[], SHARED], ids=["plain", "sensitivity and own text"])
+BASIC = ["--pruning.score", "wanda", "--pruning.own_text", "null"]
+
+
+@pytest.mark.parametrize("options", [BASIC, SHARED], ids=["plain", "sensitivity and own text"])
 def test_each_sparsity_is_what_prune_makes_of_the_dense_model(sweep, fasp, tiny_folder, tmp_path, options) -> None:
     folder = tiny_folder("opt")
     assert sweep(folder, *options).code == 0
