@@ -1,6 +1,7 @@
 """What pruning costs, as a ratio to one plain forward over the same tokens in the same process and dtype.
 
-    python examples/benchmarks/prune_speed.py                       # SmolLM2-135M, 64 x 512 tokens
+    python examples/benchmarks/prune_speed.py                       # SmolLM2-135M, 64 x 512 tokens, the default
+    python examples/benchmarks/prune_speed.py --settings paper wanda default    # side by side
     python examples/benchmarks/prune_speed.py --shape opt-125m      # random weights in the shape of a model
 
 Where CUDA is there, the shapes of OPT-125M, LLaMA-7B and LLaMA-30B are timed too, with random bf16 weights
@@ -33,6 +34,13 @@ SHAPES = {
         "llama",
         {"hidden_size": 6656, "intermediate_size": 17920, "num_hidden_layers": 60, "num_attention_heads": 52},
     ),
+}
+
+
+SETTINGS = {
+    "default": {},
+    "wanda": {"score": "wanda", "own_text": None},  # no gradients, no own text
+    "paper": PruningConfig.paper().to_dict(),
 }
 
 
@@ -80,7 +88,7 @@ def _wait(device: torch.device) -> None:
 
 
 def measure(name: str, model: nn.Module, batches: list[Tensor], config: PruningConfig, forward: bool) -> None:
-    """Time the forward and the pruning, and print one block of figures."""
+    """Time the forward and the pruning, and print one block of figures; the model is pruned afterwards."""
     device = torch.device(config.device or next(model.parameters()).device)
     tokens = sum(batch.numel() for batch in batches)
     dense = copy.deepcopy(model) if forward else None
@@ -96,8 +104,8 @@ def measure(name: str, model: nn.Module, batches: list[Tensor], config: PruningC
     else:
         print(f"  seconds               {total:.1f}")
     print(f"  tokens/s              {tokens / total:.0f}")
-    phases = ("capture", "forward", "gram", "solve", "cut", "apply")
-    print("  seconds by phase      " + ", ".join(f"{p} {report.seconds.get(p, 0):.1f}" for p in phases))
+    phases = {name: seconds for name, seconds in report.seconds.items() if name != "total"}
+    print("  seconds by phase      " + ", ".join(f"{phase} {seconds:.1f}" for phase, seconds in phases.items()))
     peak = ", ".join(f"{k} {v / 2**20:.0f} MiB" for k, v in report.peak_memory.items())
     print(f"  peak memory           {peak}")
 
@@ -110,7 +118,7 @@ def main() -> None:
     parser.add_argument("--sequences", type=int)
     parser.add_argument("--seq-len", type=int)
     parser.add_argument("--batch-size", type=int, default=4)
-    parser.add_argument("--attention", default="auto")
+    parser.add_argument("--settings", choices=list(SETTINGS), nargs="+", default=["default"])
     args = parser.parse_args()
     generator = torch.Generator().manual_seed(0)
     cuda = torch.cuda.is_available()
@@ -119,15 +127,17 @@ def main() -> None:
         model = load_model(args.model, device=device)
         size = (args.sequences or 64, args.seq_len or 512)
         ids = torch.randint(0, model.get_input_embeddings().num_embeddings, size, generator=generator)
-        config = PruningConfig(attention=args.attention)
-        measure(args.model, model, list(ids.split(args.batch_size)), config, forward=True)
+        for name in args.settings:
+            config = PruningConfig(**SETTINGS[name])
+            measure(f"{args.model}, {name}", copy.deepcopy(model), list(ids.split(args.batch_size)), config, True)
     for shape in args.shape or (SHAPES if cuda else ()):
-        model = random_model(shape, torch.bfloat16 if cuda else torch.float32)
         size = (args.sequences or 128, args.seq_len or 2048)
         ids = torch.randint(0, 1000, size, generator=generator)
-        config = PruningConfig(attention=args.attention, device=device)
         fits = not cuda or shape != "llama-30b"  # a plain forward needs the whole model on the device
-        measure(shape, model, list(ids.split(1 if cuda else args.batch_size)), config, forward=fits)
+        for name in args.settings:
+            model = random_model(shape, torch.bfloat16 if cuda else torch.float32)
+            config = PruningConfig(**SETTINGS[name] | {"device": device})
+            measure(f"{shape}, {name}", model, list(ids.split(1 if cuda else args.batch_size)), config, forward=fits)
 
 
 if __name__ == "__main__":

@@ -101,7 +101,7 @@ class PruningRun:
     def _warn(self, message: str) -> None:
         """Tell the user now, and in the report."""
         self.report.warnings.append(message)
-        warnings.warn(message, stacklevel=6)
+        warnings.warn(message, stacklevel=7)
 
     def _prune_pair(
         self,
