@@ -93,10 +93,12 @@ def _print_memory(job: PruneJob, setup: Setup) -> None:
 
 def _parts(memory: PeakMemory, setup: Setup) -> list[tuple[str, int, str]]:
     stored = {"accelerator": str(setup.device), "cpu": "memory", "disk": "disk"}[setup.pruning.offload]
+    whole = "block by block if they do not fit" if setup.device.type == "cuda" else "at once"
     return [
         ("weights", memory.weights, f"{setup.device}, or memory if they do not fit"),
         ("hidden states and consumer inputs of the calibration set", memory.calibration, stored),
         ("gram and solve of the widest pair", memory.solve, str(setup.device)),
+        ("hidden states and activations for the loss sensitivity", memory.sensitivity, f"{setup.device}, {whole}"),
         ("logits of a batch that is evaluated", memory.logits, str(setup.device)),
         ("reloaded copy, to verify what was saved", memory.reload, str(setup.device)),
     ]

@@ -7,11 +7,16 @@ from typing import Any
 
 from fasp_lightning.ops.statistics import DOUBLE_LIMIT
 from fasp_lightning.pruning.config import PruningConfig
+from fasp_lightning.pruning.prepare import needs_sensitivity
+from fasp_lightning.pruning.sensitivity import PIECE_TOKENS
 from fasp_lightning.pruning.widths import WidthPlan
 
 GRAM_BYTES = 44
 """Bytes per entry of an n × n gram, up to ``DOUBLE_LIMIT`` columns: sums in fp32 and fp64 (12), the mirrored
 gram and its centred copy (16), and what the solve takes, two copies of the kept part in fp64 (16)."""
+
+HELD_BYTES = 28
+"""The same for the gram of the tokens that damping is chosen by: sums in fp32 and fp64, mirrored and centred."""
 
 WIDE_GRAM_BYTES = 28
 """The same beyond it: sums, gram and centred copy in fp32 (12), the solve in fp64 (16)."""
@@ -46,6 +51,7 @@ class PeakMemory:
         weights: The model.
         calibration: Hidden states, attention outputs and recorded consumer inputs of the calibration set.
         solve: The gram of the widest pair, and its solve.
+        sensitivity: What a backward pass through the whole model keeps, and the hidden states of the calibration set.
         logits: Logits of the batch that is evaluated.
         reload: Second copy of the model that is loaded to verify what was saved, or to compare with.
     """
@@ -53,13 +59,18 @@ class PeakMemory:
     weights: int
     calibration: int
     solve: int
+    sensitivity: int
     logits: int
     reload: int
 
     @property
     def total(self) -> int:
         """Peak, if all lives on one device: the parts that come one after the other do not add up."""
-        return RUNTIME_BYTES + self.weights + max(self.calibration + self.solve, self.logits, self.reload)
+        return (
+            RUNTIME_BYTES
+            + self.weights
+            + max(self.calibration + self.solve, self.sensitivity, self.logits, self.reload)
+        )
 
 
 def footprints(model: Any, widths: WidthPlan, bytes_per_value: int) -> tuple[Footprint, Footprint]:
@@ -101,7 +112,7 @@ def peak_memory_estimate(
     Args:
         model: The causal LM, on any device.
         widths: Its widths.
-        config: ``restoration`` is read.
+        config: ``restoration``, ``damping``, ``score``, ``allocation`` and ``sensitivity_tokens`` are read.
         tokens: Calibration tokens.
         evaluated_tokens: Tokens of the largest batch of which logits are computed; 0 for none.
         bytes_per_value: Of the model's dtype.
@@ -111,17 +122,24 @@ def peak_memory_estimate(
     columns = [pair.columns for block in widths.pairs for pair in block if pair.after < pair.before]
     widest = max(columns, default=0)
     hidden = model.get_input_embeddings().weight.shape[1]
-    states = (
-        (2 * hidden + widest) * tokens * bytes_per_value
-    )  # hidden states, attention outputs, consumer inputs
+    states = (2 * hidden + widest) * tokens * bytes_per_value  # hidden states, attention outputs, consumer inputs
     vocabulary = model.get_input_embeddings().num_embeddings
     entry = GRAM_BYTES if widest <= DOUBLE_LIMIT else WIDE_GRAM_BYTES
     if config.restoration == "none":
         entry -= 16
+    elif config.damping == "auto":
+        entry += HELD_BYTES
+    sensitivity = 0
+    if needs_sensitivity(config):
+        piece = min(tokens, config.sensitivity_tokens, PIECE_TOKENS)
+        # about what autograd keeps of a block whose weights are frozen: measured 0.5 to 1.3 times this, by family
+        kept = len(widths.pairs) * (7 * hidden + 4 * widest)
+        sensitivity = bytes_per_value * (tokens * hidden + piece * (kept + 3 * vocabulary))
     return PeakMemory(
         weights=before.weight_bytes,
         calibration=states,
         solve=entry * widest**2,
+        sensitivity=sensitivity,
         logits=2 * evaluated_tokens * vocabulary * bytes_per_value,
         reload=after.weight_bytes if verify else 0,
     )

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import weakref
+from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -11,8 +13,9 @@ from tiny_pruning import basic
 from torch import nn
 from transformers import DynamicCache
 
-from fasp_lightning import FASPPruner
-from fasp_lightning.pruning.footprint import footprints, peak_memory_estimate
+from fasp_lightning import FASPPruner, PruningConfig
+from fasp_lightning.pruning.footprint import PeakMemory, footprints, peak_memory_estimate
+from fasp_lightning.pruning.gradients import frozen, requiring_gradients
 from fasp_lightning.pruning.store import TensorStore
 from fasp_lightning.pruning.widths import plan_widths
 from fasp_lightning.structure.linears import linear_parameters
@@ -81,6 +84,40 @@ def test_memory_of_the_calibration_set(tiny: nn.Module, attention: str, monkeypa
     gauge = Gauge(monkeypatch)
     FASPPruner(config).prune(tiny, [random_tokens(1, seed=seed) for seed in range(16)])
     assert 0.75 * estimate.calibration <= gauge.peak <= 1.1 * estimate.calibration
+
+
+@pytest.mark.parametrize("family", ["opt", "llama", "llama-gqa", "bloom", "phi3", "gpt2", "falcon"])
+def test_memory_of_the_loss_sensitivity(tiny: nn.Module, family: str) -> None:
+    """What autograd keeps beside the weights, in tensors that are alive together."""
+    config, kept = PruningConfig(0.2, attention="none"), {}
+    weights = {parameter.untyped_storage().data_ptr() for parameter in tiny.parameters()}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        kept[storage.data_ptr()] = (storage.nbytes(), tensor)
+        return tensor
+
+    options = {"evaluated_tokens": 0, "bytes_per_value": 4, "verify": False}
+    estimate = peak_memory_estimate(tiny, plan_widths(tiny, config), config, tokens=2 * 60, **options)
+    saved = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
+    with frozen(tiny), requiring_gradients(tiny.get_input_embeddings()), saved:
+        keep(tiny(random_tokens(2, 60), use_cache=False).logits)
+    found = sum(size for address, (size, _) in kept.items() if address not in weights)
+    assert 0.4 * estimate.sensitivity <= found <= estimate.sensitivity
+
+
+def test_settings_take_the_memory_that_they_need() -> None:
+    model = tiny_model("llama")
+    widths, options = plan_widths(model, CONFIG), {"tokens": 10**4, "evaluated_tokens": 0, "bytes_per_value": 4}
+
+    def estimate(**changes: Any) -> PeakMemory:
+        return peak_memory_estimate(model, widths, replace(CONFIG, **changes), verify=False, **options)
+
+    plain = estimate()
+    assert plain.sensitivity == 0
+    assert estimate(damping="auto").solve > plain.solve > estimate(restoration="none", damping="auto").solve
+    for changes in ({"score": "fisher"}, {"allocation": "adaptive"}):
+        assert estimate(**changes).sensitivity > estimate(**changes, sensitivity_tokens=100).sensitivity > 0
 
 
 def test_later_parts_do_not_add_up() -> None:
