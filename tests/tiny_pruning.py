@@ -28,6 +28,7 @@ INGREDIENTS = {
     "adaptive": replace(BOTH, allocation="adaptive", head_balance="free"),
     "auto": replace(BOTH, damping="auto"),
     "own-text": replace(BOTH, own_text=OWN),
+    "rounds": replace(BOTH, score="fisher", own_text=OWN, rounds=2),
     "everything": replace(BOTH, score="fisher", allocation="adaptive", damping="auto", own_text=OWN),
 }
 """Settings that look at more than the inputs of one consumer."""

@@ -54,6 +54,7 @@ CASES = {
         attention=((0, 1, 2, 3, 9), (20, 21, 22)),
         ffn=(tuple(range(0, 10)), tuple(range(3, 35))),
     ),
+    "rounds": Case({"score": "fisher", "own_text": OWN, "rounds": 3}),
     "groups": Case({"attention": "kv_groups", "score": "fisher"}, attention=((1, 3), (0, 2))),
     "groups-wanda": Case({"attention": "kv_groups", "score": "wanda"}, attention=((0, 3), (1, 2))),
     "everything": Case(
