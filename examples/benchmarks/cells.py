@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 import fasp_lightning
+from fasp_lightning.pruning.staging import write_beside
 
 Settings = dict[str, Any]
 CODE = ("ops", "structure", "pruning")
@@ -43,23 +40,12 @@ class Cells:
     def write(self, **content: Any) -> None:
         """Write the file anew, beside the old one, and rename it."""
         self.content |= content
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        beside = self.path.with_name(f".{self.path.name}.new")
-        beside.write_text(json.dumps(self.content, indent=1) + "\n", encoding="utf-8")
-        os.replace(beside, self.path)
+        write_beside(self.path, (json.dumps(self.content, indent=1) + "\n").encode())
 
 
 def key_of(settings: Settings) -> str:
     """Name of a cell."""
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
-
-
-def digest_of_tokens(batches: Iterable[Tensor]) -> str:
-    """What stands for the text, its length, its tokenizer and its sequences."""
-    total = hashlib.sha256()
-    for batch in batches:
-        total.update(str(tuple(batch.shape)).encode() + batch.numpy().tobytes())
-    return total.hexdigest()[:16]
 
 
 def digest_of_code() -> str:

@@ -23,13 +23,13 @@ from typing import Any
 
 import torch
 import transformers
-from cells import Cells, digest_of_code, digest_of_tokens
+from cells import Cells, digest_of_code
 from methods import METHODS, own_tokens, prune, settings
 from tables import Cell, markdown, picture, rows_of
 from torch import Tensor, nn
 
 from fasp_lightning.cli.checks import overlap
-from fasp_lightning.pruning.id_cache import fingerprint
+from fasp_lightning.pruning.id_cache import digest_of, fingerprint
 from fasp_lightning.pruning.loading import load_model, load_tokenizer
 from fasp_lightning.pruning.perplexity import measure_perplexity
 from fasp_lightning.pruning.text import TextConfig, describe, for_role, token_batches
@@ -74,7 +74,7 @@ class Benchmark:
             "weights": fingerprint(self.dense),
             "dtype": str(self.dense.dtype).removeprefix("torch."),
             "device": self.dense.device.type,
-            "evaluation": {name: digest_of_tokens(batches) for name, batches in self.texts.items()},
+            "evaluation": {name: digest_of(batches)[:16] for name, batches in self.texts.items()},
         }
         self.code = digest_of_code()
 
@@ -96,7 +96,7 @@ class Benchmark:
     def cell(self, method: str, sparsity: float, seed: int) -> Cell:
         """Look a cell up, or compute it."""
         made_with = {**self.common, **settings(method, sparsity), "seed": seed}
-        made_with["calibration"] = digest_of_tokens(self.calibration[seed])
+        made_with["calibration"] = digest_of(self.calibration[seed])[:16]
         result = None if self.args.fresh else self.cells.get(made_with)
         if result is None:
             result = self.measure(method, sparsity, seed)

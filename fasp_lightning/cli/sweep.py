@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import hashlib
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,7 +34,7 @@ from fasp_lightning.cli.sweep_tables import Finished, print_sweep, write_sweep
 from fasp_lightning.pruning.checkpoint import PLAN_FILE, REPORT_FILE, read_plan
 from fasp_lightning.pruning.config import PruningConfig
 from fasp_lightning.pruning.forms import choose_form
-from fasp_lightning.pruning.id_cache import fingerprint
+from fasp_lightning.pruning.id_cache import digest_of, fingerprint
 from fasp_lightning.pruning.perplexity import PerplexityResult
 from fasp_lightning.pruning.prepare import Prepared
 from fasp_lightning.pruning.pruner import FASPPruner
@@ -249,10 +247,7 @@ def _report(job: PruneJob) -> dict[str, Any] | None:
 
 def _digest(text: Text) -> str:
     """What stands for a text: name and tokens."""
-    digest = hashlib.sha256(json.dumps([text.name, [list(batch.shape) for batch in text.batches]]).encode())
-    for batch in text.batches:
-        digest.update(batch.numpy().tobytes())
-    return digest.hexdigest()
+    return f"{text.name}: {digest_of(text.batches)}"
 
 
 def _digits(sparsity: float) -> str:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from fasp_lightning.cli.console import note, percent, results, table
+from fasp_lightning.pruning.staging import write_beside
 
 
 class Finished(NamedTuple):
@@ -43,23 +43,15 @@ def write_sweep(finished: list[Finished], folder: Path) -> None:
     """Write sweep.md, sweep.json and, where matplotlib is installed, sweep.png."""
     columns, rows = _table(finished)
     lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|", *(f"| {' | '.join(row)} |" for row in rows)]
-    folder.mkdir(parents=True, exist_ok=True)
-    _write(folder / "sweep.md", "\n".join(lines) + "\n")
+    write_beside(folder / "sweep.md", ("\n".join(lines) + "\n").encode())
     data = [{"asked": one.asked, "folder": one.folder.name, "form": one.form, **one.report} for one in finished]
-    _write(folder / "sweep.json", json.dumps(data, indent=1) + "\n")
+    write_beside(folder / "sweep.json", (json.dumps(data, indent=1) + "\n").encode())
     if not any(one.report["evaluation"] for one in finished):
         return
     if importlib.util.find_spec("matplotlib") is None:
         note("sweep.png needs matplotlib, which is not installed; run pip install 'fasp-lightning[plot]'")
         return
     _draw(finished, folder / "sweep.png")
-
-
-def _write(path: Path, text: str) -> None:
-    """Write a file beside the old one, and rename it."""
-    beside = path.with_name(f".{path.name}.new")
-    beside.write_text(text, encoding="utf-8")
-    os.replace(beside, path)
 
 
 def _table(finished: list[Finished]) -> tuple[Sequence[str], list[Sequence[str]]]:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fasp_lightning.pruning.config import PruningConfig
-from fasp_lightning.pruning.widths import PairWidth, WidthPlan, step_units
+from fasp_lightning.pruning.widths import PRUNED, SHARED, PairWidth, WidthPlan, step_units
 from fasp_lightning.structure.pair import ResolvedPair
 
 LEAST = 0.2
@@ -16,9 +16,6 @@ LEAST = 0.2
 
 MOST = 0.7
 """A pair loses at most this fraction of its units, or half of what a uniform cut would leave if that is more."""
-
-ALLOCATED = {"value_dims": ("value", "ffn"), "kv_groups": ("ffn",), "none": ("ffn",)}
-"""Kinds of pairs whose widths may differ between blocks; the number of KV groups stands in the config once for all."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +53,7 @@ def adaptive_widths(
         (block, place)
         for block, widths in enumerate(plan.pairs)
         for place, width in enumerate(widths)
-        if width.kind in ALLOCATED[plan.attention]
+        if width.kind in PRUNED[plan.attention] - {SHARED}
     ]
     widths = [plan.pairs[block][place] for block, place in chosen]
     steps = [

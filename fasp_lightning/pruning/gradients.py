@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fasp_lightning.ops.scores import fisher_score
+from fasp_lightning.pruning.finite import require_finite
 from fasp_lightning.structure.pair import ResolvedPair
 
 
@@ -37,7 +38,7 @@ class ConsumerScores:
             _add(self._scores, layer, weight * fisher_score(inputs.reshape(-1, width), gradients.reshape(-1, width)))
             _add(self._inputs, layer, inputs.sum(dtype=torch.float32).double())
 
-        handles = [pair.consumer.register_forward_pre_hook(_watcher(layer_of(pair), take)) for pair in pairs]
+        handles = [pair.consumer.register_forward_pre_hook(_watcher(pair.layer, take)) for pair in pairs]
         try:
             yield
         finally:
@@ -59,15 +60,17 @@ class ConsumerScores:
         Raises:
             ValueError: If no gradient came, or an input or a gradient was not finite; the message names the layer.
         """
-        layers = [layer_of(pair) for pair in pairs]
+        layers = [pair.layer for pair in pairs]
         for layer in layers:
             if layer not in self._scores:
                 raise ValueError(
                     f"the loss must depend on the input of {layer}, got no gradient there; score with 'wanda' instead"
                 )
         # trouble spreads forwards from an activation, and backwards from a gradient: the first one is named
-        _require_finite("activations", self._inputs, layers)
-        _require_finite("gradients", self._scores, layers[::-1])
+        for layer in layers:
+            require_finite("activations", bool(self._inputs[layer].isfinite()), layer)
+        for layer in reversed(layers):
+            require_finite("gradients", bool(self._scores[layer].isfinite().all()), layer)
         return [self._scores[layer].cpu() for layer in layers]
 
 
@@ -84,20 +87,6 @@ def _watcher(layer: str, take: Callable[[str, Tensor, Tensor], None]) -> Callabl
 
 def _add(sums: dict[str, Tensor], layer: str, value: Tensor) -> None:
     sums[layer] = sums[layer] + value if layer in sums else value
-
-
-def _require_finite(name: str, sums: dict[str, Tensor], layers: list[str]) -> None:
-    for layer in layers:
-        if not sums[layer].isfinite().all():
-            raise ValueError(
-                f"{name} must be finite, got NaN or Inf at the input of {layer}; "
-                "check the checkpoint, or run the model in float32 or bfloat16"
-            )
-
-
-def layer_of(pair: ResolvedPair) -> str:
-    """Path of a pair's consumer in the model."""
-    return f"{pair.name}.{pair.spec.consumer}"
 
 
 @contextmanager

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import logging
-import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from fasp_lightning.pruning.staging import write_beside
 from fasp_lightning.structure.adapters import is_adapted
 from fasp_lightning.structure.compact import GatherColumns, ScatterRows
 
@@ -70,6 +69,18 @@ def key_of(model: str, settings: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps([FORMAT, model, settings], sort_keys=True).encode()).hexdigest()[:32]
 
 
+def digest_of(batches: Iterable[Tensor]) -> str:
+    """Hash token ids: what stands for a text, its length, its tokenizer and its sequences.
+
+    Args:
+        batches: (batch, seq) token ids, on the CPU.
+    """
+    digest = hashlib.sha256()
+    for batch in batches:
+        digest.update(str(tuple(batch.shape)).encode() + batch.numpy().tobytes())
+    return digest.hexdigest()
+
+
 def read_ids(path: Path, shape: tuple[int, int]) -> Tensor | None:
     """Read token ids.
 
@@ -104,13 +115,7 @@ def write_ids(path: Path, ids: Tensor) -> None:
         ids: (sequences, seq_len) int64.
     """
     body = ids.to(torch.int32).contiguous().numpy().tobytes()
-    part = path.with_name(f"{path.stem}.{os.getpid()}.part")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part.write_bytes(hashlib.sha256(body).digest() + body)
-        part.replace(path)
+        write_beside(path, hashlib.sha256(body).digest() + body)
     except OSError as error:
         _log.warning("own text cannot be kept in %s: %s", path.parent, error)
-    finally:
-        with contextlib.suppress(OSError):
-            part.unlink()

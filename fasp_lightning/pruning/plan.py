@@ -272,9 +272,8 @@ def _require_consumers(pairs: list[ResolvedPair], block: dict[str, PairPlan]) ->
 
 def _target(pair: ResolvedPair, planned: PairPlan | None) -> torch.Tensor:
     """Units to keep; all of them if the plan has nothing on this pair."""
-    name = f"{pair.name}.{pair.spec.consumer}"
     if planned is not None and planned.layout != pair.layout:
-        raise ValueError(f"plan of {name} must be for {pair.layout}, got {planned.layout}")
+        raise ValueError(f"plan of {pair.layer} must be for {pair.layout}, got {planned.layout}")
     kept = torch.tensor(planned.kept if planned else range(pair.layout.width), dtype=torch.long)
     inside = kept.numel() and kept[0] >= 0 and kept[-1] < pair.layout.width
     if not inside or not (kept[1:] > kept[:-1]).all():
@@ -283,5 +282,4 @@ def _target(pair: ResolvedPair, planned: PairPlan | None) -> torch.Tensor:
 
 
 def _bad_units(pair: ResolvedPair, width: int) -> str:
-    name = f"{pair.name}.{pair.spec.consumer}"
-    return f"plan of {name} must keep ascending units out of the {width} that are left"
+    return f"plan of {pair.layer} must keep ascending units out of the {width} that are left"

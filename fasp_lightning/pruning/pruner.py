@@ -21,7 +21,7 @@ from fasp_lightning.pruning.report import PruningReport, Stopwatch, peak_memory
 from fasp_lightning.pruning.run import PruningRun, passes_over
 from fasp_lightning.pruning.standins import evaluating
 from fasp_lightning.pruning.store import TensorStore
-from fasp_lightning.pruning.widths import WidthPlan, is_changed, plan_widths
+from fasp_lightning.pruning.widths import WidthPlan, plan_widths, widths_towards
 from fasp_lightning.structure.pair import ResolvedPair
 from fasp_lightning.structure.registry import spec_for
 
@@ -68,7 +68,7 @@ class FASPPruner:
             RuntimeError: If another process raised an error.
         """
         work = _Work.of(model, self.config, progress, processes)
-        if work.widths.parameters_after == work.widths.parameters_before:
+        if not work.widths.changes:
             record_plan(model, work.pairs)
             return PruningReport.of_widths(work.widths, self.config.to_dict())
         if work.device.type == "cuda":
@@ -131,9 +131,9 @@ class _Work:
         report: PruningReport | None = None
         steps = self._rounds()
         for index, sparsity in enumerate(steps):
-            if not is_changed(self.model, replace(self.config, sparsity=sparsity)):
-                continue  # rounded to the widths that are there
             work = self._towards(sparsity, report is None)
+            if not work.widths.changes:
+                continue  # rounded to the widths that are there
             self.meter.rounds_left = len(steps) - 1 - index
             if not isinstance(batches, Prepared):
                 batches = work.prepare(batches, passes_over(work.widths.pairs))
@@ -156,7 +156,7 @@ class _Work:
         """The same work with another sparsity, on the model as it is now."""
         own = self.config.own_text if first else None
         config = replace(self.config, sparsity=sparsity, own_text=own)
-        widths = plan_widths(self.model, config)
+        widths = widths_towards(self.model, config)
         pairs = resolve_pruned(self.model, kv_groups=widths.attention == "kv_groups")
         return replace(self, config=config, widths=widths, pairs=pairs)
 

@@ -26,7 +26,7 @@ class PairReport:
 
     Attributes:
         layer: Path of the consumer.
-        kind: ``"ffn"`` or ``"value"``.
+        kind: ``"ffn"``, ``"value"`` or ``"groups"``.
         width_before: Units before this pruning.
         width_after: Units after it.
         error_before: ‖WX − W_M X_M‖/‖WX‖, the relative reconstruction error without restoration.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 import warnings
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -12,6 +13,7 @@ from torch import Tensor
 from fasp_lightning.ops.statistics import GramStatistics
 from fasp_lightning.pruning.capture import Sample
 from fasp_lightning.pruning.config import PruningConfig
+from fasp_lightning.pruning.finite import require_finite
 from fasp_lightning.pruning.placement import placed
 from fasp_lightning.pruning.processes import Processes
 from fasp_lightning.pruning.progress import Meter
@@ -26,10 +28,11 @@ from fasp_lightning.structure.pair import ResolvedPair
 log = logging.getLogger(__name__)
 
 
+@dataclass(frozen=True)
 class PruningRun:
     """One pass of :meth:`fasp_lightning.FASPPruner.prune`: settings, clock, progress and report.
 
-    Args:
+    Attributes:
         config: The settings.
         device: The compute device.
         report: Filled as pairs are cut.
@@ -38,21 +41,12 @@ class PruningRun:
         meter: Counts units of work.
     """
 
-    def __init__(
-        self,
-        config: PruningConfig,
-        device: torch.device,
-        report: PruningReport,
-        processes: Processes,
-        watch: Stopwatch,
-        meter: Meter,
-    ) -> None:
-        self.config = config
-        self.device = device
-        self.report = report
-        self.processes = processes
-        self.watch = watch
-        self.meter = meter
+    config: PruningConfig
+    device: torch.device
+    report: PruningReport
+    processes: Processes
+    watch: Stopwatch
+    meter: Meter
 
     def prune_blocks(
         self,
@@ -121,7 +115,7 @@ class PruningRun:
                 self.meter.tick(replay.index, "statistics")
         for statistics in filter(None, (fitted, held)):
             statistics.join(self.processes.add)
-            _require_finite(statistics, width.layer)
+            require_finite("activations", statistics.is_finite(), width.layer)
 
         def decide() -> tuple[Tensor, Restored, PairReport]:
             units = select_units(pair, width, fitted, sensitivity, self.config)
@@ -155,11 +149,3 @@ def passes_over(widths: tuple[tuple[PairWidth, ...], ...]) -> int:
 def cut_pairs(widths: tuple[tuple[PairWidth, ...], ...]) -> list[PairWidth]:
     """Those that lose something."""
     return [pair for block in widths for pair in block if pair.after < pair.before]
-
-
-def _require_finite(statistics: GramStatistics, layer: str) -> None:
-    if not statistics.is_finite():
-        raise ValueError(
-            f"activations must be finite, got NaN or Inf at the input of {layer}; "
-            "check the checkpoint, or run the model in float32 or bfloat16"
-        )

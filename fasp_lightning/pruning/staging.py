@@ -1,4 +1,4 @@
-"""Writing folders so that nothing is lost: beside the old one, then renamed."""
+"""Writing folders and files so that nothing is lost: beside the old one, then renamed."""
 
 from __future__ import annotations
 
@@ -44,6 +44,25 @@ def _replace(stage: Path, path: Path, old: Path) -> None:
             old.rename(path)
         raise
     shutil.rmtree(old, ignore_errors=True)
+
+
+def write_beside(file: Path, content: bytes) -> None:
+    """Write a file beside the old one, and rename it; its folder is made. On an error the old one stays.
+
+    Args:
+        file: The file.
+        content: All of it.
+
+    Raises:
+        OSError: If it cannot be written.
+    """
+    file.parent.mkdir(parents=True, exist_ok=True)
+    stage = file.with_name(f".{file.name}.{uuid.uuid4().hex[:8]}.new")
+    try:
+        stage.write_bytes(content)
+        stage.replace(file)
+    finally:
+        stage.unlink(missing_ok=True)
 
 
 def require_space(path: Path, tensors: Iterable[Tensor]) -> None:

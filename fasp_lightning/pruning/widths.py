@@ -18,6 +18,12 @@ from fasp_lightning.structure.stock import accepts, stock_fields
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+PRUNED = {"value_dims": {"ffn", "value"}, "kv_groups": {"ffn", "groups"}, "none": {"ffn"}}
+"""Kinds of pairs that are cut, by what is done with the attention."""
+
+SHARED = "groups"
+"""The kind that never differs between blocks: the number of KV groups stands in the config once for all."""
+
 
 @dataclass(frozen=True)
 class PairWidth:
@@ -80,7 +86,12 @@ class WidthPlan:
 
     def decided_later(self, kind: str) -> bool:
         """Whether the widths of a kind of pair differ between blocks by what calibration will tell."""
-        return self.allocation == "adaptive" and kind != "groups" and self.parameters_after < self.parameters_before
+        return self.allocation == "adaptive" and kind != SHARED and self.changes
+
+    @property
+    def changes(self) -> bool:
+        """Whether anything is to be cut: nothing is where all widths are rounded to what they are."""
+        return self.parameters_after < self.parameters_before
 
     @property
     def sparsity(self) -> float:
@@ -91,9 +102,8 @@ class WidthPlan:
     def kinds(self) -> set[str]:
         """Kinds of the pairs that are, or will be, cut, and ``"uneven"`` if blocks have different FFN widths."""
         kinds = {pair.kind for block in self.pairs for pair in block if pair.after < pair.original}
-        adaptive = self.allocation == "adaptive" and self.parameters_after < self.parameters_before
         ffns = {pair.after for block in self.pairs for pair in block if pair.kind == "ffn"}
-        return kinds | {"uneven"} if adaptive or len(ffns) > 1 else kinds
+        return kinds | {"uneven"} if self.decided_later("ffn") or len(ffns) > 1 else kinds
 
     @property
     def sparsity_total(self) -> float:
@@ -118,42 +128,44 @@ def plan_widths(model: PreTrainedModel, config: PruningConfig) -> WidthPlan:
             can), lies below what is pruned already, ``multiple_of`` exceeds the FFN width, or ``attention`` or
             ``head_balance`` do not fit the family or what was cut before.
     """
-    plan = _plan(model, config)
+    plan = widths_towards(model, config)
     gone = plan.original_parameters > plan.parameters_before
-    newly = plan.parameters_before > plan.parameters_after
-    if not gone and not newly and config.sparsity and config.multiple_of > 1:
+    if not gone and not plan.changes and config.sparsity and config.multiple_of > 1:
         raise ValueError(
             f"multiple_of must be small enough for a cut of {config.sparsity}, got {config.multiple_of}: "
             "rounded to it, no width changes"
         )
-    if gone and not newly:
+    if gone and not plan.changes:
         raise ValueError(f"sparsity must exceed {plan.sparsity:.4f}, which is pruned already, got {config.sparsity}")
     return plan
 
 
 def is_reached(model: PreTrainedModel, config: PruningConfig) -> bool:
     """Whether a model is pruned that far already, so that :func:`plan_widths` would refuse to prune it further."""
-    plan = _plan(model, config)
-    return plan.original_parameters > plan.parameters_before == plan.parameters_after
-
-
-def is_changed(model: PreTrainedModel, config: PruningConfig) -> bool:
-    """Whether any width changes on the way to a sparsity: it does not where all are rounded to what they are."""
-    plan = _plan(model, config)
-    return plan.parameters_after < plan.parameters_before
+    plan = widths_towards(model, config)
+    return plan.original_parameters > plan.parameters_before and not plan.changes
 
 
 def present_widths(model: PreTrainedModel) -> WidthPlan:
     """The widths of a model as it is: nothing is to be cut."""
-    return _plan(model, PruningConfig(sparsity=0.0, attention="none"))
+    return widths_towards(model, PruningConfig(sparsity=0.0, attention="none"))
 
 
-def _plan(model: PreTrainedModel, config: PruningConfig) -> WidthPlan:
+def widths_towards(model: PreTrainedModel, config: PruningConfig) -> WidthPlan:
+    """As :func:`plan_widths`, but a plan that changes nothing is no error: it may be one of several steps.
+
+    Args:
+        model: As there.
+        config: As there.
+
+    Raises:
+        ValueError: As there, but for that.
+    """
     pairs = resolve_pruned(model, kv_groups=config.attention == "kv_groups")
     attention = _decide_attention(pairs, config.attention)
     if attention == "value_dims" and config.head_balance == "even":
         _require_even(pairs)
-    pruned = {"value_dims": {"ffn", "value"}, "kv_groups": {"ffn", "groups"}, "none": {"ffn"}}[attention]
+    pruned = PRUNED[attention]
     counts = _group_counts(model, pairs) if attention == "kv_groups" else []
     gone = sum(removed(pair) for block in pairs for pair in block)
     total = linear_parameters(model, spec_for(model)) + gone
@@ -162,7 +174,7 @@ def _plan(model: PreTrainedModel, config: PruningConfig) -> WidthPlan:
     parameters = parameter_count(model)
     newly = sum((pair.before - pair.after) * pair.cost for block in widths for pair in block)
     if config.allocation == "adaptive":  # the sum alone is known: what the uniform widths are rounded to is not
-        decided = [pair for block in pairs for pair in block if pair.spec.kind in pruned - {"groups"}]
+        decided = [pair for block in pairs for pair in block if pair.spec.kind in pruned - {SHARED}]
         newly = round(config.sparsity * total) - gone
         if newly <= max(step_units(pair, config) * pair.column_cost for pair in decided) / 2:
             newly, widths = 0, tuple(tuple(replace(pair, after=pair.before) for pair in block) for block in widths)
@@ -171,7 +183,7 @@ def _plan(model: PreTrainedModel, config: PruningConfig) -> WidthPlan:
 
 def _width(pair: ResolvedPair, left: int) -> PairWidth:
     return PairWidth(
-        layer=f"{pair.name}.{pair.spec.consumer}",
+        layer=pair.layer,
         kind=pair.spec.kind,
         original=pair.layout.width,
         before=pair.kept.numel(),

@@ -70,6 +70,11 @@ class ResolvedPair:
         return [inner(self.block.get_submodule(path)) for path in self.spec.producers]
 
     @property
+    def layer(self) -> str:
+        """Path of the consumer in the model."""
+        return f"{self.name}.{self.spec.consumer}"
+
+    @property
     def outputs(self) -> int:
         """Output features of the consumer."""
         return shape_of(self.consumer, self.transposed)[0]

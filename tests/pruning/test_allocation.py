@@ -13,9 +13,9 @@ from tiny_pruning import basic, calibration
 from torch import Tensor
 
 from fasp_lightning import FASPPruner, PruningConfig, spec_for
-from fasp_lightning.pruning.allocation import ALLOCATED, LEAST, MOST, adaptive_widths
+from fasp_lightning.pruning.allocation import LEAST, MOST, adaptive_widths
 from fasp_lightning.pruning.plan import resolve_pruned
-from fasp_lightning.pruning.widths import PairWidth, WidthPlan, is_reached, plan_widths, step_units
+from fasp_lightning.pruning.widths import PRUNED, SHARED, PairWidth, WidthPlan, is_reached, plan_widths, step_units
 from fasp_lightning.structure.linears import linear_parameters
 
 CUTS: dict[str, dict[str, Any]] = {
@@ -61,7 +61,7 @@ def flat(plan: WidthPlan) -> list[PairWidth]:
 def half_step(model: Any, config: PruningConfig) -> float:
     """Half the parameters of the largest step that is decided upon, and half of one for the rounding."""
     groups = config.attention == "kv_groups"
-    kinds = ALLOCATED[plan_widths(model, config).attention]
+    kinds = PRUNED[plan_widths(model, config).attention] - {SHARED}
     pairs = chain.from_iterable(resolve_pruned(model, kv_groups=groups))
     return max(step_units(pair, config) * pair.column_cost for pair in pairs if pair.spec.kind in kinds) / 2 + 0.5
 
@@ -82,7 +82,7 @@ def test_total_is_what_was_asked_within_half_a_step(name: str, cut: str, sparsit
 def test_every_pair_loses_something_and_none_all(name: str, cut: str, seed: int) -> None:
     model, config = tiny_model(name), settings(cut)
     uniform, found = allocated(model, config, spread=8.0, seed=seed)
-    kinds = ALLOCATED[uniform.attention]
+    kinds = PRUNED[uniform.attention] - {SHARED}
     for pair, even in zip(flat(found), flat(uniform), strict=True):
         lost, evenly = pair.before - pair.after, even.before - even.after
         if pair.kind in kinds:
