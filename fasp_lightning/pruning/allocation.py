@@ -12,7 +12,8 @@ from fasp_lightning.pruning.widths import PRUNED, SHARED, PairWidth, WidthPlan, 
 from fasp_lightning.structure.pair import ResolvedPair
 
 LEAST = 0.2
-"""A pair loses at least this times what it would lose uniformly: scores of untouched blocks are estimates too."""
+"""A pair has lost at least this times what it would have lost uniformly, since it was whole: scores of untouched blocks
+are estimates too."""
 
 MOST = 0.7
 """A pair loses at most this fraction of its units, or half of what a uniform cut would leave if that is more."""
@@ -88,11 +89,10 @@ def _take(steps: list[_Steps], widths: list[PairWidth], wanted: int) -> list[int
     """Units that go from each pair, at the threshold where ``wanted`` parameters are gone."""
     density, cost, owner, units = [], [], [], []
     for index, (step, width) in enumerate(zip(steps, widths, strict=True)):
-        uniform = width.before - width.after
-        reach = step.units.cumsum(0)
+        reach = step.units.cumsum(0) + width.original - width.before  # since the pair was whole
         most = max(MOST * width.original, (width.original + width.original - width.after) / 2)
-        allowed = (reach + width.original - width.before <= most) & (reach < width.before)
-        forced = reach <= LEAST * uniform
+        allowed = (reach <= most) & (reach < width.original)
+        forced = reach <= LEAST * (width.original - width.after)
         density.append(torch.where(forced, -torch.inf, step.density)[allowed])
         units.append(step.units[allowed])
         cost.append(units[-1] * width.cost)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fasp_lightning import FASPPruner, PruningConfig, spec_for
 from fasp_lightning.pruning.allocation import LEAST, MOST, adaptive_widths
-from fasp_lightning.pruning.plan import resolve_pruned
+from fasp_lightning.pruning.plan import record_plan, resolve_pruned
 from fasp_lightning.pruning.widths import PRUNED, SHARED, PairWidth, WidthPlan, is_reached, plan_widths, step_units
 from fasp_lightning.structure.linears import linear_parameters
 
@@ -103,6 +103,22 @@ def test_block_that_the_loss_depends_on_loses_the_least_it_may(sensitive: int) -
     evenly = uniform.pairs[0][-1].before - uniform.pairs[0][-1].after
     assert lost[sensitive] == int(LEAST * evenly)
     assert abs(sum(lost) - 2 * evenly) <= 1
+
+
+def test_block_that_has_lost_its_least_share_is_not_forced_again() -> None:
+    model, config = tiny_model("llama"), settings("ffn", 0.2)
+    _, first = allocated(model, config, spread=4.0)
+    most = max((0, 1), key=lambda block: first.pairs[block][-1].before - first.pairs[block][-1].after)
+    pairs = resolve_pruned(model)
+    for block, widths in zip(pairs, first.pairs, strict=True):
+        block[-1].cut(torch.arange(widths[-1].after))
+    record_plan(model, pairs)
+    further = settings("ffn", 0.25)
+    scores = drawn(pairs, spread=0.0)
+    scores[most] = [1e6 * score for score in scores[most]]
+    found = adaptive_widths(plan_widths(model, further), pairs, scores, further)
+    assert found.pairs[most][-1].after == found.pairs[most][-1].before
+    assert found.pairs[1 - most][-1].after < found.pairs[1 - most][-1].before
 
 
 def test_what_goes_is_less_sensitive_for_its_size_than_what_stays() -> None:

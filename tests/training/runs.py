@@ -21,7 +21,6 @@ HALF_FFN = 3 * HIDDEN * FFN / 2 / (3 * HIDDEN * FFN + 4 * HIDDEN * HIDDEN)
 """Sparsity at which the tiny llama loses every second FFN unit."""
 
 
-
 class UserModule(L.LightningModule):
     """What a user might write around a causal LM."""
 
@@ -66,6 +65,16 @@ class Memory(Logger):
     def steps(self, name: str) -> dict[int, float]:
         """Step → value of one metric."""
         return {step: value for (step, found), value in self.values.items() if found == name}
+
+
+class Batches(L.Callback):
+    """Keeps what each training batch is, and a draw from the random state at it."""
+
+    def __init__(self) -> None:
+        self.seen: list[Any] = []
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        self.seen.append((batch.tolist(), torch.rand(1).item()))
 
 
 def loader(sequences: int = 40, batch_size: int = 2, **options: Any) -> DataLoader:

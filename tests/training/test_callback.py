@@ -8,7 +8,7 @@ import lightning as L
 import pytest
 import torch
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
-from runs import FFN_ONLY, HALF_FFN, Memory, UserModule, half, loader, trainer
+from runs import FFN_ONLY, HALF_FFN, Batches, Memory, UserModule, half, loader, trainer
 from tiny import tiny_model
 
 from fasp_lightning import FASPPruner, PruningConfig, load_pruned, perplexity
@@ -109,13 +109,6 @@ def test_run_without_validation_data_is_pruned_and_not_measured(tmp_path: Any) -
 
 
 def test_an_event_disturbs_neither_order_nor_random_state_of_the_training(tmp_path: Any) -> None:
-    class Batches(L.Callback):
-        def __init__(self) -> None:
-            self.seen: list[Any] = []
-
-        def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
-            self.seen.append((batch.tolist(), torch.rand(1).item()))
-
     runs = []
     for step in (2, 7):
         batches = Batches()

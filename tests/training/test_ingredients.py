@@ -13,7 +13,7 @@ import lightning as L
 import pytest
 import torch
 from lightning.pytorch.callbacks import EMAWeightAveraging
-from runs import UserModule, loader, trainer
+from runs import Batches, UserModule, loader, trainer
 from tiny import tiny_model
 from tiny_pruning import basic
 from transformers import AutoModelForCausalLM
@@ -55,6 +55,7 @@ CASES = {
         ffn=(tuple(range(0, 10)), tuple(range(3, 35))),
     ),
     "rounds": Case({"score": "fisher", "own_text": OWN, "rounds": 3}),
+    "adaptive-rounds": Case({"score": "fisher", "allocation": "adaptive", "rounds": 2}, **UNEVEN),
     "groups": Case({"attention": "kv_groups", "score": "fisher"}, attention=((1, 3), (0, 2))),
     "groups-wanda": Case({"attention": "kv_groups", "score": "wanda"}, attention=((0, 3), (1, 2))),
     "everything": Case(
@@ -161,13 +162,6 @@ def test_adapters_follow_the_cut(name: str, tmp_path: Any) -> None:
 
 @pytest.mark.parametrize("name", ["everything", "groups"])
 def test_an_event_disturbs_neither_order_nor_random_state_of_the_training(name: str, tmp_path: Any) -> None:
-    class Batches(L.Callback):
-        def __init__(self) -> None:
-            self.seen: list[Any] = []
-
-        def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
-            self.seen.append((batch.tolist(), torch.rand(1).item()))
-
     runs = []
     for step in (2, 7):
         model, sparsity = dead(CASES[name])
