@@ -111,20 +111,6 @@ def test_calibration_batches_have_the_weights_of_their_texts(numbers: str) -> No
     assert torch.equal(torch.cat([batch["input_ids"] for batch in weighted]), torch.cat(expected))
 
 
-@pytest.mark.parametrize("weight", [0, -1, float("inf"), float("nan")])
-def test_a_weight_is_a_positive_number(weight: float) -> None:
-    with pytest.raises(ValueError, match=rf"weight must be positive and finite, got {weight}"):
-        TextConfig(weight=weight)
-
-
-@pytest.mark.parametrize("role", ["train", "test", "validation"])
-def test_only_calibration_text_has_a_weight(role: str) -> None:
-    heavy = TextConfig(weight=2)
-    assert for_role(heavy, "calibration").weight == 2
-    with pytest.raises(ValueError, match="weight must be 1 for all but calibration text, got 2 for topics"):
-        for_role(heavy, role)
-
-
 def test_the_seed_alone_decides_on_the_sample(numbers: str) -> None:
     def sample(seed: int) -> list[Any]:
         torch.rand(seed + 1)  # moves the global state, which must not matter

@@ -11,6 +11,7 @@ from tiny_pruning import assert_same, assert_unchanged, basic, calibration, prun
 
 from fasp_lightning import FASPPruner, perplexity
 from fasp_lightning.pruning.capture import micro_batches
+from fasp_lightning.pruning.text import TextConfig, for_role
 
 
 def weighted(batch: Any, weight: float) -> dict[str, Any]:
@@ -56,3 +57,17 @@ def test_perplexity_refuses_a_weight() -> None:
     assert perplexity(model, [weighted(tokens, 1)]) == perplexity(model, [tokens])
     with pytest.raises(ValueError, match=r"must be 1 where perplexity is measured, got 0\.5: every token counts alike"):
         perplexity(model, [weighted(tokens, 0.5)])
+
+
+@pytest.mark.parametrize("weight", [0, -1, float("inf"), float("nan")])
+def test_a_weight_is_a_positive_number(weight: float) -> None:
+    with pytest.raises(ValueError, match=rf"weight must be positive and finite, got {weight}"):
+        TextConfig(weight=weight)
+
+
+@pytest.mark.parametrize("role", ["train", "test", "validation"])
+def test_only_calibration_text_has_a_weight(role: str) -> None:
+    heavy = TextConfig(weight=2)
+    assert for_role(heavy, "calibration").weight == 2
+    with pytest.raises(ValueError, match="weight must be 1 for all but calibration text, got 2 for topics"):
+        for_role(heavy, role)
