@@ -106,7 +106,7 @@ def test_block_that_the_loss_depends_on_loses_the_least_it_may(sensitive: int) -
 
 
 def test_block_that_has_lost_its_least_share_is_not_forced_again() -> None:
-    model, config = tiny_model("llama"), settings("ffn", 0.2)
+    model, config = tiny_model("llama"), settings("ffn", 0.1)
     _, first = allocated(model, config, spread=4.0)
     most = max((0, 1), key=lambda block: first.pairs[block][-1].before - first.pairs[block][-1].after)
     pairs = resolve_pruned(model)
@@ -114,9 +114,10 @@ def test_block_that_has_lost_its_least_share_is_not_forced_again() -> None:
         block[-1].cut(torch.arange(widths[-1].after))
     record_plan(model, pairs)
     further = settings("ffn", 0.25)
-    scores = drawn(pairs, spread=0.0)
+    uniform, scores = plan_widths(model, further), drawn(pairs, spread=0.0)
     scores[most] = [1e6 * score for score in scores[most]]
-    found = adaptive_widths(plan_widths(model, further), pairs, scores, further)
+    found = adaptive_widths(uniform, pairs, scores, further)
+    assert LEAST * (uniform.pairs[most][-1].before - uniform.pairs[most][-1].after) >= 1
     assert found.pairs[most][-1].after == found.pairs[most][-1].before
     assert found.pairs[1 - most][-1].after < found.pairs[1 - most][-1].before
 
