@@ -7,12 +7,12 @@ import os
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from fasp_lightning.pruning.batches import as_inputs, weight_of, weighted
+from fasp_lightning.pruning.batches import as_inputs, check_vocabulary, weight_of, weighted
 from fasp_lightning.pruning.id_cache import fingerprint, key_of, read_ids, write_ids
 from fasp_lightning.pruning.processes import Processes
 from fasp_lightning.pruning.sampling import first_tokens, sample
@@ -81,24 +81,32 @@ def with_user_cache(config: OwnTextConfig) -> OwnTextConfig:
     return replace(config, cache_dir=str(Path(cache) / "fasp_lightning" / "own_text"))
 
 
-def own_text(model: PreTrainedModel, config: OwnTextConfig, processes: Processes | None = None) -> list[Tensor]:
+def own_text(
+    model: PreTrainedModel,
+    config: OwnTextConfig,
+    processes: Processes | None = None,
+    starts: Tensor | None = None,
+) -> list[Tensor]:
     """Sample text from a causal LM, or read from the cache what it sampled before.
 
-    Each sequence starts with the model's beginning-of-text token. An end of text within it is a token like any other:
-    what follows is the model's next document. The outcome depends on the model, ``config`` and the rounding of the
-    logits alone, not on the global random state (which stays), nor on the number of processes.
+    An end of text within a sequence is a token like any other: what follows is the model's next document. The outcome
+    depends on the arguments and the rounding of the logits alone, not on the global random state (which stays), nor on
+    the number of processes.
 
     Args:
         model: The model, where it is; its modes and config stay.
         config: How much, and how.
         processes: Those that hold copies of this model, and share the work; all of them call this. By default this
             process alone.
+        starts: (any,) int64 tokens that the first token of each sequence is drawn from, such as those of
+            :func:`calibration_starts`; by default it is the model's beginning-of-text token.
 
     Returns:
         This process's part: batches of (batch, seq_len) int64 token ids on the CPU.
 
     Raises:
-        ValueError: If a process is left without a sequence, or the logits are not finite.
+        ValueError: If a process is left without a sequence, a start is not in the vocabulary, or the logits are not
+            finite.
         RuntimeError: If another process raised an error.
     """
     processes = processes or Processes()
@@ -108,8 +116,12 @@ def own_text(model: PreTrainedModel, config: OwnTextConfig, processes: Processes
             f"own_text.tokens must give each of {processes.count} processes a sequence of {config.seq_len}, "
             f"got {config.tokens}"
         )
+    if starts is not None:
+        embeddings: Any = model.get_input_embeddings()
+        check_vocabulary(starts, embeddings.weight.shape[0])
     cached = None if config.cache_dir in (None, "auto") else Path(str(config.cache_dir)).expanduser()
-    mine = _sampled(model, config, processes) if cached is None else _kept(model, config, processes, cached)
+    text = _Text(model, config, starts)
+    mine = _sampled(text, processes) if cached is None else _kept(text, processes, cached)
     return list(mine.split(max(1, BATCH_TOKENS // config.seq_len)))
 
 
@@ -121,10 +133,29 @@ def within_positions(model: PreTrainedModel, config: OwnTextConfig) -> OwnTextCo
     return config
 
 
-def _sampled(model: PreTrainedModel, config: OwnTextConfig, processes: Processes) -> Tensor:
+class _Text(NamedTuple):
+    """What decides on own text."""
+
+    model: PreTrainedModel
+    config: OwnTextConfig
+    starts: Tensor | None
+
+    def settings(self) -> dict[str, Any]:
+        """All of it but the model, as plain data."""
+        config = self.config
+        starts = None if self.starts is None else self.starts.tolist()
+        shape = (config.sequences, config.seq_len)
+        return {"shape": shape, "temperature": config.temperature, "seed": config.seed, "starts": starts}
+
+
+def _sampled(text: _Text, processes: Processes) -> Tensor:
     """This process's sequences, every n-th one; all numbers are drawn for all of them."""
+    model, config, starts = text
     generator = torch.Generator().manual_seed(config.seed)
-    starts = first_tokens(model, config.sequences, generator)
+    if starts is None:
+        starts = first_tokens(model, config.sequences, generator)
+    else:
+        starts = starts[torch.randint(len(starts), (config.sequences,), generator=generator)]
     # with the 24 random bits of float32, a draw times a total in float64 stays below the total
     draws = torch.rand(config.sequences, config.seq_len - 1, generator=generator)
     mine = slice(processes.rank, None, processes.count)
@@ -132,19 +163,18 @@ def _sampled(model: PreTrainedModel, config: OwnTextConfig, processes: Processes
         return sample(model, starts[mine], draws[mine], config.temperature)
 
 
-def _kept(model: PreTrainedModel, config: OwnTextConfig, processes: Processes, folder: Path) -> Tensor:
+def _kept(text: _Text, processes: Processes, folder: Path) -> Tensor:
     """The same, from a file of the first process's if there is one; else they are put there."""
-    shape = (config.sequences, config.seq_len)
+    shape = (text.config.sequences, text.config.seq_len)
 
     def look() -> tuple[Path, Tensor | None]:
-        settings = {"shape": shape, "temperature": config.temperature, "seed": config.seed}
-        path = folder / f"{key_of(fingerprint(model), settings)}.ids"
+        path = folder / f"{key_of(fingerprint(text.model), text.settings())}.ids"
         return path, read_ids(path, shape)
 
     path, ids = processes.first(look)
     if ids is not None:
         return ids[processes.rank :: processes.count]
-    mine = _sampled(model, config, processes)
+    mine = _sampled(text, processes)
     parts = processes.gather(mine)
     if processes.rank == 0:
         whole = torch.empty(shape, dtype=torch.long)
@@ -152,6 +182,39 @@ def _kept(model: PreTrainedModel, config: OwnTextConfig, processes: Processes, f
             whole[rank :: processes.count] = part
         write_ids(path, whole)
     return mine
+
+
+def calibration_starts(batches: list[Any], processes: Processes | None = None) -> Tensor | None:
+    """The first token of every calibration sequence: own text that starts like them is what the model is used on.
+
+    A beginning-of-text token starts own text where the calibration text has it. Where it has none, that token can be
+    the wrong start: in chat models it may open a turn, and what follows from it alone is no text.
+
+    Args:
+        batches: Calibration batches of this process.
+        processes: As in :func:`own_text`.
+
+    Returns:
+        (sequences of all processes,) int64, sorted, so that their order decides nothing; ``None`` if there are none.
+
+    Raises:
+        TypeError: If a batch is none.
+        ValueError: If a batch is none.
+        RuntimeError: If another process raised an error.
+    """
+    processes = processes or Processes()
+    with processes.together():
+        mine = [token for batch in batches for token in _first_tokens(batch)]
+    found = sorted(token for tokens in processes.gather(mine) for token in tokens)
+    return torch.tensor(found) if found else None
+
+
+def _first_tokens(batch: Any) -> list[int]:
+    """The first real token of each sequence that has one."""
+    input_ids, mask = as_inputs(batch)
+    real = torch.ones_like(input_ids, dtype=torch.bool) if mask is None else mask.bool()
+    rows = real.any(1)
+    return input_ids.gather(1, real.int().argmax(1, keepdim=True))[rows, 0].tolist()
 
 
 def share_weight(share: float, calibration: float, tokens: int) -> float:

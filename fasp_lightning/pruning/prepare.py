@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fasp_lightning.pruning.capture import capture
 from fasp_lightning.pruning.config import PruningConfig
-from fasp_lightning.pruning.own_text import mixed, own_text
+from fasp_lightning.pruning.own_text import OwnTextConfig, calibration_starts, mixed, own_text
 from fasp_lightning.pruning.processes import Processes
 from fasp_lightning.pruning.progress import Meter
 from fasp_lightning.pruning.report import Stopwatch
@@ -87,7 +87,7 @@ def prepare(
     """
     if config.own_text is not None:
         with watch.phase("own text"), evaluating(model):
-            batches = mixed(batches, own_text(model, config.own_text, processes), config.own_text.share, processes)
+            batches = _with_own_text(model, config.own_text, batches, processes)
     with processes.together():
         batches = list(batches)
     if not needs_sensitivity(config):
@@ -101,3 +101,15 @@ def prepare(
             model, pairs, chosen, store, processes=processes, tick=lambda block: meter.tick(block, "sensitivity")
         )
     return Prepared(batches, sensitivity)
+
+
+def _with_own_text(
+    model: PreTrainedModel, config: OwnTextConfig, batches: Iterable[Any], processes: Processes
+) -> list[Any]:
+    """The calibration batches, and own text that starts like them; own text alone where it has the whole share."""
+    starts = None
+    if config.share < 1:
+        with processes.together():
+            batches = list(batches)
+        starts = calibration_starts(batches, processes)
+    return mixed(batches, own_text(model, config, processes, starts), config.share, processes)

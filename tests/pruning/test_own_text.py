@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from fasp_lightning import FASPPruner
 from fasp_lightning.pruning import sampling
-from fasp_lightning.pruning.own_text import OwnTextConfig, own_text, with_user_cache
+from fasp_lightning.pruning.own_text import OwnTextConfig, calibration_starts, own_text, with_user_cache
 from fasp_lightning.pruning.sampling import choose, first_tokens
 from fasp_lightning.training.lora import LoRAConfig, attach_lora
 
@@ -174,6 +174,25 @@ def test_first_token_begins_a_text(generation: dict[str, Any], config: dict[str,
         for name, value in values.items():
             setattr(source, name, value)
     assert sampled(model)[:, 0].tolist() == [first] * 5
+
+
+def test_text_starts_like_calibration_text() -> None:
+    """With the first token of any sequence, padding aside; in which order they came does not matter."""
+    ids = torch.tensor([[11, 12, 13], [21, 22, 23], [31, 32, 33], [41, 42, 43]])
+    mask = torch.tensor([[1, 1, 0], [0, 1, 1], [0, 0, 0], [0, 0, 1]])
+    starts = calibration_starts([{"input_ids": ids, "attention_mask": mask}, torch.tensor([[11, 7]])])
+    assert starts is not None
+    assert starts.tolist() == [11, 11, 22, 43]
+    assert calibration_starts([{"input_ids": ids, "attention_mask": 0 * mask}]) is None
+    model, many = tiny_model("llama"), OwnTextConfig(tokens=4000, seq_len=4)
+    first = torch.cat(own_text(model, many, starts=starts))[:, 0]
+    assert (first == 11).float().mean() == pytest.approx(0.5, abs=0.06)
+    assert set(first.tolist()) == {11, 22, 43}
+
+
+def test_a_start_outside_the_vocabulary_is_refused() -> None:
+    with pytest.raises(ValueError, match=rf"in \[0, {VOCAB}\), the model's vocabulary, got {VOCAB}"):
+        own_text(tiny_model("opt"), CONFIG, starts=torch.tensor([1, VOCAB]))
 
 
 def test_any_token_is_first_where_no_text_begins() -> None:

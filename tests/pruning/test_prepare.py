@@ -53,6 +53,15 @@ def test_copies_pruned_from_one_preparation_equal_those_pruned_alone(family: str
         assert first.tokens == second.tokens
 
 
+@pytest.mark.parametrize("share", [0.4, 1.0])
+def test_own_text_starts_like_the_calibration_text_if_there_is_one(share: float) -> None:
+    settings = basic(own_text=replace(OWN, share=share))
+    batches = [torch.tensor([[7, 8, 9, 10], [6, 8, 9, 10]])]
+    *_, own = FASPPruner(settings).prepare(tiny_model("opt"), batches).batches
+    ids = own["input_ids"] if isinstance(own, dict) else own
+    assert set(ids[:, 0].tolist()) == ({6, 7} if share < 1 else {1})
+
+
 def test_nothing_is_measured_twice(monkeypatch: pytest.MonkeyPatch) -> None:
     prepared = FASPPruner(config("everything", 0.2)).prepare(tiny_model("opt"), calibration(5))
     monkeypatch.setattr(preparing, "own_text", None)

@@ -13,7 +13,7 @@ from tiny import tiny_model
 from tiny_pruning import INGREDIENTS, basic, calibration
 
 from fasp_lightning import FASPPruner, PruningPlan
-from fasp_lightning.pruning.own_text import OwnTextConfig, own_text
+from fasp_lightning.pruning.own_text import OwnTextConfig, calibration_starts, own_text
 from fasp_lightning.pruning.processes import Processes
 
 Found = Callable[[str], list[dict[str, Any]]]
@@ -93,7 +93,7 @@ def test_error_in_one_process_ends_both(case: str, culprit: int, message: str, f
 
 def test_processes_write_together_what_one_does(found: Found) -> None:
     config = OwnTextConfig(tokens=5 * 20, seq_len=20)
-    whole = torch.cat(own_text(tiny_model("opt"), config))
+    whole = torch.cat(own_text(tiny_model("opt"), config, starts=calibration_starts(calibration(3))))
     for rank, process in enumerate(found("own")):
         for case in process["written"]:  # sampled, put into a cache, and read from it
             assert torch.equal(torch.cat(case), whole[rank::2])

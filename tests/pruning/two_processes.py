@@ -20,7 +20,7 @@ from tiny_pruning import INGREDIENTS, OWN, basic, calibration
 
 from fasp_lightning import FASPPruner, PruningConfig
 from fasp_lightning.pruning import run
-from fasp_lightning.pruning.own_text import mixed, own_text
+from fasp_lightning.pruning.own_text import calibration_starts, mixed, own_text
 from fasp_lightning.pruning.processes import Processes
 
 CONFIG = basic(0.2, attention="value_dims")
@@ -85,13 +85,14 @@ def write(folder: Path, rank: int) -> None:
     """Own text without a cache, into one and from it, mixed with the calibration text; and a model that cannot."""
     processes = Processes.everyone()
     caches = (None, str(folder / "cache"), str(folder / "cache"))
-    written = [own_text(tiny_model("opt"), replace(OWN, cache_dir=cache), processes) for cache in caches]
+    starts = calibration_starts(uneven(rank), processes)
+    written = [own_text(tiny_model("opt"), replace(OWN, cache_dir=cache), processes, starts) for cache in caches]
     batches = mixed(uneven(rank), written[0], OWN.share, processes)
     broken = tiny_model("opt")
     if rank == 1:
         broken.model.decoder.final_layer_norm.weight.data.fill_(float("nan"))
     try:
-        own_text(broken, OWN, processes)
+        own_text(broken, OWN, processes, starts)
         message = ""
     except Exception as error:
         message = f"{type(error).__name__}: {error}"
