@@ -106,6 +106,17 @@ def test_finished_cells_are_not_computed_again(quality, tmp_path: Path) -> None:
     assert result_of(quality("--methods", "paper", "--fresh"), "paper")["seconds"] < 12345.0
 
 
+def test_a_table_of_what_is_there_computes_nothing(quality, tmp_path: Path) -> None:
+    quality("--methods", "paper", "--seeds", 0, 1)
+    before = quality("--methods", "magnitude")["cells"]
+    content = quality("--methods", "magnitude", "paper", "--seeds", 0, 1, 2, "--table")
+    assert content["cells"] == before
+    assert [(row["method"], row["seeds"]) for row in content["rows"]] == [("magnitude", [0]), ("paper", [0, 1])]
+    assert re.search(r"\| paper \| .* \| 0, 1 \|", (tmp_path / "out" / "quality.md").read_text())
+    with pytest.raises(SystemExit, match=r"quality\.json must hold a cell of these settings, got none; leave --table"):
+        quality("--methods", "wanda", "--table")
+
+
 @pytest.mark.parametrize(
     "change",
     [

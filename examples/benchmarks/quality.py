@@ -6,7 +6,7 @@ r"""Perplexity of one model pruned by every method, at every sparsity, calibrate
 
 Writes NAME.json, NAME.md and NAME.png to ``--output-dir``. A cell (method, sparsity, seed) is written as soon as it is
 measured, and is not computed again with the same settings, so the command may be stopped and repeated; ``--fresh``
-computes all cells anew. A seed draws other calibration sequences. :mod:`methods` holds the methods' settings.
+computes all cells anew, ``--table`` none. A seed draws other calibration sequences. :mod:`methods` holds the methods' settings.
 """
 
 from __future__ import annotations
@@ -55,7 +55,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--batch-size", type=int, default=4)
     parser.add_argument("--name", default="quality")
     parser.add_argument("--output-dir", type=Path, default=RESULTS)
-    parser.add_argument("--fresh", action="store_true", help="compute all cells anew")
+    how = parser.add_mutually_exclusive_group()
+    how.add_argument("--fresh", action="store_true", help="compute all cells anew")
+    how.add_argument("--table", action="store_true", help="compute none: table and picture of the cells that are there")
     return parser.parse_args()
 
 
@@ -93,11 +95,13 @@ class Benchmark:
                 raise SystemExit(f"evaluation must not share text with the calibration, got {describe(text)} for both")
         return texts
 
-    def cell(self, method: str, sparsity: float, seed: int) -> Cell:
-        """Look a cell up, or compute it."""
+    def cell(self, method: str, sparsity: float, seed: int) -> Cell | None:
+        """Look a cell up, or compute it; ``None`` if it is not there and shall not be computed."""
         made_with = {**self.common, **settings(method, sparsity), "seed": seed}
         made_with["calibration"] = digest_of(self.calibration[seed])[:16]
         result = None if self.args.fresh else self.cells.get(made_with)
+        if result is None and self.args.table:
+            return None
         if result is None:
             result = self.measure(method, sparsity, seed)
             self.cells.put(made_with, result)
@@ -159,9 +163,9 @@ class Benchmark:
         sizes = [f"{name}: {predicted(batches):,}" for name, batches in self.texts.items()]
         return (
             f"{plain_name(args.model)}, calibrated on {args.sequences} x {args.seq_len} tokens of "
-            f"{describe(self.source(0))}, seeds {', '.join(map(str, args.seeds))}. Perplexity over predicted tokens "
-            f"({'; '.join(sizes)}), seq_len {args.seq_len}; damage is perplexity - dense perplexity. Mean over seeds, "
-            "and their range in brackets."
+            f"{describe(self.source(0))}. Perplexity over predicted tokens "
+            f"({'; '.join(sizes)}), seq_len {args.seq_len}; damage is perplexity - dense perplexity. Mean over the "
+            "seeds, and their range in brackets; a seed draws other calibration sequences."
         )
 
 
@@ -187,13 +191,19 @@ def main() -> None:
     dense = bench.undamaged()
     print("dense", *(f"{text} {value:.3f}" for text, value in dense.items()), sep="  ", flush=True)
     cells: list[Cell] = []
+    rows: list[dict[str, Any]] = []
     for seed in args.seeds:
         for sparsity in args.sparsities:
             for method in args.methods:
-                cells.append(cell := bench.cell(method, sparsity, seed))
+                cell = bench.cell(method, sparsity, seed)
+                if cell is None:
+                    continue
+                cells.append(cell)
                 found = (f"{text} {value:.3f}" for text, value in cell.result["perplexity"].items())
                 print(f"{method} {sparsity:g} seed {seed}", *found, sep="  ", flush=True)
                 rows = bench.write(cells, dense)
+    if not rows:
+        raise SystemExit(f"{bench.cells.path} must hold a cell of these settings, got none; leave --table out")
     pictured = [row for row in rows if METHODS[row["method"]].pictured]
     picture(pictured or rows, dense, bench.cells.path.with_suffix(".png"))
 

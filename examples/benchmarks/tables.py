@@ -87,11 +87,11 @@ def _figures(text: str, group: list[Cell], dense: float, reference: dict[Any, di
 
 def markdown(rows: list[dict[str, Any]], dense: dict[str, float]) -> str:
     """The table: mean, and the range over seeds in brackets."""
-    columns = ["method", "removed of blocks (of all)", "tokens", "seconds"]
+    columns = ["method", "removed of blocks (of all)", "tokens", "seconds", "seeds"]
     for text in dense:
         columns += [f"{text}", "damage", f"of {REFERENCE}'s"]
     lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
-    cells = ["dense", "0 (0)", "", ""] + [cell for value in dense.values() for cell in (f"{value:.2f}", "0", "")]
+    cells = ["dense", "0 (0)", "", "", ""] + [cell for value in dense.values() for cell in (f"{value:.2f}", "0", "")]
     lines.append(f"| {' | '.join(cells)} |")
     for row in sorted(rows, key=lambda row: row["sparsity"]):
         own = f" + {row['own_tokens']:.0f} own" if row["own_tokens"] else ""
@@ -100,6 +100,7 @@ def markdown(rows: list[dict[str, Any]], dense: dict[str, float]) -> str:
             f"{row['removed_blocks']:.4f} ({row['removed_all']:.4f})",
             f"{row['calibration_tokens']:.0f}{own}",
             f"{row['seconds']:.0f}",
+            ", ".join(map(str, row["seeds"])),
         ]
         for figures in row["texts"].values():
             cells += [str(figures[name]) if figures[name] else "" for name in ("perplexity", "damage", "ratio")]
