@@ -5,8 +5,9 @@ r"""Perplexity of one model pruned by every method, at every sparsity, calibrate
         --methods paper stock free --sparsities 0.2 0.3 --seeds 0 1 2 --dtype float32 --name mine
 
 Writes NAME.json, NAME.md and NAME.png to ``--output-dir``. A cell (method, sparsity, seed) is written as soon as it is
-measured, and is not computed again with the same settings, so the command may be stopped and repeated; ``--fresh``
-computes all cells anew, ``--table`` none. A seed draws other calibration sequences. :mod:`methods` holds the methods' settings.
+measured, and is not computed again with the same settings, so the command may be stopped and repeated. With ``--fresh``
+all cells are computed anew, with ``--table`` none. A seed draws other calibration sequences. :mod:`methods` holds the
+methods' settings.
 """
 
 from __future__ import annotations
