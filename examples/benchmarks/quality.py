@@ -181,8 +181,9 @@ def plain_name(argument: str) -> str:
 
 
 def command() -> str:
-    """The command line, without the machine's paths."""
-    return shlex.join(["python", f"examples/benchmarks/{Path(__file__).name}", *map(plain_name, sys.argv[1:])])
+    """The command line that makes the cells, without the machine's paths."""
+    given = [argument for argument in sys.argv[1:] if argument != "--table"]
+    return shlex.join(["python", f"examples/benchmarks/{Path(__file__).name}", *map(plain_name, given)])
 
 
 def main() -> None:
