@@ -87,11 +87,11 @@ def test_weight_that_is_not_finite_is_named_before_anything_changes(value: float
 
 
 def test_calibration_token_that_is_not_finite_is_named_by_its_layer() -> None:
-    """Own text never comes to a token whose logit is −∞, and the calibration text does."""
+    """Own text never comes to a token whose logit is −∞ if it does not start with it; the calibration text does."""
     model = tiny_model("llama")
     with torch.no_grad():
         model.get_input_embeddings().weight[96] = torch.nan
         model.lm_head = torch.nn.Linear(32, 97)
         model.lm_head.bias[96] = -torch.inf
     with pytest.raises(ValueError, match=r"activations must be finite.* model\.layers\.0\.self_attn\.o_proj"):
-        FASPPruner(SHORT).prune(model, [*calibration(), torch.full((1, 20), 96)])
+        FASPPruner(SHORT).prune(model, [*calibration(), torch.tensor([[1] + 19 * [96]])])
