@@ -28,6 +28,8 @@ BATCH_TOKENS = 1024
 class OwnTextConfig:
     """How much text the model writes itself for its calibration, and how.
 
+    Its sequences start like those of the calibration text; without any, with the model's beginning-of-text token.
+
     Attributes:
         tokens: How many tokens in all, rounded down to whole sequences.
         share: Weight of this text in the whole calibration, in (0, 1]; 1 is this text alone.
@@ -140,12 +142,15 @@ class _Text(NamedTuple):
     config: OwnTextConfig
     starts: Tensor | None
 
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(sequences, seq_len) of all of it."""
+        return self.config.sequences, self.config.seq_len
+
     def settings(self) -> dict[str, Any]:
         """All of it but the model, as plain data."""
-        config = self.config
-        starts = None if self.starts is None else self.starts.tolist()
-        shape = (config.sequences, config.seq_len)
-        return {"shape": shape, "temperature": config.temperature, "seed": config.seed, "starts": starts}
+        config, starts = self.config, None if self.starts is None else self.starts.tolist()
+        return {"shape": self.shape, "temperature": config.temperature, "seed": config.seed, "starts": starts}
 
 
 def _sampled(text: _Text, processes: Processes) -> Tensor:
@@ -165,11 +170,10 @@ def _sampled(text: _Text, processes: Processes) -> Tensor:
 
 def _kept(text: _Text, processes: Processes, folder: Path) -> Tensor:
     """The same, from a file of the first process's if there is one; else they are put there."""
-    shape = (text.config.sequences, text.config.seq_len)
 
     def look() -> tuple[Path, Tensor | None]:
         path = folder / f"{key_of(fingerprint(text.model), text.settings())}.ids"
-        return path, read_ids(path, shape)
+        return path, read_ids(path, text.shape)
 
     path, ids = processes.first(look)
     if ids is not None:
@@ -177,7 +181,7 @@ def _kept(text: _Text, processes: Processes, folder: Path) -> Tensor:
     mine = _sampled(text, processes)
     parts = processes.gather(mine)
     if processes.rank == 0:
-        whole = torch.empty(shape, dtype=torch.long)
+        whole = torch.empty(text.shape, dtype=torch.long)
         for rank, part in enumerate(parts):
             whole[rank :: processes.count] = part
         write_ids(path, whole)
@@ -204,12 +208,12 @@ def calibration_starts(batches: list[Any], processes: Processes | None = None) -
     """
     processes = processes or Processes()
     with processes.together():
-        mine = [token for batch in batches for token in _first_tokens(batch)]
+        mine = [token for batch in batches for token in _starts(batch)]
     found = sorted(token for tokens in processes.gather(mine) for token in tokens)
     return torch.tensor(found) if found else None
 
 
-def _first_tokens(batch: Any) -> list[int]:
+def _starts(batch: Any) -> list[int]:
     """The first real token of each sequence that has one."""
     input_ids, mask = as_inputs(batch)
     real = torch.ones_like(input_ids, dtype=torch.bool) if mask is None else mask.bool()

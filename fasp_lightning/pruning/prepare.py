@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fasp_lightning.pruning.capture import capture
 from fasp_lightning.pruning.config import PruningConfig
-from fasp_lightning.pruning.own_text import OwnTextConfig, calibration_starts, mixed, own_text
+from fasp_lightning.pruning.own_text import calibration_starts, mixed, own_text
 from fasp_lightning.pruning.processes import Processes
 from fasp_lightning.pruning.progress import Meter
 from fasp_lightning.pruning.report import Stopwatch
@@ -85,11 +85,13 @@ def prepare(
     Raises:
         ValueError: If there is no calibration batch, or a gradient or logit is not finite.
     """
+    alone = config.own_text is not None and config.own_text.share == 1
+    with processes.together():
+        batches = [] if alone else list(batches)  # own text alone needs no other
     if config.own_text is not None:
         with watch.phase("own text"), evaluating(model):
-            batches = _with_own_text(model, config.own_text, batches, processes)
-    with processes.together():
-        batches = list(batches)
+            written = own_text(model, config.own_text, processes, calibration_starts(batches, processes))
+            batches = mixed(batches, written, config.own_text.share, processes)
     if not needs_sensitivity(config):
         return Prepared(batches, None)
     with watch.phase("sensitivity"), evaluating(model):
@@ -101,15 +103,3 @@ def prepare(
             model, pairs, chosen, store, processes=processes, tick=lambda block: meter.tick(block, "sensitivity")
         )
     return Prepared(batches, sensitivity)
-
-
-def _with_own_text(
-    model: PreTrainedModel, config: OwnTextConfig, batches: Iterable[Any], processes: Processes
-) -> list[Any]:
-    """The calibration batches, and own text that starts like them; own text alone where it has the whole share."""
-    starts = None
-    if config.share < 1:
-        with processes.together():
-            batches = list(batches)
-        starts = calibration_starts(batches, processes)
-    return mixed(batches, own_text(model, config, processes, starts), config.share, processes)
