@@ -39,7 +39,7 @@ SIGNATURES = {
 DEFAULTS = {
     "sparsity": 0.2,
     "attention": "auto",
-    "score": "fisher",
+    "score": "auto",
     "restoration": "least_squares",
     "ridge": "original",
     "damping": 0.1,

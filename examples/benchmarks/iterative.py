@@ -77,7 +77,7 @@ def main() -> None:
     schedule = [{"step": index * args.steps, "sparsity": one} for index, one in enumerate(args.sparsities)]
     pruning = FASPPruning(
         schedule,
-        PruningConfig(score="wanda", own_text=None),  # as in the configs: the training makes up for the rest
+        PruningConfig(own_text=None),  # as in the configs: the training makes up for what own text would spare
         recovery=args.recovery,
         lora=LoRAConfig(rank=args.rank, alpha=2.0 * args.rank),
         calibration_sequences=args.calibration_sequences,

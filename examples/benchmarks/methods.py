@@ -59,7 +59,7 @@ METHODS: dict[str, Method] = {
     ),
     "stock-no-own-text": Method("stock without own text", stock(own_text=None)),
     "stock-own-text-alone": Method("stock calibrated on own text alone", stock(own_text=OwnTextConfig(share=1.0))),
-    "stock-wanda": Method("stock with Wanda columns", stock(score="wanda")),
+    "stock-fisher": Method("stock with columns by loss sensitivity", stock(score="fisher")),
     "stock-no-restoration": Method("stock without least squares", stock(restoration="none")),
     "stock-ridge-zero": Method("stock with the ridge towards zero", stock(ridge="zero")),
     "stock-damping-auto": Method("stock with damping chosen on held-back tokens", stock(damping="auto")),

@@ -1,7 +1,7 @@
 """What pruning costs, as a ratio to one plain forward over the same tokens in the same process and dtype.
 
     python examples/benchmarks/prune_speed.py                       # SmolLM2-135M, 64 x 512 tokens, the default
-    python examples/benchmarks/prune_speed.py --settings paper wanda default    # side by side
+    python examples/benchmarks/prune_speed.py --settings paper no-own-text default fisher    # side by side
     python examples/benchmarks/prune_speed.py --shape opt-125m      # random weights in the shape of a model
 
 Where CUDA is there, the shapes of OPT-125M, LLaMA-7B and LLaMA-30B are timed too, with random bf16 weights
@@ -38,9 +38,10 @@ SHAPES = {
 
 
 SETTINGS = {
-    "default": {},
-    "wanda": {"score": "wanda", "own_text": None},  # no gradients, no own text
     "paper": PruningConfig.paper().to_dict(),
+    "no-own-text": {"own_text": None},
+    "default": {},
+    "fisher": {"score": "fisher"},
 }
 
 

@@ -22,8 +22,10 @@ class PruningConfig:
             keys, values and output columns; "none" cuts the FFN only; "auto" is "none" with grouped-query attention,
             where it measured better at equal size, and "value_dims" elsewhere.
         head_balance: "even" cuts the same number of value dims in each KV head, "free" the worst of all heads.
-        score: "fisher" is the loss sensitivity of a column, from gradients with respect to activations; "wanda" the
-            sum over a column of |weight| times the norm of its input; "magnitude" leaves the input out.
+        score: "wanda" is the sum over a column of |weight| times the norm of its input; "fisher" the column's loss
+            sensitivity, from gradients with respect to activations; "magnitude" leaves the input out. "auto" is
+            "fisher" with adaptive allocation, which measures the loss sensitivity anyway, and "wanda" elsewhere,
+            where it measured as good in less time.
         sensitivity_tokens: Tokens behind the loss sensitivity.
         allocation: "uniform" gives all blocks one FFN width, which stock code can load; "adaptive" lets the loss
             sensitivity decide how much each pair of each block loses, to the same total.
@@ -45,7 +47,7 @@ class PruningConfig:
     sparsity: float = 0.2
     attention: Literal["auto", "value_dims", "kv_groups", "none"] = "auto"
     head_balance: Literal["even", "free"] = "even"
-    score: Literal["fisher", "wanda", "magnitude"] = "fisher"
+    score: Literal["auto", "wanda", "fisher", "magnitude"] = "auto"
     sensitivity_tokens: int = 16384
     allocation: Literal["uniform", "adaptive"] = "uniform"
     restoration: Literal["least_squares", "none"] = "least_squares"

@@ -21,23 +21,25 @@ def select_units(
         pair: The pair, not cut yet.
         width: Its widths.
         statistics: Of the consumer's inputs.
-        sensitivity: (units left,) loss sensitivity; read for ``score="fisher"``.
-        config: ``score`` and ``head_balance`` are read.
+        sensitivity: (units left,) loss sensitivity, where ``config`` scores by it.
+        config: ``score``, ``allocation`` and ``head_balance`` are read.
 
     Returns:
         (units kept,) ascending, in original numbering, on the CPU.
     """
-    scores = _scores(pair, statistics, sensitivity, config.score)
+    scores = _scores(pair, statistics, sensitivity, config)
     heads = pair.layout.groups if config.head_balance == "even" else 1
     return pair.kept[select_columns(scores, width.after // heads, heads)]
 
 
-def _scores(pair: ResolvedPair, statistics: GramStatistics, sensitivity: Tensor | None, score: str) -> Tensor:
+def _scores(
+    pair: ResolvedPair, statistics: GramStatistics, sensitivity: Tensor | None, config: PruningConfig
+) -> Tensor:
     """(units left,) scores; a unit's is the sum over the columns it feeds."""
-    if score == "fisher":
+    if config.score == "fisher" or (config.score == "auto" and config.allocation == "adaptive"):
         assert sensitivity is not None
         return sensitivity
     norms = statistics.norms()
-    if score == "magnitude":
+    if config.score == "magnitude":
         norms = (norms > 0).double()  # a dead column goes first, whatever its weights
     return pair.layout.unit_scores(wanda_score(pair.weight, norms), pair.kept)

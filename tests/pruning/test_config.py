@@ -70,7 +70,7 @@ def test_settings_are_plain_data_both_ways(config: PruningConfig) -> None:
     assert PruningConfig(**json.loads(json.dumps(config.to_dict()))) == config
 
 
-def test_default_scores_by_sensitivity_and_writes_own_text_and_the_papers_does_neither() -> None:
-    assert (PruningConfig().score, PruningConfig().own_text) == ("fisher", OwnTextConfig())
+def test_default_needs_no_gradients_and_writes_own_text_which_the_papers_does_not() -> None:
+    assert (PruningConfig().score, PruningConfig().own_text) == ("auto", OwnTextConfig())
     assert (PruningConfig.paper().score, PruningConfig.paper().own_text) == ("wanda", None)
     assert PruningConfig().allocation == PruningConfig.paper().allocation == "uniform"

@@ -1,7 +1,8 @@
-"""What the defaults do to any model: they write own text and go backwards through it, and are told what is wrong."""
+"""What the defaults do to any model: they prune it on own text too, and say what is wrong."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -18,20 +19,21 @@ SHORT = PruningConfig(own_text=OwnTextConfig(tokens=512))
 
 
 def test_defaults_are_what_they_say() -> None:
-    """All own text counts, sensitivity decides, and one pruning is as the next."""
+    """All own text counts, activations decide, and one pruning is as the next."""
     first, second, plain = (tiny_model("opt") for _ in range(3))
     report = FASPPruner().prune(first, calibration())
-    FASPPruner(PruningConfig(0.2, score="fisher", own_text=OwnTextConfig())).prune(second, calibration())
+    FASPPruner(PruningConfig(0.2, score="wanda", own_text=OwnTextConfig())).prune(second, calibration())
     FASPPruner(basic()).prune(plain, calibration())
     assert report.tokens == 3 * 80 - 9 + OwnTextConfig().tokens
     assert_same(first, second)
     assert first.fasp_plan != plain.fasp_plan
 
 
+@pytest.mark.parametrize("score", ["wanda", "fisher"])
 @pytest.mark.parametrize("family", TINY)
-def test_every_family_is_pruned(family: str) -> None:
+def test_every_family_is_pruned(family: str, score: str) -> None:
     model = tiny_model(family).train()
-    report = FASPPruner(SHORT).prune(model, calibration())
+    report = FASPPruner(replace(SHORT, score=score)).prune(model, calibration())
     assert all(0 < pair.error_after <= pair.error_before for pair in report.pairs)
     assert report.tokens == 3 * 80 - 9 + 512
     assert leftovers(model) == []
@@ -41,10 +43,11 @@ def test_every_family_is_pruned(family: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+@pytest.mark.parametrize("score", ["wanda", "fisher"])
 @pytest.mark.parametrize("family", ["opt", "llama-gqa", "bloom"])
-def test_half_precision_model_is_pruned(family: str, dtype: torch.dtype) -> None:
+def test_half_precision_model_is_pruned(family: str, score: str, dtype: torch.dtype) -> None:
     model = tiny_model(family, dtype=dtype)
-    FASPPruner(SHORT).prune(model, calibration())
+    FASPPruner(replace(SHORT, score=score)).prune(model, calibration())
     with torch.no_grad():
         assert model(random_tokens()).logits.isfinite().all()
 

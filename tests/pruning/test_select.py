@@ -52,6 +52,14 @@ def test_score_by_sensitivity_is_not_that_by_activations() -> None:
     assert len({plan.to_json() for plan in plans}) == 3
 
 
+@pytest.mark.parametrize(("allocation", "score"), [("adaptive", "fisher"), ("uniform", "wanda")])
+def test_score_is_by_sensitivity_where_allocation_is(allocation: str, score: str) -> None:
+    sensitivity = torch.linspace(0, 1, 48, dtype=torch.float64)  # the last ones count, by activations the first ones
+    found = [selected(1, sensitivity, basic(score=name, allocation=allocation)) for name in ("auto", score)]
+    assert found[0] == found[1]
+    assert (47 in found[0], 0 in found[0]) == (score == "fisher", score == "wanda")
+
+
 def test_later_blocks_are_scored_in_the_model_as_it_was() -> None:
     """The sensitivity is measured once, before the first block is cut."""
     before = scores(tiny_model("llama"), calibration())
