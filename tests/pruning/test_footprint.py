@@ -89,7 +89,7 @@ def test_memory_of_the_calibration_set(tiny: nn.Module, attention: str, monkeypa
 @pytest.mark.parametrize("family", ["opt", "llama", "llama-gqa", "bloom", "phi3", "gpt2", "falcon"])
 def test_memory_of_the_loss_sensitivity(tiny: nn.Module, family: str) -> None:
     """What autograd keeps beside the weights, in tensors that are alive together."""
-    config, kept = PruningConfig(0.2, attention="none"), {}
+    config, kept = PruningConfig(0.2, attention="none", score="fisher"), {}
     weights = {parameter.untyped_storage().data_ptr() for parameter in tiny.parameters()}
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
