@@ -88,7 +88,7 @@ class PruningProgress:
         self._bar = _bar(console, "block {task.fields[block]}", "{task.fields[phase]}")
         self._bar.disable = not console.is_terminal
         self._task = self._bar.add_task("prune", total=None, block="", phase="capture")
-        self._started = time.perf_counter()
+        self._started = 0.0
         self._step = 0
 
     def __enter__(self) -> PruningProgress:
@@ -104,10 +104,12 @@ class PruningProgress:
         """Show an event."""
         block = f"{event.block + 1}/{event.blocks}"
         self._bar.update(self._task, completed=event.done, total=event.total, block=block, phase=event.phase)
+        if event.done == 1:  # what came before, such as own text, says nothing of the units to come
+            self._started = time.perf_counter()
         step = event.done * STEPS // max(event.total, 1)
-        if self._bar.disable and step > self._step:
+        if self._bar.disable and step > self._step and event.done > 1:
             self._step = step
-            left = (time.perf_counter() - self._started) * (event.total / event.done - 1)
+            left = (time.perf_counter() - self._started) * (event.total - event.done) / (event.done - 1)
             note(f"pruning: block {block}, {event.phase}, about {duration(left)} left")
 
 

@@ -13,8 +13,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fasp_lightning import load_pruned
 from fasp_lightning.cli import prune as prune_module
+from fasp_lightning.cli.console import PruningProgress
 from fasp_lightning.pruning.perplexity import PerplexityResult, perplexity
 from fasp_lightning.pruning.plan import apply_plan
+from fasp_lightning.pruning.progress import ProgressEvent
 from fasp_lightning.pruning.text import TextConfig, token_batches
 
 
@@ -148,6 +150,18 @@ def test_prompt_is_continued_before_and_after(prune, tiny_folder) -> None:
 
 def test_progress_tells_block_phase_and_time_left(prune, tiny_folder) -> None:
     assert re.search(r"pruning: block \d/2, \w+, about \d+:\d\d left", prune(tiny_folder("opt")).err)
+
+
+def test_time_left_does_not_count_what_came_before(capsys, monkeypatch) -> None:
+    """Own text took 100 s, each unit takes one."""
+    now = [0.0]
+    monkeypatch.setattr("time.perf_counter", lambda: now[0])
+    with PruningProgress() as progress:
+        now[0] = 100.0
+        for done in range(1, 102):
+            progress(ProgressEvent(0, 2, "apply", done, 101))
+            now[0] += 1
+    assert re.findall(r"about (\S+) left", capsys.readouterr().err)[:2] == ["1:30", "1:20"]
 
 
 def test_pruned_folder_is_pruned_further(prune, tiny_folder, tmp_path: Path) -> None:
