@@ -17,6 +17,9 @@ from fasp_lightning.pruning.own_text import OwnTextConfig, own_text
 SHORT = PruningConfig(own_text=OwnTextConfig(tokens=512))
 """The defaults with less own text; its 128 tokens a sequence are more than the positions of tiny models."""
 
+BOTH_SCORES = pytest.mark.parametrize("score", ["wanda", "fisher"])
+"""By activations, as the defaults are, and with gradients."""
+
 
 def test_defaults_are_what_they_say() -> None:
     """All own text counts, activations decide, and one pruning is as the next."""
@@ -29,7 +32,7 @@ def test_defaults_are_what_they_say() -> None:
     assert first.fasp_plan != plain.fasp_plan
 
 
-@pytest.mark.parametrize("score", ["wanda", "fisher"])
+@BOTH_SCORES
 @pytest.mark.parametrize("family", TINY)
 def test_every_family_is_pruned(family: str, score: str) -> None:
     model = tiny_model(family).train()
@@ -43,7 +46,7 @@ def test_every_family_is_pruned(family: str, score: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
-@pytest.mark.parametrize("score", ["wanda", "fisher"])
+@BOTH_SCORES
 @pytest.mark.parametrize("family", ["opt", "llama-gqa", "bloom"])
 def test_half_precision_model_is_pruned(family: str, score: str, dtype: torch.dtype) -> None:
     model = tiny_model(family, dtype=dtype)
@@ -52,15 +55,16 @@ def test_half_precision_model_is_pruned(family: str, score: str, dtype: torch.dt
         assert model(random_tokens()).logits.isfinite().all()
 
 
+@BOTH_SCORES
 @pytest.mark.parametrize("vocabulary", [2, 5])
-def test_model_of_a_few_tokens_none_of_them_special_is_pruned(vocabulary: int) -> None:
+def test_model_of_a_few_tokens_none_of_them_special_is_pruned(vocabulary: int, score: str) -> None:
     nothing = dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id"))
     config = AutoConfig.for_model(**{**TINY["llama"].config().to_dict(), "vocab_size": vocabulary, **nothing})
     model = AutoModelForCausalLM.from_config(config)
     model.generation_config = None
     ids = torch.cat(own_text(model, OwnTextConfig(tokens=512)))
     assert len(set(ids[:, 0].tolist())) > 1  # any token begins a text
-    report = FASPPruner(SHORT).prune(model, [random_tokens(4, 40) % vocabulary])
+    report = FASPPruner(replace(SHORT, score=score)).prune(model, [random_tokens(4, 40) % vocabulary])
     assert report.sparsity == pytest.approx(0.2, abs=0.01)
 
 
@@ -78,18 +82,20 @@ def test_model_without_a_cache_writes_the_same() -> None:
 
 
 @torch.no_grad()
+@BOTH_SCORES
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_weight_that_is_not_finite_is_named_before_anything_changes(value: float) -> None:
+def test_weight_that_is_not_finite_is_named_before_anything_changes(value: float, score: str) -> None:
     model = tiny_model("llama")
     model.model.layers[1].mlp.up_proj.weight[3, 4] = value
     with pytest.raises(ValueError, match=r"parameter model\.layers\.1\.mlp\.up_proj\.weight is not; check the check"):
-        FASPPruner(SHORT).prune(model, calibration())
+        FASPPruner(replace(SHORT, score=score)).prune(model, calibration())
     model.model.layers[1].mlp.up_proj.weight[3, 4] = tiny_model("llama").model.layers[1].mlp.up_proj.weight[3, 4]
     assert_unchanged(model)
     assert leftovers(model) == []
 
 
-def test_calibration_token_that_is_not_finite_is_named_by_its_layer() -> None:
+@BOTH_SCORES
+def test_calibration_token_that_is_not_finite_is_named_by_its_layer(score: str) -> None:
     """Own text never comes to a token whose logit is −∞ if it does not start with it; the calibration text does."""
     model = tiny_model("llama")
     with torch.no_grad():
@@ -97,4 +103,4 @@ def test_calibration_token_that_is_not_finite_is_named_by_its_layer() -> None:
         model.lm_head = torch.nn.Linear(32, 97)
         model.lm_head.bias[96] = -torch.inf
     with pytest.raises(ValueError, match=r"activations must be finite.* model\.layers\.0\.self_attn\.o_proj"):
-        FASPPruner(SHORT).prune(model, [*calibration(), torch.tensor([[1] + 19 * [96]])])
+        FASPPruner(replace(SHORT, score=score)).prune(model, [*calibration(), torch.tensor([[1] + 19 * [96]])])
