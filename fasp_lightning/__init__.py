@@ -9,6 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from fasp_lightning.errors import FaspError
     from fasp_lightning.pruning.checkpoint import load_pruned, save_pruned
     from fasp_lightning.pruning.config import PruningConfig
     from fasp_lightning.pruning.perplexity import perplexity
@@ -34,6 +35,7 @@ __all__ = [
     "CoupledPair",
     "FASPPruner",
     "FASPPruning",
+    "FaspError",
     "LoRAConfig",
     "Perplexity",
     "PruningConfig",
@@ -56,6 +58,7 @@ _HOMES = {
     "CoupledPair": "structure.spec",
     "FASPPruner": "pruning.pruner",
     "FASPPruning": "training.callback",
+    "FaspError": "errors",
     "LoRAConfig": "training.lora",
     "Perplexity": "training.metrics",
     "PruningConfig": "pruning.config",

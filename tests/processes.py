@@ -48,6 +48,11 @@ def run_script(script: Path, *arguments: Any, ranks: int | None = None) -> list[
             _end(process)
 
 
+def raised_elsewhere(message: str) -> str:
+    """The class of error that the other processes raise: a refusal stays a refusal, a bug a bug."""
+    return "FaspProcessError" if message.startswith("Fasp") else "RuntimeError"
+
+
 def _environment() -> dict[str, str]:
     tests = Path(__file__).parent
     paths = [Path(fasp_lightning.__file__).parents[1], tests, tests / "training"]

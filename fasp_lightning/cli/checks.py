@@ -13,8 +13,8 @@ from typing import Any
 from torch import Tensor
 
 from fasp_lightning.cli.console import megabytes
-from fasp_lightning.cli.errors import UsageError
 from fasp_lightning.cli.jobs import ModelConfig, PruneJob
+from fasp_lightning.errors import FaspError, FaspOSError, FaspPermissionError
 from fasp_lightning.pruning.batches import check_vocabulary, weighted
 from fasp_lightning.pruning.own_text import OwnTextConfig, within_positions
 from fasp_lightning.pruning.text import TextConfig, describe, for_role, token_batches
@@ -94,8 +94,8 @@ def texts_of(job: PruneJob) -> tuple[list[TextConfig], list[TextConfig]]:
     """Calibration and evaluation texts with their splits, which must not overlap.
 
     Raises:
-        UsageError: If a text would serve for both.
-        ValueError: If an evaluation text has a weight.
+        FaspError: If a text would serve for both.
+        FaspError: If an evaluation text has a weight.
     """
     calibration = [for_role(text, "calibration") for text in job.calibrated()]
     if job.seed is not None:
@@ -103,7 +103,7 @@ def texts_of(job: PruneJob) -> tuple[list[TextConfig], list[TextConfig]]:
     evaluation = [for_role(text, "test") for text in job.evaluated()]
     for text in evaluation:
         if any(overlap(one, text) for one in calibration):
-            raise UsageError(
+            raise FaspError(
                 f"calibration and evaluation must not share text, got {describe(text)} for both; "
                 "set another source, or another split"
             )
@@ -134,12 +134,12 @@ def load_text(config: TextConfig, tokenizer: Any, model: Any, name: str) -> Text
         name: The option's name, for messages.
 
     Raises:
-        ValueError: If the text is too short, its sequences too long, or a token has no embedding.
-        OSError: If a file cannot be read.
+        FaspError: If the text is too short, its sequences too long, or a token has no embedding.
+        FaspOSError: If a file cannot be read.
     """
     longest = getattr(model.config, "max_position_embeddings", None)
     if isinstance(longest, int) and config.seq_len > longest:
-        raise UsageError(f"{name}.seq_len must be at most {longest}, the positions of the model, got {config.seq_len}")
+        raise FaspError(f"{name}.seq_len must be at most {longest}, the positions of the model, got {config.seq_len}")
     batches = token_batches(config, tokenizer)
     vocabulary = model.get_input_embeddings().num_embeddings
     for batch in batches:
@@ -157,8 +157,8 @@ def load_calibration(texts: list[TextConfig], own: OwnTextConfig | None, tokeniz
         model: The model, on any device.
 
     Raises:
-        ValueError: As in :func:`load_text`.
-        OSError: If a file cannot be read.
+        FaspError: As in :func:`load_text`.
+        FaspOSError: If a file cannot be read.
     """
     own = own and within_positions(model, own)
     names = ("further_calibration" if index else "calibration" for index in range(len(texts)))
@@ -169,7 +169,7 @@ def tokenizer_of(model: ModelConfig) -> Any:
     """The tokenizer a job names, or the model's own.
 
     Raises:
-        OSError: If there is none.
+        FaspOSError: If there is none.
     """
     from fasp_lightning.pruning.loading import load_tokenizer
 
@@ -178,7 +178,7 @@ def tokenizer_of(model: ModelConfig) -> Any:
     try:
         return load_tokenizer(model.name_or_path, revision=model.revision, trust_remote_code=model.trust_remote_code)
     except OSError as error:
-        raise OSError(f"{error} with --model.tokenizer") from error
+        raise FaspOSError(f"{error} with --model.tokenizer") from error
 
 
 def check_room(path: Path, size: int) -> None:
@@ -189,23 +189,23 @@ def check_room(path: Path, size: int) -> None:
         size: Bytes that will be written. What is overwritten goes afterwards, so it makes no room.
 
     Raises:
-        OSError: If there is no room.
-        PermissionError: If the place is not writable.
+        FaspOSError: If there is no room.
+        FaspPermissionError: If the place is not writable.
     """
     parent = next(folder for folder in path.absolute().parents if folder.exists())
     if not os.access(parent, os.W_OK):
-        raise PermissionError(f"output_dir {str(path)!r} cannot be made: {str(parent)!r} is not writable")
+        raise FaspPermissionError(f"output_dir {str(path)!r} cannot be made: {str(parent)!r} is not writable")
     free = shutil.disk_usage(parent).free
     if size > free:
-        raise OSError(f"output_dir {str(path)!r} needs {megabytes(size)}, but only {megabytes(free)} are free")
+        raise FaspOSError(f"output_dir {str(path)!r} needs {megabytes(size)}, but only {megabytes(free)} are free")
 
 
 def check_output_dir(job: PruneJob) -> None:
     """Refuse an output folder that is taken, or that is the model's own.
 
     Raises:
-        FileExistsError: If it is not empty and may not be overwritten.
-        UsageError: If it is a file, or the folder that is pruned.
+        FaspFileExistsError: If it is not empty and may not be overwritten.
+        FaspError: If it is a file, or the folder that is pruned.
     """
     from fasp_lightning.pruning.checkpoint import check_output
 
@@ -213,7 +213,7 @@ def check_output_dir(job: PruneJob) -> None:
         return
     path = Path(job.output_dir)
     if path.exists() and not path.is_dir():
-        raise UsageError(f"output_dir must be a folder, got the file {job.output_dir!r}")
+        raise FaspError(f"output_dir must be a folder, got the file {job.output_dir!r}")
     if path.exists() and path.resolve() == Path(job.model.name_or_path).expanduser().resolve():
-        raise UsageError(f"output_dir must not be the folder of the model that is pruned, got {job.output_dir!r}")
+        raise FaspError(f"output_dir must not be the folder of the model that is pruned, got {job.output_dir!r}")
     check_output(path, job.overwrite)

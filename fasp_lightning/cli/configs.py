@@ -7,7 +7,7 @@ from pathlib import Path
 import yaml  # type: ignore[import-untyped]
 
 import fasp_lightning
-from fasp_lightning.cli.errors import UsageError
+from fasp_lightning.errors import FaspError
 
 SUFFIXES = (".yaml", ".yml")
 
@@ -28,14 +28,14 @@ def find_config(name: str) -> Path:
     """A config by path, or by the bare name of a shipped one, checked to be a YAML mapping.
 
     Raises:
-        UsageError: If there is none, or it is no YAML mapping; the message names the file and the line.
+        FaspError: If there is none, or it is no YAML mapping; the message names the file and the line.
     """
     path = Path(name).expanduser()
     if not path.is_file():
         shipped = shipped_folder() / f"{name}.yaml"
         if path.suffix in SUFFIXES or len(path.parts) != 1 or not shipped.is_file():
             known = ", ".join(shipped_configs())
-            raise UsageError(f"config must be a YAML file or one of the shipped {known}, got {name!r}")
+            raise FaspError(f"config must be a YAML file or one of the shipped {known}, got {name!r}")
         path = shipped
     _check(path)
     return path
@@ -45,8 +45,8 @@ def _check(path: Path) -> None:
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except UnicodeDecodeError as error:
-        raise UsageError(f"config {str(path)!r} is not UTF-8 text: {error}") from error
+        raise FaspError(f"config {str(path)!r} is not UTF-8 text: {error}") from error
     except yaml.YAMLError as error:
-        raise UsageError(f"config {str(path)!r} is not valid YAML: {' '.join(str(error).split())}") from error
+        raise FaspError(f"config {str(path)!r} is not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(content, dict):
-        raise UsageError(f"config {str(path)!r} must be a YAML mapping of options, got {type(content).__name__}")
+        raise FaspError(f"config {str(path)!r} must be a YAML mapping of options, got {type(content).__name__}")

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import re
-import traceback
-from pathlib import Path
+
+from fasp_lightning.errors import FaspError
 
 _REWORDED = (
     (r"Parser key ", "option "),
@@ -21,24 +21,24 @@ _REWORDED = (
 """What jsonargparse says → what a user understands."""
 
 
-class UsageError(ValueError):
-    """A mistake in what the user asked for, found on this floor."""
+REPORT = (
+    "this is a bug of fasp_lightning {version}, not a mistake of yours: please report it with the lines above and the "
+    'command, as an issue of the repository you have it from ("Reporting a bug" in CONTRIBUTING.md)'
+)
+"""What follows the traceback of a bug."""
 
 
-def is_user_error(error: BaseException, package: Path) -> bool:
+def is_user_error(error: BaseException) -> bool:
     """Whether an error is a mistake of the user or a shortcoming of the machine, and not a bug.
 
-    An ``OSError`` always is. A ``ValueError`` is if it was raised in this package, whose checks name the
-    argument and the remedy; one that comes out of a library is a bug, and its traceback is wanted.
+    That is what a check of this package refused, and what the operating system (a full disk, no permission) or an
+    accelerator without memory refused. Everything else, a ``ValueError`` of a library or of a broken invariant in
+    this package included, is a bug, whose traceback is wanted.
 
     Args:
-        error: A caught error, with its traceback.
-        package: Folder of this package's modules.
+        error: A caught error.
     """
-    if isinstance(error, (UsageError, OSError)) or type(error).__name__ == "OutOfMemoryError":
-        return True
-    frames = traceback.extract_tb(error.__traceback__)
-    return isinstance(error, ValueError) and bool(frames) and package in Path(frames[-1].filename).parents
+    return isinstance(error, (FaspError, OSError)) or type(error).__name__ == "OutOfMemoryError"
 
 
 def one_line(error: BaseException) -> str:

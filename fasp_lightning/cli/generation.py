@@ -6,6 +6,8 @@ from typing import Any
 
 import torch
 
+from fasp_lightning.errors import FaspError
+
 
 def continuation(model: Any, tokenizer: Any, prompt: str, new_tokens: int) -> str:
     """Greedy continuation of a prompt, with the KV cache.
@@ -20,12 +22,12 @@ def continuation(model: Any, tokenizer: Any, prompt: str, new_tokens: int) -> st
         The new text only, on one line.
 
     Raises:
-        ValueError: If the prompt has no token.
+        FaspError: If the prompt has no token.
     """
     inputs = tokenizer(prompt, return_tensors="pt")
     ids = inputs["input_ids"].to(model.get_input_embeddings().weight.device)
     if ids.shape[1] == 0:
-        raise ValueError(f"prompt must hold at least one token, got {prompt!r}")
+        raise FaspError(f"prompt must hold at least one token, got {prompt!r}")
     with torch.no_grad():
         output = model.generate(
             ids,

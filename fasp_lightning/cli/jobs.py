@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from fasp_lightning.errors import FaspError
 from fasp_lightning.pruning.config import PruningConfig
 from fasp_lightning.pruning.forms import FORMS
 from fasp_lightning.pruning.placement import parse_dtype
@@ -91,16 +92,16 @@ class PruneJob:
         if self.other_text is not None:
             self.evaluated()  # refuses an unknown source
         if self.further_calibration and not self.calibrated():
-            raise ValueError(
+            raise FaspError(
                 "further_calibration must be empty where pruning.own_text.share is 1, got "
                 f"{len(self.further_calibration)} texts that would not be read; lower the share"
             )
         if self.form not in ("auto", *FORMS):
-            raise ValueError(f"form must be one of {', '.join(('auto', *FORMS))}, got {self.form!r}")
+            raise FaspError(f"form must be one of {', '.join(('auto', *FORMS))}, got {self.form!r}")
         if self.dtype != "auto":
             parse_dtype(self.dtype)
         if self.new_tokens < 1:
-            raise ValueError(f"new_tokens must be at least 1, got {self.new_tokens}")
+            raise FaspError(f"new_tokens must be at least 1, got {self.new_tokens}")
 
     def calibrated(self) -> list[TextConfig]:
         """The texts to calibrate on beside own text: none if that is all."""
@@ -153,8 +154,8 @@ class EvaluateJob:
         if self.dtype != "auto":
             parse_dtype(self.dtype)
         if not self.evaluation and not self.tasks:
-            raise ValueError("evaluation must name a text where there are no tasks, got an empty list")
+            raise FaspError("evaluation must name a text where there are no tasks, got an empty list")
         for name in ("task_limit", "task_batch_size"):
             value = getattr(self, name)
             if value is not None and value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
+                raise FaspError(f"{name} must be at least 1, got {value}")

@@ -10,11 +10,10 @@ from typing import Any
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-import fasp_lightning
-import fasp_lightning.training.callback  # its callback is then known by its bare name
-from fasp_lightning.cli.errors import UsageError, is_user_error, one_line, reworded
+from fasp_lightning.cli.errors import is_user_error, one_line, reworded
 from fasp_lightning.cli.parsing import with_paths
 from fasp_lightning.cli.quiet import quiet_libraries, quiet_lightning
+from fasp_lightning.errors import FaspError
 from fasp_lightning.training.data import CausalLMDataModule
 from fasp_lightning.training.module import CausalLMModule
 
@@ -37,7 +36,7 @@ def run(command: str, argv: Sequence[str]) -> int:
         The exit code.
 
     Raises:
-        UsageError: If arguments, files or settings of Lightning do not fit.
+        FaspError: If arguments, files or settings of Lightning do not fit.
         SystemExit: After ``--help`` and ``--print_config``.
     """
     quiet_libraries()
@@ -45,7 +44,7 @@ def run(command: str, argv: Sequence[str]) -> int:
     try:
         TrainingCLI(command, argv)
     except MisconfigurationException as error:  # Lightning's word for settings that do not go together
-        raise UsageError(one_line(error)) from error
+        raise FaspError(one_line(error)) from error
     return 0
 
 
@@ -85,19 +84,19 @@ class TrainingCLI(LightningCLI):
         """Parse; a mistake becomes one line.
 
         Raises:
-            UsageError: If an argument or a file does not fit.
+            FaspError: If an argument or a file does not fit.
         """
         self.options.prog = self.program  # the parser of all commands has put its own name before it
         try:
             self.config = parser.parse_args(args)  # type: ignore[arg-type]
         except (argparse.ArgumentError, TypeError, KeyError) as error:
-            raise UsageError(f"{reworded(str(error))}; see {self.program} --help") from error
+            raise FaspError(f"{reworded(str(error))}; see {self.program} --help") from error
 
     def before_instantiate_classes(self) -> None:
         """The tokenizer is the model's where no other is named, and a checkpoint must be there.
 
         Raises:
-            UsageError: If ``ckpt_path`` is no file.
+            FaspError: If ``ckpt_path`` is no file.
         """
         settings = self.config[self.command]
         if settings.data.tokenizer is None:
@@ -108,16 +107,15 @@ class TrainingCLI(LightningCLI):
         """Construct module, data, callbacks and trainer.
 
         Raises:
-            UsageError: If one of this package's classes refuses its arguments.
-            ValueError: If the tokenizer has more tokens than the model.
+            FaspError: If one of this package's classes refuses its arguments, or the tokenizer has more tokens than
+                the model.
         """
         try:
             super().instantiate_classes()
         except ValueError as error:
-            refusal = _refusal(error)
-            if refusal is None:
+            if (refusal := _refusal(error)) is None:
                 raise
-            raise UsageError(one_line(refusal)) from error
+            raise refusal from None
         embeddings = self.model.model.get_input_embeddings().num_embeddings
         if self.datamodule.vocab_size > embeddings:  # a token without an embedding would be an error of some batch
             self.datamodule.check_vocabulary(embeddings)
@@ -125,7 +123,7 @@ class TrainingCLI(LightningCLI):
 
 def _refusal(error: BaseException | None) -> BaseException | None:
     """The user's mistake in a chain of errors: jsonargparse wraps what a callback's constructor raises."""
-    while error is not None and not is_user_error(error, Path(fasp_lightning.__file__).parent):
+    while error is not None and not is_user_error(error):
         error = error.__cause__ or error.__context__
     return error
 
@@ -135,4 +133,4 @@ def _check_checkpoint(path: Any) -> None:
     if path is None or path in CHECKPOINT_WORDS or ":" in str(path):  # a registry or a URL
         return
     if not Path(path).expanduser().exists():
-        raise UsageError(f"ckpt_path must be a checkpoint, or one of {', '.join(CHECKPOINT_WORDS)}, got {path!r}")
+        raise FaspError(f"ckpt_path must be a checkpoint, or one of {', '.join(CHECKPOINT_WORDS)}, got {path!r}")

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import sys
+import traceback
 from collections.abc import Sequence
 from importlib import import_module
-from pathlib import Path
 
 import fasp_lightning
-from fasp_lightning.cli.errors import UsageError, is_user_error, one_line
+from fasp_lightning.cli.errors import REPORT, is_user_error, one_line
+from fasp_lightning.errors import FaspError
 
 COMMANDS = {
     "prune": "prune a model and save it",
@@ -49,8 +50,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: Arguments without the program's name; by default those of the process.
 
     Returns:
-        The exit code: 0, 2 for a mistake of the user (one line on stderr says which), 130 after Ctrl-C. Other
-        errors are ours, and keep their traceback.
+        The exit code: 0; 2 for a mistake of the user, which one line on stderr names; 130 after Ctrl-C; 1 for any
+        other error, which is ours: its traceback is printed, and where to report it.
     """
     try:
         return _dispatch(list(sys.argv[1:] if argv is None else argv))
@@ -61,10 +62,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return _interrupted()
     except Exception as error:
-        if not is_user_error(error, Path(fasp_lightning.__file__).parent):
-            raise
-        sys.stderr.write(f"fasp: {one_line(error)}\n")
-        return 2
+        if is_user_error(error):
+            sys.stderr.write(f"fasp: {one_line(error)}\n")
+            return 2
+        traceback.print_exception(error)
+        sys.stderr.write(f"fasp: {REPORT.format(version=fasp_lightning.__version__)}\n")
+        return 1
 
 
 def _interrupted() -> int:
@@ -82,7 +85,7 @@ def _dispatch(argv: list[str]) -> int:
         return 0
     if command not in COMMANDS:
         got = repr(command) if command else "none"
-        raise UsageError(f"command must be one of {', '.join(COMMANDS)}, got {got}; see fasp --help")
+        raise FaspError(f"command must be one of {', '.join(COMMANDS)}, got {got}; see fasp --help")
     # imported here: the other commands' modules, and what they need, stay out of the process
     if command in TRAINING:
         return import_module(f"fasp_lightning.cli.{TRAINING[command]}").run(command, rest)

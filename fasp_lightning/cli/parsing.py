@@ -11,7 +11,8 @@ from typing import Any
 from jsonargparse import ArgumentParser
 
 from fasp_lightning.cli.configs import find_config
-from fasp_lightning.cli.errors import UsageError, reworded
+from fasp_lightning.cli.errors import reworded
+from fasp_lightning.errors import FaspError
 
 CONFIG_OPTIONS = ("-c", "--config")
 
@@ -29,8 +30,7 @@ def parse(job: type, program: str, argv: list[str]) -> Any:
         An instance of ``job``.
 
     Raises:
-        UsageError: If an argument or a file does not fit.
-        ValueError: From the dataclasses' own checks.
+        FaspError: If an argument or a file does not fit, or a dataclass refuses its values.
         SystemExit: After ``--help`` and ``--print_config``.
     """
     parser = ArgumentParser(prog=program, description=_summary(job), exit_on_error=False)
@@ -40,13 +40,13 @@ def parse(job: type, program: str, argv: list[str]) -> Any:
     try:
         parsed = parser.parse_args(arguments)
     except (argparse.ArgumentError, TypeError, KeyError) as error:
-        raise UsageError(f"{reworded(str(error))}; see {program} --help") from error
+        raise FaspError(f"{reworded(str(error))}; see {program} --help") from error
     parsed.pop("config", None)
     instantiate = getattr(parser, "instantiate", None) or parser.instantiate_classes  # renamed in 4.49
     try:
         return job(**instantiate(parsed).as_dict())
     except ValueError as error:
-        if isinstance(error.__cause__, ValueError):  # of a dataclass that may be null: the parser wraps what it says
+        if isinstance(error.__cause__, FaspError):  # of a dataclass that may be null: the parser wraps what it says
             raise error.__cause__ from None
         raise
 
@@ -59,7 +59,7 @@ def with_paths(argv: list[str]) -> Iterator[str]:
     """The arguments with the configs' paths for their names.
 
     Raises:
-        UsageError: If there is no such config.
+        FaspError: If there is no such config.
     """
     named = False
     for argument in argv:

@@ -13,9 +13,9 @@ import torch
 from lightning.pytorch.cli import LightningArgumentParser
 
 from fasp_lightning.cli.console import note, percent
-from fasp_lightning.cli.errors import UsageError
 from fasp_lightning.cli.lightning import TrainingCLI
 from fasp_lightning.cli.quiet import one_thread, quiet_libraries
+from fasp_lightning.errors import FaspError
 from fasp_lightning.pruning.config import PruningConfig
 from fasp_lightning.pruning.loading import load_config
 from fasp_lightning.pruning.plan import record_plan, resolve_pruned
@@ -44,8 +44,8 @@ def run(command: str, argv: Sequence[str]) -> int:
         The exit code.
 
     Raises:
-        UsageError: If the arguments do not fit, or no callback prunes.
-        ValueError: If the schedule is refused, or an event's sparsity cannot be reached.
+        FaspError: If the arguments do not fit, or no callback prunes.
+        FaspError: If the schedule is refused, or an event's sparsity cannot be reached.
     """
     quiet_libraries()
     settings = ScheduleCLI(argv).settings
@@ -93,7 +93,7 @@ def _pruning_callback(settings: Any) -> Any:
     callbacks = callbacks if isinstance(callbacks, list) else [callbacks]
     found = [each for each in callbacks if issubclass(_class_of(each.class_path), FASPPruning)]
     if len(found) != 1:
-        raise UsageError(
+        raise FaspError(
             f"trainer.callbacks must hold one FASPPruning with a schedule, got {len(found)}; name a config by -c, "
             "or add --trainer.callbacks+=FASPPruning --trainer.callbacks.schedule ..."
         )
@@ -130,8 +130,8 @@ def _entries(model: Any, schedule: PruningSchedule, pruning: PruningConfig) -> I
     for index, event in enumerate(schedule):
         try:
             widths = plan_widths(model, dataclasses.replace(pruning, sparsity=event.sparsity))
-        except ValueError as error:
-            raise UsageError(f"schedule entry {index}, {event.to_dict()!r}: {error}") from error
+        except FaspError as error:
+            raise FaspError(f"schedule entry {index}, {event.to_dict()!r}: {error}") from error
         yield from _entry(index, event, widths)
         _cut(model, widths)
 

@@ -74,9 +74,9 @@ def set_up(job: PruneJob) -> Setup:
     """Decide widths, device, dtype and form.
 
     Raises:
-        ValueError: If the model is of no known family, the sparsity cannot be reached, the form cannot hold
+        FaspError: If the model is of no known family, the sparsity cannot be reached, the form cannot hold
             the result, or device or dtype do not fit.
-        OSError: If there is no such model.
+        FaspOSError: If there is no such model.
     """
     device = choose_device(job.device)
     source, config = resolve_source(job.model.name_or_path), config_of(job.model)

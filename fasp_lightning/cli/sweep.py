@@ -24,13 +24,13 @@ from fasp_lightning.cli.checks import (
 )
 from fasp_lightning.cli.console import PruningProgress, dtype_name, gibibytes, note, percent, shown_warnings
 from fasp_lightning.cli.domains import missing_domain, single_source
-from fasp_lightning.cli.errors import UsageError
 from fasp_lightning.cli.generation import continuation
 from fasp_lightning.cli.jobs import PruneJob
 from fasp_lightning.cli.prune import domains_of, home, measure, prune_measured, save
 from fasp_lightning.cli.quiet import quiet_libraries
 from fasp_lightning.cli.setup import Setup, already_pruned, load, memory_of, set_up
 from fasp_lightning.cli.sweep_tables import Finished, print_sweep, write_sweep
+from fasp_lightning.errors import FaspError, FaspFileExistsError
 from fasp_lightning.pruning.checkpoint import PLAN_FILE, REPORT_FILE, read_plan
 from fasp_lightning.pruning.config import PruningConfig
 from fasp_lightning.pruning.forms import choose_form
@@ -62,12 +62,12 @@ class SweepJob(PruneJob):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.output_dir is None:
-            raise ValueError("output_dir must be a folder for a sweep, got null")
+            raise FaspError("output_dir must be a folder for a sweep, got null")
         if not self.sparsities or len(set(self.sparsities)) < len(self.sparsities):
-            raise ValueError(f"sparsities must be one or more different numbers, got {self.sparsities}")
+            raise FaspError(f"sparsities must be one or more different numbers, got {self.sparsities}")
         for sparsity in self.sparsities:
             if not 0 < sparsity < 1:
-                raise ValueError(f"sparsities must be in (0, 1), got {sparsity}")
+                raise FaspError(f"sparsities must be in (0, 1), got {sparsity}")
 
     @property
     def folder(self) -> Path:
@@ -123,7 +123,7 @@ def run(job: SweepJob) -> int:
 def _check_folders(job: SweepJob) -> None:
     """Refuse a folder that is taken by something else than a sweep, before anything is read."""
     if job.folder.exists() and not job.folder.is_dir():
-        raise UsageError(f"output_dir must be a folder, got the file {job.output_dir!r}")
+        raise FaspError(f"output_dir must be a folder, got the file {job.output_dir!r}")
     for point in job.points():
         check_output_dir(point)
 
@@ -168,7 +168,7 @@ class _Sweep:
         """Whether a sparsity is to be computed.
 
         Raises:
-            FileExistsError: If its folder was made with other settings, and may not be overwritten.
+            FaspFileExistsError: If its folder was made with other settings, and may not be overwritten.
         """
         report = _report(job)
         if report is None:
@@ -176,7 +176,7 @@ class _Sweep:
         made_with, wanted = report.get("made_with", {}), self.settings(job)
         changed = [name for name in wanted if made_with.get(name) != wanted[name]]
         if changed and not self.job.overwrite:
-            raise FileExistsError(
+            raise FaspFileExistsError(
                 f"{job.output_dir} was made with other settings ({', '.join(changed)}); choose another output_dir, "
                 "or overwrite it"
             )

@@ -5,8 +5,8 @@ from __future__ import annotations
 import importlib.util
 from typing import Any, NamedTuple
 
-from fasp_lightning.cli.errors import UsageError
 from fasp_lightning.cli.jobs import EvaluateJob
+from fasp_lightning.errors import FaspError
 
 SHOWN = ("acc", "acc_norm", "exact_match", "word_perplexity", "perplexity", "f1", "bleu")
 
@@ -45,10 +45,10 @@ def find_tasks(job: EvaluateJob) -> Tasks:
     """Look the tasks of a job up, before its model is loaded.
 
     Raises:
-        UsageError: If the harness is not installed, with the line that installs it, or if a task is unknown.
+        FaspError: If the harness is not installed, with the line that installs it, or if a task is unknown.
     """
     if importlib.util.find_spec("lm_eval") is None:
-        raise UsageError(
+        raise FaspError(
             "tasks need lm-evaluation-harness, which is not installed; run pip install 'fasp-lightning[eval]'"
         )
     from lm_eval.tasks import TaskManager
@@ -59,7 +59,7 @@ def find_tasks(job: EvaluateJob) -> Tasks:
     unknown = [name for name in names if name not in manager.all_tasks]
     if unknown or not names:
         got = ", ".join(unknown) or "none"
-        raise UsageError(f"tasks must be names of the harness or of --task_folder, got {got}")
+        raise FaspError(f"tasks must be names of the harness or of --task_folder, got {got}")
     return Tasks(names, manager)
 
 

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from fasp_lightning.errors import FaspError
+
 CHUNK_ELEMENTS = 2**24
 """Logits handled at once: their float32 copy and its softmax take 64 MiB each, whatever the vocabulary."""
 
@@ -28,7 +30,7 @@ def next_token_nll(logits: Tensor, input_ids: Tensor, mask: Tensor | None = None
         device of the logits.
 
     Raises:
-        ValueError: If the shapes don't match.
+        FaspError: If the shapes don't match.
     """
     _check_shapes(logits, input_ids, mask)
     nll = torch.zeros((), dtype=torch.float64, device=logits.device)
@@ -56,7 +58,7 @@ def next_token_nll_gradient(logits: Tensor, input_ids: Tensor, mask: Tensor | No
         (batch, seq, vocabulary) gradient in the dtype of the logits, zero where nothing is predicted.
 
     Raises:
-        ValueError: If the shapes don't match.
+        FaspError: If the shapes don't match.
     """
     _check_shapes(logits, input_ids, mask)
     gradient = torch.zeros_like(logits)
@@ -85,11 +87,11 @@ def _predictions(
 
 def _check_shapes(logits: Tensor, input_ids: Tensor, mask: Tensor | None) -> None:
     if logits.ndim != 3 or input_ids.shape != logits.shape[:2]:
-        raise ValueError(
+        raise FaspError(
             "logits must be (batch, seq, vocabulary) and input_ids (batch, seq), "
             f"got {tuple(logits.shape)} and {tuple(input_ids.shape)}"
         )
     if mask is not None and mask.shape != input_ids.shape:
-        raise ValueError(
+        raise FaspError(
             f"mask must have the shape {tuple(input_ids.shape)} of input_ids, got {tuple(mask.shape)}"
         )

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fasp_lightning.errors import FaspError
 from fasp_lightning.ops.selection import complement
 
 LADDER = (1.0, 1e1, 1e2, 1e3)
@@ -53,12 +54,12 @@ def restore_weight(
         The restored weight, the damping used, and the solver.
 
     Raises:
-        ValueError: If ``damping`` is negative or ``ridge`` unknown.
+        FaspError: If ``damping`` is negative or ``ridge`` unknown.
     """
     if damping < 0:
-        raise ValueError(f"damping must be >= 0, got {damping}")
+        raise FaspError(f"damping must be >= 0, got {damping}")
     if ridge not in ("original", "zero"):
-        raise ValueError(f"ridge must be 'original' or 'zero', got {ridge!r}")
+        raise FaspError(f"ridge must be 'original' or 'zero', got {ridge!r}")
     weight = weight.double()
     removed = complement(kept, weight.shape[1])
     if removed.numel() == 0:

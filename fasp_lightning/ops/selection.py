@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fasp_lightning.errors import FaspError
+
 
 def select_columns(scores: Tensor, keep: int, groups: int = 1) -> Tensor:
     """Indices of the best columns, the same number in each group.
@@ -21,14 +23,14 @@ def select_columns(scores: Tensor, keep: int, groups: int = 1) -> Tensor:
         (groups · keep,) ascending indices into the n columns.
 
     Raises:
-        ValueError: If ``groups`` does not divide n, or ``keep`` is not between 1 and the group's size.
+        FaspError: If ``groups`` does not divide n, or ``keep`` is not between 1 and the group's size.
     """
     width = scores.numel()
     if groups < 1 or width % groups:
-        raise ValueError(f"groups must divide the number of columns {width}, got {groups}")
+        raise FaspError(f"groups must divide the number of columns {width}, got {groups}")
     size = width // groups
     if not 1 <= keep <= size:
-        raise ValueError(f"keep must be in [1, {size}], got {keep}")
+        raise FaspError(f"keep must be in [1, {size}], got {keep}")
     order = scores.reshape(groups, size).sort(dim=1, descending=True, stable=True).indices
     kept = order[:, :keep].sort(dim=1).values
     offsets = torch.arange(groups, device=scores.device).unsqueeze(1) * size

@@ -7,6 +7,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from fasp_lightning.errors import FaspError
+
 DOUBLE_LIMIT = 8192
 """Widest consumer whose gram is kept in float64; beyond it n² doubles cost more memory than they are worth."""
 
@@ -52,7 +54,7 @@ class GramStatistics:
             weight: How much each row counts: G grows by weight · X Xᵀ, the sums by weight · Σ x.
         """
         if inputs.ndim != 2 or inputs.shape[1] != self.width:
-            raise ValueError(f"inputs must be (tokens, {self.width}), got {tuple(inputs.shape)}")
+            raise FaspError(f"inputs must be (tokens, {self.width}), got {tuple(inputs.shape)}")
         self.tokens += weight * inputs.shape[0]
         self._pending += inputs.shape[0]
         self.sums += weight * inputs.sum(0, dtype=torch.float64 if inputs.device.type == "cpu" else torch.float32)

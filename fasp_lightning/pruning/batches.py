@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fasp_lightning.errors import FaspError, FaspTypeError
+
 
 def as_inputs(batch: Any) -> tuple[Tensor, Tensor | None]:
     """Take the token ids and the attention mask out of a batch, whichever form it has.
@@ -21,12 +23,12 @@ def as_inputs(batch: Any) -> tuple[Tensor, Tensor | None]:
         (batch, seq) int64 token ids, and the (batch, seq) mask, non-zero at tokens, or None.
 
     Raises:
-        TypeError: If the batch, its ids or its mask are something else than that.
-        ValueError: If their dtype or shape is wrong, or the batch is empty.
+        FaspTypeError: If the batch, its ids or its mask are something else than that.
+        FaspError: If their dtype or shape is wrong, or the batch is empty.
     """
     if isinstance(batch, Mapping):
         if "input_ids" not in batch:
-            raise ValueError(f"a mapping must have 'input_ids' to be a batch, got keys {list(batch)}")
+            raise FaspError(f"a mapping must have 'input_ids' to be a batch, got keys {list(batch)}")
         input_ids, mask = batch["input_ids"], batch.get("attention_mask")
     else:
         input_ids, mask = batch, None
@@ -43,19 +45,19 @@ def weight_of(batch: Any) -> float:
         batch: As in :func:`as_inputs`.
 
     Raises:
-        TypeError: If the weight is not one number.
-        ValueError: If it is not positive, or not finite.
+        FaspTypeError: If the weight is not one number.
+        FaspError: If it is not positive, or not finite.
     """
     weight = batch.get("weight") if isinstance(batch, Mapping) else None
     if weight is None:
         return 1.0
     if not isinstance(weight, (int, float)) or isinstance(weight, bool):
-        raise TypeError(
+        raise FaspTypeError(
             f"weight of a batch must be one number, got {type(weight).__name__}; "
             "put sequences of different weights into batches of their own"
         )
     if not 0 < weight < math.inf:
-        raise ValueError(
+        raise FaspError(
             f"weight of a batch must be positive and finite, got {weight}; leave a batch out that should not count"
         )
     return float(weight)
@@ -74,11 +76,11 @@ def check_vocabulary(input_ids: Tensor, vocab_size: int) -> None:
         vocab_size: Number of embeddings of the model.
 
     Raises:
-        ValueError: If an id is negative, or `vocab_size` or more.
+        FaspError: If an id is negative, or `vocab_size` or more.
     """
     outside = input_ids[(input_ids < 0) | (input_ids >= vocab_size)]
     if outside.numel():
-        raise ValueError(
+        raise FaspError(
             f"input_ids must be in [0, {vocab_size}), the model's vocabulary, got {int(outside[0])}; "
             "use the tokenizer that belongs to the model"
         )
@@ -86,24 +88,24 @@ def check_vocabulary(input_ids: Tensor, vocab_size: int) -> None:
 
 def _check_ids(input_ids: Any) -> None:
     if not isinstance(input_ids, Tensor):
-        raise TypeError(
+        raise FaspTypeError(
             "a batch must be a tensor of token ids or a mapping with 'input_ids' that is one, "
             f"got {type(input_ids).__name__}"
         )
     if input_ids.dtype != torch.int64:
-        raise ValueError(f"input_ids must be int64, got {input_ids.dtype}; convert them with .long()")
+        raise FaspError(f"input_ids must be int64, got {input_ids.dtype}; convert them with .long()")
     if input_ids.ndim != 2:
-        raise ValueError(f"input_ids must be (batch, seq), got shape {tuple(input_ids.shape)}")
+        raise FaspError(f"input_ids must be (batch, seq), got shape {tuple(input_ids.shape)}")
     if input_ids.numel() == 0:
-        raise ValueError(f"input_ids must hold at least one token, got shape {tuple(input_ids.shape)}")
+        raise FaspError(f"input_ids must hold at least one token, got shape {tuple(input_ids.shape)}")
 
 
 def _check_mask(mask: Any, input_ids: Tensor) -> None:
     if not isinstance(mask, Tensor):
-        raise TypeError(f"attention_mask must be a tensor, got {type(mask).__name__}")
+        raise FaspTypeError(f"attention_mask must be a tensor, got {type(mask).__name__}")
     if mask.shape != input_ids.shape:
-        raise ValueError(
+        raise FaspError(
             f"attention_mask must have input_ids' shape, {tuple(input_ids.shape)}, got {tuple(mask.shape)}"
         )
     if mask.is_floating_point():  # 0.0 and -inf of an additive mask would be read the wrong way round
-        raise ValueError(f"attention_mask must be 0 and 1 in an integer or boolean dtype, got {mask.dtype}")
+        raise FaspError(f"attention_mask must be 0 and 1 in an integer or boolean dtype, got {mask.dtype}")

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
+from fasp_lightning.errors import FaspError
 from fasp_lightning.pruning.batches import as_inputs, check_vocabulary, weight_of
 from fasp_lightning.pruning.standins import BlockTap, stand_ins
 from fasp_lightning.pruning.store import TensorStore
@@ -88,7 +89,7 @@ def capture(
         store: Where hidden states are kept.
 
     Raises:
-        ValueError: If there is no batch, a token id lies outside the vocabulary, or a weight is not positive.
+        FaspError: If there is no batch, a token id lies outside the vocabulary, or a weight is not positive.
     """
     samples: list[Sample] = []
     shape: list[Any] = []
@@ -114,5 +115,5 @@ def capture(
             on_device = None if mask is None else mask.to(device)
             model.base_model(input_ids=input_ids.to(device), attention_mask=on_device, use_cache=False)
     if not samples:
-        raise ValueError("batches must hold at least one calibration batch, got none")
+        raise FaspError("batches must hold at least one calibration batch, got none")
     return samples

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor
 
+from fasp_lightning.errors import FaspError, FaspFileExistsError, FaspFileNotFoundError, FaspOSError
 from fasp_lightning.pruning.forms import FORMS, Loader, choose_form, loaders_for, stock_part
 from fasp_lightning.pruning.plan import PruningPlan, apply_plan, config_fields, plan_of, resolve_pruned, targets
 from fasp_lightning.pruning.staging import read_json, require_space, staged, write_json
@@ -71,17 +72,17 @@ def save_pruned(
         overwrite: Replace a folder that holds a pruned model.
 
     Raises:
-        ValueError: If the model carries no plan, or ``form`` cannot hold it.
-        FileExistsError: If ``path`` is not empty and ``overwrite`` is false, or is no pruned model.
-        OSError: If the disk has too little room.
+        FaspError: If the model carries no plan, or ``form`` cannot hold it.
+        FaspFileExistsError: If ``path`` is not empty and ``overwrite`` is false, or is no pruned model.
+        FaspOSError: If the disk has too little room.
         RuntimeError: If the reloaded model's logits differ.
     """
     path = Path(path)
     plan, spec = plan_of(model), spec_for(model)
     if plan is None:
-        raise ValueError("model must carry a plan; prune it with FASPPruner or give it one with apply_plan first")
+        raise FaspError("model must carry a plan; prune it with FASPPruner or give it one with apply_plan first")
     if has_adapters(model):
-        raise ValueError("model must have its LoRA merged before it is saved, or its keys would not be stock ones")
+        raise FaspError("model must have its LoRA merged before it is saved, or its keys would not be stock ones")
     form = choose_form(form, spec, plan.kinds)
     check_output(path, overwrite)
     tensors = _zero_filled(model) if form == "zero_filled" else {}
@@ -115,9 +116,9 @@ def load_pruned(
         The model on the CPU, in evaluation mode.
 
     Raises:
-        FileNotFoundError: If the folder holds no plan.
-        ValueError: If its plan is damaged.
-        OSError: If its weights are.
+        FaspFileNotFoundError: If the folder holds no plan.
+        FaspError: If its plan is damaged.
+        FaspOSError: If its weights are.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -141,15 +142,15 @@ def read_plan(path: str | Path) -> tuple[str, PruningPlan]:
     """Form and plan of a saved folder.
 
     Raises:
-        FileNotFoundError: If the folder holds no plan.
-        ValueError: If the plan is damaged.
+        FaspFileNotFoundError: If the folder holds no plan.
+        FaspError: If the plan is damaged.
     """
     file = Path(path) / PLAN_FILE
     if not file.is_file():
-        raise FileNotFoundError(f"{path} holds no {PLAN_FILE}; load a model that is not pruned with transformers")
+        raise FaspFileNotFoundError(f"{path} holds no {PLAN_FILE}; load a model that is not pruned with transformers")
     data = read_json(file)
     if data.get("form") not in FORMS:
-        raise ValueError(f"form in {file} must be one of {', '.join(map(repr, FORMS))}, got {data.get('form')!r}")
+        raise FaspError(f"form in {file} must be one of {', '.join(map(repr, FORMS))}, got {data.get('form')!r}")
     return data["form"], PruningPlan.from_dict(data)
 
 
@@ -157,15 +158,15 @@ def check_output(path: str | Path, overwrite: bool) -> None:
     """Refuse an output folder before anything is spent.
 
     Raises:
-        FileExistsError: If it is not empty and ``overwrite`` is false, or holds something else than a pruned model.
+        FaspFileExistsError: If it is not empty and ``overwrite`` is false, or holds something else than a pruned model.
     """
     path = Path(path)
     if not path.exists() or (path.is_dir() and not any(path.iterdir())):
         return
     if not overwrite:
-        raise FileExistsError(f"output folder {path} must be empty; choose another one, or overwrite it")
+        raise FaspFileExistsError(f"output folder {path} must be empty; choose another one, or overwrite it")
     if not (path / PLAN_FILE).is_file():
-        raise FileExistsError(
+        raise FaspFileExistsError(
             f"output folder {path} holds no pruned model ({PLAN_FILE}) and is not overwritten; empty it first"
         )
 
@@ -236,7 +237,8 @@ def _from_pretrained(model_class: Any, path: Path, **options: Any) -> PreTrained
     """``from_pretrained`` that does not initialise what it misses."""
     model, info = model_class.from_pretrained(path, output_loading_info=True, **options)
     if missing := sorted(info["missing_keys"]):
-        raise OSError(f"{path} must hold all weights, got none for {', '.join(missing[:3])} ({len(missing)} in all)")
+        names = f"{', '.join(missing[:3])} ({len(missing)} in all)"
+        raise FaspOSError(f"{path} must hold all weights, got none for {names}")
     loaded: PreTrainedModel = model
     return loaded
 

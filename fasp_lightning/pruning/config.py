@@ -8,6 +8,7 @@ from typing import Any, Literal, get_args, get_type_hints
 
 import torch
 
+from fasp_lightning.errors import FaspError
 from fasp_lightning.pruning.own_text import OwnTextConfig
 
 
@@ -65,16 +66,16 @@ class PruningConfig:
         if isinstance(self.own_text, dict):  # as to_dict() gives it
             object.__setattr__(self, "own_text", OwnTextConfig(**self.own_text))
         if not 0 <= self.sparsity < 1:
-            raise ValueError(f"sparsity must be in [0, 1), got {self.sparsity}")
+            raise FaspError(f"sparsity must be in [0, 1), got {self.sparsity}")
         hints = get_type_hints(type(self))
         for name in ("attention", "head_balance", "score", "allocation", "restoration", "ridge", "offload"):
             _require_choice(name, getattr(self, name), get_args(hints[name]))
         if self.damping != "auto" and not (isinstance(self.damping, (int, float)) and 0 <= self.damping < math.inf):
-            raise ValueError(f"damping must be a finite number >= 0 or 'auto', got {self.damping!r}")
+            raise FaspError(f"damping must be a finite number >= 0 or 'auto', got {self.damping!r}")
         for name in ("sensitivity_tokens", "rounds", "multiple_of", "micro_batch_size"):
             value = getattr(self, name)
             if value is not None and value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
+                raise FaspError(f"{name} must be at least 1, got {value}")
         if self.device is not None:
             _require_device(self.device)
 
@@ -100,11 +101,11 @@ class PruningConfig:
 
 def _require_choice(name: str, value: Any, choices: tuple[Any, ...]) -> None:
     if value not in choices:
-        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
+        raise FaspError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
 
 
 def _require_device(device: str) -> None:
     try:
         torch.device(device)
     except RuntimeError:
-        raise ValueError(f"device must be a torch device such as 'cpu' or 'cuda:0', got {device!r}") from None
+        raise FaspError(f"device must be a torch device such as 'cpu' or 'cuda:0', got {device!r}") from None

@@ -20,6 +20,8 @@ import tokenize
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
+from fasp_lightning.errors import FaspError
+
 _log = logging.getLogger(__name__)
 
 SHARES: dict[str, float] = {"calibration": 0.40, "train": 0.30, "test": 0.19, "validation": 0.11}
@@ -126,7 +128,7 @@ def module_docstrings() -> Iterator[tuple[str, str]]:
     The sources are parsed, never imported: importing may open windows, start threads or print.
 
     Raises:
-        ValueError: If this Python carries no sources of its standard library (a frozen or zipped one).
+        FaspError: If this Python carries no sources of its standard library (a frozen or zipped one).
     """
     root = Path(sysconfig.get_path("stdlib"))
     found = False
@@ -139,7 +141,7 @@ def module_docstrings() -> Iterator[tuple[str, str]]:
         if text:
             yield ".".join(parts), text
     if not found:
-        raise ValueError(
+        raise FaspError(
             f"source 'builtin:docstrings' needs the standard library's .py files, found none in {root}; "
             "use builtin:topics"
         )

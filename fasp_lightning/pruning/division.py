@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+from fasp_lightning.errors import FaspError
 from fasp_lightning.pruning.config import PruningConfig
 from fasp_lightning.structure.layout import PairLayout
 from fasp_lightning.structure.pair import ResolvedPair
@@ -22,7 +23,7 @@ def units_left(
         counts: Numbers of KV groups that can be left, ascending, the present one last; none where value dims are cut.
 
     Raises:
-        ValueError: If the sparsity cannot be reached with what is to be kept, or ``multiple_of`` exceeds the FFN width.
+        FaspError: If the sparsity cannot be reached with what is to be kept, or ``multiple_of`` exceeds the FFN width.
     """
     share = _share(pairs, pruned, config, total, counts)
     if counts:
@@ -53,7 +54,7 @@ def _share(
     if config.sparsity * total > removable:
         highest = math.floor(removable / total * 1e4) / 1e4
         kept = "queries and keys" if "value" in pruned else f"{counts[0]} KV groups" if counts else "the attention"
-        raise ValueError(f"sparsity must be at most {highest} with {kept} kept, got {config.sparsity}")
+        raise FaspError(f"sparsity must be at most {highest} with {kept} kept, got {config.sparsity}")
     sizes = [sum(_size(pair) for pair in block if pair.spec.kind in pruned) for block in pairs]
     return _level(config.sparsity * total, sizes, [sum(map(removed, block)) for block in pairs])
 
@@ -79,7 +80,7 @@ def _least(pair: ResolvedPair, config: PruningConfig, counts: list[int]) -> int:
     if pair.spec.kind == "groups":
         return counts[0]
     if config.multiple_of > pair.layout.width:
-        raise ValueError(f"multiple_of must be at most the FFN width {pair.layout.width}, got {config.multiple_of}")
+        raise FaspError(f"multiple_of must be at most the FFN width {pair.layout.width}, got {config.multiple_of}")
     return config.multiple_of
 
 
@@ -129,7 +130,7 @@ def _groups_left(
         if not ffns or (rest <= highest and (rest >= lowest or count == counts[-1])):
             found.append(count)
     if not found:
-        raise ValueError(
+        raise FaspError(
             f"sparsity must be one that whole KV groups and the FFN make up together, got {config.sparsity}: stock "
             f"code can hold {', '.join(map(str, counts))} of {layout.width} groups; use 'value_dims' or 'none'"
         )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from fasp_lightning.errors import FaspError
+
 
 def require_finite(name: str, finite: bool, layer: str) -> None:
     """Refuse NaN and infinite values.
@@ -12,10 +14,10 @@ def require_finite(name: str, finite: bool, layer: str) -> None:
         layer: Path of the layer at whose input they came up.
 
     Raises:
-        ValueError: If one is not; the message names the layer.
+        FaspError: If one is not; the message names the layer.
     """
     if not finite:
-        raise ValueError(
+        raise FaspError(
             f"{name} must be finite, got NaN or Inf at the input of {layer}; "
             "check the checkpoint, or run the model in float32 or bfloat16"
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from fasp_lightning.errors import FaspError
 from fasp_lightning.pruning.plan import PairPlan, PruningPlan
 from fasp_lightning.structure.spec import ArchitectureSpec
 from fasp_lightning.structure.stock import stock_fields
@@ -40,13 +41,13 @@ def choose_form(form: str, spec: ArchitectureSpec, kinds: set[str]) -> str:
         kinds: Kinds of the pairs that were cut, and ``"uneven"`` if blocks have different FFN widths.
 
     Raises:
-        ValueError: If ``form`` is unknown, or ``"stock"`` and stock code cannot hold these shapes.
+        FaspError: If ``form`` is unknown, or ``"stock"`` and stock code cannot hold these shapes.
     """
     if form not in ("auto", *FORMS):
-        raise ValueError(f"form must be 'auto' or one of {', '.join(map(repr, FORMS))}, got {form!r}")
+        raise FaspError(f"form must be 'auto' or one of {', '.join(map(repr, FORMS))}, got {form!r}")
     obstacle = _obstacle(spec, kinds)
     if form == "stock" and obstacle:
-        raise ValueError(f"form 'stock' cannot hold this model: {obstacle}; use 'compact' or 'zero_filled'")
+        raise FaspError(f"form 'stock' cannot hold this model: {obstacle}; use 'compact' or 'zero_filled'")
     if form == "auto":
         return "zero_filled" if obstacle else "stock"
     return form

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fasp_lightning.errors import FaspError
 from fasp_lightning.ops.scores import fisher_score
 from fasp_lightning.pruning.finite import require_finite
 from fasp_lightning.structure.pair import ResolvedPair
@@ -58,12 +59,12 @@ class ConsumerScores:
             pairs: In the order of the forward pass.
 
         Raises:
-            ValueError: If no gradient came, or an input or a gradient was not finite; the message names the layer.
+            FaspError: If no gradient came, or an input or a gradient was not finite; the message names the layer.
         """
         layers = [pair.layer for pair in pairs]
         for layer in layers:
             if layer not in self._scores:
-                raise ValueError(
+                raise FaspError(
                     f"the loss must depend on the input of {layer}, got no gradient there; score with 'wanda' instead"
                 )
         # trouble spreads forwards from an activation, and backwards from a gradient: the first one is named

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from fasp_lightning.errors import FaspFileNotFoundError, FaspOSError
 from fasp_lightning.pruning.checkpoint import load_pruned
 from fasp_lightning.pruning.placement import choose_device, choose_dtype, parse_dtype
 from fasp_lightning.pruning.source import ModelSource, check_files, resolve_source, weight_files
@@ -25,9 +26,9 @@ def load_config(name_or_path: str | Path, *, revision: str | None = None, trust_
         trust_remote_code: Let the repository's own code run.
 
     Raises:
-        FileNotFoundError: If there is no such model.
-        OSError: If the config is damaged, or the hub cannot be reached.
-        ValueError: If the model is no causal LM, or is quantised.
+        FaspFileNotFoundError: If there is no such model.
+        FaspOSError: If the config is damaged, or the hub cannot be reached.
+        FaspError: If the model is no causal LM, or is quantised.
     """
     source = resolve_source(name_or_path)
     config = _read_config(source, revision, trust_remote_code)
@@ -44,8 +45,8 @@ def load_tokenizer(name_or_path: str | Path, *, revision: str | None = None, tru
         trust_remote_code: Let the repository's own code run.
 
     Raises:
-        FileNotFoundError: If there is no such model.
-        OSError: If it has no tokenizer that can be read.
+        FaspFileNotFoundError: If there is no such model.
+        FaspOSError: If it has no tokenizer that can be read.
     """
     from transformers import AutoTokenizer
 
@@ -57,7 +58,7 @@ def load_tokenizer(name_or_path: str | Path, *, revision: str | None = None, tru
         )
     except Exception as error:  # transformers raises a dozen kinds for what is always: nothing readable there
         reason = _first_line(error)
-        raise OSError(f"no readable tokenizer in {source.name!r}: {reason}; name another one to load") from error
+        raise FaspOSError(f"no readable tokenizer in {source.name!r}: {reason}; name another one to load") from error
 
 
 def load_model(
@@ -82,9 +83,9 @@ def load_model(
         config: The config that :func:`load_config` gave before; to read it out of a GGUF file takes seconds.
 
     Raises:
-        FileNotFoundError: If there is no such model.
-        OSError: If a file of it is damaged.
-        ValueError: If the model is no causal LM, is quantised, or dtype or device are unknown.
+        FaspFileNotFoundError: If there is no such model.
+        FaspOSError: If a file of it is damaged.
+        FaspError: If the model is no causal LM, is quantised, or dtype or device are unknown.
     """
     source, place = resolve_source(name_or_path), choose_device(device)
     if dtype != "auto":
@@ -140,14 +141,14 @@ def _read_config(source: ModelSource, revision: str | None, trust_remote_code: b
 
     hub = {"revision": revision} if revision else {}
     if source.local and source.gguf_file is None and not (Path(source.location) / "config.json").is_file():
-        raise FileNotFoundError(f"no model at {source.name!r}: the folder has no config.json")
+        raise FaspFileNotFoundError(f"no model at {source.name!r}: the folder has no config.json")
     try:
         config = AutoConfig.from_pretrained(
             source.location, trust_remote_code=trust_remote_code, **hub, **source.arguments()
         )
     except Exception as error:  # config classes raise whatever their validators do
         kind = "config of" if source.local else "folder or reachable hub model"
-        raise OSError(f"no readable {kind} {source.name!r}: {_first_line(error)}") from error
+        raise FaspOSError(f"no readable {kind} {source.name!r}: {_first_line(error)}") from error
     if source.gguf_file is not None or quantization_method(config) is None:
         _drop_quantization(config)
     return config
@@ -162,11 +163,11 @@ def _load_dense(source: ModelSource, config: Any, dtype: torch.dtype, **argument
     try:
         model = AutoModelForCausalLM.from_pretrained(source.location, config=config, dtype=dtype, **arguments)
     except SafetensorError as error:
-        raise OSError(
+        raise FaspOSError(
             f"the weights of {source.name!r} are not readable safetensors ({error}); fetch them again"
         ) from error
     except (OSError, ValueError) as error:
-        raise OSError(f"no readable weights of {source.name!r}: {_first_line(error)}") from error
+        raise FaspOSError(f"no readable weights of {source.name!r}: {_first_line(error)}") from error
     for mark in GGUF_MARKS if source.gguf_file is not None else ():
         vars(model).pop(mark, None)
     _drop_quantization(model.config)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
+from fasp_lightning.errors import FaspError
 from fasp_lightning.pruning.batches import as_inputs, check_vocabulary, weight_of, weighted
 from fasp_lightning.pruning.id_cache import fingerprint, key_of, read_ids, write_ids
 from fasp_lightning.pruning.processes import Processes
@@ -41,7 +42,7 @@ class OwnTextConfig:
             is a folder of the user's cache in commands, and none in Python; null keeps none.
 
     Raises:
-        ValueError: If a field is outside its range.
+        FaspError: If a field is outside its range.
     """
 
     tokens: int = 8192
@@ -53,18 +54,18 @@ class OwnTextConfig:
 
     def __post_init__(self) -> None:
         if self.seq_len < 2:
-            raise ValueError(f"own_text.seq_len must be 2 or more, got {self.seq_len}: the first token is given")
+            raise FaspError(f"own_text.seq_len must be 2 or more, got {self.seq_len}: the first token is given")
         if self.tokens < self.seq_len:
-            raise ValueError(
+            raise FaspError(
                 f"own_text.tokens must be at least own_text.seq_len, {self.seq_len}, got {self.tokens}; "
                 "set own_text to null for none"
             )
         if not 0 < self.share <= 1:
-            raise ValueError(f"own_text.share must be in (0, 1], got {self.share}; set own_text to null for none")
+            raise FaspError(f"own_text.share must be in (0, 1], got {self.share}; set own_text to null for none")
         if not 0 < self.temperature < math.inf:
-            raise ValueError(f"own_text.temperature must be positive and finite, got {self.temperature}")
+            raise FaspError(f"own_text.temperature must be positive and finite, got {self.temperature}")
         if self.cache_dir == "":
-            raise ValueError("own_text.cache_dir must be a folder, 'auto' or null, got ''")
+            raise FaspError("own_text.cache_dir must be a folder, 'auto' or null, got ''")
 
     @property
     def sequences(self) -> int:
@@ -107,14 +108,14 @@ def own_text(
         This process's part: batches of (batch, seq_len) int64 token ids on the CPU.
 
     Raises:
-        ValueError: If a process is left without a sequence, a start is not in the vocabulary, or the logits are not
+        FaspError: If a process is left without a sequence, a start is not in the vocabulary, or the logits are not
             finite.
         RuntimeError: If another process raised an error.
     """
     processes = processes or Processes()
     config = within_positions(model, config)
     if config.sequences < processes.count:
-        raise ValueError(
+        raise FaspError(
             f"own_text.tokens must give each of {processes.count} processes a sequence of {config.seq_len}, "
             f"got {config.tokens}"
         )
@@ -202,8 +203,8 @@ def calibration_starts(batches: list[Any], processes: Processes | None = None) -
         (sequences of all processes,) int64, sorted, so that their order decides nothing; ``None`` if there are none.
 
     Raises:
-        TypeError: If a batch is none.
-        ValueError: If a batch is none.
+        FaspTypeError: If a batch is none.
+        FaspError: If a batch is none.
         RuntimeError: If another process raised an error.
     """
     processes = processes or Processes()
@@ -244,8 +245,8 @@ def mixed(batches: Iterable[Any], own: list[Tensor], share: float, processes: Pr
         processes: As in :func:`own_text`; weights are summed over all of them.
 
     Raises:
-        TypeError: If a batch is none.
-        ValueError: If a batch is none, or there is no token of calibration text, but it should have a share.
+        FaspTypeError: If a batch is none.
+        FaspError: If a batch is none, or there is no token of calibration text, but it should have a share.
         RuntimeError: If another process raised an error.
     """
     if share == 1:
@@ -256,7 +257,7 @@ def mixed(batches: Iterable[Any], own: list[Tensor], share: float, processes: Pr
         weight = sum(weight_of(batch) * _tokens(batch) for batch in given)
     calibration, tokens = processes.total(weight, sum(ids.numel() for ids in own))
     if calibration == 0:
-        raise ValueError(
+        raise FaspError(
             "batches must hold at least one calibration token, got none; "
             "set own_text.share to 1 to calibrate on own text alone"
         )

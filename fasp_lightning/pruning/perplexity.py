@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from fasp_lightning.errors import FaspError
 from fasp_lightning.ops.likelihood import next_token_nll
 from fasp_lightning.pruning.batches import as_inputs, check_vocabulary, weight_of
 from fasp_lightning.pruning.standins import evaluating
@@ -58,7 +59,7 @@ def perplexity(model: nn.Module, batches: Iterable[Any]) -> float:
         exp(Σ NLL / predicted tokens).
 
     Raises:
-        ValueError: If there is no token to predict, an id is outside the vocabulary, or a batch has a weight.
+        FaspError: If there is no token to predict, an id is outside the vocabulary, or a batch has a weight.
     """
     return measure_perplexity(model, batches).perplexity
 
@@ -79,7 +80,7 @@ def measure_perplexity(model: nn.Module, batches: Iterable[Any]) -> PerplexityRe
         The perplexity, and what it was measured on. It is infinite or NaN if the model's logits are.
 
     Raises:
-        ValueError: If there is no token to predict, an id is outside the vocabulary, or a batch has a weight.
+        FaspError: If there is no token to predict, an id is outside the vocabulary, or a batch has a weight.
     """
     nll, tokens, sequences, seq_len = 0.0, 0, 0, 0
     started = time.perf_counter()
@@ -87,7 +88,7 @@ def measure_perplexity(model: nn.Module, batches: Iterable[Any]) -> PerplexityRe
         for batch in batches:
             input_ids, mask = as_inputs(batch)
             if weight_of(batch) != 1:  # passing it over would report another perplexity than was asked for
-                raise ValueError(
+                raise FaspError(
                     f"weight of a batch must be 1 where perplexity is measured, got {weight_of(batch)}: every token "
                     "counts alike; leave the weight out"
                 )
@@ -96,7 +97,7 @@ def measure_perplexity(model: nn.Module, batches: Iterable[Any]) -> PerplexityRe
             sequences, seq_len = sequences + len(input_ids), max(seq_len, input_ids.shape[1])
     seconds = time.perf_counter() - started
     if tokens == 0:
-        raise ValueError(
+        raise FaspError(
             f"batches must hold at least one token to predict, got {sequences} sequences of {seq_len} tokens "
             "at most; give sequences of two tokens or more that aren't masked"
         )

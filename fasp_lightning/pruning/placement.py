@@ -11,6 +11,8 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
+from fasp_lightning.errors import FaspError
+
 logger = logging.getLogger(__name__)
 
 DTYPES = {
@@ -35,20 +37,20 @@ def choose_device(requested: str | torch.device = "auto") -> torch.device:
         requested: ``"auto"`` (CUDA where there is one, else the CPU), or any torch device name.
 
     Raises:
-        ValueError: If torch does not know the name, or the machine lacks the device.
+        FaspError: If torch does not know the name, or the machine lacks the device.
     """
     if requested == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(requested)
     except RuntimeError as error:
-        raise ValueError(
+        raise FaspError(
             f"device must be 'auto' or a torch device such as 'cpu' or 'cuda:0', got {requested!r}"
         ) from error
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise ValueError(
+        raise FaspError(
             f"device {requested!r} is not usable on this machine; use 'auto' or 'cpu'"
         ) from error
     return device
@@ -58,12 +60,12 @@ def parse_dtype(requested: str | torch.dtype) -> torch.dtype:
     """The dtype a name such as ``"bf16"`` or ``"float32"`` stands for.
 
     Raises:
-        ValueError: If the name is unknown.
+        FaspError: If the name is unknown.
     """
     if isinstance(requested, torch.dtype):
         return requested
     if requested not in DTYPES:
-        raise ValueError(f"dtype must be 'auto' or one of {', '.join(DTYPES)}, got {requested!r}")
+        raise FaspError(f"dtype must be 'auto' or one of {', '.join(DTYPES)}, got {requested!r}")
     return DTYPES[requested]
 
 
@@ -82,7 +84,7 @@ def choose_dtype(
         device: Where the model will compute.
 
     Raises:
-        ValueError: If ``requested`` is no known dtype.
+        FaspError: If ``requested`` is no known dtype.
     """
     if requested != "auto":
         return parse_dtype(requested)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from fasp_lightning.errors import FaspError
 from fasp_lightning.structure.layout import PairLayout
 from fasp_lightning.structure.pair import ResolvedPair
 from fasp_lightning.structure.registry import spec_for
@@ -78,16 +79,16 @@ class PruningPlan:
         """Inverse of :meth:`to_dict`.
 
         Raises:
-            ValueError: If ``data`` is not a plan, or one of another version.
+            FaspError: If ``data`` is not a plan, or one of another version.
         """
         if not isinstance(data, dict) or data.get("version") != VERSION:
-            raise ValueError(f"a plan must be a mapping with version {VERSION}, got {str(data)[:60]!r}")
+            raise FaspError(f"a plan must be a mapping with version {VERSION}, got {str(data)[:60]!r}")
         try:
             blocks = tuple({path: _pair_plan(pair) for path, pair in block.items()} for block in data["blocks"])
             return cls(data["model_type"], blocks)
         except (AttributeError, KeyError, TypeError) as error:
             reason = f"a plan must hold model_type, blocks and the layout of each pair; missing: {error}"
-            raise ValueError(reason) from None
+            raise FaspError(reason) from None
 
     def to_json(self) -> str:
         """The plan as one line of JSON."""
@@ -98,9 +99,13 @@ class PruningPlan:
         """Inverse of :meth:`to_json`.
 
         Raises:
-            ValueError: If the text is not the JSON of a plan.
+            FaspError: If the text is not the JSON of a plan.
         """
-        return cls.from_dict(json.loads(text))
+        try:
+            data = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise FaspError(f"a plan must be JSON, got {text[:60]!r}: {error}") from None
+        return cls.from_dict(data)
 
     def cuts(self) -> list[Kept]:
         """The plan as :func:`~fasp_lightning.structure.resolve.resolve` takes it."""
@@ -134,7 +139,7 @@ def resolve_pruned(model: PreTrainedModel, *, kv_groups: bool = False) -> list[l
         kv_groups: Let whole KV groups be the units of the attention; they are in any case where some are cut.
 
     Raises:
-        ValueError: If a path or shape does not fit, or value dims are cut where KV groups are asked for.
+        FaspError: If a path or shape does not fit, or value dims are cut where KV groups are asked for.
     """
     plan, spec = plan_of(model), spec_for(model)
     kinds = plan.kinds if plan else set()
@@ -147,9 +152,9 @@ def _require_groups(model: PreTrainedModel, spec: ArchitectureSpec, kinds: set[s
     obstacle = groups_obstacle(spec, model.config)
     if obstacle:
         reason = f"attention='kv_groups' cannot be used with {model.config.model_type}: {obstacle}"
-        raise ValueError(f"{reason}; use 'value_dims' or 'none'")
+        raise FaspError(f"{reason}; use 'value_dims' or 'none'")
     if "value" in kinds:
-        raise ValueError(
+        raise FaspError(
             "attention='kv_groups' cannot follow 'value_dims' on the same model, whose heads are no longer whole; "
             "go on with 'value_dims' or 'none', or prune the original model"
         )
@@ -196,13 +201,13 @@ def apply_plan(model: PreTrainedModel, plan: PruningPlan, *, wrap: bool = True) 
         The same model, which now carries the plan.
 
     Raises:
-        ValueError: If the plan belongs to another family or to other shapes, or keeps a unit that is gone.
+        FaspError: If the plan belongs to another family or to other shapes, or keeps a unit that is gone.
     """
     pairs = resolve_pruned(model, kv_groups="groups" in plan.kinds)
     wanted = targets(model, pairs, plan)
     for pair, kept in wanted:  # all are checked before the first is cut
         if not torch.isin(kept, pair.kept).all():
-            raise ValueError(_bad_units(pair, pair.kept.numel()))
+            raise FaspError(_bad_units(pair, pair.kept.numel()))
     for pair, kept in wanted:
         pair.cut(kept, wrap=wrap)
     record_plan(model, pairs)
@@ -219,7 +224,7 @@ def conform(model: PreTrainedModel, plan: PruningPlan | None) -> PreTrainedModel
         plan: The plan, or ``None`` for the original shapes.
 
     Raises:
-        ValueError: If the plan belongs to another family or to other shapes.
+        FaspError: If the plan belongs to another family or to other shapes.
     """
     plan = plan or PruningPlan(model.config.model_type, tuple({} for _ in resolve_pruned(model)))
     _change_units(model, plan)
@@ -249,12 +254,12 @@ def targets(
     """Each pair with the units that the plan keeps of it.
 
     Raises:
-        ValueError: If the plan belongs to another family or to other shapes.
+        FaspError: If the plan belongs to another family or to other shapes.
     """
     if plan.model_type != model.config.model_type:
-        raise ValueError(f"plan must be one of a {model.config.model_type} model, got one of {plan.model_type!r}")
+        raise FaspError(f"plan must be one of a {model.config.model_type} model, got one of {plan.model_type!r}")
     if len(plan.blocks) != len(pairs):
-        raise ValueError(f"plan must have {len(pairs)} blocks as the model has, got {len(plan.blocks)}")
+        raise FaspError(f"plan must have {len(pairs)} blocks as the model has, got {len(plan.blocks)}")
     return [
         (pair, _target(pair, block.get(pair.spec.consumer)))
         for resolved, block in zip(pairs, plan.blocks, strict=True)
@@ -266,18 +271,18 @@ def _require_consumers(pairs: list[ResolvedPair], block: dict[str, PairPlan]) ->
     """The pairs of a block, if the plan names no other."""
     unknown = set(block) - {pair.spec.consumer for pair in pairs}
     if unknown:
-        raise ValueError(f"plan of {pairs[0].name} must name its consumers, got {', '.join(sorted(unknown))}")
+        raise FaspError(f"plan of {pairs[0].name} must name its consumers, got {', '.join(sorted(unknown))}")
     return pairs
 
 
 def _target(pair: ResolvedPair, planned: PairPlan | None) -> torch.Tensor:
     """Units to keep; all of them if the plan has nothing on this pair."""
     if planned is not None and planned.layout != pair.layout:
-        raise ValueError(f"plan of {pair.layer} must be for {pair.layout}, got {planned.layout}")
+        raise FaspError(f"plan of {pair.layer} must be for {pair.layout}, got {planned.layout}")
     kept = torch.tensor(planned.kept if planned else range(pair.layout.width), dtype=torch.long)
     inside = kept.numel() and kept[0] >= 0 and kept[-1] < pair.layout.width
     if not inside or not (kept[1:] > kept[:-1]).all():
-        raise ValueError(_bad_units(pair, pair.layout.width))
+        raise FaspError(_bad_units(pair, pair.layout.width))
     return kept
 
 

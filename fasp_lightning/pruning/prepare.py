@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from fasp_lightning.errors import FaspError
 from fasp_lightning.pruning.capture import capture
 from fasp_lightning.pruning.config import PruningConfig
 from fasp_lightning.pruning.own_text import calibration_starts, mixed, own_text
@@ -41,15 +42,15 @@ class Prepared:
         """Refuse what was prepared for another model, or with other settings.
 
         Raises:
-            ValueError: If there is no sensitivity where ``config`` needs it, or one of other shapes.
+            FaspError: If there is no sensitivity where ``config`` needs it, or one of other shapes.
         """
         if self.sensitivity is None:
             if needs_sensitivity(config):
-                raise ValueError("batches must be prepared with the score and allocation that they are pruned with")
+                raise FaspError("batches must be prepared with the score and allocation that they are pruned with")
             return
         found = [[scores.numel() for scores in block] for block in self.sensitivity]
         if found != [[pair.kept.numel() for pair in block] for block in pairs]:
-            raise ValueError("batches must be prepared with this model as it is, or a copy of it; prepare them anew")
+            raise FaspError("batches must be prepared with this model as it is, or a copy of it; prepare them anew")
 
 
 def needs_sensitivity(config: PruningConfig) -> bool:
@@ -83,7 +84,7 @@ def prepare(
         passes: Passes over the calibration set that will follow.
 
     Raises:
-        ValueError: If there is no calibration batch, or a gradient or logit is not finite.
+        FaspError: If there is no calibration batch, or a gradient or logit is not finite.
     """
     alone = config.own_text is not None and config.own_text.share == 1
     with processes.together():

@@ -11,6 +11,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
+from fasp_lightning.errors import FaspError, FaspProcessError
+
 T = TypeVar("T")
 
 
@@ -62,19 +64,22 @@ class Processes:
         """Work that each process does for itself; an error in one of them is raised in all, so that none waits.
 
         Raises:
-            RuntimeError: In the other processes, with the message.
+            FaspProcessError: In the other processes, with the message, if it was a refusal.
+            RuntimeError: Likewise, if it was another error.
         """
         error: Exception | None = None
         try:
             yield
         except Exception as raised:
             error = raised
-        messages = self.gather(None if error is None else f"{type(error).__name__}: {error}")
+        mine = None if error is None else (f"{type(error).__name__}: {error}", isinstance(error, FaspError))
+        errors = self.gather(mine)
         if error is not None:
             raise error
-        for rank, message in enumerate(messages):
-            if message is not None:
-                raise RuntimeError(f"process {rank} stopped with {message}")
+        for rank, found in enumerate(errors):
+            if found is not None:
+                message, refused = found
+                raise (FaspProcessError if refused else RuntimeError)(f"process {rank} stopped with {message}")
 
     def first(self, compute: Callable[[], T]) -> T:
         """What the first process computes, in all of them; plain data and tensors, which arrive on the CPU."""

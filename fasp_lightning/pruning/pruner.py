@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from fasp_lightning.errors import FaspError
 from fasp_lightning.pruning.allocation import adaptive_widths
 from fasp_lightning.pruning.capture import capture
 from fasp_lightning.pruning.config import PruningConfig
@@ -63,7 +64,7 @@ class FASPPruner:
             Widths, errors, seconds and memory.
 
         Raises:
-            ValueError: Before the first batch is read, if the family is unknown, its shapes do not fit or the
+            FaspError: Before the first batch is read, if the family is unknown, its shapes do not fit or the
                 sparsity cannot be reached; later, if an activation is not finite (the message names the layer).
             RuntimeError: If another process raised an error.
         """
@@ -96,7 +97,7 @@ class FASPPruner:
             processes: Those that call this together.
 
         Raises:
-            ValueError: As :meth:`prune`.
+            FaspError: As :meth:`prune`.
             RuntimeError: If another process raised an error.
         """
         return _Work.of(model, self.config, progress, processes).prepare(batches)
@@ -200,6 +201,6 @@ def _device_of(pairs: list[list[ResolvedPair]]) -> torch.device:
 def _require_weights(model: PreTrainedModel) -> None:
     for name, parameter in model.named_parameters():
         if parameter.is_meta:
-            raise ValueError(
+            raise FaspError(
                 f"model must have its weights in memory, got {name} on the meta device; load it fully first"
             )

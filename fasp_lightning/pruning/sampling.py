@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from fasp_lightning.errors import FaspError
 from fasp_lightning.pruning.standins import evaluating
 
 if TYPE_CHECKING:
@@ -55,7 +56,7 @@ def sample(model: PreTrainedModel, starts: Tensor, draws: Tensor, temperature: f
         (sequences, seq_len) int64 token ids on the CPU.
 
     Raises:
-        ValueError: If the logits are not finite.
+        FaspError: If the logits are not finite.
     """
     at_once = _at_once(model, len(starts), draws.shape[1] + 1)
     with evaluating(model):
@@ -88,7 +89,7 @@ def _sample_batch(model: PreTrainedModel, starts: Tensor, draws: Tensor, tempera
         tokens.append(chosen.to(device))
         finite &= whole.to(device)  # looked at once: each look would wait for the device
     if not finite:
-        raise ValueError(_not_finite(model))
+        raise FaspError(_not_finite(model))
     return torch.stack(tokens, dim=1).cpu()
 
 

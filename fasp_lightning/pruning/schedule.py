@@ -7,6 +7,8 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from fasp_lightning.errors import FaspError, FaspFileNotFoundError
+
 DIGITS = 12
 """Decimals of a computed sparsity, so that a third of 0.3 is written as 0.1."""
 
@@ -29,7 +31,7 @@ class ScheduledPruning:
         _require_sparsity("sparsity", self.sparsity)
         if (self.step is None) == (self.epoch is None):
             got = "neither" if self.step is None else f"step {self.step} and epoch {self.epoch}"
-            raise ValueError(f"exactly one of step and epoch must be given, got {got}")
+            raise FaspError(f"exactly one of step and epoch must be given, got {got}")
         for name in ("step", "epoch"):
             if getattr(self, name) is not None:
                 _require_count(name, getattr(self, name), least=0)
@@ -61,7 +63,7 @@ class PruningSchedule:
             ``{"step": 5, "sparsity": 0.1}`` or ``{"epoch": 2, "sparsity": 0.2}``; kept as a tuple.
 
     Raises:
-        ValueError: If there is no event, one is malformed, or sparsity, steps or epochs fall or repeat. The
+        FaspError: If there is no event, one is malformed, or sparsity, steps or epochs fall or repeat. The
             message gives the entry's index and content.
     """
 
@@ -69,13 +71,13 @@ class PruningSchedule:
 
     def __post_init__(self) -> None:
         if isinstance(self.events, (str, Mapping)) or not isinstance(self.events, Iterable):
-            raise ValueError(
+            raise FaspError(
                 f"schedule must be a list of entries such as {{step: 5, sparsity: 0.1}}, got {self.events!r}; "
                 "PruningSchedule.parse takes other forms"
             )
         events = tuple(_event(index, entry) for index, entry in enumerate(self.events))
         if not events:
-            raise ValueError("schedule must have at least one entry, got none")
+            raise FaspError("schedule must have at least one entry, got none")
         for name in ("sparsity", "step", "epoch"):
             _require_rising(events, name)
         object.__setattr__(self, "events", events)
@@ -126,8 +128,8 @@ class PruningSchedule:
                 classmethod; the path of a YAML file that holds either; or a schedule, which is returned.
 
         Raises:
-            ValueError: If the data is none of these, or the schedule is refused.
-            FileNotFoundError: If a path is given and there is no such file.
+            FaspError: If the data is none of these, or the schedule is refused.
+            FaspFileNotFoundError: If a path is given and there is no such file.
         """
         if isinstance(data, cls):
             return data
@@ -142,15 +144,15 @@ class PruningSchedule:
         import yaml  # type: ignore[import-untyped]
 
         if not path.is_file():
-            raise FileNotFoundError(
+            raise FaspFileNotFoundError(
                 f"schedule must be data or the path of a YAML file, got {str(path)!r}: no such file"
             )
         try:
             data = yaml.safe_load(path.read_text(encoding="utf-8"))
         except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise ValueError(f"schedule {str(path)!r} is not valid YAML: {' '.join(str(error).split())}") from error
+            raise FaspError(f"schedule {str(path)!r} is not valid YAML: {' '.join(str(error).split())}") from error
         if not isinstance(data, (list, dict)):
-            raise ValueError(f"schedule {str(path)!r} must hold a list or a mapping, got {data!r}")
+            raise FaspError(f"schedule {str(path)!r} must hold a list or a mapping, got {data!r}")
         return cls.parse(data)
 
     @classmethod
@@ -162,11 +164,11 @@ class PruningSchedule:
         }
         kind = data.pop("kind", None)
         if kind not in kinds:
-            raise ValueError(f"schedule kind must be one of {', '.join(kinds)}, got {kind!r}")
+            raise FaspError(f"schedule kind must be one of {', '.join(kinds)}, got {kind!r}")
         try:
             return kinds[kind](**data)
         except TypeError as error:  # a missing or unknown argument; the message names it
-            raise ValueError(f"schedule of kind {kind}: {str(error).split('() ')[-1]}") from error
+            raise FaspError(f"schedule of kind {kind}: {str(error).split('() ')[-1]}") from error
 
     def __len__(self) -> int:
         return len(self.events)
@@ -250,16 +252,16 @@ def _event(index: int, entry: Any) -> ScheduledPruning:
     known = [field.name for field in fields(ScheduledPruning)]
     try:
         if not isinstance(entry, Mapping):
-            raise ValueError("it must be a mapping with sparsity, and step or epoch")
+            raise FaspError("it must be a mapping with sparsity, and step or epoch")
         unknown = [str(key) for key in entry if key not in known]
         if unknown:
-            raise ValueError(f"its keys must be among {', '.join(known)}, got {', '.join(unknown)}")
+            raise FaspError(f"its keys must be among {', '.join(known)}, got {', '.join(unknown)}")
         if "sparsity" not in entry:
-            raise ValueError("sparsity must be given")
+            raise FaspError("sparsity must be given")
         return ScheduledPruning(**entry)
-    except ValueError as error:
+    except FaspError as error:
         content = dict(entry) if isinstance(entry, Mapping) else entry
-        raise ValueError(f"schedule entry {index}, {content!r}: {error}") from None
+        raise FaspError(f"schedule entry {index}, {content!r}: {error}") from None
 
 
 def _require_rising(events: Sequence[ScheduledPruning], name: str) -> None:
@@ -270,7 +272,7 @@ def _require_rising(events: Sequence[ScheduledPruning], name: str) -> None:
         if value is None:
             continue
         if last is not None and value <= last:
-            raise ValueError(
+            raise FaspError(
                 f"schedule entry {index}, {event.to_dict()!r}: {name} must exceed the {last} before it, got {value}"
             )
         last = value
@@ -278,12 +280,12 @@ def _require_rising(events: Sequence[ScheduledPruning], name: str) -> None:
 
 def _require_sparsity(name: str, value: Any) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < 1:
-        raise ValueError(f"{name} must be in (0, 1), got {value!r}")
+        raise FaspError(f"{name} must be in (0, 1), got {value!r}")
 
 
 def _require_count(name: str, value: Any, least: int) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ValueError(f"{name} must be an integer >= {least}, got {value!r}")
+        raise FaspError(f"{name} must be an integer >= {least}, got {value!r}")
 
 
 def _limit(value: float | None) -> float:

@@ -61,7 +61,7 @@ def fisher_scores(
         For each pair of each block a (units left,) float64 tensor on the CPU, summed over the columns a unit feeds.
 
     Raises:
-        ValueError: If an activation or a gradient is not finite; the message names the layer.
+        FaspError: If an activation or a gradient is not finite; the message names the layer.
         RuntimeError: If another process raised an error.
     """
     processes = processes or Processes()

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from fasp_lightning.errors import FaspError
 from fasp_lightning.pruning.checkpoint import read_plan
 from fasp_lightning.pruning.forms import stock_part
 from fasp_lightning.pruning.plan import apply_plan
@@ -22,7 +23,7 @@ def model_shapes(source: ModelSource, config: Any, trust_remote_code: bool = Fal
         trust_remote_code: Let the repository's own code run.
 
     Raises:
-        ValueError: If the config does not fit its model class, or a plan is damaged.
+        FaspError: If the config does not fit its model class, or a plan is damaged.
     """
     from transformers import AutoModelForCausalLM
 
@@ -31,7 +32,7 @@ def model_shapes(source: ModelSource, config: Any, trust_remote_code: bool = Fal
             model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
     except Exception as error:  # whatever a constructor makes of values that do not go together
         reason = " ".join(str(error).split())
-        raise ValueError(
+        raise FaspError(
             f"the config of {source.name!r} makes no {config.model_type} model: {reason}"
         ) from error
     if source.pruned:

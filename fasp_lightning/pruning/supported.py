@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from fasp_lightning.errors import FaspError
 from fasp_lightning.structure.registry import known_architectures
 
 
@@ -15,17 +16,17 @@ def check_supported(config: Any, name: str) -> None:
         name: The model's name, for the message.
 
     Raises:
-        ValueError: Naming the ``model_type`` or the quantisation, and what to do instead.
+        FaspError: Naming the ``model_type`` or the quantisation, and what to do instead.
     """
     problem = _not_causal(config)
     if problem:
-        raise ValueError(
+        raise FaspError(
             f"model {name!r} must be a decoder-only causal LM, got model_type {config.model_type!r} "
             f"({problem}); supported are {', '.join(known_architectures())}, and what is registered"
         )
     method = quantization_method(config)
     if method is not None:
-        raise ValueError(
+        raise FaspError(
             f"model {name!r} is quantised ({method}); pruning needs its full-precision weights: "
             "name the checkpoint it was made from, and quantise the pruned model afterwards"
         )

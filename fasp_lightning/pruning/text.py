@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fasp_lightning.errors import FaspError
 from fasp_lightning.pruning.batches import weighted
 from fasp_lightning.pruning.corpora import BUILTIN, SHARES, builtin_splits, split_of
 from fasp_lightning.pruning.text_files import hub_documents, is_local, local_documents
@@ -52,7 +53,7 @@ class TextConfig:
         weight: How much each token of this text counts beside other calibration texts; for calibration alone.
 
     Raises:
-        ValueError: If a field is outside its range, or the source is neither of those above.
+        FaspError: If a field is outside its range, or the source is neither of those above.
     """
 
     source: str = "builtin:topics"
@@ -69,16 +70,16 @@ class TextConfig:
     def __post_init__(self) -> None:
         kind = self.kind  # refuses an unknown source
         if kind != "hub" and self.split is not None and self.split not in SPLITS:
-            raise ValueError(_bad_split(self))
+            raise FaspError(_bad_split(self))
         if kind != "hub" and self.subset is not None:
-            raise ValueError(f"subset is for the hub alone, got {self.subset!r} with source {self.source!r}")
+            raise FaspError(f"subset is for the hub alone, got {self.subset!r} with source {self.source!r}")
         if self.seq_len < 2:
-            raise ValueError(f"seq_len must be 2 or more, got {self.seq_len}: one token predicts nothing")
+            raise FaspError(f"seq_len must be 2 or more, got {self.seq_len}: one token predicts nothing")
         for name, value in (("sequences", self.sequences), ("batch_size", self.batch_size)):
             if value is not None and value < 1:
-                raise ValueError(f"{name} must be 1 or more, got {value}")
+                raise FaspError(f"{name} must be 1 or more, got {value}")
         if not 0 < self.weight < math.inf:
-            raise ValueError(f"weight must be positive and finite, got {self.weight}")
+            raise FaspError(f"weight must be positive and finite, got {self.weight}")
 
     @property
     def kind(self) -> str:
@@ -90,7 +91,7 @@ class TextConfig:
                 return "local"
             if _HUB_ID.fullmatch(self.source):
                 return "hub"
-        raise ValueError(
+        raise FaspError(
             f"source must be one of {', '.join(BUILTIN)}, a .txt, .jsonl or .parquet file, a folder or glob "
             f"pattern of them, or a data set on the hub, got {self.source!r}"
         )
@@ -108,12 +109,12 @@ def for_role(config: TextConfig, role: str) -> TextConfig:
         for local text, all of which is meant unless a split is named.
 
     Raises:
-        ValueError: If there is no such role, or a text has a weight that does not serve for calibration.
+        FaspError: If there is no such role, or a text has a weight that does not serve for calibration.
     """
     if role not in SPLITS:
-        raise ValueError(f"role must be one of {', '.join(SPLITS)}, got {role!r}")
+        raise FaspError(f"role must be one of {', '.join(SPLITS)}, got {role!r}")
     if role != "calibration" and config.weight != 1:
-        raise ValueError(
+        raise FaspError(
             f"weight must be 1 for all but calibration text, got {config.weight} for {describe(config)}: each token of "
             "a text counts alike in its perplexity"
         )
@@ -140,8 +141,8 @@ def documents(config: TextConfig) -> Iterator[str]:
             documents are in one split, and a document stays in its split wherever it stands.
 
     Raises:
-        FileNotFoundError: If a local file isn't there.
-        ValueError: If built-in text is asked for without a split, or the source can't be read.
+        FaspFileNotFoundError: If a local file isn't there.
+        FaspError: If built-in text is asked for without a split, or the source can't be read.
     """
     kind, split = config.kind, config.split
     if kind == "hub":
@@ -150,7 +151,7 @@ def documents(config: TextConfig) -> Iterator[str]:
         found = local_documents(config.source, config.column, in_pieces=split is not None)
         yield from (document for document in found if split is None or split_of(document) == split)
     elif split is None:
-        raise ValueError(_bad_split(config))
+        raise FaspError(_bad_split(config))
     else:
         yield from builtin_splits(config.source)[split]
 
@@ -169,8 +170,8 @@ def token_batches(config: TextConfig, tokenizer: Any) -> list[Tensor]:
         `config.seed` alone. `config.weight` is not in them; see :func:`calibration_batches`.
 
     Raises:
-        FileNotFoundError: If a local file isn't there.
-        ValueError: If the source can't be read, or has fewer tokens than `sequences` (without it: one)
+        FaspFileNotFoundError: If a local file isn't there.
+        FaspError: If the source can't be read, or has fewer tokens than `sequences` (without it: one)
             sequences.
     """
     wanted = config.sequences
@@ -178,7 +179,7 @@ def token_batches(config: TextConfig, tokenizer: Any) -> list[Tensor]:
     tokens = _tokens(config, tokenizer, limit)
     blocks = tokens[: len(tokens) // config.seq_len * config.seq_len].view(-1, config.seq_len)
     if len(blocks) < (wanted or 1):
-        raise ValueError(_shortage(config, len(tokens)))
+        raise FaspError(_shortage(config, len(tokens)))
     if wanted is not None and len(blocks) > wanted:
         order = torch.randperm(len(blocks), generator=torch.Generator().manual_seed(config.seed))
         blocks = blocks[order[:wanted].sort().values]

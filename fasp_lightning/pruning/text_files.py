@@ -8,6 +8,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from fasp_lightning.errors import FaspError, FaspFileNotFoundError
+
 READERS = {".txt": "text", ".jsonl": "json", ".parquet": "parquet"}
 """Suffix of a text file → name of the `datasets` builder (.txt is read without it)."""
 
@@ -30,18 +32,18 @@ def local_files(source: str) -> list[Path]:
     """List the text files that a path, a folder (searched to its bottom) or a glob pattern means, sorted.
 
     Raises:
-        FileNotFoundError: If there is none.
-        ValueError: If the one file named has another suffix than those of `READERS`.
+        FaspFileNotFoundError: If there is none.
+        FaspError: If the one file named has another suffix than those of `READERS`.
     """
     path = Path(source).expanduser()
     if path.is_file():
         if path.suffix not in READERS:
-            raise ValueError(f"source must be a file ending in {_suffixes()}, got {source!r}; convert it")
+            raise FaspError(f"source must be a file ending in {_suffixes()}, got {source!r}; convert it")
         return [path]
     found = path.rglob("*") if path.is_dir() else map(Path, glob.iglob(str(path), recursive=True))
     files = sorted(file for file in found if file.suffix in READERS and file.is_file())
     if not files:
-        raise FileNotFoundError(f"source {source!r} names no file ending in {_suffixes()}; check the path")
+        raise FaspFileNotFoundError(f"source {source!r} names no file ending in {_suffixes()}; check the path")
     return files
 
 
@@ -54,8 +56,8 @@ def local_documents(source: str, column: str, in_pieces: bool) -> Iterator[str]:
         in_pieces: Cut .txt files into pieces of whole lines, so that there is something to deal to splits.
 
     Raises:
-        FileNotFoundError: If there is no such file.
-        ValueError: If a file can't be read as what its suffix says, or its rows lack the column.
+        FaspFileNotFoundError: If there is no such file.
+        FaspError: If a file can't be read as what its suffix says, or its rows lack the column.
     """
     for file in local_files(source):
         if file.suffix != ".txt":
@@ -76,11 +78,11 @@ def hub_documents(source: str, subset: str | None, split: str | None, column: st
         column: Where a row holds its text.
 
     Raises:
-        ValueError: If the data set, the configuration, the split or the column isn't there, or the hub isn't
+        FaspError: If the data set, the configuration, the split or the column isn't there, or the hub isn't
             reached.
     """
     if split is None:
-        raise ValueError(f"split must name a split of the hub's {source!r}, for example train, got None")
+        raise FaspError(f"split must name a split of the hub's {source!r}, for example train, got None")
     yield from _texts(_hub_rows(source, subset, split), column, source)
 
 
@@ -97,7 +99,7 @@ def _read(file: Path) -> str:
     try:
         return file.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
-        raise ValueError(f"source {str(file)!r} is not UTF-8 text ({error}); convert it to UTF-8") from error
+        raise FaspError(f"source {str(file)!r} is not UTF-8 text ({error}); convert it to UTF-8") from error
 
 
 def _pieces(file: Path) -> Iterator[str]:
@@ -118,10 +120,10 @@ def _texts(rows: Iterable[dict[str, Any]], column: str, source: str) -> Iterator
     """Pick the text out of each row, passing over rows without one."""
     for row in rows:
         if column not in row:
-            raise ValueError(f"column {column!r} is not in {source!r}; set column to one of {', '.join(row)}")
+            raise FaspError(f"column {column!r} is not in {source!r}; set column to one of {', '.join(row)}")
         text = row[column]
         if text is not None and not isinstance(text, str):
-            raise ValueError(f"column {column!r} of {source!r} must hold text, got {type(text).__name__}")
+            raise FaspError(f"column {column!r} of {source!r} must hold text, got {type(text).__name__}")
         if text is not None:
             yield text
 
@@ -137,7 +139,7 @@ def _file_rows(file: Path) -> Iterator[dict[str, Any]]:
         yield from _rows(load_dataset(READERS[file.suffix], data_files=str(file), split="train", streaming=True))
     except (DatasetsError, ValueError, OSError) as error:
         fault = _fault(file) or _one_line(error)
-        raise ValueError(f"source {str(file)!r} is corrupt: {fault}; repair or remove it") from error
+        raise FaspError(f"source {str(file)!r} is corrupt: {fault}; repair or remove it") from error
 
 
 def _rows(dataset: Any) -> Iterator[dict[str, Any]]:
@@ -168,7 +170,7 @@ def _hub_rows(source: str, subset: str | None, split: str) -> Iterator[dict[str,
     try:
         yield from _rows(load_dataset(source, subset, split=split, streaming=True))
     except (DatasetsError, ValueError, OSError) as error:
-        raise ValueError(
+        raise FaspError(
             f"source {source!r} (subset {subset!r}, split {split!r}) is neither a built-in corpus, nor a "
             f"local file, nor a data set that the hub gave: {_one_line(error)}; check the names, or give "
             "a local file"

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from fasp_lightning.errors import FaspError
 from fasp_lightning.pruning.config import PruningConfig
 from fasp_lightning.pruning.division import removed, units_left
 from fasp_lightning.pruning.plan import resolve_pruned
@@ -124,19 +125,19 @@ def plan_widths(model: PreTrainedModel, config: PruningConfig) -> WidthPlan:
         config: ``sparsity``, ``attention``, ``head_balance``, ``allocation`` and ``multiple_of`` are read.
 
     Raises:
-        ValueError: If the sparsity cannot be reached with what is to be kept (the message gives the highest that
+        FaspError: If the sparsity cannot be reached with what is to be kept (the message gives the highest that
             can), lies below what is pruned already, ``multiple_of`` exceeds the FFN width, or ``attention`` or
             ``head_balance`` do not fit the family or what was cut before.
     """
     plan = widths_towards(model, config)
     gone = plan.original_parameters > plan.parameters_before
     if not gone and not plan.changes and config.sparsity and config.multiple_of > 1:
-        raise ValueError(
+        raise FaspError(
             f"multiple_of must be small enough for a cut of {config.sparsity}, got {config.multiple_of}: "
             "rounded to it, no width changes"
         )
     if gone and not plan.changes:
-        raise ValueError(f"sparsity must exceed {plan.sparsity:.4f}, which is pruned already, got {config.sparsity}")
+        raise FaspError(f"sparsity must exceed {plan.sparsity:.4f}, which is pruned already, got {config.sparsity}")
     return plan
 
 
@@ -159,7 +160,7 @@ def widths_towards(model: PreTrainedModel, config: PruningConfig) -> WidthPlan:
         config: As there.
 
     Raises:
-        ValueError: As there, but for that.
+        FaspError: As there, but for that.
     """
     pairs = resolve_pruned(model, kv_groups=config.attention == "kv_groups")
     attention = _decide_attention(pairs, config.attention)
@@ -197,12 +198,12 @@ def _width(pair: ResolvedPair, left: int) -> PairWidth:
 def _decide_attention(pairs: list[list[ResolvedPair]], attention: str) -> str:
     value = [pair for block in pairs for pair in block if pair.spec.kind == "value"]
     if attention == "value_dims" and any(pair.spec.kind == "groups" for pair in pairs[0]):
-        raise ValueError(
+        raise FaspError(
             "attention='value_dims' cannot follow 'kv_groups' on the same model, whose plan counts in KV groups; "
             "go on with 'kv_groups' or 'none', or prune the original model"
         )
     if attention == "value_dims" and not value:
-        raise ValueError(
+        raise FaspError(
             "attention='value_dims' needs a value pair in the architecture's row, which has none; use 'none'"
         )
     if attention == "auto":
@@ -214,7 +215,7 @@ def _require_even(pairs: list[list[ResolvedPair]]) -> None:
     for pair in (pair for block in pairs for pair in block if pair.spec.kind == "value"):
         dims = torch.bincount(pair.kept // pair.layout.size, minlength=pair.layout.groups)
         if dims.min() < dims.max():
-            raise ValueError(
+            raise FaspError(
                 "head_balance must be 'free' where KV heads keep different numbers of value dims, got 'even': those of "
                 f"{pair.name} keep {', '.join(map(str, dims.tolist()))}"
             )

@@ -10,6 +10,8 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
+from fasp_lightning.errors import FaspError
+
 
 class Adapter(NamedTuple):
     """One pair of low-rank factors.
@@ -43,14 +45,14 @@ def adapters_of(name: str, linear: nn.Module) -> list[Adapter]:
         linear: The layer.
 
     Raises:
-        ValueError: If what the adapter computes is not linear in its two factors.
+        FaspError: If what the adapter computes is not linear in its two factors.
     """
     if not is_adapted(linear):
         return []
     adapted: Any = linear
     if not hasattr(linear, "lora_A") or getattr(linear, "lora_variant", None):
         kind = type(linear).__name__
-        raise ValueError(f"{name}: an adapter must be plain LoRA to be pruned along, got {kind}; merge it first")
+        raise FaspError(f"{name}: an adapter must be plain LoRA to be pruned along, got {kind}; merge it first")
     on = set() if getattr(adapted, "disable_adapters", False) else set(adapted.active_adapters)
     on -= set(getattr(adapted, "merged_adapters", ()))
     return [

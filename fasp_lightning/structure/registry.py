@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from fasp_lightning.errors import FaspError
 from fasp_lightning.structure.spec import ArchitectureSpec, CoupledPair
 
 _QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
@@ -107,10 +108,10 @@ def register_architecture(model_type: str, spec: ArchitectureSpec, overwrite: bo
         overwrite: Replace an existing row.
 
     Raises:
-        ValueError: If there is such a row, and ``overwrite`` is false.
+        FaspError: If there is such a row, and ``overwrite`` is false.
     """
     if model_type in _REGISTRY and not overwrite:
-        raise ValueError(f"model_type {model_type!r} is registered already; pass overwrite=True to replace its row")
+        raise FaspError(f"model_type {model_type!r} is registered already; pass overwrite=True to replace its row")
     _REGISTRY[model_type] = spec
 
 
@@ -121,12 +122,12 @@ def spec_for(model_or_config: Any) -> ArchitectureSpec:
         model_or_config: A causal LM, or a config with ``model_type``.
 
     Raises:
-        ValueError: If its ``model_type`` is not in the table; the message lists the known ones and shows the row
+        FaspError: If its ``model_type`` is not in the table; the message lists the known ones and shows the row
             that would register it.
     """
     model_type = getattr(getattr(model_or_config, "config", model_or_config), "model_type", None)
     if model_type not in _REGISTRY:
-        raise ValueError(
+        raise FaspError(
             f"model_type must be one of {', '.join(known_architectures())}, got {model_type!r}; for a family of this "
             f"kind register a row: {_EXAMPLE.format(model_type=model_type)}"
         )

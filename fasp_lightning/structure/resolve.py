@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from fasp_lightning.errors import FaspError
 from fasp_lightning.structure.adapters import adapters_of
 from fasp_lightning.structure.compact import inner
 from fasp_lightning.structure.layout import PairLayout
@@ -21,14 +22,14 @@ def find_blocks(model: nn.Module, spec: ArchitectureSpec) -> nn.ModuleList:
     """The decoder blocks.
 
     Raises:
-        ValueError: If ``spec.layers`` is not the path of a ``ModuleList`` in this model.
+        FaspError: If ``spec.layers`` is not the path of a ``ModuleList`` in this model.
     """
     try:
         blocks = model.get_submodule(spec.layers)
     except AttributeError:
         blocks = None
     if not isinstance(blocks, nn.ModuleList):
-        raise ValueError(f"layers must be the path of a ModuleList in {type(model).__name__}, got {spec.layers!r}")
+        raise FaspError(f"layers must be the path of a ModuleList in {type(model).__name__}, got {spec.layers!r}")
     return blocks
 
 
@@ -47,7 +48,7 @@ def resolve(
         For each block its pairs, in the order of the forward pass.
 
     Raises:
-        ValueError: If a path or shape does not fit; the message names the layer.
+        FaspError: If a path or shape does not fit; the message names the layer.
     """
     blocks = find_blocks(model, spec)
     heads = getattr(model.config, "num_attention_heads", None)
@@ -74,7 +75,7 @@ def _resolve_pair(
     expected = (layout.columns(kept).numel(), *(layout.rows(i, kept).numel() for i in range(len(rows))))
     for path, found, wanted in zip((pair.consumer, *pair.producers), (columns, *rows), expected, strict=True):
         if found != wanted:
-            raise ValueError(f"{name}.{path} must have a width of {wanted} to match {pair.consumer}, got {found}")
+            raise FaspError(f"{name}.{path} must have a width of {wanted} to match {pair.consumer}, got {found}")
     return resolved
 
 
@@ -86,17 +87,17 @@ def _fresh_layout(
         parts = 2 if pair.fused else 1
         for path, found in zip(pair.producers, rows, strict=True):
             if found != parts * columns:
-                raise ValueError(f"{path} must have {parts * columns} rows to feed {name}, got {found}")
+                raise FaspError(f"{path} must have {parts * columns} rows to feed {name}, got {found}")
         return PairLayout("ffn", columns, 1, 1, pair.fused, rows)
     if not isinstance(heads, int) or columns % heads:
-        raise ValueError(f"{name}: num_attention_heads must divide its {columns} columns, got {heads}")
+        raise FaspError(f"{name}: num_attention_heads must divide its {columns} columns, got {heads}")
     size = columns // heads
     groups = rows[-1] // size if pair.fused is None else (rows[0] // size - heads) // 2
     made = [groups] if pair.kind == "value" else [heads, groups, groups]  # heads that each producer makes
     if pair.fused is not None:
         made = [heads + 2 * groups]
     if groups < 1 or heads % groups or list(rows) != [size * count for count in made]:
-        raise ValueError(
+        raise FaspError(
             f"{name}: {heads} query heads of size {size} must divide evenly among its KV heads, "
             f"got {groups} of them in {', '.join(map(str, rows))} producer rows"
         )
@@ -109,10 +110,10 @@ def _linear_at(block: nn.Module, name: str, path: str) -> nn.Linear:
     try:
         linear = inner(block.get_submodule(path))
     except AttributeError:
-        raise ValueError(f"{name} must have a module {path!r}; correct the row of this model_type") from None
+        raise FaspError(f"{name} must have a module {path!r}; correct the row of this model_type") from None
     weight = getattr(linear, "weight", None)
     if not isinstance(weight, Tensor) or weight.ndim != 2 or not weight.is_floating_point():
         kind = f"{type(linear).__name__} of {getattr(weight, 'dtype', 'no weight')}"
-        raise ValueError(f"{name}.{path} must be a linear layer with a floating-point weight, got {kind}")
+        raise FaspError(f"{name}.{path} must be a linear layer with a floating-point weight, got {kind}")
     adapters_of(f"{name}.{path}", linear)  # refuses those that cannot be cut along
     return linear

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from fasp_lightning.errors import FaspError
+
 KINDS = ("ffn", "value", "groups")
 LAYOUTS = (None, "concatenated", "interleaved")
 
@@ -35,15 +37,15 @@ class CoupledPair:
         object.__setattr__(self, "producers", tuple(self.producers))
         object.__setattr__(self, "groups", tuple(self.groups))
         if self.kind not in KINDS:
-            raise ValueError(f"kind must be one of {KINDS}, got {self.kind!r}")
+            raise FaspError(f"kind must be one of {KINDS}, got {self.kind!r}")
         if self.fused not in LAYOUTS:
-            raise ValueError(f"fused must be one of {LAYOUTS}, got {self.fused!r}")
+            raise FaspError(f"fused must be one of {LAYOUTS}, got {self.fused!r}")
         if not self.producers:
-            raise ValueError(f"producers of {self.consumer!r} must name at least one linear layer, got none")
+            raise FaspError(f"producers of {self.consumer!r} must name at least one linear layer, got none")
         if self.fused == "interleaved" and self.kind == "ffn":
-            raise ValueError(f"fused='interleaved' is a layout of value pairs, got kind={self.kind!r}")
+            raise FaspError(f"fused='interleaved' is a layout of value pairs, got kind={self.kind!r}")
         if self.groups and (self.kind != "value" or len(self.groups) != (1 if self.fused else 3)):
-            raise ValueError(
+            raise FaspError(
                 "groups must be the paths of queries, keys and values of a value pair, or the one path of their fused "
                 f"projection, got {self.groups} of a pair of kind {self.kind!r}, fused {self.fused!r}"
             )
@@ -81,15 +83,15 @@ class ArchitectureSpec:
         object.__setattr__(self, "pairs", tuple(self.pairs))
         kinds = [pair.kind for pair in self.pairs]
         if not kinds or any(kinds.count(kind) > 1 for kind in kinds):
-            raise ValueError(f"pairs must hold one pair of a kind, at least one in all, got kinds {kinds}")
+            raise FaspError(f"pairs must hold one pair of a kind, at least one in all, got kinds {kinds}")
         if "groups" in kinds:
-            raise ValueError("pairs must be of kinds 'value' and 'ffn'; whole KV groups go into a value pair's groups")
+            raise FaspError("pairs must be of kinds 'value' and 'ffn'; whole KV groups go into a value pair's groups")
         if kinds == ["ffn", "value"]:
-            raise ValueError("pairs must be in the order of the forward pass: value before ffn")
+            raise FaspError("pairs must be in the order of the forward pass: value before ffn")
         if self.attention is None:
             for pair in self.pairs:
                 if pair.kind == "value":
                     object.__setattr__(self, "attention", pair.consumer.rpartition(".")[0])
         for pair in self.pairs:
             if pair.kind == "value" and not (self.attention and pair.consumer.startswith(f"{self.attention}.")):
-                raise ValueError(f"attention must be the module that holds {pair.consumer!r}, got {self.attention!r}")
+                raise FaspError(f"attention must be the module that holds {pair.consumer!r}, got {self.attention!r}")

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
+from fasp_lightning.errors import FaspError
 from fasp_lightning.pruning.loading import load_config, load_model
 from fasp_lightning.pruning.placement import parse_dtype
 from fasp_lightning.pruning.supported import check_supported
@@ -28,7 +29,7 @@ def read_model(
     """Load a causal LM of a registered family onto the CPU; a pruned folder comes with its plan.
 
     Raises:
-        ValueError: If its family is not registered; before the weights are read.
+        FaspError: If its family is not registered; before the weights are read.
     """
     options: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
     config = load_config(name_or_path, **options)
@@ -49,7 +50,7 @@ def new_model(
         seed: Of its weights.
 
     Raises:
-        ValueError: If ``model_type`` is missing or unknown, or a field is none of this family, or they do not go
+        FaspError: If ``model_type`` is missing or unknown, or a field is none of this family, or they do not go
             together.
     """
     from transformers import AutoModelForCausalLM
@@ -62,7 +63,7 @@ def new_model(
                 settings, dtype=parse_dtype("float32" if dtype == "auto" else dtype), **attention
             )
         except (RuntimeError, TypeError, ValueError, ZeroDivisionError) as error:
-            raise ValueError(f"config makes no {settings.model_type} model: {' '.join(str(error).split())}") from error
+            raise FaspError(f"config makes no {settings.model_type} model: {' '.join(str(error).split())}") from error
     return cast("PreTrainedModel", model)
 
 
@@ -89,17 +90,17 @@ def _config(config: Mapping[str, Any]) -> Any:
     fields = dict(config)
     model_type = fields.pop("model_type", None)
     if model_type not in known_architectures():
-        raise ValueError(
+        raise FaspError(
             f"config must name a model_type, one of {', '.join(known_architectures())}, got {model_type!r}; "
             "add another family with register_architecture"
         )
     default = AutoConfig.for_model(model_type)
     unknown = [name for name in fields if not hasattr(default, name)]
     if unknown:  # transformers would store it and build the default width
-        raise ValueError(f"config must hold fields of a {model_type} model, got {', '.join(unknown)}")
+        raise FaspError(f"config must hold fields of a {model_type} model, got {', '.join(unknown)}")
     try:
         settings = AutoConfig.for_model(model_type, **fields)
     except Exception as error:  # config classes raise whatever their validators do
-        raise ValueError(f"config makes no {model_type} config: {' '.join(str(error).split())}") from error
+        raise FaspError(f"config makes no {model_type} config: {' '.join(str(error).split())}") from error
     check_supported(settings, f"a new {model_type}")
     return settings

@@ -13,6 +13,7 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
+from fasp_lightning.errors import FaspError
 from fasp_lightning.training.loss import read_batch
 from fasp_lightning.training.surgery import training_loader
 
@@ -25,12 +26,12 @@ def calibration_loader(trainer: Trainer, module: LightningModule) -> DataLoader:
         module: Its LightningModule.
 
     Raises:
-        ValueError: If there is neither such a method nor one training DataLoader.
+        FaspError: If there is neither such a method nor one training DataLoader.
     """
     for make in _hooks(trainer, module):
         loader = make()
         if not isinstance(loader, DataLoader):
-            raise ValueError(f"{make.__qualname__}() must return a DataLoader, got {type(loader).__name__}")
+            raise FaspError(f"{make.__qualname__}() must return a DataLoader, got {type(loader).__name__}")
         return loader
     return training_loader(trainer)
 
@@ -73,7 +74,7 @@ class Draw:
             count: Number of processes.
 
         Raises:
-            ValueError: If this process gets no batch, its data set cannot be read beside the training, or a batch
+            FaspError: If this process gets no batch, its data set cannot be read beside the training, or a batch
                 holds no token ids.
         """
         left = -(-self.sequences // count)
@@ -84,7 +85,7 @@ class Draw:
             if left <= 0:
                 return
         if left == -(-self.sequences // count):
-            raise ValueError(f"calibration data must give each of {count} processes a batch, got none for {rank}")
+            raise FaspError(f"calibration data must give each of {count} processes a batch, got none for {rank}")
 
     def _read(self, rank: int, count: int) -> Iterator[Any]:
         loader = self.loader
@@ -105,7 +106,7 @@ def _copied(dataset: IterableDataset) -> IterableDataset:
     try:
         return copy.deepcopy(dataset)
     except TypeError as error:
-        raise ValueError(
+        raise FaspError(
             f"training data must be copied to be read beside the training, and {type(dataset).__name__} cannot "
             f"({error}); give the datamodule or module a calibration_dataloader()"
         ) from error
@@ -120,9 +121,9 @@ def read_tokens(batch: Any, what: str, remedy: str) -> tuple[dict[str, Tensor], 
         remedy: What to do if it is none of these, likewise.
 
     Raises:
-        ValueError: If it is none of these.
+        FaspError: If it is none of these.
     """
     try:
         return read_batch(batch[0] if isinstance(batch, Sequence) and batch else batch)
-    except ValueError as error:
-        raise ValueError(f"{what}: {error}; {remedy}") from error
+    except FaspError as error:
+        raise FaspError(f"{what}: {error}; {remedy}") from error

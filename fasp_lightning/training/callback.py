@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 
+from fasp_lightning.errors import FaspError
 from fasp_lightning.pruning.config import PruningConfig
 from fasp_lightning.pruning.processes import Processes
 from fasp_lightning.pruning.schedule import PruningSchedule, ScheduledPruning
@@ -63,7 +64,7 @@ class FASPPruning(Callback):
         overwrite: Replace a pruned model in ``export_to``.
 
     Raises:
-        ValueError: From ``setup``, ``on_fit_start`` and ``on_train_start`` on: if the model cannot be found, the
+        FaspError: From ``setup``, ``on_fit_start`` and ``on_train_start`` on: if the model cannot be found, the
             schedule not be reached, or strategy, optimizer or callbacks could not follow.
     """
 
@@ -82,11 +83,11 @@ class FASPPruning(Callback):
         overwrite: bool = False,
     ) -> None:
         if recovery not in MODES:
-            raise ValueError(f"recovery must be one of {', '.join(map(repr, MODES))}, got {recovery!r}")
+            raise FaspError(f"recovery must be one of {', '.join(map(repr, MODES))}, got {recovery!r}")
         if calibration_sequences < 1:
-            raise ValueError(f"calibration_sequences must be at least 1, got {calibration_sequences}")
+            raise FaspError(f"calibration_sequences must be at least 1, got {calibration_sequences}")
         if validation_batches < 0:
-            raise ValueError(f"validation_batches must be at least 0, got {validation_batches}")
+            raise FaspError(f"validation_batches must be at least 0, got {validation_batches}")
         self.schedule = PruningSchedule.parse(schedule)
         self.pruning = pruning or PruningConfig()
         self.recovery = recovery
@@ -117,7 +118,7 @@ class FASPPruning(Callback):
         self._ended = self._halfway = False
         surgery.check_trainer(trainer)
         if surgery.starts_by_spawn(trainer) and not carried:
-            raise ValueError(
+            raise FaspError(
                 f"strategy must be 'ddp' for {type(pl_module).__name__}, got one that spawns its processes, whose "
                 "pruned state the main process could not load; or call carry_structure(self) at the end of its __init__"
             )
@@ -134,7 +135,7 @@ class FASPPruning(Callback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Refuse optimizers that could not follow; take up a resumed run where its checkpoint left it."""
         if self._halfway:
-            raise ValueError(
+            raise FaspError(
                 "ckpt_path must not be written in the middle of a pruning, got one that was, on an error in it; "
                 "resume from the checkpoint before"
             )
@@ -151,7 +152,7 @@ class FASPPruning(Callback):
         late = self.schedule.beyond(*limits, self._done)
         if late is not None and not trainer.fast_dev_run:  # type: ignore[attr-defined]  # one batch of any config
             index, event = late
-            raise ValueError(
+            raise FaspError(
                 f"schedule entry {index}, {event.to_dict()!r}, must happen within the run, which ends before; "
                 "raise max_steps or max_epochs, or take the entry out"
             )

@@ -11,6 +11,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
+from fasp_lightning.errors import FaspError
 from fasp_lightning.training.loaders import PackedSequences, ResumableLoader
 from fasp_lightning.training.resuming import BatchProgress
 from fasp_lightning.training.role_cache import RoleCache
@@ -57,7 +58,7 @@ class CausalLMDataModule(L.LightningDataModule):
             hub stays there as it was read first; remove the folder to read it anew.
 
     Raises:
-        ValueError: If an argument is outside its range.
+        FaspError: If an argument is outside its range.
     """
 
     def __init__(
@@ -95,11 +96,11 @@ class CausalLMDataModule(L.LightningDataModule):
         """The tokenizer, loaded or trained the first time.
 
         Raises:
-            ValueError: If none was given.
+            FaspError: If none was given.
         """
         if self._tokenizer is None:
             if self._given is None:
-                raise ValueError(
+                raise FaspError(
                     "tokenizer must be the name or folder of one, a TokenizerTraining or a tokenizer, got None; "
                     "it is commonly the model's name"
                 )
@@ -115,7 +116,7 @@ class CausalLMDataModule(L.LightningDataModule):
         """Refuse a model with fewer embeddings than the tokenizer has tokens.
 
         Raises:
-            ValueError: If it has.
+            FaspError: If it has.
         """
         check_vocabulary_size(self.tokenizer, embeddings)
 
@@ -173,18 +174,18 @@ class CausalLMDataModule(L.LightningDataModule):
     def _check(self) -> None:
         """Refuse arguments outside their range."""
         if self.seq_len < 2:
-            raise ValueError(f"seq_len must be 2 or more, got {self.seq_len}: one token predicts nothing")
+            raise FaspError(f"seq_len must be 2 or more, got {self.seq_len}: one token predicts nothing")
         for name, least in (("batch_size", 1), ("num_workers", 0), ("sequences_per_epoch", self.batch_size)):
             value = getattr(self, name)
             if value is not None and value < least:
-                raise ValueError(f"{name} must be {least} or more, got {value}")
+                raise FaspError(f"{name} must be {least} or more, got {value}")
         if not self.streaming:
             return
         if self.sequences_per_epoch is None:
-            raise ValueError("sequences_per_epoch must be set with streaming, got None: a stream has no end")
+            raise FaspError("sequences_per_epoch must be set with streaming, got None: a stream has no end")
         cut = [text.source for text in self.roles.texts["train"] if text.sequences is not None]
         if cut:
-            raise ValueError(
+            raise FaspError(
                 f"sequences must be None for a training text that is streamed, got a number for {', '.join(cut)}; "
                 "set sequences_per_epoch, and weight where there are several texts"
             )

@@ -68,7 +68,7 @@ def check_data(trainer: Trainer, draw: Draw, validation_batches: int) -> None:
         validation_batches: How many validation batches each measuring takes.
 
     Raises:
-        ValueError: If calibration or validation data are of a form that is not understood.
+        FaspError: If calibration or validation data are of a form that is not understood.
     """
     with isolate_rng():
         processes = Processes.everyone()

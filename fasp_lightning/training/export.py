@@ -6,6 +6,7 @@ import copy
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fasp_lightning.errors import FaspError
 from fasp_lightning.pruning.checkpoint import check_output, save_pruned
 from fasp_lightning.pruning.forms import FORMS, choose_form
 from fasp_lightning.pruning.plan import plan_of
@@ -42,15 +43,15 @@ def export_model(
         The folder.
 
     Raises:
-        FileExistsError: If ``path`` is not empty and ``overwrite`` is false, or is no pruned model.
-        ValueError: If ``form`` cannot hold the model, or the model is sharded.
+        FaspFileExistsError: If ``path`` is not empty and ``overwrite`` is false, or is no pruned model.
+        FaspError: If ``form`` cannot hold the model, or the model is sharded.
     """
     path = Path(path)
     check_output(path, overwrite)
     if form not in ("auto", *FORMS):
-        raise ValueError(f"form must be 'auto' or one of {', '.join(map(repr, FORMS))}, got {form!r}")
+        raise FaspError(f"form must be 'auto' or one of {', '.join(map(repr, FORMS))}, got {form!r}")
     if is_sharded(model):
-        raise ValueError(
+        raise FaspError(
             "model must be whole to be exported, got one that is sharded over processes; save a checkpoint with "
             "ModelParallelStrategy(save_distributed_checkpoint=False) and export from it in one process"
         )
@@ -74,20 +75,20 @@ def check_export(model: PreTrainedModel, path: str | Path, form: str, overwrite:
         kinds: Kinds of the pairs that will be cut by then.
 
     Raises:
-        FileExistsError: If ``path`` is not empty and ``overwrite`` is false, or is no pruned model.
-        ValueError: If ``form`` cannot hold the model, or a whole module was put aside to be trained beside adapters
+        FaspFileExistsError: If ``path`` is not empty and ``overwrite`` is false, or is no pruned model.
+        FaspError: If ``form`` cannot hold the model, or a whole module was put aside to be trained beside adapters
             (``modules_to_save`` of peft).
     """
     check_output(Path(path), overwrite)
     choose_form(form, spec_for(model), kinds)
     kept = [name for name, module in model.named_modules() if hasattr(module, "modules_to_save")]
     if kept:
-        raise ValueError(f"model must have no modules_to_save to be exported, got {kept[0]}; leave out one of them")
+        raise FaspError(f"model must have no modules_to_save to be exported, got {kept[0]}; leave out one of them")
 
 
 def _save_dense(model: PreTrainedModel, path: Path, tokenizer: Any, form: str) -> Path:
     if form not in ("auto", "stock"):
-        raise ValueError(f"form must be 'auto' or 'stock' for a model that was never pruned, got {form!r}")
+        raise FaspError(f"form must be 'auto' or 'stock' for a model that was never pruned, got {form!r}")
     require_space(path, model.parameters())
     with staged(path) as stage:
         model.save_pretrained(stage)

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from fasp_lightning.errors import FaspError
 from fasp_lightning.structure.registry import spec_for
 
 if TYPE_CHECKING:
@@ -20,20 +21,20 @@ def find_causal_lm(module: nn.Module, attribute: str | None = None) -> PreTraine
         attribute: Path of the model in it, such as ``"model"`` or ``"student.lm"``; by default it is looked for.
 
     Raises:
-        ValueError: If there is none or several, or its family is not registered.
+        FaspError: If there is none or several, or its family is not registered.
     """
     name = type(module).__name__
     root: nn.Module = module
     if attribute is not None:
         for part in attribute.split("."):
             if not isinstance(getattr(root, part, None), nn.Module):
-                raise ValueError(f"attribute must be the path of a model in {name}, got {attribute!r}")
+                raise FaspError(f"attribute must be the path of a model in {name}, got {attribute!r}")
             root = getattr(root, part)
     found = _outermost(root)
     if len(found) != 1:
         where = name if attribute is None else f"{name}.{attribute}"
         paths = ", ".join(repr(path or attribute) for path in found) or "none"
-        raise ValueError(f"{where} must hold one Hugging Face causal LM, found {paths}; name it by attribute=")
+        raise FaspError(f"{where} must hold one Hugging Face causal LM, found {paths}; name it by attribute=")
     (model,) = found.values()
     spec_for(model)  # refuses a family that is not registered
     return model

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from fasp_lightning.errors import FaspError
 from fasp_lightning.structure.adapters import has_adapters, is_adapted, is_adapter_parameter
 from fasp_lightning.structure.compact import GatherColumns, ScatterRows, replace_module
 from fasp_lightning.structure.registry import spec_for
@@ -37,14 +38,14 @@ class LoRAConfig:
 
     def __post_init__(self) -> None:
         if self.rank < 1:
-            raise ValueError(f"rank must be at least 1, got {self.rank}")
+            raise FaspError(f"rank must be at least 1, got {self.rank}")
         if not 0 < self.alpha < math.inf:
-            raise ValueError(f"alpha must be a finite number > 0, got {self.alpha}")
+            raise FaspError(f"alpha must be a finite number > 0, got {self.alpha}")
         if not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout must be in [0, 1), got {self.dropout}")
+            raise FaspError(f"dropout must be in [0, 1), got {self.dropout}")
         if self.targets is not None:
             if isinstance(self.targets, str) or not self.targets:
-                raise ValueError(f"targets must be a list of one or more names, or None for all, got {self.targets!r}")
+                raise FaspError(f"targets must be a list of one or more names, or None for all, got {self.targets!r}")
             object.__setattr__(self, "targets", tuple(self.targets))
 
     def to_dict(self) -> dict[str, Any]:
@@ -64,10 +65,10 @@ def attach_lora(model: PreTrainedModel, config: LoRAConfig) -> None:
         config: Rank, scale, dropout and targets.
 
     Raises:
-        ValueError: If the model carries adapters already, or a target is no linear layer of its blocks.
+        FaspError: If the model carries adapters already, or a target is no linear layer of its blocks.
     """
     if has_adapters(model):
-        raise ValueError("model must carry no LoRA yet, got one that does; merge it with merge_lora first")
+        raise FaspError("model must carry no LoRA yet, got one that does; merge it with merge_lora first")
     paths = _targets(model, config)
     frozen = tuple(stock_name(model, name) for name, value in model.named_parameters() if not value.requires_grad)
     _inject(model, config, paths)
@@ -86,7 +87,7 @@ def merge_lora(model: PreTrainedModel) -> None:
     came from elsewhere trains all its parameters.
 
     Raises:
-        ValueError: If a merged weight is not finite; the model is then partly merged.
+        FaspError: If a merged weight is not finite; the model is then partly merged.
     """
     layers = _lora_layers(model)
     if not layers:
@@ -143,7 +144,7 @@ def _targets(model: PreTrainedModel, config: LoRAConfig) -> list[str]:
         found = [path for name, path in paths.items() if name.endswith(f".{target}")]
         if not found:
             known = ", ".join(dict.fromkeys(name.rpartition(".")[2] for name in paths))
-            raise ValueError(f"targets must be among the linear layers {known}, got {target!r}")
+            raise FaspError(f"targets must be among the linear layers {known}, got {target!r}")
         chosen += found
     return chosen
 

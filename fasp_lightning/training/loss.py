@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from fasp_lightning.errors import FaspError
 from fasp_lightning.ops.likelihood import CHUNK_ELEMENTS, next_token_nll
 from fasp_lightning.training.metrics import IGNORED
 
@@ -24,12 +25,12 @@ def read_batch(batch: Any) -> tuple[dict[str, Tensor], Tensor]:
             ``position_ids`` and ``labels`` (-100 where ignored). Without labels every token but padding is predicted.
 
     Raises:
-        ValueError: If it is neither.
+        FaspError: If it is neither.
     """
     if isinstance(batch, Tensor):
         batch = {"input_ids": batch}
     if not isinstance(batch, Mapping) or "input_ids" not in batch:
-        raise ValueError(
+        raise FaspError(
             "a batch must be a tensor of token ids or a mapping with input_ids, "
             f"got {sorted(batch) if isinstance(batch, Mapping) else type(batch).__name__}"
         )

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
+from fasp_lightning.errors import FaspError
 from fasp_lightning.ops.likelihood import next_token_nll
 
 IGNORED = -100
@@ -60,10 +61,10 @@ class Perplexity(Metric):
             attention_mask: (batch, seq), non-zero at tokens; None means no padding.
 
         Raises:
-            ValueError: If the shapes don't match.
+            FaspError: If the shapes don't match.
         """
         if logits.ndim != 3 or labels.shape != logits.shape[:2]:
-            raise ValueError(
+            raise FaspError(
                 "logits must be (batch, seq, vocabulary) and labels (batch, seq), "
                 f"got {tuple(logits.shape)} and {tuple(labels.shape)}"
             )

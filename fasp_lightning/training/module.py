@@ -14,6 +14,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 
+from fasp_lightning.errors import FaspError
 from fasp_lightning.training.building import new_model, read_model, recompute_activations, seeded
 from fasp_lightning.training.export import export_model
 from fasp_lightning.training.lora import LoRAConfig, attach_lora, merge_lora
@@ -72,7 +73,7 @@ class CausalLMModule(L.LightningModule):
         super().__init__()
         if (name_or_path is None) == (config is None):
             given = "neither" if config is None else "both"
-            raise ValueError(f"exactly one of name_or_path and config must be given, got {given}")
+            raise FaspError(f"exactly one of name_or_path and config must be given, got {given}")
         adapters = LoRAConfig(**lora) if isinstance(lora, dict) else lora
         # hyperparameters are plain data, so that checkpoints load with weights_only=True
         name_or_path = None if name_or_path is None else str(name_or_path)
@@ -116,11 +117,11 @@ class CausalLMModule(L.LightningModule):
         """Every parameter that requires a gradient now goes to the optimizer.
 
         Raises:
-            ValueError: If there is none.
+            FaspError: If there is none.
         """
         parameters = [parameter for parameter in self.parameters() if parameter.requires_grad]
         if not parameters:
-            raise ValueError("a parameter must require a gradient to be trained, got a model that is frozen as a whole")
+            raise FaspError("a parameter must require a gradient to be trained, got a model that is frozen as a whole")
         optimizer = self.optimizer(parameters)
         if self.lr_scheduler is None:
             return optimizer
@@ -193,8 +194,8 @@ class CausalLMModule(L.LightningModule):
             The folder; ``None`` on all processes but the first, which write nothing.
 
         Raises:
-            FileExistsError: If ``path`` is not empty and ``overwrite`` is false, or is no pruned model.
-            ValueError: If ``form`` cannot hold the model, or the model is sharded.
+            FaspFileExistsError: If ``path`` is not empty and ``overwrite`` is false, or is no pruned model.
+            FaspError: If ``form`` cannot hold the model, or the model is sharded.
         """
         return export_model(self.model, path, tokenizer, form, overwrite)
 

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from fasp_lightning.errors import FaspError
+
 PROBE_SHAPE = (64, 129)
 """Of the weight on which an optimizer is tried: odd, and large enough for 8-bit optimizers to use 8 bits."""
 
@@ -24,7 +26,7 @@ def check_optimizer(optimizer: Optimizer) -> None:
         optimizer: As ``configure_optimizers`` made it; it is not touched.
 
     Raises:
-        ValueError: If a state does not follow the rule, or the class cannot be tried.
+        FaspError: If a state does not follow the rule, or the class cannot be tried.
     """
     name = type(optimizer).__name__
     remedy = "use an optimizer with elementwise state, such as torch.optim.AdamW or SGD"
@@ -32,11 +34,11 @@ def check_optimizer(optimizer: Optimizer) -> None:
         state = _state_of_probe(optimizer)
     except Exception as error:  # whatever a class raises that needs a closure, sparse gradients, a process group
         reason = " ".join(str(error).split())[:120]
-        raise ValueError(f"optimizer {name} cannot be tried on one weight ({reason}); {remedy}") from error
+        raise FaspError(f"optimizer {name} cannot be tried on one weight ({reason}); {remedy}") from error
     for key, value in state.items():
         if not _follows_rule(value):
             form = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
-            raise ValueError(
+            raise FaspError(
                 f"optimizer {name} must have state of its weight's shape {PROBE_SHAPE}, got {key} of {form}; {remedy}"
             )
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from torch import nn
 from torch.optim import Optimizer
 
+from fasp_lightning.errors import FaspError
 from fasp_lightning.structure.adapters import is_adapter_parameter
 from fasp_lightning.training.lora import stock_name
 
@@ -56,12 +57,12 @@ class Recovery:
         """Refuse optimizers that lack a parameter that recovery will train.
 
         Raises:
-            ValueError: Naming one such parameter.
+            FaspError: Naming one such parameter.
         """
         held = {id(one) for optimizer in optimizers for group in optimizer.param_groups for one in group["params"]}
         missing = [name for name, parameter in self._recovering() if id(parameter) not in held]
         if missing:
-            raise ValueError(
+            raise FaspError(
                 f"recovery={self.mode!r} needs its parameters in the optimizer, which lacks {len(missing)} of them, "
                 f"such as {missing[0]}; give configure_optimizers all parameters that require gradients"
             )

@@ -7,6 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from fasp_lightning.errors import FaspError
 from fasp_lightning.pruning.text import POOL_BLOCKS
 from fasp_lightning.training.sources import ROLES, RoleTexts, TextSource
 from fasp_lightning.training.tokenised import Tokenised, TooShort, key_of, tokenised, without
@@ -14,7 +15,7 @@ from fasp_lightning.training.tokenizing import fingerprint
 
 _log = logging.getLogger(__name__)
 
-Unreadable = (ValueError, OSError)
+Unreadable = (FaspError, OSError)
 
 
 class RoleCache:
@@ -41,8 +42,8 @@ class RoleCache:
         """The texts of a role.
 
         Raises:
-            FileNotFoundError: If a local file isn't there.
-            ValueError: If a text can't be read, or has not one sequence.
+            FaspFileNotFoundError: If a local file isn't there.
+            FaspError: If a text can't be read, or has not one sequence.
         """
         if role not in self._found:
             try:
@@ -88,7 +89,7 @@ class RoleCache:
         try:
             return tokenised(self.folder, key, opened, self.tokenizer, self.seq_len, text.separator, limit)
         except TooShort as error:
-            raise ValueError(_shortage(text, role, self.roles.sharing(text), error)) from error
+            raise FaspError(_shortage(text, role, self.roles.sharing(text), error)) from error
 
     def _documents(self, role: str, index: int) -> Any:
         return without(self.roles.documents(role, index), self.taken(role))

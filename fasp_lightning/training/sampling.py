@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DistributedSampler
 
+from fasp_lightning.errors import FaspError
+
 BLANK = -1
 """Index of a sequence without labels, with which evaluation gives each process equally many."""
 
@@ -33,7 +35,7 @@ def shares_of(lengths: Sequence[int], weights: Sequence[float] | None, total: in
         given to the largest remainders.
 
     Raises:
-        ValueError: If a text gets none.
+        FaspError: If a text gets none.
     """
     weights = [float(length) for length in lengths] if weights is None else weights
     exact = [total * weight / sum(weights) for weight in weights]
@@ -42,7 +44,7 @@ def shares_of(lengths: Sequence[int], weights: Sequence[float] | None, total: in
     for text in by_remainder[: total - sum(counts)]:
         counts[text] += 1
     if not all(counts):
-        raise ValueError(
+        raise FaspError(
             f"weights {weights} must give each text a sequence of an epoch of {total}, got {counts}; raise the "
             "smallest weight or sequences_per_epoch"
         )

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
+from fasp_lightning.errors import FaspError
 from fasp_lightning.structure.compact import GatherColumns, ScatterRows
 from fasp_lightning.structure.registry import spec_for
 from fasp_lightning.structure.resolve import find_blocks
@@ -26,12 +27,12 @@ def shard(model: PreTrainedModel, mesh: DeviceMesh) -> None:
             ``ModelParallelStrategy`` makes it.
 
     Raises:
-        ValueError: If tensor parallelism is asked for.
+        FaspError: If tensor parallelism is asked for.
     """
     from torch.distributed.fsdp import fully_shard
 
     if mesh["tensor_parallel"].size() > 1:
-        raise ValueError(
+        raise FaspError(
             "tensor_parallel_size must be 1, the model is sharded over data_parallel_size processes, "
             f"got {mesh['tensor_parallel'].size()}"
         )

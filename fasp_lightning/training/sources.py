@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from fasp_lightning.errors import FaspError
 from fasp_lightning.pruning.corpora import SHARES, digest, split_of
 from fasp_lightning.pruning.text import TextConfig, describe, documents, for_role
 from fasp_lightning.pruning.text_files import local_documents, local_files
@@ -44,7 +45,7 @@ class TextSource:
         sequences: Number of sequences to take from the start of the text; None takes all of it.
 
     Raises:
-        ValueError: If a field is outside its range, or the source is none of the above.
+        FaspError: If a field is outside its range, or the source is none of the above.
     """
 
     source: str
@@ -58,9 +59,9 @@ class TextSource:
     def __post_init__(self) -> None:
         self.config()  # refuses an unknown source or split
         if self.weight is not None and not (self.weight > 0 and math.isfinite(self.weight)):
-            raise ValueError(f"weight of source {self.source!r} must be greater than 0, got {self.weight}")
+            raise FaspError(f"weight of source {self.source!r} must be greater than 0, got {self.weight}")
         if self.sequences is not None and self.sequences < 1:
-            raise ValueError(f"sequences of source {self.source!r} must be 1 or more, got {self.sequences}")
+            raise FaspError(f"sequences of source {self.source!r} must be 1 or more, got {self.sequences}")
 
     def config(self) -> TextConfig:
         """The same text for the engine's readers."""
@@ -75,7 +76,7 @@ def as_sources(texts: Iterable[TextSource | Mapping[str, Any] | str] | None) -> 
     """Read a list of texts, each given as a `TextSource`, its fields, or a bare source.
 
     Raises:
-        ValueError: If the list is empty, or only some of its texts have a weight.
+        FaspError: If the list is empty, or only some of its texts have a weight.
     """
     if texts is None:
         return None
@@ -85,10 +86,10 @@ def as_sources(texts: Iterable[TextSource | Mapping[str, Any] | str] | None) -> 
         for text in texts
     )
     if not found:
-        raise ValueError("a list of texts must hold one at least, got an empty one; leave it out for the default")
+        raise FaspError("a list of texts must hold one at least, got an empty one; leave it out for the default")
     if len({text.weight is None for text in found}) > 1:
         without = [text.source for text in found if text.weight is None]
-        raise ValueError(f"weight must be set for all texts or for none, got none for {', '.join(without)}")
+        raise FaspError(f"weight must be set for all texts or for none, got none for {', '.join(without)}")
     return found
 
 
@@ -127,8 +128,8 @@ class RoleTexts:
             index: Which of the role's texts.
 
         Raises:
-            FileNotFoundError: If a local file isn't there.
-            ValueError: If the text can't be read.
+            FaspFileNotFoundError: If a local file isn't there.
+            FaspError: If the text can't be read.
         """
         text = self.texts[role][index]
         if text.config().kind != "local":
@@ -179,7 +180,7 @@ def _files(source: str) -> list[Path]:
     """Resolved paths of a local text; none if there is none, which is an error where that text is read."""
     try:
         return [file.resolve() for file in local_files(source)]
-    except (FileNotFoundError, ValueError):
+    except FaspError:
         return []
 
 

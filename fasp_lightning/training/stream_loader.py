@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from fasp_lightning.errors import FaspError
 from fasp_lightning.training.loaders import Position, warn_of_another_order
 from fasp_lightning.training.resuming import BatchProgress
 from fasp_lightning.training.streaming import TokenStream, as_batch
@@ -97,11 +98,11 @@ class StreamLoader:
         """Go on from there in the next iteration.
 
         Raises:
-            ValueError: If it is of another number of processes × workers, among which the text was divided.
+            FaspError: If it is of another number of processes × workers, among which the text was divided.
         """
         ranks = len(state["ranks"])
         if (state["shards"], ranks) != (self.stream.shards, self.stream.shards // self.stream.workers):
-            raise ValueError(
+            raise FaspError(
                 f"a stream must be resumed with the processes and num_workers it was stopped with ({ranks} and "
                 f"{state['shards'] // ranks}), got {self.stream.shards // self.stream.workers} and "
                 f"{self.stream.workers}; the text is divided among them (num_workers 0 counts as 1)"

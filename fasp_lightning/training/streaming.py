@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 
+from fasp_lightning.errors import FaspError
 from fasp_lightning.pruning.text import document_groups, encode_documents
 from fasp_lightning.training.sampling import generator
 
@@ -57,7 +58,7 @@ class ShardReader:
         """Yield sequences without end.
 
         Raises:
-            ValueError: If all of the part makes no sequence.
+            FaspError: If all of the part makes no sequence.
         """
         rest: list[int] = []
         at = self.cursor[2]
@@ -81,7 +82,7 @@ class ShardReader:
                 yield turn, document, ids
                 document += len(group)
             if first == 0 and tokens < self.seq_len:
-                raise ValueError(
+                raise FaspError(
                     f"{self.name} is too short to stream: its part {self.shard + 1} of {self.shards} has {tokens} "
                     f"tokens, and one sequence needs seq_len={self.seq_len}; give more text, lower seq_len or "
                     "num_workers, or set streaming to false"

@@ -33,7 +33,7 @@ def carry_structure(module: nn.Module, attribute: str | None = None) -> None:
         attribute: See :func:`~fasp_lightning.training.locate.find_causal_lm`.
 
     Raises:
-        ValueError: If the module holds no causal LM, or several.
+        FaspError: If the module holds no causal LM, or several.
     """
     find_causal_lm(module, attribute)
     if carries_structure(module):

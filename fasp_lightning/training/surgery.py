@@ -28,6 +28,7 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader
 
+from fasp_lightning.errors import FaspError
 from fasp_lightning.pruning.plan import conform, plan_of, resolve_pruned
 from fasp_lightning.training.locate import find_causal_lm
 from fasp_lightning.training.optimizer_state import slice_states
@@ -43,22 +44,22 @@ def check_trainer(trainer: Trainer) -> None:
     """Refuse what cannot follow a change of shapes in the middle of a run.
 
     Raises:
-        ValueError: For sharded strategies, PowerSGD (``_ddp_comm_state``), and ``StochasticWeightAveraging``.
+        FaspError: For sharded strategies, PowerSGD (``_ddp_comm_state``), and ``StochasticWeightAveraging``.
     """
     strategy = trainer.strategy
     sharded = isinstance(strategy, DeepSpeedStrategy)  # though it derives from DDPStrategy
     if sharded or not isinstance(strategy, (SingleDeviceStrategy, DDPStrategy)):
-        raise ValueError(
+        raise FaspError(
             f"strategy must be a single device or ddp to prune during fit, got {type(strategy).__name__}; prune first "
             "(fasp prune, FASPPruner) and train the saved folder, sharding it in configure_model as CausalLMModule does"
         )
     if type(getattr(strategy, "_ddp_comm_state", None)).__name__ == "PowerSGDState":
-        raise ValueError(
+        raise FaspError(
             "strategy must have no PowerSGDState as ddp_comm_state beside FASPPruning, its errors would keep the old "
             "shapes; use a hook without such state, as bf16_compress_hook"
         )
     if any(isinstance(callback, StochasticWeightAveraging) for callback in trainer.callbacks):  # type: ignore[attr-defined]
-        raise ValueError(
+        raise FaspError(
             "callbacks must not hold StochasticWeightAveraging beside FASPPruning, its copy would keep the old shapes; "
             "use EMAWeightAveraging or WeightAveraging, which follow"
         )
@@ -194,23 +195,23 @@ def check_training_source(trainer: Trainer) -> None:
     """Refuse, before any loader is made, training data that calibration cannot be taken from (``_data_source``).
 
     Raises:
-        ValueError: If ``fit`` was given something else than one DataLoader; loaders from hooks are seen later.
+        FaspError: If ``fit`` was given something else than one DataLoader; loaders from hooks are seen later.
     """
     source = trainer.fit_loop._data_source.instance
     if not isinstance(source, (DataLoader, LightningModule, LightningDataModule)):
-        raise ValueError(_no_source(type(source).__name__))
+        raise FaspError(_no_source(type(source).__name__))
 
 
 def training_loader(trainer: Trainer) -> DataLoader:
     """The one training DataLoader (``fit_loop._combined_loader``).
 
     Raises:
-        ValueError: If there are several, or it is none.
+        FaspError: If there are several, or it is none.
     """
     combined = trainer.fit_loop._combined_loader
     loaders = [] if combined is None else combined.flattened
     if len(loaders) != 1 or not isinstance(loaders[0], DataLoader):
-        raise ValueError(_no_source(", ".join(type(loader).__name__ for loader in loaders) or "none"))
+        raise FaspError(_no_source(", ".join(type(loader).__name__ for loader in loaders) or "none"))
     return loaders[0]
 
 

@@ -14,6 +14,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+from fasp_lightning.errors import FaspError
 from fasp_lightning.pruning.text import document_groups, encode_documents
 from fasp_lightning.training.sources import distinct
 
@@ -21,7 +22,7 @@ FORMAT = 2
 """Goes into every key: a change of the packing makes old files unused."""
 
 
-class TooShort(ValueError):
+class TooShort(FaspError):
     """A text has not one sequence."""
 
 

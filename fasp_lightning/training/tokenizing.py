@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fasp_lightning.errors import FaspError
+
 SPECIALS = ("<pad>", "<bos>", "<eos>")
 """Special tokens of a tokenizer trained here, ids 0, 1 and 2."""
 
@@ -25,7 +27,7 @@ class TokenizerTraining:
         characters: Number of characters of the text, from its start, that it is trained on at most.
 
     Raises:
-        ValueError: If a field is outside its range.
+        FaspError: If a field is outside its range.
     """
 
     vocab_size: int = 4096
@@ -35,12 +37,12 @@ class TokenizerTraining:
     def __post_init__(self) -> None:
         least = ALPHABET + len(SPECIALS)
         if self.vocab_size < least:
-            raise ValueError(
+            raise FaspError(
                 f"vocab_size must be {least} or more (the bytes and the special tokens), got {self.vocab_size}"
             )
         for name in ("min_frequency", "characters"):
             if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be 1 or more, got {getattr(self, name)}")
+                raise FaspError(f"{name} must be 1 or more, got {getattr(self, name)}")
 
 
 def train_tokenizer(documents: Iterable[str], settings: TokenizerTraining) -> Any:
@@ -109,11 +111,11 @@ def check_vocabulary_size(tokenizer: Any, embeddings: int) -> None:
         embeddings: Number of embeddings of the model.
 
     Raises:
-        ValueError: If it has a larger id.
+        FaspError: If it has a larger id.
     """
     largest = max(tokenizer.get_vocab().values(), default=-1)
     if largest >= embeddings:
-        raise ValueError(
+        raise FaspError(
             f"tokenizer must have ids below {embeddings}, the model's vocabulary, got one with ids up to {largest}; "
             "use the tokenizer that belongs to the model, or a model built for this tokenizer"
         )

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+from fasp_lightning.errors import FaspError
 from fasp_lightning.pruning.processes import Processes
 from fasp_lightning.training.loaders import PackedSequences, ResumableLoader
 from fasp_lightning.training.resuming import BatchProgress
@@ -45,7 +46,7 @@ def cached_loader(cache: RoleCache, options: TrainingOptions) -> ResumableLoader
     """A loader of tokenised text.
 
     Raises:
-        ValueError: If an epoch has not a batch for each process.
+        FaspError: If an epoch has not a batch for each process.
     """
     texts = cache.get("train")
     data = PackedSequences([text.sequences for text in texts])
@@ -68,7 +69,7 @@ def stream_loader(cache: RoleCache, options: TrainingOptions) -> StreamLoader:
     """A loader of text that is tokenised on the fly.
 
     Raises:
-        ValueError: If an epoch has not a batch for each process.
+        FaspError: If an epoch has not a batch for each process.
     """
     texts, taken = cache.roles.texts["train"], cache.taken("train")
     total = options.sequences_per_epoch or 0
@@ -93,7 +94,7 @@ def stream_loader(cache: RoleCache, options: TrainingOptions) -> StreamLoader:
 
 def _check_batches(total: int, seq_len: int, options: TrainingOptions) -> None:
     if total < options.batch_size * options.world_size:
-        raise ValueError(
+        raise FaspError(
             f"an epoch must fill a batch on every process: it has {total} sequences of seq_len={seq_len}, got "
             f"batch_size={options.batch_size} on {options.world_size} processes; give more text, raise "
             "sequences_per_epoch where it is set, or lower one of these"

@@ -9,9 +9,9 @@ import pytest
 import yaml
 
 from fasp_lightning.cli.configs import find_config, shipped_configs, shipped_folder
-from fasp_lightning.cli.errors import UsageError
 from fasp_lightning.cli.jobs import EvaluateJob, ModelConfig, PruneJob
 from fasp_lightning.cli.parsing import parse
+from fasp_lightning.errors import FaspError
 from fasp_lightning.pruning.config import PruningConfig
 from fasp_lightning.pruning.own_text import OwnTextConfig
 from fasp_lightning.pruning.text import TextConfig
@@ -87,7 +87,7 @@ def test_own_file_comes_before_a_shipped_one(tmp_path: Path, monkeypatch: pytest
 
 
 def test_unknown_config_lists_the_shipped() -> None:
-    with pytest.raises(UsageError, match=r"demo.*got 'no-such-config'"):
+    with pytest.raises(FaspError, match=r"demo.*got 'no-such-config'"):
         find_config("no-such-config")
 
 

@@ -7,9 +7,10 @@ import sys
 
 import pytest
 
-from fasp_lightning import __version__
+from fasp_lightning import FaspError, __version__, errors
 from fasp_lightning.cli import evaluate
 from fasp_lightning.cli.main import COMMANDS
+from fasp_lightning.pruning import plan
 from fasp_lightning.pruning.batches import as_inputs
 
 
@@ -47,20 +48,45 @@ def test_interrupt_is_one_line(fasp, monkeypatch: pytest.MonkeyPatch) -> None:
     assert (outcome.code, outcome.err) == (130, "fasp: interrupted\n")
 
 
-@pytest.mark.parametrize("error", [RuntimeError, ValueError, TypeError, KeyError])
-def test_bug_keeps_its_traceback(fasp, monkeypatch: pytest.MonkeyPatch, error: type[Exception]) -> None:
+def assert_reported(outcome, error: str) -> None:
+    """A traceback, then where to report it, with exit code 1."""
+    assert outcome.code == 1, outcome
+    assert "Traceback (most recent call last)" in outcome.err
+    *_, named, report = outcome.err.strip().splitlines()
+    assert named.startswith(error)
+    assert report.startswith(f"fasp: this is a bug of fasp_lightning {__version__}")
+    assert "please report it" in report
+
+
+@pytest.mark.parametrize("error", [RuntimeError, ValueError, TypeError, KeyError, AssertionError])
+def test_bug_keeps_its_traceback_and_says_where_to_report_it(
+    fasp, monkeypatch: pytest.MonkeyPatch, error: type[Exception]
+) -> None:
     def bug(job: object) -> int:
-        raise error("a bug")  # raised here, outside the package
+        raise error("a bug")
 
     monkeypatch.setattr(evaluate, "run", bug)
-    with pytest.raises(error, match="a bug"):
-        fasp("evaluate", "--model.name_or_path", "x")
+    assert_reported(fasp("evaluate", "--model.name_or_path", "x"), error.__name__)
 
 
-def test_refusal_of_the_package_is_one_line(fasp, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(evaluate, "run", lambda job: as_inputs({}))  # raises a ValueError in the package
+def test_broken_invariant_inside_the_package_is_a_bug(prune, tiny_folder, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A ``zip(strict=True)`` of the package that does not come out even is no mistake of the user."""
+    targets = plan.targets
+    monkeypatch.setattr(plan, "targets", lambda *given: [*targets(*given)[:-1], (1, 2, 3)])
+    assert_reported(prune(tiny_folder("llama")), "ValueError")
+
+
+@pytest.mark.parametrize("given", [{}, "text"])
+def test_refusal_of_the_package_is_one_line(fasp, monkeypatch: pytest.MonkeyPatch, given: object) -> None:
+    monkeypatch.setattr(evaluate, "run", lambda job: as_inputs(given))
     outcome = fasp("evaluate", "--model.name_or_path", "x")
     assert (outcome.code, outcome.err.count("\n")) == (2, 1)
+
+
+def test_every_refusal_is_a_value_error() -> None:
+    refusals = [kind for kind in vars(errors).values() if isinstance(kind, type)]
+    assert len(refusals) > 1
+    assert all(issubclass(kind, FaspError) and issubclass(kind, ValueError) for kind in refusals)
 
 
 def test_system_error_names_the_file(fasp, monkeypatch: pytest.MonkeyPatch) -> None:

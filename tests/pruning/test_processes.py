@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from processes import run_script
+from processes import raised_elsewhere, run_script
 from tiny import tiny_model
 from tiny_pruning import INGREDIENTS, basic, calibration
 
@@ -77,18 +77,18 @@ def test_each_pair_is_solved_once(family: str, found: Found) -> None:
 @pytest.mark.parametrize(
     ("case", "culprit", "message"),
     [
-        ("token", 1, "ValueError: input_ids must be in [0, 97)"),
-        ("nothing", 1, "ValueError: batches must hold at least one calibration batch"),
+        ("token", 1, "FaspError: input_ids must be in [0, 97)"),
+        ("nothing", 1, "FaspError: batches must hold at least one calibration batch"),
         ("breaks", 1, "OSError: disk gone"),
         ("solver", 0, "RuntimeError: no solution"),
-        ("own", 1, "ValueError: the logits must be finite to sample own text"),
+        ("own", 1, "FaspError: the logits must be finite to sample own text"),
     ],
 )
 def test_error_in_one_process_ends_both(case: str, culprit: int, message: str, found: Found) -> None:
     processes = found(case)
     own, other = processes[culprit]["message"], processes[1 - culprit]["message"]
     assert own.startswith(message)
-    assert other == f"RuntimeError: process {culprit} stopped with {own}"
+    assert other == f"{raised_elsewhere(own)}: process {culprit} stopped with {own}"
 
 
 def test_processes_write_together_what_one_does(found: Found) -> None:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from ddp_run import GROUPS, INGREDIENTS, Noting, fasp, fit, plain, sgd
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
-from processes import run_script
+from processes import raised_elsewhere, run_script
 from runs import UserModule, half, trainer
 from tiny import random_tokens, tiny_model
 from tiny_lightning import SCRATCH
@@ -122,13 +122,13 @@ def test_resumed_run_ends_as_the_uninterrupted_one(found: Found) -> None:
 
 @pytest.mark.parametrize(
     ("run", "message"),
-    [("token", "ValueError: input_ids must be in [0, 97)"), ("validation", "IndexError: index out of range")],
+    [("token", "FaspError: input_ids must be in [0, 97)"), ("validation", "IndexError: index out of range")],
 )
 def test_error_in_one_process_is_told_in_both(run: str, message: str, found: Found) -> None:
     """It comes from that process's part of the calibration, or of the validation data."""
     first, second = (process["message"] for process in found(run))
     assert second.startswith(message)
-    assert first == f"RuntimeError: process 1 stopped with {second}"
+    assert first == f"{raised_elsewhere(second)}: process 1 stopped with {second}"
 
 
 def test_activations_of_one_process_that_are_not_finite_end_both(found: Found) -> None:
