@@ -24,6 +24,7 @@ ENGINE = (
     "register_architecture",
     "spec_for",
     "PruningSchedule",
+    "FaspError",
 )
 TRAINING = ("FASPPruning", "CausalLMModule", "CausalLMDataModule", "LoRAConfig", "Perplexity", "carry_structure")
 PUBLIC = (*ENGINE, *TRAINING)
