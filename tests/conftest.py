@@ -17,8 +17,6 @@ from tiny import TINY, tiny_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-torch.set_num_threads(2)
-
 ALPHABET = "ĊĠ" + "".join(chr(code) for code in range(33, 127) if chr(code) not in "`|~")
 """What the tiny tokenizer knows, newline and space in byte-level form; with four special tokens it has 97."""
 
@@ -37,9 +35,13 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 @pytest.fixture(autouse=True)
 def seeded() -> Iterator[None]:
-    """Every test starts from the same global random state, and leaves the threads as they were."""
+    """Every test starts from the same global random state, on one thread, and leaves the threads as they were.
+
+    Tiny models are several times slower with two threads, which wait for each other at every product.
+    """
     torch.manual_seed(0)
     threads = torch.get_num_threads()
+    torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
 

@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fasp_lightning.pruning.budget.widths import plan_widths
 from fasp_lightning.pruning.config import PruningConfig
-from fasp_lightning.pruning.plan import PruningPlan
-from fasp_lightning.pruning.widths import plan_widths
 from fasp_lightning.structure.layout import PairLayout
+from fasp_lightning.structure.plan import PruningPlan
 from fasp_lightning.structure.registry import spec_for
 
 
@@ -27,9 +27,7 @@ def consumer_columns(layout: PairLayout, units: Iterable[int]) -> list[int]:
         return sorted(unit * span + column for unit in units for column in range(span))
     size = layout.width // layout.groups
     return sorted(
-        (unit // size * layout.repeats + head) * size + unit % size
-        for unit in units
-        for head in range(layout.repeats)
+        (unit // size * layout.repeats + head) * size + unit % size for unit in units for head in range(layout.repeats)
     )
 
 
@@ -56,9 +54,7 @@ def consumer_inputs(model: nn.Module, consumer: nn.Module, batches: Iterable[Any
     handle = consumer.register_forward_pre_hook(lambda _, args: found.append(args[0]))
     rows = []
     for batch in batches:
-        ids, mask = (
-            (batch, None) if isinstance(batch, Tensor) else (batch["input_ids"], batch["attention_mask"])
-        )
+        ids, mask = (batch, None) if isinstance(batch, Tensor) else (batch["input_ids"], batch["attention_mask"])
         model(input_ids=ids, attention_mask=mask, use_cache=False)
         inputs = found.pop()
         inputs = inputs.reshape(-1, inputs.shape[-1])
@@ -111,9 +107,7 @@ def reference(model: nn.Module, batches: list[Any], config: PruningConfig) -> li
     return kept
 
 
-def _restore(
-    consumer: nn.Module, weight: Tensor, inputs: Tensor, columns: list[int], config: PruningConfig
-) -> None:
+def _restore(consumer: nn.Module, weight: Tensor, inputs: Tensor, columns: list[int], config: PruningConfig) -> None:
     original, bias = weight.double().clone(), getattr(consumer, "bias", None)
     refit = bias is not None and config.refit_bias
     mean = inputs.mean(0) if refit else torch.zeros_like(inputs[0])

@@ -55,7 +55,7 @@ def raised_elsewhere(message: str) -> str:
 
 def _environment() -> dict[str, str]:
     tests = Path(__file__).parent
-    paths = [Path(fasp_lightning.__file__).parents[1], tests, tests / "training"]
+    paths = [Path(fasp_lightning.__file__).parents[1], tests, tests / "training", tests / "training" / "trainer"]
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]

@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from fasp_lightning import load_pruned
-from fasp_lightning.pruning.plan import plan_of
 from fasp_lightning.structure import registry
+from fasp_lightning.structure.plan import plan_of
 from fasp_lightning.training import data
 
 EXAMPLES = Path(__file__).parents[1] / "examples"

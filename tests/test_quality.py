@@ -16,10 +16,11 @@ from tiny import random_tokens, tiny_model
 from tiny_text import words
 
 from fasp_lightning import FASPPruner, PruningConfig, perplexity
-from fasp_lightning.pruning.loading import load_model
-from fasp_lightning.pruning.text import TextConfig, token_batches
+from fasp_lightning.checkpoints.loading import load_model
 from fasp_lightning.structure.linears import linear_parameters, parameter_count
 from fasp_lightning.structure.registry import spec_for
+from fasp_lightning.text.config import TextConfig
+from fasp_lightning.text.tokens import token_batches
 
 BENCHMARKS = Path(__file__).parents[1] / "examples" / "benchmarks"
 BATCHES = [random_tokens(4, 40, seed=seed) for seed in range(3)]

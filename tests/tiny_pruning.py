@@ -10,8 +10,8 @@ from tiny import random_tokens, tiny_model
 from torch import nn
 
 from fasp_lightning import FASPPruner, PruningConfig
-from fasp_lightning.pruning.own_text import OwnTextConfig
-from fasp_lightning.pruning.standins import StandIn
+from fasp_lightning.pruning.blocks.standins import StandIn
+from fasp_lightning.pruning.config import OwnTextConfig
 
 
 def basic(sparsity: float = 0.2, **options: Any) -> PruningConfig:

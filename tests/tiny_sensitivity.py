@@ -12,11 +12,11 @@ from tiny_pruning import calibration
 from torch import Tensor, nn
 
 from fasp_lightning import spec_for
-from fasp_lightning.pruning.capture import capture
-from fasp_lightning.pruning.plan import resolve_pruned
-from fasp_lightning.pruning.sensitivity import fisher_scores
-from fasp_lightning.pruning.standins import evaluating
-from fasp_lightning.pruning.store import TensorStore
+from fasp_lightning.pruning.blocks.capture import capture
+from fasp_lightning.pruning.blocks.sensitivity import fisher_scores
+from fasp_lightning.pruning.blocks.store import TensorStore
+from fasp_lightning.structure.modes import evaluating
+from fasp_lightning.structure.plan import resolve_pruned
 
 WAYS = pytest.mark.parametrize("whole", [True, False], ids=["whole", "blocks"])
 Scores = list[list[Tensor]]

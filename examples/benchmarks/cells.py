@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import fasp_lightning
-from fasp_lightning.pruning.staging import write_beside
+from fasp_lightning.staging import write_beside
 
 Settings = dict[str, Any]
 CODE = ("ops", "structure", "pruning")

@@ -18,8 +18,9 @@ import lightning as L
 import torch
 
 from fasp_lightning import CausalLMDataModule, CausalLMModule, FASPPruning, LoRAConfig, PruningConfig, perplexity
-from fasp_lightning.pruning.loading import load_tokenizer
-from fasp_lightning.pruning.text import TextConfig, describe, token_batches
+from fasp_lightning.checkpoints.loading import load_tokenizer
+from fasp_lightning.text.config import TextConfig, describe
+from fasp_lightning.text.tokens import token_batches
 
 
 def arguments() -> argparse.Namespace:

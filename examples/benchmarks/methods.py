@@ -10,7 +10,7 @@ from flap import flap
 from torch import Tensor, nn
 
 from fasp_lightning import FASPPruner, PruningConfig
-from fasp_lightning.pruning.own_text import OwnTextConfig
+from fasp_lightning.pruning.config import OwnTextConfig
 
 FREE: dict[str, Any] = dict(allocation="adaptive")
 """The free form: what differs from the default. Stock code can load it zero-filled alone."""

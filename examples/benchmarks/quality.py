@@ -29,11 +29,12 @@ from methods import METHODS, own_tokens, prune, settings
 from tables import Cell, markdown, picture, rows_of
 from torch import Tensor, nn
 
+from fasp_lightning.checkpoints.loading import load_model, load_tokenizer
 from fasp_lightning.cli.checks import overlap
-from fasp_lightning.pruning.id_cache import digest_of, fingerprint
-from fasp_lightning.pruning.loading import load_model, load_tokenizer
+from fasp_lightning.pruning.own_text.cache import digest_of, fingerprint
 from fasp_lightning.pruning.perplexity import measure_perplexity
-from fasp_lightning.pruning.text import TextConfig, describe, for_role, token_batches
+from fasp_lightning.text.config import TextConfig, describe, for_role
+from fasp_lightning.text.tokens import token_batches
 
 RESULTS = Path(__file__).parent / "results"
 

@@ -5,89 +5,14 @@ from __future__ import annotations
 import dataclasses
 import os
 import shutil
-from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-from torch import Tensor
 
 from fasp_lightning.cli.console import megabytes
 from fasp_lightning.cli.jobs import ModelConfig, PruneJob
 from fasp_lightning.errors import FaspError, FaspOSError, FaspPermissionError
-from fasp_lightning.pruning.batches import check_vocabulary, weighted
-from fasp_lightning.pruning.own_text import OwnTextConfig, within_positions
-from fasp_lightning.pruning.text import TextConfig, describe, for_role, token_batches
-from fasp_lightning.pruning.text_files import local_files
-
-
-@dataclass(frozen=True)
-class Text:
-    """A text that is ready to be measured.
-
-    Attributes:
-        name: For tables.
-        batches: (batch, seq) token ids.
-        config: Where it came from.
-    """
-
-    name: str
-    batches: list[Tensor]
-    config: TextConfig
-
-    @property
-    def tokens(self) -> int:
-        """All tokens."""
-        return sum(batch.numel() for batch in self.batches)
-
-
-@dataclass(frozen=True)
-class Calibration:
-    """All text that a model is calibrated on.
-
-    Attributes:
-        texts: Texts that are read; none where own text is all.
-        own: What the model will write itself, if it does.
-    """
-
-    texts: list[Text]
-    own: OwnTextConfig | None
-
-    @property
-    def name(self) -> str:
-        """For tables."""
-        return calibration_name(self.configs, self.own)
-
-    @property
-    def configs(self) -> list[TextConfig]:
-        """Where the texts that are read came from."""
-        return [text.config for text in self.texts]
-
-    @property
-    def tokens(self) -> int:
-        """All tokens, own text among them."""
-        return sum(text.tokens for text in self.texts) + own_tokens(self.own)
-
-    @property
-    def batches(self) -> list[Any]:
-        """For the pruner, own text aside."""
-        return [batch for text in self.texts for batch in weighted(text.batches, text.config.weight)]
-
-    def to_dict(self) -> dict[str, Any]:
-        """What the report says of it: the first text's settings, and those of further ones."""
-        first, *further = map(dataclasses.asdict, self.configs) if self.texts else [{}]
-        return {"name": self.name, **first, **({"further": further} if further else {})}
-
-
-def calibration_name(texts: Sequence[TextConfig], own: OwnTextConfig | None) -> str:
-    """Name a mix for a table: "topics (calibration), 0.5 x articles.jsonl, own text"."""
-    names = [describe(text) if text.weight == 1 else f"{text.weight:g} x {describe(text)}" for text in texts]
-    return ", ".join([*names, *(["own text"] if own is not None else [])])
-
-
-def own_tokens(own: OwnTextConfig | None) -> int:
-    """Tokens of own text."""
-    return 0 if own is None else own.sequences * own.seq_len
+from fasp_lightning.text.config import TextConfig, describe, for_role
+from fasp_lightning.text.files import local_files
 
 
 def texts_of(job: PruneJob) -> tuple[list[TextConfig], list[TextConfig]]:
@@ -124,54 +49,13 @@ def _files(text: TextConfig) -> list[Path]:
     return [file.resolve() for file in local_files(text.source)]
 
 
-def load_text(config: TextConfig, tokenizer: Any, model: Any, name: str) -> Text:
-    """Tokenize a text, and check that the model can take it.
-
-    Args:
-        config: The text.
-        tokenizer: The model's tokenizer.
-        model: The model, on any device.
-        name: The option's name, for messages.
-
-    Raises:
-        FaspError: If the text is too short, its sequences too long, or a token has no embedding.
-        FaspOSError: If a file cannot be read.
-    """
-    longest = getattr(model.config, "max_position_embeddings", None)
-    if isinstance(longest, int) and config.seq_len > longest:
-        raise FaspError(f"{name}.seq_len must be at most {longest}, the positions of the model, got {config.seq_len}")
-    batches = token_batches(config, tokenizer)
-    vocabulary = model.get_input_embeddings().num_embeddings
-    for batch in batches:
-        check_vocabulary(batch, vocabulary)
-    return Text(describe(config), batches, config)
-
-
-def load_calibration(texts: list[TextConfig], own: OwnTextConfig | None, tokenizer: Any, model: Any) -> Calibration:
-    """Tokenize the calibration texts, and check that the model can take them.
-
-    Args:
-        texts: Those of :func:`texts_of`.
-        own: The settings of own text.
-        tokenizer: The model's tokenizer.
-        model: The model, on any device.
-
-    Raises:
-        FaspError: As in :func:`load_text`.
-        FaspOSError: If a file cannot be read.
-    """
-    own = own and within_positions(model, own)
-    names = ("further_calibration" if index else "calibration" for index in range(len(texts)))
-    return Calibration([load_text(text, tokenizer, model, name) for text, name in zip(texts, names, strict=True)], own)
-
-
 def tokenizer_of(model: ModelConfig) -> Any:
     """The tokenizer a job names, or the model's own.
 
     Raises:
         FaspOSError: If there is none.
     """
-    from fasp_lightning.pruning.loading import load_tokenizer
+    from fasp_lightning.checkpoints.loading import load_tokenizer
 
     if model.tokenizer is not None:
         return load_tokenizer(model.tokenizer, trust_remote_code=model.trust_remote_code)
@@ -207,7 +91,7 @@ def check_output_dir(job: PruneJob) -> None:
         FaspFileExistsError: If it is not empty and may not be overwritten.
         FaspError: If it is a file, or the folder that is pruned.
     """
-    from fasp_lightning.pruning.checkpoint import check_output
+    from fasp_lightning.checkpoints.saving import check_output
 
     if job.output_dir is None:
         return

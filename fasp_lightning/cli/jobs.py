@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from fasp_lightning.checkpoints.devices import parse_dtype
+from fasp_lightning.checkpoints.forms import FORMS
 from fasp_lightning.errors import FaspError
 from fasp_lightning.pruning.config import PruningConfig
-from fasp_lightning.pruning.forms import FORMS
-from fasp_lightning.pruning.placement import parse_dtype
-from fasp_lightning.pruning.text import TextConfig
+from fasp_lightning.text.config import TextConfig
 
 EVALUATED_SEQUENCES = 16
 

@@ -22,7 +22,7 @@ COMMANDS = {
     "predict": "likelihood of each sequence of a text",
     "schedule": "write the schedule of a training's pruning as a YAML file to edit",
 }
-"""Name → help. A command with options of its own is a module of this package with ``JOB`` (a dataclass) and
+"""Name → help. A command with options of its own is a module of ``commands`` with ``JOB`` (a dataclass) and
 ``run(job)``; one of :data:`TRAINING` takes those of a Lightning run."""
 
 TRAINING = {
@@ -32,7 +32,7 @@ TRAINING = {
     "predict": "lightning",
     "schedule": "schedule",
 }
-"""Name → module of this package with ``run(command, argv)``."""
+"""Name → module of ``commands`` with ``run(command, argv)``."""
 
 USAGE = f"""\
 usage: fasp COMMAND [options]
@@ -88,9 +88,9 @@ def _dispatch(argv: list[str]) -> int:
         raise FaspError(f"command must be one of {', '.join(COMMANDS)}, got {got}; see fasp --help")
     # imported here: the other commands' modules, and what they need, stay out of the process
     if command in TRAINING:
-        return import_module(f"fasp_lightning.cli.{TRAINING[command]}").run(command, rest)
+        return import_module(f"fasp_lightning.cli.commands.{TRAINING[command]}").run(command, rest)
     from fasp_lightning.cli.parsing import parse
 
-    module = import_module(f"fasp_lightning.cli.{command}")
+    module = import_module(f"fasp_lightning.cli.commands.{command}")
     job = parse(module.JOB, f"fasp {command}", rest)
     return module.run(job)

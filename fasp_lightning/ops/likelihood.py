@@ -10,6 +10,9 @@ from torch.nn import functional
 
 from fasp_lightning.errors import FaspError
 
+IGNORED = -100
+"""The label of a token that no loss and no metric counts, as in PyTorch's and transformers' losses."""
+
 CHUNK_ELEMENTS = 2**24
 """Logits handled at once: their float32 copy and its softmax take 64 MiB each, whatever the vocabulary."""
 
@@ -92,6 +95,4 @@ def _check_shapes(logits: Tensor, input_ids: Tensor, mask: Tensor | None) -> Non
             f"got {tuple(logits.shape)} and {tuple(input_ids.shape)}"
         )
     if mask is not None and mask.shape != input_ids.shape:
-        raise FaspError(
-            f"mask must have the shape {tuple(input_ids.shape)} of input_ids, got {tuple(mask.shape)}"
-        )
+        raise FaspError(f"mask must have the shape {tuple(input_ids.shape)} of input_ids, got {tuple(mask.shape)}")

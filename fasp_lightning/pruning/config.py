@@ -3,13 +3,62 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass, field
+import os
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
 from typing import Any, Literal, get_args, get_type_hints
 
 import torch
 
 from fasp_lightning.errors import FaspError
-from fasp_lightning.pruning.own_text import OwnTextConfig
+
+
+@dataclass(frozen=True)
+class OwnTextConfig:
+    """How much text the model writes itself for its calibration, and how.
+
+    Its sequences start like those of the calibration text; without any, with the model's beginning-of-text token.
+
+    Attributes:
+        tokens: How many tokens in all, rounded down to whole sequences.
+        share: Weight of this text in the whole calibration, in (0, 1]; 1 is this text alone.
+        seq_len: Tokens of a sequence, all positions of the model if it has fewer; many short ones are sampled in a
+            batch.
+        temperature: Of the sampling; 1 is the model's own distribution.
+        seed: Seed of the sampling.
+        cache_dir: Folder in which sampled text is kept for the next run with the same weights and settings. "auto"
+            is a folder of the user's cache in commands, and none in Python; null keeps none.
+
+    Raises:
+        FaspError: If a field is outside its range.
+    """
+
+    tokens: int = 8192
+    share: float = 0.33
+    seq_len: int = 128
+    temperature: float = 1.0
+    seed: int = 0
+    cache_dir: str | None = "auto"
+
+    def __post_init__(self) -> None:
+        if self.seq_len < 2:
+            raise FaspError(f"own_text.seq_len must be 2 or more, got {self.seq_len}: the first token is given")
+        if self.tokens < self.seq_len:
+            raise FaspError(
+                f"own_text.tokens must be at least own_text.seq_len, {self.seq_len}, got {self.tokens}; "
+                "set own_text to null for none"
+            )
+        if not 0 < self.share <= 1:
+            raise FaspError(f"own_text.share must be in (0, 1], got {self.share}; set own_text to null for none")
+        if not 0 < self.temperature < math.inf:
+            raise FaspError(f"own_text.temperature must be positive and finite, got {self.temperature}")
+        if self.cache_dir == "":
+            raise FaspError("own_text.cache_dir must be a folder, 'auto' or null, got ''")
+
+    @property
+    def sequences(self) -> int:
+        """Number of sequences."""
+        return self.tokens // self.seq_len
 
 
 @dataclass(frozen=True)
@@ -109,3 +158,19 @@ def _require_device(device: str) -> None:
         torch.device(device)
     except RuntimeError:
         raise FaspError(f"device must be a torch device such as 'cpu' or 'cuda:0', got {device!r}") from None
+
+
+def with_user_cache(config: OwnTextConfig) -> OwnTextConfig:
+    """What "auto" means in a command: a folder below XDG_CACHE_HOME, or below ~/.cache without that.
+
+    The home folder is not spelt out, since settings are saved along with the model.
+    """
+    if config.cache_dir != "auto":
+        return config
+    cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return replace(config, cache_dir=str(Path(cache) / "fasp_lightning" / "own_text"))
+
+
+def needs_sensitivity(config: PruningConfig) -> bool:
+    """Whether any setting reads the loss sensitivity."""
+    return config.score == "fisher" or config.allocation == "adaptive"

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from fasp_lightning.errors import FaspError
 from fasp_lightning.ops.likelihood import next_token_nll
-from fasp_lightning.pruning.batches import as_inputs, check_vocabulary, weight_of
-from fasp_lightning.pruning.standins import evaluating
+from fasp_lightning.structure.modes import evaluating
+from fasp_lightning.text.batches import as_inputs, check_vocabulary, weight_of
 
 _log = logging.getLogger(__name__)
 

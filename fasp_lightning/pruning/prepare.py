@@ -9,16 +9,15 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from fasp_lightning.errors import FaspError
-from fasp_lightning.pruning.capture import capture
-from fasp_lightning.pruning.config import PruningConfig
-from fasp_lightning.pruning.own_text import calibration_starts, mixed, own_text
+from fasp_lightning.pruning.blocks.capture import capture
+from fasp_lightning.pruning.blocks.samples import spread_samples
+from fasp_lightning.pruning.blocks.sensitivity import fisher_scores
+from fasp_lightning.pruning.blocks.store import TensorStore
+from fasp_lightning.pruning.config import PruningConfig, needs_sensitivity
+from fasp_lightning.pruning.own_text.writing import calibration_starts, mixed, own_text
 from fasp_lightning.pruning.processes import Processes
-from fasp_lightning.pruning.progress import Meter
-from fasp_lightning.pruning.report import Stopwatch
-from fasp_lightning.pruning.sensitivity import fisher_scores
-from fasp_lightning.pruning.standins import evaluating
-from fasp_lightning.pruning.store import TensorStore
-from fasp_lightning.pruning.subset import spread_samples
+from fasp_lightning.pruning.progress import Meter, Stopwatch
+from fasp_lightning.structure.modes import evaluating
 from fasp_lightning.structure.pair import ResolvedPair
 from fasp_lightning.structure.registry import spec_for
 
@@ -51,11 +50,6 @@ class Prepared:
         found = [[scores.numel() for scores in block] for block in self.sensitivity]
         if found != [[pair.kept.numel() for pair in block] for block in pairs]:
             raise FaspError("batches must be prepared with this model as it is, or a copy of it; prepare them anew")
-
-
-def needs_sensitivity(config: PruningConfig) -> bool:
-    """Whether any setting reads the loss sensitivity."""
-    return config.score == "fisher" or config.allocation == "adaptive"
 
 
 def prepare(

@@ -10,20 +10,20 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from fasp_lightning.errors import FaspError
-from fasp_lightning.pruning.allocation import adaptive_widths
-from fasp_lightning.pruning.capture import capture
+from fasp_lightning.pruning.blocks.capture import capture
+from fasp_lightning.pruning.blocks.samples import hold_back
+from fasp_lightning.pruning.blocks.store import TensorStore
+from fasp_lightning.pruning.budget.allocation import adaptive_widths
+from fasp_lightning.pruning.budget.widths import WidthPlan, plan_widths, widths_towards
 from fasp_lightning.pruning.config import PruningConfig
-from fasp_lightning.pruning.held_back import hold_back
-from fasp_lightning.pruning.plan import record_plan, resolve_pruned
 from fasp_lightning.pruning.prepare import Prepared, prepare
 from fasp_lightning.pruning.processes import Processes
-from fasp_lightning.pruning.progress import Meter, Progress
-from fasp_lightning.pruning.report import PruningReport, Stopwatch, peak_memory
-from fasp_lightning.pruning.run import PruningRun, passes_over
-from fasp_lightning.pruning.standins import evaluating
-from fasp_lightning.pruning.store import TensorStore
-from fasp_lightning.pruning.widths import WidthPlan, plan_widths, widths_towards
+from fasp_lightning.pruning.progress import Meter, Progress, Stopwatch, peak_memory
+from fasp_lightning.pruning.report import PruningReport
+from fasp_lightning.pruning.round import PruningRun, passes_over
+from fasp_lightning.structure.modes import evaluating
 from fasp_lightning.structure.pair import ResolvedPair
+from fasp_lightning.structure.plan import record_plan, resolve_pruned
 from fasp_lightning.structure.registry import spec_for
 
 if TYPE_CHECKING:

@@ -3,18 +3,11 @@
 from __future__ import annotations
 
 import math
-import resource
-import sys
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-import torch
-
+from fasp_lightning.pruning.budget.widths import WidthPlan
 from fasp_lightning.pruning.perplexity import PerplexityResult
-from fasp_lightning.pruning.widths import WidthPlan
 
 SAME = 0.005
 """Relative difference of two perplexities up to which they count as equal: other calibration samples differ by more."""
@@ -141,42 +134,3 @@ class PruningReport:
     def to_dict(self) -> dict[str, Any]:
         """The report as plain data."""
         return asdict(self)
-
-
-class Stopwatch:
-    """Wall-clock seconds by phase. Phases nest: an inner phase's time is taken off the outer one's.
-
-    Args:
-        device: Work queued on a CUDA device is waited for, so that it counts where it was asked for.
-    """
-
-    def __init__(self, device: torch.device) -> None:
-        self.seconds: dict[str, float] = {}
-        self._device = device
-        self._inner = [0.0]
-
-    @contextmanager
-    def phase(self, name: str) -> Iterator[None]:
-        """Count the time of this block of code as ``name``."""
-        start = self._now()
-        self._inner.append(0.0)
-        try:
-            yield
-        finally:
-            spent = self._now() - start
-            self.seconds[name] = self.seconds.get(name, 0.0) + spent - self._inner.pop()
-            self._inner[-1] += spent
-
-    def _now(self) -> float:
-        if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
-        return time.perf_counter()
-
-
-def peak_memory(device: torch.device) -> dict[str, int]:
-    """Highest resident set of the process so far, and of CUDA since its last reset, in bytes."""
-    unit = 1 if sys.platform == "darwin" else 1024
-    peak = {"rss": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit}
-    if device.type == "cuda":
-        peak["cuda"] = torch.cuda.max_memory_allocated(device)
-    return peak

@@ -9,12 +9,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fasp_lightning.ops.restoration import output_energy, refit_bias, residual_energy, restore_weight
+from fasp_lightning.ops.least_squares import output_energy, refit_bias, residual_energy, restore_weight
 from fasp_lightning.ops.selection import complement
 from fasp_lightning.ops.statistics import GramStatistics, centre
+from fasp_lightning.pruning.budget.widths import PairWidth
 from fasp_lightning.pruning.config import PruningConfig
 from fasp_lightning.pruning.report import PairReport
-from fasp_lightning.pruning.widths import PairWidth
 from fasp_lightning.structure.pair import ResolvedPair
 
 FALLBACK = 0.1

@@ -7,8 +7,8 @@ from torch import Tensor
 from fasp_lightning.ops.scores import wanda_score
 from fasp_lightning.ops.selection import select_columns
 from fasp_lightning.ops.statistics import GramStatistics
+from fasp_lightning.pruning.budget.widths import PairWidth
 from fasp_lightning.pruning.config import PruningConfig
-from fasp_lightning.pruning.widths import PairWidth
 from fasp_lightning.structure.pair import ResolvedPair
 
 

@@ -11,14 +11,7 @@ from torch import Tensor, nn
 
 from fasp_lightning.ops.slicing import expand, shrink
 from fasp_lightning.structure.adapters import adapters_of, base_of, effective_weight
-from fasp_lightning.structure.compact import (
-    GatherColumns,
-    ScatterRows,
-    inner,
-    replace_module,
-    set_features,
-    set_heads,
-)
+from fasp_lightning.structure.compact import GatherColumns, ScatterRows, inner, replace_module, set_features, set_heads
 from fasp_lightning.structure.layout import PairLayout
 from fasp_lightning.structure.spec import CoupledPair
 

@@ -79,9 +79,7 @@ def _resolve_pair(
     return resolved
 
 
-def _fresh_layout(
-    name: str, pair: CoupledPair, columns: int, rows: tuple[int, ...], heads: int | None
-) -> PairLayout:
+def _fresh_layout(name: str, pair: CoupledPair, columns: int, rows: tuple[int, ...], heads: int | None) -> PairLayout:
     """Layout of a pair that was never cut; head counts follow from the shapes and the number of query heads."""
     if pair.kind == "ffn":
         parts = 2 if pair.fused else 1

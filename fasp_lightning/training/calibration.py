@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
 from fasp_lightning.errors import FaspError
-from fasp_lightning.training.loss import read_batch
-from fasp_lightning.training.surgery import training_loader
+from fasp_lightning.text.batches import read_tokens
+from fasp_lightning.training.trainer.surgery import training_loader
 
 
 def calibration_loader(trainer: Trainer, module: LightningModule) -> DataLoader:
@@ -110,20 +109,3 @@ def _copied(dataset: IterableDataset) -> IterableDataset:
             f"training data must be copied to be read beside the training, and {type(dataset).__name__} cannot "
             f"({error}); give the datamodule or module a calibration_dataloader()"
         ) from error
-
-
-def read_tokens(batch: Any, what: str, remedy: str) -> tuple[dict[str, Tensor], Tensor]:
-    """What :func:`~fasp_lightning.training.loss.read_batch` makes of a user's batch, or of its first entry.
-
-    Args:
-        batch: Token ids, a mapping with ``input_ids``, or a sequence whose first entry is one of both.
-        what: Name of the data, for the message.
-        remedy: What to do if it is none of these, likewise.
-
-    Raises:
-        FaspError: If it is none of these.
-    """
-    try:
-        return read_batch(batch[0] if isinstance(batch, Sequence) and batch else batch)
-    except FaspError as error:
-        raise FaspError(f"{what}: {error}; {remedy}") from error

@@ -10,22 +10,22 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 
 from fasp_lightning.errors import FaspError
+from fasp_lightning.pruning.budget.widths import is_reached, plan_widths, present_widths
 from fasp_lightning.pruning.config import PruningConfig
 from fasp_lightning.pruning.processes import Processes
-from fasp_lightning.pruning.schedule import PruningSchedule, ScheduledPruning
-from fasp_lightning.pruning.widths import is_reached, plan_widths, present_widths
 from fasp_lightning.structure.adapters import has_adapters
-from fasp_lightning.training import resuming, surgery
 from fasp_lightning.training.calibration import Draw, calibration_loader, has_calibration_loader
-from fasp_lightning.training.events import EventRecord, check_data, prune_model, validation_perplexity
-from fasp_lightning.training.export import check_export, export_model
-from fasp_lightning.training.locate import find_causal_lm
-from fasp_lightning.training.lora import LoRAConfig, attach_lora, merge_lora
-from fasp_lightning.training.optimizer_state import check_optimizer
-from fasp_lightning.training.random_state import random_state, restore_random_state
+from fasp_lightning.training.events import check_data, prune_model, validation_perplexity
+from fasp_lightning.training.modeling.export import check_export, export_model
+from fasp_lightning.training.modeling.locate import find_causal_lm
+from fasp_lightning.training.modeling.lora import LoRAConfig, attach_lora, merge_lora
+from fasp_lightning.training.modeling.structure_state import carries_structure, carry_structure
 from fasp_lightning.training.recovery import MODES, Recovery, trained_names
-from fasp_lightning.training.structure_state import carries_structure, carry_structure
-from fasp_lightning.training.telling import tell_event, tell_history, tell_missed, tell_structure
+from fasp_lightning.training.reporting import EventRecord, tell_event, tell_history, tell_missed, tell_structure
+from fasp_lightning.training.schedule import PruningSchedule, ScheduledPruning
+from fasp_lightning.training.trainer import resuming, surgery
+from fasp_lightning.training.trainer.optimizer_state import check_optimizer
+from fasp_lightning.training.trainer.random_state import random_state, restore_random_state
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -11,21 +11,17 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
+from fasp_lightning.checkpoints.loading import load_tokenizer
 from fasp_lightning.errors import FaspError
-from fasp_lightning.training.loaders import PackedSequences, ResumableLoader
-from fasp_lightning.training.resuming import BatchProgress
-from fasp_lightning.training.role_cache import RoleCache
-from fasp_lightning.training.sampling import EvaluationSampler
-from fasp_lightning.training.sources import ROLES, RoleTexts, TextSource, as_sources
-from fasp_lightning.training.stream_loader import StreamLoader
-from fasp_lightning.training.tokenised import default_cache, key_of
-from fasp_lightning.training.tokenizing import (
-    TokenizerTraining,
-    check_vocabulary_size,
-    load,
-    trained_tokenizer,
-)
-from fasp_lightning.training.training_loaders import TrainingOptions, cached_loader, stream_loader
+from fasp_lightning.text.packed_cache import default_cache, key_of
+from fasp_lightning.text.role_cache import RoleCache
+from fasp_lightning.text.roles import ROLES, RoleTexts, TextSource, as_sources
+from fasp_lightning.text.shuffling import EvaluationSampler
+from fasp_lightning.text.tokenizer import TokenizerTraining, check_vocabulary_size, trained_tokenizer
+from fasp_lightning.training.loaders.build import TrainingOptions, cached_loader, stream_loader
+from fasp_lightning.training.loaders.cached import PackedSequences, ResumableLoader
+from fasp_lightning.training.loaders.streamed import StreamLoader
+from fasp_lightning.training.trainer.resuming import BatchProgress
 
 
 class CausalLMDataModule(L.LightningDataModule):
@@ -104,7 +100,9 @@ class CausalLMDataModule(L.LightningDataModule):
                     "tokenizer must be the name or folder of one, a TokenizerTraining or a tokenizer, got None; "
                     "it is commonly the model's name"
                 )
-            self._tokenizer = self._trained() if isinstance(self._given, TokenizerTraining) else load(str(self._given))
+            self._tokenizer = (
+                self._trained() if isinstance(self._given, TokenizerTraining) else load_tokenizer(str(self._given))
+            )
         return self._tokenizer
 
     @property

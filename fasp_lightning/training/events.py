@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
@@ -15,11 +14,12 @@ from fasp_lightning.pruning.perplexity import exp_nll
 from fasp_lightning.pruning.processes import Processes
 from fasp_lightning.pruning.pruner import FASPPruner
 from fasp_lightning.pruning.report import PruningReport
-from fasp_lightning.pruning.standins import evaluating
-from fasp_lightning.training.calibration import Draw, read_tokens
+from fasp_lightning.structure.modes import evaluating
+from fasp_lightning.text.batches import read_tokens
+from fasp_lightning.training.calibration import Draw
 from fasp_lightning.training.metrics import Perplexity
-from fasp_lightning.training.progress import pruning_bar
-from fasp_lightning.training.surgery import eagerly, prune_attached, validation_loaders
+from fasp_lightning.training.progress_bar import pruning_bar
+from fasp_lightning.training.trainer.surgery import eagerly, prune_attached, validation_loaders
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -27,36 +27,6 @@ if TYPE_CHECKING:
 
 VALIDATION = ("validation data", "or set validation_batches=0")
 """What cannot be measured on, and what to do then."""
-
-
-@dataclass
-class EventRecord:
-    """What one event did; plain numbers.
-
-    Attributes:
-        step: Optimizer steps before it.
-        sparsity: Fraction of the original blocks' linear parameters that is gone.
-        sparsity_total: Fraction of all original parameters that is gone.
-        parameters: Parameters left, adapters not counted.
-        perplexity_before: On the validation batches, before; ``None`` without validation data.
-        perplexity_pruned: Right after.
-        perplexity_recovered: At the next event or the end of the run; ``None`` until then.
-        seconds: Of calibration and pruning.
-    """
-
-    step: int
-    sparsity: float
-    sparsity_total: float
-    parameters: int
-    seconds: float
-    perplexity_before: float | None = None
-    perplexity_pruned: float | None = None
-    perplexity_recovered: float | None = None
-
-    def metrics(self) -> dict[str, float]:
-        """Name → value for loggers; what was not measured is left out, and what the model itself shows."""
-        told = ("seconds", "perplexity_before", "perplexity_pruned")
-        return {f"fasp/{key}": value for key, value in asdict(self).items() if key in told and value is not None}
 
 
 def check_data(trainer: Trainer, draw: Draw, validation_batches: int) -> None:

@@ -10,10 +10,7 @@ from torch import Tensor
 from torchmetrics import Metric
 
 from fasp_lightning.errors import FaspError
-from fasp_lightning.ops.likelihood import next_token_nll
-
-IGNORED = -100
-"""The label of a token that no loss and no metric counts, as in PyTorch's and transformers' losses."""
+from fasp_lightning.ops.likelihood import IGNORED, next_token_nll
 
 
 class Perplexity(Metric):

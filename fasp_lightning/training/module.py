@@ -15,13 +15,14 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 
 from fasp_lightning.errors import FaspError
-from fasp_lightning.training.building import new_model, read_model, recompute_activations, seeded
-from fasp_lightning.training.export import export_model
-from fasp_lightning.training.lora import LoRAConfig, attach_lora, merge_lora
-from fasp_lightning.training.loss import next_token_loss, read_batch, sequence_nll
+from fasp_lightning.ops.loss import next_token_loss, sequence_nll
+from fasp_lightning.text.batches import read_batch
 from fasp_lightning.training.metrics import Perplexity
-from fasp_lightning.training.sharding import shard
-from fasp_lightning.training.structure_state import carry_structure
+from fasp_lightning.training.modeling.building import new_model, read_model, recompute_activations, seeded
+from fasp_lightning.training.modeling.export import export_model
+from fasp_lightning.training.modeling.lora import LoRAConfig, attach_lora, merge_lora
+from fasp_lightning.training.modeling.sharding import shard
+from fasp_lightning.training.modeling.structure_state import carry_structure
 
 _DEFAULT_OPTIMIZER = functools.partial(torch.optim.AdamW, lr=1e-4)
 

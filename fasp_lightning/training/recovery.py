@@ -10,7 +10,7 @@ from torch.optim import Optimizer
 
 from fasp_lightning.errors import FaspError
 from fasp_lightning.structure.adapters import is_adapter_parameter
-from fasp_lightning.training.lora import stock_name
+from fasp_lightning.training.modeling.lora import stock_name
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -10,8 +10,8 @@ from typing import NamedTuple
 import pytest
 import torch
 
+from fasp_lightning.checkpoints import loading
 from fasp_lightning.cli.main import main
-from fasp_lightning.pruning import loading
 
 WORDS = ("the", "cat", "sat", "on", "a", "mat", "while", "some", "dog", "ran", "off", "and", "rain", "fell")
 BASIC = ("--pruning.score", "wanda", "--pruning.own_text", "null")
@@ -87,9 +87,3 @@ def text(tmp_path: Path) -> Path:
     path = tmp_path / "text.txt"
     path.write_text("\n\n".join(documents))
     return path
-
-
-@pytest.fixture
-def one_thread(seeded: None) -> None:
-    """Tiny models train several times slower with two threads."""
-    torch.set_num_threads(1)  # ``seeded`` puts the number back

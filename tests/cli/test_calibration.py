@@ -12,13 +12,12 @@ from tiny import tiny_model
 from tiny_pruning import basic
 
 from fasp_lightning import FASPPruner, PruningConfig, load_pruned
-from fasp_lightning.cli.checks import Calibration, Text, calibration_name, texts_of
-from fasp_lightning.cli.domains import single_source
+from fasp_lightning.cli.checks import texts_of
 from fasp_lightning.cli.jobs import ModelConfig, PruneJob
-from fasp_lightning.pruning.own_text import OwnTextConfig
-from fasp_lightning.pruning.text import TextConfig, calibration_batches
-
-pytestmark = pytest.mark.usefixtures("one_thread")
+from fasp_lightning.cli.texts import Calibration, Text, calibration_name, single_source
+from fasp_lightning.pruning.config import OwnTextConfig
+from fasp_lightning.text.config import TextConfig
+from fasp_lightning.text.tokens import calibration_batches
 
 TEXT = TextConfig(split="calibration", seq_len=16, sequences=8)
 OTHER = TextConfig("builtin:docstrings", split="calibration", seq_len=16, sequences=6, batch_size=2, weight=0.5)

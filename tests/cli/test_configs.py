@@ -12,9 +12,8 @@ from fasp_lightning.cli.configs import find_config, shipped_configs, shipped_fol
 from fasp_lightning.cli.jobs import EvaluateJob, ModelConfig, PruneJob
 from fasp_lightning.cli.parsing import parse
 from fasp_lightning.errors import FaspError
-from fasp_lightning.pruning.config import PruningConfig
-from fasp_lightning.pruning.own_text import OwnTextConfig
-from fasp_lightning.pruning.text import TextConfig
+from fasp_lightning.pruning.config import OwnTextConfig, PruningConfig
+from fasp_lightning.text.config import TextConfig
 
 COMMANDS = {
     "evaluate": "evaluate",

@@ -8,10 +8,10 @@ import sys
 import pytest
 
 from fasp_lightning import FaspError, __version__, errors
-from fasp_lightning.cli import evaluate
+from fasp_lightning.cli.commands import evaluate
 from fasp_lightning.cli.main import COMMANDS
-from fasp_lightning.pruning import plan
-from fasp_lightning.pruning.batches import as_inputs
+from fasp_lightning.structure import plan
+from fasp_lightning.text.batches import as_inputs
 
 
 def test_help_names_every_command(fasp) -> None:

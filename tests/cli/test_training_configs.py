@@ -15,9 +15,7 @@ import yaml
 import fasp_lightning
 from fasp_lightning import PruningSchedule, load_pruned
 from fasp_lightning.cli.configs import find_config
-from fasp_lightning.pruning.plan import resolve_pruned
-
-pytestmark = pytest.mark.usefixtures("one_thread")
+from fasp_lightning.structure.plan import resolve_pruned
 
 NAMES = ("one_shot", "iterative_lora", "ddp_cpu", "recover_lora", "opt_from_scratch")
 TINY_OPT = {"hidden_size": 32, "word_embed_proj_dim": 32, "ffn_dim": 64, "num_hidden_layers": 2, "vocab_size": 300}

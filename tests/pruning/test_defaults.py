@@ -12,7 +12,8 @@ from tiny_pruning import assert_same, assert_unchanged, basic, calibration, left
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from fasp_lightning import FASPPruner, PruningConfig
-from fasp_lightning.pruning.own_text import OwnTextConfig, own_text
+from fasp_lightning.pruning.config import OwnTextConfig
+from fasp_lightning.pruning.own_text.writing import own_text
 
 SHORT = PruningConfig(own_text=OwnTextConfig(tokens=512))
 """The defaults with less own text; its 128 tokens a sequence are more than the positions of tiny models."""

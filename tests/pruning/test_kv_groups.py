@@ -15,11 +15,11 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, DynamicCache
 
 from fasp_lightning import FASPPruner, PruningConfig, PruningPlan, apply_plan, load_pruned, save_pruned, spec_for
-from fasp_lightning.pruning.footprint import footprints
-from fasp_lightning.pruning.plan import conform, plan_of, resolve_pruned
-from fasp_lightning.pruning.widths import WidthPlan, plan_widths
+from fasp_lightning.pruning.budget.footprint import footprints
+from fasp_lightning.pruning.budget.widths import WidthPlan, plan_widths
 from fasp_lightning.structure.linears import linear_parameters
-from fasp_lightning.training.lora import LoRAConfig, attach_lora, merge_lora
+from fasp_lightning.structure.plan import conform, plan_of, resolve_pruned
+from fasp_lightning.training.modeling.lora import LoRAConfig, attach_lora, merge_lora
 
 ABLE = ["llama", "llama-gqa", "mistral", "qwen2", "qwen3", "gemma2", "gemma3", "phi", "phi3"]
 """Gemma has one KV head here, which stays."""

@@ -13,7 +13,7 @@ from tiny_pruning import basic
 from torch import Tensor, nn
 
 from fasp_lightning import FASPPruner, PruningConfig
-from fasp_lightning.pruning.plan import resolve_pruned
+from fasp_lightning.structure.plan import resolve_pruned
 
 VARIANTS = {f"{name}-{kind}": (name, kind) for name, tiny in TINY.items() for kind in tiny.attention}
 every_variant = pytest.mark.parametrize(("name", "kind"), VARIANTS.values(), ids=VARIANTS)

@@ -13,8 +13,8 @@ from tiny_pruning import assert_same, assert_unchanged, basic, calibration
 from fasp_lightning import FASPPruner, PruningConfig
 from fasp_lightning.pruning import prepare as preparing
 from fasp_lightning.pruning import pruner
-from fasp_lightning.pruning.own_text import OwnTextConfig
-from fasp_lightning.pruning.prepare import Prepared, needs_sensitivity
+from fasp_lightning.pruning.config import OwnTextConfig, needs_sensitivity
+from fasp_lightning.pruning.prepare import Prepared
 from fasp_lightning.pruning.progress import ProgressEvent
 
 OWN = OwnTextConfig(tokens=100, seq_len=20, share=0.4)

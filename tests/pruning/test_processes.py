@@ -13,7 +13,8 @@ from tiny import tiny_model
 from tiny_pruning import INGREDIENTS, basic, calibration
 
 from fasp_lightning import FASPPruner, PruningPlan
-from fasp_lightning.pruning.own_text import OwnTextConfig, calibration_starts, own_text
+from fasp_lightning.pruning.config import OwnTextConfig
+from fasp_lightning.pruning.own_text.writing import calibration_starts, own_text
 from fasp_lightning.pruning.processes import Processes
 
 Found = Callable[[str], list[dict[str, Any]]]

@@ -15,9 +15,9 @@ from torch import Tensor
 
 from fasp_lightning import FASPPruner, PruningConfig, load_pruned, save_pruned
 from fasp_lightning.ops.statistics import GramStatistics
-from fasp_lightning.pruning.plan import resolve_pruned
+from fasp_lightning.pruning.budget.widths import plan_widths
 from fasp_lightning.pruning.select import select_units
-from fasp_lightning.pruning.widths import plan_widths
+from fasp_lightning.structure.plan import resolve_pruned
 
 FISHER = basic(0.3, attention="value_dims", score="fisher", restoration="none")
 FREE = replace(FISHER, head_balance="free")

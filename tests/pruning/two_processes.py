@@ -19,8 +19,8 @@ from tiny import VOCAB, random_tokens, tiny_model
 from tiny_pruning import INGREDIENTS, OWN, basic, calibration
 
 from fasp_lightning import FASPPruner, PruningConfig
-from fasp_lightning.pruning import run
-from fasp_lightning.pruning.own_text import calibration_starts, mixed, own_text
+from fasp_lightning.pruning import round
+from fasp_lightning.pruning.own_text.writing import calibration_starts, mixed, own_text
 from fasp_lightning.pruning.processes import Processes
 
 CONFIG = basic(0.2, attention="value_dims")
@@ -76,7 +76,7 @@ def main(folder: Path) -> None:
     prune("token", out_of_range)
     prune("nothing", nothing_in_one)
     prune("breaks", breaks_in_one)
-    run.restore_pair = failing_late(run.restore_pair)
+    round.restore_pair = failing_late(round.restore_pair)
     prune("solver", lambda rank: calibration())
     dist.destroy_process_group()
 
@@ -103,17 +103,17 @@ def write(folder: Path, rank: int) -> None:
 @contextmanager
 def counted(found: dict[str, Any]) -> Iterator[None]:
     """Count restorations in ``found["solved"]``."""
-    original = run.restore_pair
+    original = round.restore_pair
 
     def restore(*arguments: Any) -> Any:
         found["solved"] += 1
         return original(*arguments)
 
-    run.restore_pair = restore
+    round.restore_pair = restore
     try:
         yield
     finally:
-        run.restore_pair = original
+        round.restore_pair = original
 
 
 def failing_late(original: Callable[..., Any]) -> Callable[..., Any]:

@@ -23,9 +23,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, DistributedSampler, default_collate
 
 from fasp_lightning import PruningConfig
-from fasp_lightning.pruning.own_text import OwnTextConfig
+from fasp_lightning.pruning.config import OwnTextConfig
 from fasp_lightning.training.callback import FASPPruning
-from fasp_lightning.training.lora import LoRAConfig
+from fasp_lightning.training.modeling.lora import LoRAConfig
 from fasp_lightning.training.module import CausalLMModule
 
 EVENTS = [{"step": 1, "sparsity": 0.1}, {"step": 3, "sparsity": 0.2}]

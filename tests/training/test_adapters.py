@@ -12,10 +12,10 @@ from tiny_pruning import basic
 from torch import nn
 
 from fasp_lightning import FASPPruner, PruningConfig, save_pruned
-from fasp_lightning.pruning.plan import conform, plan_of
-from fasp_lightning.pruning.widths import plan_widths
+from fasp_lightning.pruning.budget.widths import plan_widths
 from fasp_lightning.structure.adapters import has_adapters
-from fasp_lightning.training.lora import LoRAConfig, attach_lora, merge_lora
+from fasp_lightning.structure.plan import conform, plan_of
+from fasp_lightning.training.modeling.lora import LoRAConfig, attach_lora, merge_lora
 
 BATCHES = [random_tokens(2, 40, seed=seed) for seed in range(3)]
 SETTINGS = {

@@ -14,8 +14,8 @@ from tiny import tiny_model
 from fasp_lightning import FASPPruner, PruningConfig, load_pruned, perplexity
 from fasp_lightning.structure.adapters import has_adapters
 from fasp_lightning.training.callback import FASPPruning
-from fasp_lightning.training.lora import LoRAConfig
-from fasp_lightning.training.structure_state import KEY
+from fasp_lightning.training.modeling.lora import LoRAConfig
+from fasp_lightning.training.modeling.structure_state import KEY
 
 TWO = [{"step": 2, "sparsity": 0.1}, {"step": 5, "sparsity": 0.2}]
 

@@ -17,15 +17,17 @@ from tiny_text import words, write_rows
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
+from fasp_lightning.ops.likelihood import IGNORED
 from fasp_lightning.pruning.perplexity import perplexity
-from fasp_lightning.pruning.text import TextConfig, token_batches
-from fasp_lightning.training import tokenised
+from fasp_lightning.text import packed_cache
+from fasp_lightning.text.config import TextConfig
+from fasp_lightning.text.roles import TextSource
+from fasp_lightning.text.shuffling import BLANK
+from fasp_lightning.text.tokenizer import TokenizerTraining
+from fasp_lightning.text.tokens import token_batches
 from fasp_lightning.training.data import CausalLMDataModule
-from fasp_lightning.training.loaders import PackedSequences
-from fasp_lightning.training.metrics import IGNORED, Perplexity
-from fasp_lightning.training.sampling import BLANK
-from fasp_lightning.training.sources import TextSource
-from fasp_lightning.training.tokenizing import TokenizerTraining
+from fasp_lightning.training.loaders.cached import PackedSequences
+from fasp_lightning.training.metrics import Perplexity
 
 LOADERS = {"train": "train", "calibration": "calibration", "validation": "val", "test": "test"}
 
@@ -117,7 +119,7 @@ def test_the_second_run_does_not_tokenise(make: Any, rows: str, monkeypatch: pyt
     def fail(*_: Any) -> None:
         raise AssertionError("tokenised again")
 
-    monkeypatch.setattr(tokenised, "encode_documents", fail)
+    monkeypatch.setattr(packed_cache, "encode_documents", fail)
     second = make(source=rows)
     second.prepare_data()
     second.setup("fit")
@@ -144,7 +146,7 @@ def test_a_killed_writer_leaves_no_half_of_a_text(make: Any, rows: str, monkeypa
     def killed(*_: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(tokenised, "encode_documents", killed)
+    monkeypatch.setattr(packed_cache, "encode_documents", killed)
     with pytest.raises(KeyboardInterrupt):
         make(source=rows).prepare_data()
     monkeypatch.undo()
@@ -210,7 +212,7 @@ def test_a_trained_tokenizer_is_the_same_each_time_and_kept(
     first = make(**options).tokenizer.get_vocab()
     elsewhere = make(cache_dir=str(tmp_path / "other"), **options).tokenizer.get_vocab()
     assert first == elsewhere
-    monkeypatch.setattr("fasp_lightning.training.tokenizing.train_tokenizer", None)
+    monkeypatch.setattr("fasp_lightning.text.tokenizer.train_tokenizer", None)
     assert make(**options).tokenizer.get_vocab() == first
 
 

@@ -18,9 +18,9 @@ from tiny_lightning import SCRATCH
 from torch.distributed.algorithms.ddp_comm_hooks.powerSGD_hook import PowerSGDState, powerSGD_hook
 
 from fasp_lightning import load_pruned
-from fasp_lightning.training.lora import LoRAConfig
+from fasp_lightning.training.modeling.lora import LoRAConfig
 from fasp_lightning.training.module import CausalLMModule
-from fasp_lightning.training.surgery import check_trainer
+from fasp_lightning.training.trainer.surgery import check_trainer
 
 pytestmark = pytest.mark.slow
 

@@ -19,10 +19,10 @@ from tiny_pruning import basic
 from transformers import AutoModelForCausalLM
 
 from fasp_lightning import PruningConfig, load_pruned
-from fasp_lightning.pruning.own_text import OwnTextConfig
-from fasp_lightning.pruning.plan import resolve_pruned
+from fasp_lightning.pruning.config import OwnTextConfig
+from fasp_lightning.structure.plan import resolve_pruned
 from fasp_lightning.training.callback import FASPPruning
-from fasp_lightning.training.lora import LoRAConfig, attach_lora
+from fasp_lightning.training.modeling.lora import LoRAConfig, attach_lora
 
 OWN = OwnTextConfig(tokens=60, seq_len=12)
 EVERY_SECOND = tuple(range(0, 48, 2))

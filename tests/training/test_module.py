@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 
 from fasp_lightning import perplexity
 from fasp_lightning.training import module as module_file
-from fasp_lightning.training.lora import LoRAConfig
+from fasp_lightning.training.modeling.lora import LoRAConfig
 from fasp_lightning.training.module import CausalLMModule
 
 

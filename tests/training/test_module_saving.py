@@ -15,7 +15,7 @@ from tiny_pruning import BOTH, calibration, pruned
 
 from fasp_lightning import FASPPruner, load_pruned, save_pruned
 from fasp_lightning.structure.adapters import has_adapters
-from fasp_lightning.training.lora import LoRAConfig, merge_lora
+from fasp_lightning.training.modeling.lora import LoRAConfig, merge_lora
 from fasp_lightning.training.module import CausalLMModule
 
 

@@ -17,8 +17,8 @@ from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
 
 from fasp_lightning.training.callback import FASPPruning
-from fasp_lightning.training.locate import find_causal_lm
-from fasp_lightning.training.optimizer_state import check_optimizer
+from fasp_lightning.training.modeling.locate import find_causal_lm
+from fasp_lightning.training.trainer.optimizer_state import check_optimizer
 
 ONE = [{"step": 1, "sparsity": 0.2}]
 

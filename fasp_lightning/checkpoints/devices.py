@@ -1,0 +1,110 @@
+"""On which device, and in which dtype, a model is loaded; and where a part of it computes."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import time
+
+import torch
+
+from fasp_lightning.errors import FaspError
+
+logger = logging.getLogger(__name__)
+
+DTYPES = {
+    "float32": torch.float32,
+    "fp32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "bf16": torch.bfloat16,
+    "float16": torch.float16,
+    "fp16": torch.float16,
+    "float64": torch.float64,
+}
+HALVES = (torch.bfloat16, torch.float16)
+
+PROBE_SHAPE = (128, 512, 512)
+"""67 MFLOP: 0.4 ms in fp32 on two AVX2 cores, and still under a second where bf16 is emulated."""
+
+
+def choose_device(requested: str | torch.device = "auto") -> torch.device:
+    """The device to compute on.
+
+    Args:
+        requested: ``"auto"`` (CUDA where there is one, else the CPU), or any torch device name.
+
+    Raises:
+        FaspError: If torch does not know the name, or the machine lacks the device.
+    """
+    if requested == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(requested)
+    except RuntimeError as error:
+        raise FaspError(
+            f"device must be 'auto' or a torch device such as 'cpu' or 'cuda:0', got {requested!r}"
+        ) from error
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise FaspError(f"device {requested!r} is not usable on this machine; use 'auto' or 'cpu'") from error
+    return device
+
+
+def parse_dtype(requested: str | torch.dtype) -> torch.dtype:
+    """The dtype a name such as ``"bf16"`` or ``"float32"`` stands for.
+
+    Raises:
+        FaspError: If the name is unknown.
+    """
+    if isinstance(requested, torch.dtype):
+        return requested
+    if requested not in DTYPES:
+        raise FaspError(f"dtype must be 'auto' or one of {', '.join(DTYPES)}, got {requested!r}")
+    return DTYPES[requested]
+
+
+def choose_dtype(
+    requested: str | torch.dtype, checkpoint_dtype: torch.dtype | None, device: torch.device
+) -> torch.dtype:
+    """The dtype to load a model in.
+
+    ``"auto"`` takes the checkpoint's dtype on an accelerator. On a CPU it takes bf16 or fp16 only where a probe
+    shows that this is faster than fp32: without hardware for it, half precision is hundreds of times slower.
+
+    Args:
+        requested: ``"auto"`` or a dtype.
+        checkpoint_dtype: Dtype of the stored weights; ``None`` if they have none of their own (GGUF), which
+            reads as bf16 on an accelerator and fp32 on a CPU.
+        device: Where the model will compute.
+
+    Raises:
+        FaspError: If ``requested`` is no known dtype.
+    """
+    if requested != "auto":
+        return parse_dtype(requested)
+    if device.type != "cpu":
+        return checkpoint_dtype or torch.bfloat16
+    if checkpoint_dtype not in HALVES:
+        return checkpoint_dtype or torch.float32
+    if faster_than_fp32(checkpoint_dtype):
+        return checkpoint_dtype
+    logger.info("dtype auto: fp32 instead of %s, which this CPU computes more slowly", checkpoint_dtype)
+    return torch.float32
+
+
+@functools.cache
+def faster_than_fp32(dtype: torch.dtype) -> bool:
+    """Whether a small CPU matmul takes less time in ``dtype`` than in fp32, best of 3 each."""
+    return _matmul_seconds(dtype) < _matmul_seconds(torch.float32)
+
+
+def _matmul_seconds(dtype: torch.dtype) -> float:
+    tokens, width, out = PROBE_SHAPE
+    x, weight = torch.ones(tokens, width, dtype=dtype), torch.ones(out, width, dtype=dtype)
+    best = float("inf")
+    for _ in range(3):
+        start = time.perf_counter()
+        torch.nn.functional.linear(x, weight)
+        best = min(best, time.perf_counter() - start)
+    return best

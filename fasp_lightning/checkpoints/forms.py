@@ -1,0 +1,123 @@
+"""The forms in which a pruned model can be stored, and who can load them."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from fasp_lightning.errors import FaspError
+from fasp_lightning.structure.plan import PairPlan, PruningPlan
+from fasp_lightning.structure.spec import ArchitectureSpec
+from fasp_lightning.structure.stock_fields import stock_fields
+
+FORMS = ("stock", "compact", "zero_filled")
+
+
+class Loader(NamedTuple):
+    """Whether a loader takes a saved model.
+
+    Attributes:
+        name: The loader.
+        ok: True or false; ``None`` where it follows from the form but was not tried.
+        reason: Why.
+    """
+
+    name: str
+    ok: bool | None
+    reason: str
+
+
+def choose_form(form: str, spec: ArchitectureSpec, kinds: set[str]) -> str:
+    """The form to save in.
+
+    * ``stock``: the FFN width, one for all blocks, and the number of heads stand in the config; loads with
+      ``AutoModelForCausalLM``.
+    * ``compact``: small on disk whatever was cut; loads with :func:`~fasp_lightning.load_pruned` alone.
+    * ``zero_filled``: value pairs (and FFNs of a fixed width) in their original shapes, FFNs of different widths as
+      wide as the widest, zeros where units are gone; loads with ``AutoModelForCausalLM``, saves nothing there.
+
+    Args:
+        form: One of these, or ``"auto"``: stock if it can be, else zero-filled.
+        spec: The family's row.
+        kinds: Kinds of the pairs that were cut, and ``"uneven"`` if blocks have different FFN widths.
+
+    Raises:
+        FaspError: If ``form`` is unknown, or ``"stock"`` and stock code cannot hold these shapes.
+    """
+    if form not in ("auto", *FORMS):
+        raise FaspError(f"form must be 'auto' or one of {', '.join(map(repr, FORMS))}, got {form!r}")
+    obstacle = _obstacle(spec, kinds)
+    if form == "stock" and obstacle:
+        raise FaspError(f"form 'stock' cannot hold this model: {obstacle}; use 'compact' or 'zero_filled'")
+    if form == "auto":
+        return "zero_filled" if obstacle else "stock"
+    return form
+
+
+def _obstacle(spec: ArchitectureSpec, kinds: set[str]) -> str | None:
+    if "value" in kinds:
+        return "stock attention has one head size for queries, keys and values"
+    if "ffn" in kinds and spec.width_field is None:
+        return "the FFN width is fixed in the model's code"
+    if "uneven" in kinds:
+        return "blocks have different FFN widths, and the config holds one for all"
+    return None
+
+
+def stock_part(plan: PruningPlan, spec: ArchitectureSpec) -> PruningPlan:
+    """The part of a plan that a stock config expresses: as many units in every block as the widest keeps.
+
+    Blocks that keep fewer get back their first removed units, which a zero-filled checkpoint holds as zeros. Pairs
+    whose width is fixed in the model's code are absent, that is, whole.
+    """
+    blocks: tuple[dict[str, PairPlan], ...] = tuple({} for _ in plan.blocks)
+    for path, (layout, units) in plan.widths.items():
+        if max(units) < layout.width and stock_fields(spec, layout, max(units)):
+            for part, block in zip(blocks, plan.blocks, strict=True):
+                part[path] = PairPlan(layout, _padded(block[path].kept, max(units), layout.width))
+    return PruningPlan(plan.model_type, blocks)
+
+
+def _padded(kept: tuple[int, ...], units: int, width: int) -> tuple[int, ...]:
+    """Ascending units: those kept, and the first others, so many in all."""
+    others = sorted(set(range(width)) - set(kept))
+    return tuple(sorted([*kept, *others[: units - len(kept)]]))
+
+
+def loaders_for(form: str, spec: ArchitectureSpec, kinds: set[str]) -> list[Loader]:
+    """Which loaders take a model saved in ``form``, and why.
+
+    Args:
+        form: ``"stock"``, ``"compact"`` or ``"zero_filled"``.
+        spec: The family's row.
+        kinds: See :func:`choose_form`.
+    """
+    ours = Loader("fasp_lightning.load_pruned", True, "reads fasp_plan.json")
+    if form == "compact":
+        reason = "shapes differ from the config; ignore_mismatched_sizes=True would re-initialise the weights"
+        return [
+            ours,
+            Loader("transformers AutoModelForCausalLM", False, reason),
+            Loader("vLLM, llama.cpp and other stock loaders", False, "they build the shapes from the config"),
+        ]
+    stock = _stock_shapes(spec, kinds)
+    return [
+        Loader("transformers AutoModelForCausalLM", True, stock),
+        ours,
+        Loader("vLLM, llama.cpp and other stock loaders", None, f"{stock}; a plain checkpoint, not tried here"),
+    ]
+
+
+def _stock_shapes(spec: ArchitectureSpec, kinds: set[str]) -> str:
+    """How stock code comes by the shapes of a saved model."""
+    parts = []
+    if "groups" in kinds:
+        parts.append("head counts and head size in the config")
+    if "value" in kinds:
+        parts.append("original V/O shapes, zeros where dims are gone")
+    if "ffn" in kinds and spec.width_field is None:
+        parts.append("original FFN shapes, zeros where units are gone")
+    elif "uneven" in kinds:
+        parts.append(f"FFNs padded with zeros to the widest, whose width is in config.{spec.width_field}")
+    elif "ffn" in kinds:
+        parts.append(f"one FFN width, in config.{spec.width_field}")
+    return "; ".join(parts) or "original shapes"

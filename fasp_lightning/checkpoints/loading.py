@@ -1,0 +1,224 @@
+"""Load models, tokenizers and configs of any source; refusals come before the weights are read."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fasp_lightning.checkpoints.devices import choose_device, choose_dtype, parse_dtype
+from fasp_lightning.checkpoints.forms import stock_part
+from fasp_lightning.checkpoints.pruned_folder import load_pruned, read_plan
+from fasp_lightning.checkpoints.refused_models import check_supported, quantization_method
+from fasp_lightning.checkpoints.source import ModelSource, check_files, resolve_source, weight_files
+from fasp_lightning.errors import FaspError, FaspFileNotFoundError, FaspOSError
+from fasp_lightning.structure.plan import apply_plan
+from fasp_lightning.structure.registry import spec_for
+
+GGUF_MARKS = ("hf_quantizer", "is_quantized", "quantization_method")
+"""Attributes for which transformers takes a dequantised GGUF model for a quantised one."""
+
+
+def load_config(name_or_path: str | Path, *, revision: str | None = None, trust_remote_code: bool = False) -> Any:
+    """Config of a model, without its weights.
+
+    Args:
+        name_or_path: Hub id, folder, ``.gguf`` file, or ``package:NAME``.
+        revision: Branch, tag or commit on the hub.
+        trust_remote_code: Let the repository's own code run.
+
+    Raises:
+        FaspFileNotFoundError: If there is no such model.
+        FaspOSError: If the config is damaged, or the hub cannot be reached.
+        FaspError: If the model is no causal LM, or is quantised.
+    """
+    source = resolve_source(name_or_path)
+    config = _read_config(source, revision, trust_remote_code)
+    check_supported(config, source.name)
+    return config
+
+
+def load_tokenizer(name_or_path: str | Path, *, revision: str | None = None, trust_remote_code: bool = False) -> Any:
+    """Tokenizer of a model.
+
+    Args:
+        name_or_path: Hub id, folder, ``.gguf`` file, or ``package:NAME``.
+        revision: Branch, tag or commit on the hub.
+        trust_remote_code: Let the repository's own code run.
+
+    Raises:
+        FaspFileNotFoundError: If there is no such model.
+        FaspOSError: If it has no tokenizer that can be read.
+    """
+    from transformers import AutoTokenizer
+
+    source = resolve_source(name_or_path)
+    hub = {"revision": revision} if revision else {}
+    try:
+        return AutoTokenizer.from_pretrained(
+            source.location, trust_remote_code=trust_remote_code, **hub, **source.arguments()
+        )
+    except Exception as error:  # transformers raises a dozen kinds for what is always: nothing readable there
+        reason = _first_line(error)
+        raise FaspOSError(f"no readable tokenizer in {source.name!r}: {reason}; name another one to load") from error
+
+
+def load_model(
+    name_or_path: str | Path,
+    dtype: str | torch.dtype = "auto",
+    device: str | torch.device = "auto",
+    *,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    attn_implementation: str | None = None,
+    config: Any = None,
+) -> torch.nn.Module:
+    """A causal LM in evaluation mode; an already pruned folder comes back with its plan.
+
+    Args:
+        name_or_path: Hub id, folder, ``.gguf`` file, or ``package:NAME``.
+        dtype: ``"auto"`` (see :func:`choose_dtype`) or a dtype.
+        device: ``"auto"`` or a torch device.
+        revision: Branch, tag or commit on the hub.
+        trust_remote_code: Let the repository's own code run.
+        attn_implementation: ``"eager"``, ``"sdpa"``, …; ``None`` for the default of transformers.
+        config: The config that :func:`load_config` gave before; to read it out of a GGUF file takes seconds.
+
+    Raises:
+        FaspFileNotFoundError: If there is no such model.
+        FaspOSError: If a file of it is damaged.
+        FaspError: If the model is no causal LM, is quantised, or dtype or device are unknown.
+    """
+    source, place = resolve_source(name_or_path), choose_device(device)
+    if dtype != "auto":
+        parse_dtype(dtype)  # a misspelt name is refused before anything is read
+    if config is None:
+        config = load_config(name_or_path, revision=revision, trust_remote_code=trust_remote_code)
+    check_files(source)
+    chosen = choose_dtype(dtype, checkpoint_dtype(source, config), place)
+    model: Any
+    if source.pruned:
+        model = load_pruned(source.location, dtype=chosen, attn_implementation=attn_implementation)
+    else:
+        hub = {"revision": revision} if revision else {}
+        attention = {"attn_implementation": attn_implementation} if attn_implementation else {}
+        model = _load_dense(source, config, chosen, trust_remote_code=trust_remote_code, **hub, **attention)
+    return model.to(place).eval()
+
+
+def checkpoint_dtype(source: ModelSource, config: Any) -> torch.dtype | None:
+    """Dtype of the stored weights as the config, or else a local file's header, tells it; ``None`` for GGUF.
+
+    Args:
+        source: The resolved model.
+        config: Its config.
+
+    Returns:
+        A floating dtype; fp32 where nothing says otherwise (checkpoints older than the config field).
+    """
+    if source.gguf_file is not None:
+        return None
+    stored = getattr(config, "dtype", None) or getattr(config, "torch_dtype", None)
+    if isinstance(stored, str):
+        stored = getattr(torch, stored, None)
+    return stored or (_header_dtype(Path(source.location)) if source.local else None) or torch.float32
+
+
+def _header_dtype(folder: Path) -> torch.dtype | None:
+    """Dtype of the first floating tensor of a folder's safetensors files."""
+    from safetensors import safe_open
+
+    for path in weight_files(folder):
+        with safe_open(path, framework="pt") as file:
+            for key in file.keys():  # noqa: SIM118  # the file is no mapping
+                piece = file.get_slice(key)
+                empty = piece[:0] if piece.get_shape() else file.get_tensor(key)
+                if empty.is_floating_point():
+                    return empty.dtype
+    return None
+
+
+def _read_config(source: ModelSource, revision: str | None, trust_remote_code: bool) -> Any:
+    from transformers import AutoConfig
+
+    hub = {"revision": revision} if revision else {}
+    if source.local and source.gguf_file is None and not (Path(source.location) / "config.json").is_file():
+        raise FaspFileNotFoundError(f"no model at {source.name!r}: the folder has no config.json")
+    try:
+        config = AutoConfig.from_pretrained(
+            source.location, trust_remote_code=trust_remote_code, **hub, **source.arguments()
+        )
+    except Exception as error:  # config classes raise whatever their validators do
+        kind = "config of" if source.local else "folder or reachable hub model"
+        raise FaspOSError(f"no readable {kind} {source.name!r}: {_first_line(error)}") from error
+    if source.gguf_file is not None or quantization_method(config) is None:
+        _drop_quantization(config)
+    return config
+
+
+def _load_dense(source: ModelSource, config: Any, dtype: torch.dtype, **arguments: Any) -> Any:
+    from safetensors import SafetensorError
+    from transformers import AutoModelForCausalLM
+
+    if source.gguf_file is not None:
+        arguments |= source.arguments() | _dequantize()
+    try:
+        model = AutoModelForCausalLM.from_pretrained(source.location, config=config, dtype=dtype, **arguments)
+    except SafetensorError as error:
+        raise FaspOSError(
+            f"the weights of {source.name!r} are not readable safetensors ({error}); fetch them again"
+        ) from error
+    except (OSError, ValueError) as error:
+        raise FaspOSError(f"no readable weights of {source.name!r}: {_first_line(error)}") from error
+    for mark in GGUF_MARKS if source.gguf_file is not None else ():
+        vars(model).pop(mark, None)
+    _drop_quantization(model.config)
+    return model
+
+
+def _dequantize() -> dict[str, Any]:
+    """Newer transformers may keep GGUF weights packed on an accelerator; a packed weight cannot be cut."""
+    try:
+        from transformers import GgufConfig
+    except ImportError:
+        return {}
+    return {"quantization_config": GgufConfig(dequantize=True)}
+
+
+def _drop_quantization(config: Any) -> None:
+    vars(config).pop("quantization_config", None)
+    vars(config).pop("_is_quantized", None)
+
+
+def _first_line(error: BaseException) -> str:
+    """The first line of a message, with the second where that is what the first announces."""
+    lines = [" ".join(line.split()) for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    return " ".join(lines[: 2 if lines[0].endswith(":") else 1]).rstrip(".:")
+
+
+def model_shapes(source: ModelSource, config: Any, trust_remote_code: bool = False) -> Any:
+    """Build a model on the ``meta`` device; one that was pruned before carries its plan.
+
+    Args:
+        source: The resolved model.
+        config: Its config.
+        trust_remote_code: Let the repository's own code run.
+
+    Raises:
+        FaspError: If the config does not fit its model class, or a plan is damaged.
+    """
+    from transformers import AutoModelForCausalLM
+
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    except Exception as error:  # whatever a constructor makes of values that do not go together
+        reason = " ".join(str(error).split())
+        raise FaspError(f"the config of {source.name!r} makes no {config.model_type} model: {reason}") from error
+    if source.pruned:
+        form, plan = read_plan(source.location)
+        if form != "compact":  # the config's widths have cut it so far already
+            model.fasp_plan = stock_part(plan, spec_for(model))
+        apply_plan(model, plan)
+    return model

@@ -1,0 +1,107 @@
+"""Reading back a folder that ``save_pruned`` wrote, in any form, with its plan."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from fasp_lightning.checkpoints.forms import FORMS, stock_part
+from fasp_lightning.checkpoints.source import PLAN_FILE
+from fasp_lightning.errors import FaspError, FaspFileNotFoundError, FaspOSError
+from fasp_lightning.staging import read_json
+from fasp_lightning.structure.plan import PruningPlan, apply_plan, resolve_pruned
+from fasp_lightning.structure.registry import spec_for
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+REPORT_FILE = "fasp_report.json"
+
+
+def load_pruned(
+    path: str | Path, *, dtype: str | torch.dtype = "auto", attn_implementation: str | None = None
+) -> PreTrainedModel:
+    """Load a folder that :func:`save_pruned` wrote, in any form, with its plan; a zero-filled one comes back compact.
+
+    Args:
+        path: The folder.
+        dtype: ``"auto"`` for the one it was saved in, or another.
+        attn_implementation: As in ``from_pretrained``.
+
+    Returns:
+        The model on the CPU, in evaluation mode.
+
+    Raises:
+        FaspFileNotFoundError: If the folder holds no plan.
+        FaspError: If its plan is damaged.
+        FaspOSError: If its weights are.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    path = Path(path)
+    form, plan = read_plan(path)
+    options = {"dtype": dtype, "attn_implementation": attn_implementation}
+    if form == "compact":
+        config = AutoConfig.from_pretrained(path)
+        model = _load_compact(config, path, plan, options)
+    else:
+        model = _from_pretrained(AutoModelForCausalLM, path, **options)
+        # what the config's widths have cut already
+        model.fasp_plan = stock_part(plan, spec_for(model))  # type: ignore[assignment]
+        apply_plan(model, plan)
+    report = path / REPORT_FILE
+    model.fasp_report = read_json(report) if report.exists() else {}  # type: ignore[assignment]
+    return model.eval()
+
+
+def read_plan(path: str | Path) -> tuple[str, PruningPlan]:
+    """Form and plan of a saved folder.
+
+    Raises:
+        FaspFileNotFoundError: If the folder holds no plan.
+        FaspError: If the plan is damaged.
+    """
+    file = Path(path) / PLAN_FILE
+    if not file.is_file():
+        raise FaspFileNotFoundError(f"{path} holds no {PLAN_FILE}; load a model that is not pruned with transformers")
+    data = read_json(file)
+    if data.get("form") not in FORMS:
+        raise FaspError(f"form in {file} must be one of {', '.join(map(repr, FORMS))}, got {data.get('form')!r}")
+    return data["form"], PruningPlan.from_dict(data)
+
+
+def _load_compact(config: Any, path: Path, plan: PruningPlan, options: dict[str, Any]) -> PreTrainedModel:
+    """Let ``from_pretrained`` fill a model whose constructor gives it the plan's shapes.
+
+    So dtype, shards, tied weights and buffers are read as for any model. The run-time modules come afterwards,
+    since the loader addresses parameters by their stock paths.
+    """
+    from transformers import AutoModelForCausalLM
+
+    stock: Any = AutoModelForCausalLM._model_mapping[type(config)]
+
+    def build(self: PreTrainedModel, *args: Any, **kwargs: Any) -> None:
+        stock.__init__(self, *args, **kwargs)
+        with torch.device("cpu"):  # from_pretrained builds on meta, where indices would have no values
+            apply_plan(self, plan, wrap=False)
+
+    # transformers decides by name and module how a family's stored keys are read
+    planned = type(stock.__name__, (stock,), {"__init__": build, "__module__": stock.__module__})
+    model = _from_pretrained(planned, path, config=config, **options)
+    model.__class__ = stock
+    for pair in (pair for block in resolve_pruned(model) for pair in block):
+        if pair.kept.numel() < pair.layout.width:
+            pair.wrap()
+    return model
+
+
+def _from_pretrained(model_class: Any, path: Path, **options: Any) -> PreTrainedModel:
+    """``from_pretrained`` that does not initialise what it misses."""
+    model, info = model_class.from_pretrained(path, output_loading_info=True, **options)
+    if missing := sorted(info["missing_keys"]):
+        names = f"{', '.join(missing[:3])} ({len(missing)} in all)"
+        raise FaspOSError(f"{path} must hold all weights, got none for {names}")
+    loaded: PreTrainedModel = model
+    return loaded

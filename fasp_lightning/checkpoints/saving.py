@@ -1,0 +1,179 @@
+"""Saved models: written beside and renamed, checked by reloading."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import Tensor
+
+from fasp_lightning.checkpoints.forms import Loader, choose_form, loaders_for, stock_part
+from fasp_lightning.checkpoints.pruned_folder import REPORT_FILE, load_pruned
+from fasp_lightning.checkpoints.source import PLAN_FILE
+from fasp_lightning.errors import FaspError, FaspFileExistsError
+from fasp_lightning.staging import require_space, staged, write_json
+from fasp_lightning.structure.adapters import has_adapters
+from fasp_lightning.structure.modes import evaluating
+from fasp_lightning.structure.plan import PruningPlan, config_fields, plan_of, resolve_pruned, targets
+from fasp_lightning.structure.registry import spec_for
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-8}
+HALF_TOLERANCE = 3e-2
+"""Largest difference of reloaded logits, relative to the largest logit; zero-filled sums round differently."""
+
+
+@dataclass(frozen=True)
+class SavedModel:
+    """What :func:`save_pruned` wrote.
+
+    Attributes:
+        path: The folder.
+        form: ``"stock"``, ``"compact"`` or ``"zero_filled"``.
+        bytes: Size of the folder's files.
+        loaders: Which loaders take it, and why.
+        logit_difference: Largest difference of the reloaded model's logits, ``None`` if not verified.
+    """
+
+    path: Path
+    form: str
+    bytes: int
+    loaders: list[Loader]
+    logit_difference: float | None
+
+
+def save_pruned(
+    model: PreTrainedModel,
+    path: str | Path,
+    tokenizer: Any = None,
+    form: str = "auto",
+    verify: bool = True,
+    overwrite: bool = False,
+) -> SavedModel:
+    """Write a pruned model as safetensors, config, plan and report; all or nothing.
+
+    Everything is written to a folder beside ``path``, reloaded and compared, and then renamed. A crash, a full disk
+    or a kill leaves what was at ``path``.
+
+    Args:
+        model: A causal LM that carries a plan.
+        path: Folder to write.
+        tokenizer: Saved along if given.
+        form: ``"auto"`` (what stock ``transformers`` can load), ``"stock"``, ``"compact"`` or ``"zero_filled"``; see
+            :func:`fasp_lightning.checkpoints.forms.choose_form`.
+        verify: Load the result again (a second copy of the model in memory) and compare the logits.
+        overwrite: Replace a folder that holds a pruned model.
+
+    Raises:
+        FaspError: If the model carries no plan, or ``form`` cannot hold it.
+        FaspFileExistsError: If ``path`` is not empty and ``overwrite`` is false, or is no pruned model.
+        FaspOSError: If the disk has too little room.
+        RuntimeError: If the reloaded model's logits differ.
+    """
+    path = Path(path)
+    plan, spec = plan_of(model), spec_for(model)
+    if plan is None:
+        raise FaspError("model must carry a plan; prune it with FASPPruner or give it one with apply_plan first")
+    if has_adapters(model):
+        raise FaspError("model must have its LoRA merged before it is saved, or its keys would not be stock ones")
+    form = choose_form(form, spec, plan.kinds)
+    check_output(path, overwrite)
+    tensors = _zero_filled(model) if form == "zero_filled" else {}
+    require_space(path, [*model.parameters(), *tensors.values()])
+    with staged(path) as stage:
+        with _config_of(model, form, plan):
+            state = {**model.state_dict(), **tensors} if tensors else None
+            model.save_pretrained(stage, state_dict=state)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(stage)
+        write_json(stage / PLAN_FILE, {"form": form, **plan.to_dict()})
+        write_json(stage / REPORT_FILE, getattr(model, "fasp_report", {}))
+        for file in stage.glob("*.safetensors"):  # safetensors writes them for their owner alone
+            shutil.copymode(stage / PLAN_FILE, file)
+        difference = _verify(model, stage, form) if verify else None
+    size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+    return SavedModel(path, form, size, loaders_for(form, spec, plan.kinds), difference)
+
+
+def check_output(path: str | Path, overwrite: bool) -> None:
+    """Refuse an output folder before anything is spent.
+
+    Raises:
+        FaspFileExistsError: If it is not empty and ``overwrite`` is false, or holds something else than a pruned model.
+    """
+    path = Path(path)
+    if not path.exists() or (path.is_dir() and not any(path.iterdir())):
+        return
+    if not overwrite:
+        raise FaspFileExistsError(f"output folder {path} must be empty; choose another one, or overwrite it")
+    if not (path / PLAN_FILE).is_file():
+        raise FaspFileExistsError(
+            f"output folder {path} holds no pruned model ({PLAN_FILE}) and is not overwritten; empty it first"
+        )
+
+
+@contextmanager
+def _config_of(model: PreTrainedModel, form: str, plan: PruningPlan) -> Iterator[None]:
+    """The model's config as the form wants it: a compact one keeps the original widths, so that stock code refuses."""
+    config, spec = cast(Any, model.config), spec_for(model)
+    widths = stock_part(plan, spec).widths
+    if form == "compact":
+        widths = {path: (layout, [layout.width]) for path, (layout, _) in plan.widths.items()}
+    fields = config_fields(spec, widths)
+    before = {name: getattr(config, name) for name in (*fields, "fasp") if hasattr(config, name)}
+    for name, value in fields.items():
+        setattr(config, name, value)
+    if form == "compact":
+        config.fasp = {"form": form, "plan": PLAN_FILE}
+    elif hasattr(config, "fasp"):
+        del config.fasp
+    try:
+        yield
+    finally:
+        if hasattr(config, "fasp"):
+            del config.fasp
+        for name, value in before.items():
+            setattr(config, name, value)
+
+
+def _zero_filled(model: PreTrainedModel) -> dict[str, Tensor]:
+    """State entries in stock shapes, for the pairs that are narrower than stock code builds them."""
+    plan = plan_of(model)
+    assert plan is not None
+    wanted = targets(model, resolve_pruned(model), stock_part(plan, spec_for(model)))
+    return {
+        f"{pair.name}.{key}": tensor
+        for pair, units in wanted
+        if units.numel() > pair.kept.numel()
+        for key, tensor in pair.zero_filled(units).items()
+    }
+
+
+def _verify(model: PreTrainedModel, stage: Path, form: str) -> float:
+    """Largest difference between the model's logits and those of what was written, as its users load it."""
+    from transformers import AutoModelForCausalLM
+
+    attention = getattr(model.config, "_attn_implementation", None)
+    options: dict[str, Any] = {"dtype": next(model.parameters()).dtype, "attn_implementation": attention}
+    load: Any = load_pruned if form == "compact" else AutoModelForCausalLM.from_pretrained
+    embeddings: Any = model.get_input_embeddings()
+    device, vocabulary = embeddings.weight.device, embeddings.num_embeddings
+    reloaded = load(stage, **options).to(device)
+    ids = (torch.arange(16, device=device) * 37 % vocabulary).unsqueeze(0)
+    with evaluating(model), evaluating(reloaded):
+        expected = model(input_ids=ids, use_cache=False).logits.float()
+        found = reloaded(input_ids=ids, use_cache=False).logits.float()
+    difference = (found - expected).abs().max().item()
+    allowed = TOLERANCE.get(options["dtype"], HALF_TOLERANCE) * max(1.0, expected.abs().max().item())
+    if not difference <= allowed:
+        raise RuntimeError(
+            f"logits of the saved model must equal the model's within {allowed:.1e}, got {difference:.1e}"
+        )
+    return difference

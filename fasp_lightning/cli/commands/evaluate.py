@@ -1,0 +1,72 @@
+"""``fasp evaluate``: perplexity of any model, and tasks of the evaluation harness."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from fasp_lightning.checkpoints.devices import choose_device
+from fasp_lightning.checkpoints.loading import model_shapes
+from fasp_lightning.checkpoints.source import resolve_source
+from fasp_lightning.cli.checks import tokenizer_of
+from fasp_lightning.cli.console import dtype_name, note, shown_warnings, table, tracked
+from fasp_lightning.cli.jobs import EvaluateJob
+from fasp_lightning.cli.model_setup import config_of, load
+from fasp_lightning.cli.quiet import quiet_libraries
+from fasp_lightning.cli.tasks import TaskResult, find_tasks, run_tasks
+from fasp_lightning.cli.texts import load_text
+from fasp_lightning.pruning.perplexity import PerplexityResult, measure_perplexity
+from fasp_lightning.text.config import for_role
+
+JOB = EvaluateJob
+
+
+def run(job: EvaluateJob) -> int:
+    """Run the command; returns the exit code."""
+    quiet_libraries()
+    wanted = None if job.tasks is None else find_tasks(job)
+    device, config = choose_device(job.device), config_of(job.model)
+    shapes = model_shapes(resolve_source(job.model.name_or_path), config, job.model.trust_remote_code)
+    tokenizer = tokenizer_of(job.model)
+    texts = [load_text(for_role(text, "test"), tokenizer, shapes, "evaluation") for text in job.evaluation]
+    note(f"loading {job.model.name_or_path}")
+    with shown_warnings():
+        model = load(job.model, config, job.dtype, device)
+        measured = {
+            text.name: measure_perplexity(model, tracked(text.batches, f"perplexity: {text.name}")) for text in texts
+        }
+        tasks = [] if wanted is None else run_tasks(model, tokenizer, wanted, job)
+    _print(job, model, measured, tasks)
+    _write(job, model, measured, tasks)
+    return 0
+
+
+def _print(job: EvaluateJob, model: Any, measured: dict[str, PerplexityResult], tasks: list[TaskResult]) -> None:
+    name = f"{job.model.name_or_path}, {dtype_name(model.dtype)} on {model.device}"
+    if measured:
+        columns = ("text", "perplexity", "predicted tokens", "seq_len", "tokens/s")
+        rows = [
+            (text, f"{r.perplexity:.3f}", f"{r.tokens:,}", str(r.seq_len), f"{r.tokens_per_second:,.0f}")
+            for text, r in measured.items()
+        ]
+        table(f"perplexity of {name}", columns, rows)
+    if tasks:
+        rows = [(r.task, r.metric, f"{r.value:.4f}", f"{r.error:.4f}", f"{r.examples:,}") for r in tasks]
+        table(f"tasks, {name}", ("task", "metric", "value", "std. error", "examples"), rows)
+
+
+def _write(job: EvaluateJob, model: Any, measured: dict[str, PerplexityResult], tasks: list[TaskResult]) -> None:
+    if job.output_file is None:
+        return
+    figures = {
+        "model": job.model.name_or_path,
+        "dtype": dtype_name(model.dtype),
+        "device": str(model.device),
+        "perplexity": {text: result.to_dict() for text, result in measured.items()},
+        "tasks": [result._asdict() for result in tasks],
+    }
+    path = Path(job.output_file)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+    note(f"wrote {path}")

@@ -1,0 +1,113 @@
+"""``fasp plan``: what a pruning would give, from the config alone."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+
+from fasp_lightning.checkpoints.forms import loaders_for
+from fasp_lightning.cli.checks import texts_of
+from fasp_lightning.cli.commands.prune_tables import loaders_table
+from fasp_lightning.cli.console import change, dtype_name, gibibytes, megabytes, note, percent, table
+from fasp_lightning.cli.jobs import PruneJob
+from fasp_lightning.cli.model_setup import Setup, already_pruned, memory_of, set_up
+from fasp_lightning.cli.quiet import one_thread, quiet_libraries
+from fasp_lightning.cli.texts import calibration_name, own_tokens
+from fasp_lightning.pruning.budget.footprint import PeakMemory, footprints
+from fasp_lightning.pruning.own_text.writing import within_positions
+
+JOB = PruneJob
+
+
+def run(job: PruneJob) -> int:
+    """Run the command; returns the exit code."""
+    quiet_libraries()
+    texts_of(job)
+    with one_thread():
+        setup = set_up(job)
+    if setup.already_pruned:
+        note(already_pruned(setup))
+    _print_sizes(job, setup)
+    _print_widths(setup)
+    _print_memory(job, setup)
+    loaders_table(loaders_for(setup.form, setup.spec, setup.kinds))
+    return 0
+
+
+def _print_sizes(job: PruneJob, setup: Setup) -> None:
+    widths = setup.widths
+    before, after = footprints(setup.model, widths, setup.dtype.itemsize)
+    dtype = dtype_name(setup.dtype)
+
+    def row(name: str, old: int, new: int, show: Callable[[int], str]) -> tuple[str, str, str, str]:
+        return name, show(old), show(new), change(old, new)
+
+    total = 1 - before.parameters / widths.original_parameters
+    flops = before.flops_per_token, after.flops_per_token
+    rows = [
+        row("parameters", before.parameters, after.parameters, lambda n: f"{n:,}"),
+        row(f"size in {dtype}", before.weight_bytes, after.weight_bytes, megabytes),
+        row("size on disk", before.weight_bytes, setup.stored_bytes, megabytes),
+        row("FLOPs per token, attention over the context aside", *flops, _giga),
+        (f"sparsity of the blocks, {percent(job.pruning.sparsity)} asked", percent(setup.already_pruned),
+         percent(widths.sparsity), ""),
+        ("sparsity of all parameters", percent(total), percent(widths.sparsity_total), ""),
+    ]  # fmt: skip
+    cache, cache_after = before.kv_bytes_per_token, after.kv_bytes_per_token
+    if cache is not None and cache_after is not None:
+        rows.insert(4, row(f"KV cache per token in {dtype}", cache, cache_after, _kilo))
+    kind = f"{setup.config.model_type}, attention {widths.attention}, form {setup.form}"
+    table(f"{setup.source.name} ({kind})", ("", "before", "after", "change"), rows)
+
+
+def _print_widths(setup: Setup) -> None:
+    """One row for pairs of the same width; blocks mostly agree."""
+    counts = Counter(
+        (pair.layer.split(".")[-1], pair.kind, pair.before, pair.after)
+        for block in setup.widths.pairs
+        for pair in block
+    )
+    rows = [
+        (consumer, kind, str(blocks), str(before), str(after), change(before, after))
+        for (consumer, kind, before, after), blocks in counts.items()
+    ]
+    title = "widths"
+    if any(map(setup.widths.decided_later, setup.kinds)):
+        title += "; those of single blocks are more or less, as loss sensitivity decides"
+    table(title, ("consumer", "kind", "blocks", "before", "after", "change"), rows)
+
+
+def _print_memory(job: PruneJob, setup: Setup) -> None:
+    calibration, own = texts_of(job)[0], job.pruning.own_text
+    tokens = own_tokens(own and within_positions(setup.model, own))
+    for text in calibration:
+        if text.sequences is None:
+            note("calibration.sequences is null: the peak memory depends on the length of the whole text")
+            return
+        tokens += text.sequences * text.seq_len
+    memory = memory_of(setup, job, tokens)
+    rows = [(name, gibibytes(size), place) for name, size, place in _parts(memory, setup)]
+    rows.append(("peak, if all of it is in one place", gibibytes(memory.total), ""))
+    title = f"estimated memory while pruning on {tokens:,} tokens of {calibration_name(calibration, own)}"
+    table(title, ("", "size", "where"), rows)
+
+
+def _parts(memory: PeakMemory, setup: Setup) -> list[tuple[str, int, str]]:
+    stored = {"accelerator": str(setup.device), "cpu": "memory", "disk": "disk"}[setup.pruning.offload]
+    whole = "block by block if they do not fit" if setup.device.type == "cuda" else "at once"
+    return [
+        ("weights", memory.weights, f"{setup.device}, or memory if they do not fit"),
+        ("hidden states and consumer inputs of the calibration set", memory.calibration, stored),
+        ("gram and solve of the widest pair", memory.solve, str(setup.device)),
+        ("hidden states and activations for the loss sensitivity", memory.sensitivity, f"{setup.device}, {whole}"),
+        ("logits of a batch that is evaluated", memory.logits, str(setup.device)),
+        ("reloaded copy, to verify what was saved", memory.reload, str(setup.device)),
+    ]
+
+
+def _giga(count: int) -> str:
+    return f"{count / 1e9:,.3f} G"
+
+
+def _kilo(count: int) -> str:
+    return f"{count / 1e3:,.1f} kB"

@@ -1,0 +1,82 @@
+"""``fasp prune``: prune a model, measure it before and after, save it, check what was saved."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from fasp_lightning.cli.checks import check_output_dir, check_room, texts_of, tokenizer_of
+from fasp_lightning.cli.commands.prune_tables import print_continuations, print_loaders, print_results
+from fasp_lightning.cli.console import dtype_name, gibibytes, note, percent, shown_warnings
+from fasp_lightning.cli.generation import continuation
+from fasp_lightning.cli.jobs import PruneJob
+from fasp_lightning.cli.measured import domains_of, home, measure, prune_measured, save
+from fasp_lightning.cli.model_setup import Setup, already_pruned, load, memory_of, set_up
+from fasp_lightning.cli.quiet import quiet_libraries
+from fasp_lightning.cli.texts import (
+    Calibration,
+    Text,
+    load_calibration,
+    load_text,
+    missing_domain,
+    single_source,
+)
+from fasp_lightning.pruning.progress import peak_memory
+
+JOB = PruneJob
+
+
+def run(job: PruneJob) -> int:
+    """Run the command; returns the exit code."""
+    quiet_libraries()
+    check_output_dir(job)
+    calibration_configs, evaluation_configs = texts_of(job)
+    setup = set_up(job)
+    if job.output_dir is not None:
+        check_room(Path(job.output_dir), setup.stored_bytes)
+    tokenizer = tokenizer_of(job.model)
+    calibration = load_calibration(calibration_configs, setup.pruning.own_text, tokenizer, setup.model)
+    evaluation = [load_text(text, tokenizer, setup.model, "evaluation") for text in evaluation_configs]
+    announce(job, setup, calibration, evaluation)
+    with shown_warnings():
+        model = load_home(job, setup)
+        before = measure(model, evaluation, "dense" if not setup.already_pruned else "as it is")
+        dense_text = _continue(model, tokenizer, job)
+        report = prune_measured(model, job, setup, calibration, evaluation, before, again=lambda: load_home(job, setup))
+        pruned_text = _continue(model, tokenizer, job)
+    saved = save(model, tokenizer, job, setup)
+    report.peak_memory = peak_memory(setup.device)  # with the evaluation, and the copy that verified
+    print_results(job, setup, calibration, report)
+    if job.prompt is not None:
+        print_continuations(job.prompt, dense_text, pruned_text)
+    if saved is not None:
+        print_loaders(saved)
+    return 0
+
+
+def announce(job: PruneJob, setup: Setup, calibration: Calibration, evaluation: list[Text]) -> None:
+    """Say what is about to happen, what it will take, and what the figures will not show."""
+    memory = memory_of(setup, job, calibration.tokens)
+    if setup.already_pruned:
+        note(already_pruned(setup))
+    note(
+        f"pruning {setup.source.name} to {percent(setup.widths.sparsity)} sparsity on {calibration.tokens:,} tokens "
+        f"of {calibration.name}, in {dtype_name(setup.dtype)} on {setup.device}; "
+        f"about {gibibytes(memory.total)} of memory"
+    )
+    if job.output_dir is None:
+        note("output_dir is null: the pruned model will not be saved")
+    if warning := single_source(calibration.configs, calibration.own is not None):
+        note(f"warning: {warning}")
+    if missing := missing_domain(domains_of(job, calibration, evaluation)):
+        note(missing)
+
+
+def load_home(job: PruneJob, setup: Setup) -> Any:
+    """The model, on the compute device if it has room for it, else on the CPU."""
+    note("loading the weights")
+    return load(job.model, setup.config, setup.dtype, home(setup))
+
+
+def _continue(model: Any, tokenizer: Any, job: PruneJob) -> str:
+    return "" if job.prompt is None else continuation(model, tokenizer, job.prompt, job.new_tokens)

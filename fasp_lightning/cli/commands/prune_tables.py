@@ -1,0 +1,104 @@
+"""What ``fasp prune`` prints."""
+
+from __future__ import annotations
+
+from fasp_lightning.checkpoints.forms import Loader
+from fasp_lightning.checkpoints.saving import SavedModel
+from fasp_lightning.cli.console import change, dtype_name, gibibytes, megabytes, percent, results, table
+from fasp_lightning.cli.jobs import PruneJob
+from fasp_lightning.cli.model_setup import Setup
+from fasp_lightning.cli.texts import CALIBRATED, OTHER, Calibration
+from fasp_lightning.pruning.report import PruningReport, TextReport
+
+Row = tuple[str, str, str, str]
+
+PLACES = {"rss": "process", "cuda": "GPU"}
+SOURCES = {CALIBRATED: "as calibrated", OTHER: "another"}
+
+
+def print_results(job: PruneJob, setup: Setup, calibration: Calibration, report: PruningReport) -> None:
+    """The tables: sizes, both sparsities, time and memory; perplexities of all texts side by side."""
+    size = setup.dtype.itemsize
+    old, new = report.parameters_before, report.parameters_after
+    now = setup.already_pruned
+    rows: list[Row] = [
+        ("parameters", f"{old:,}", f"{new:,}", change(old, new)),
+        (
+            f"size in {dtype_name(setup.dtype)}",
+            megabytes(old * size),
+            megabytes(new * size),
+            change(old, new),
+        ),
+        (
+            f"sparsity of the blocks, {percent(job.pruning.sparsity)} asked",
+            percent(now),
+            percent(report.sparsity),
+            "",
+        ),
+        ("sparsity of all parameters", percent(_total(setup)), percent(report.sparsity_total), ""),
+        (
+            f"seconds to prune\n  calibration {calibration.name}, {calibration.tokens:,} tokens",
+            "",
+            _seconds(report),
+            "",
+        ),
+        *(
+            (f"peak memory, {PLACES.get(place, place)}", "", gibibytes(peak), "")
+            for place, peak in report.peak_memory.items()
+        ),
+    ]
+    table(f"{setup.source.name} pruned", ("", "before", "after", "change"), rows)
+    phases = {name: value for name, value in report.seconds.items() if name != "total"}
+    if phases:
+        results().print("seconds by phase: " + ", ".join(f"{name} {value:.1f}" for name, value in phases.items()))
+    if report.evaluation:
+        print_perplexities(report.evaluation)
+
+
+def print_perplexities(texts: list[TextReport]) -> None:
+    """One column a text: where it comes from, before, after, and what the restoration did."""
+    rows = [
+        ("source", *(SOURCES[text.domain] for text in texts)),
+        ("before", *(f"{text.before.perplexity:.3f}" for text in texts)),
+        ("pruned", *(f"{text.after.perplexity:.3f}" for text in texts)),
+        ("change", *(f"x {text.after.perplexity / text.before.perplexity:.3f}" for text in texts)),
+        ("predicted tokens", *(f"{text.after.tokens:,}" for text in texts)),
+        ("seq_len", *(str(text.after.seq_len) for text in texts)),
+    ]
+    if any(text.unrestored for text in texts):
+        plain = (f"{text.unrestored.perplexity:.3f}" if text.unrestored else "" for text in texts)
+        rows.insert(4, ("same columns, nothing restored", *plain))
+    table("perplexity", ("", *(text.name for text in texts)), rows)
+
+
+def print_continuations(prompt: str, before: str, after: str) -> None:
+    """How the model goes on, before and after."""
+    console = results()
+    console.print(f"\nprompt:  {prompt}\nbefore:  {before}\nafter:   {after}", soft_wrap=True)
+
+
+def print_loaders(saved: SavedModel) -> None:
+    """Where the model is, whether the reloaded one is the same, and who can load it."""
+    console = results()
+    console.print(f"\nsaved to {saved.path}, form {saved.form}, {megabytes(saved.bytes)}", soft_wrap=True)
+    if saved.logit_difference is not None:
+        loader = "fasp_lightning.load_pruned" if saved.form == "compact" else "stock AutoModelForCausalLM"
+        console.print(
+            f"reloaded with {loader}: the logits are the same, within {saved.logit_difference:.1e}",
+            soft_wrap=True,
+        )
+    loaders_table(saved.loaders)
+
+
+def loaders_table(loaders: list[Loader]) -> None:
+    """Which loaders take a model, and why."""
+    verdict = {True: "yes", False: "no", None: "not tried"}
+    table("loaders", ("loader", "takes it", "because"), [(name, verdict[ok], why) for name, ok, why in loaders])
+
+
+def _total(setup: Setup) -> float:
+    return 1 - setup.widths.parameters_before / setup.widths.original_parameters
+
+
+def _seconds(report: PruningReport) -> str:
+    return f"{report.seconds.get('total', 0.0):.1f}"

@@ -1,0 +1,166 @@
+"""``fasp schedule``: the schedule of a config's pruning as a YAML file to edit, with what each event leaves."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections.abc import Iterator, Sequence
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch.cli import LightningArgumentParser
+
+from fasp_lightning.checkpoints.loading import load_config, model_shapes
+from fasp_lightning.checkpoints.source import resolve_source
+from fasp_lightning.cli.commands.lightning import TrainingCLI
+from fasp_lightning.cli.console import note, percent
+from fasp_lightning.cli.quiet import one_thread, quiet_libraries
+from fasp_lightning.errors import FaspError
+from fasp_lightning.pruning.budget.widths import WidthPlan, plan_widths
+from fasp_lightning.pruning.config import PruningConfig
+from fasp_lightning.structure.plan import record_plan, resolve_pruned
+from fasp_lightning.training.callback import FASPPruning
+from fasp_lightning.training.modeling.building import new_model
+from fasp_lightning.training.schedule import PruningSchedule, ScheduledPruning
+
+HEADER = """\
+# When {model} is pruned, and how far. Sparsity is cumulative: counted from the original model.
+# Edit the entries (step: optimizer steps done; epoch: from 0, at its start), and give this file as the schedule of
+# FASPPruning: fasp fit -c CONFIG --trainer.callbacks.schedule FILE, where FASPPruning is the last callback.
+"""
+
+
+def run(command: str, argv: Sequence[str]) -> int:
+    """Run the command.
+
+    Args:
+        command: Its name.
+        argv: Options of ``fasp fit``, and ``--output FILE``.
+
+    Returns:
+        The exit code.
+
+    Raises:
+        FaspError: If the arguments do not fit, or no callback prunes.
+        FaspError: If the schedule is refused, or an event's sparsity cannot be reached.
+    """
+    quiet_libraries()
+    settings = ScheduleCLI(argv).settings
+    callback = _pruning_callback(settings)
+    schedule = PruningSchedule.parse(_plain(callback.schedule))
+    with one_thread():
+        model = _shapes(settings.model)
+        text = HEADER.format(model=settings.model.name_or_path or f"a new {model.config.model_type} model")
+        text += "".join(_entries(model, schedule, _pruning(callback)))
+    if settings.output is None:
+        sys.stdout.write(text)
+    else:
+        Path(settings.output).write_text(text, encoding="utf-8")
+        note(f"schedule of {len(schedule)} events written to {settings.output}")
+    return 0
+
+
+class ScheduleCLI(TrainingCLI):
+    """Parses what ``fasp fit`` takes, and constructs nothing.
+
+    Args:
+        argv: The arguments.
+    """
+
+    def __init__(self, argv: Sequence[str]) -> None:
+        super().__init__("fit", argv, "fasp schedule")
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Add what ``fasp fit`` has not."""
+        super().add_arguments_to_parser(parser)
+        parser.description = "Write the schedule of the pruning in the options of fasp fit as YAML."
+        parser.add_argument("--output", type=str | None, default=None, help="File to write; by default stdout.")
+
+    def instantiate_classes(self) -> None:
+        """Keep the parsed options."""
+        self.settings = self.config["fit"]
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        """Do not fit."""
+
+
+def _pruning_callback(settings: Any) -> Any:
+    """The options of the one FASPPruning."""
+    callbacks = settings.trainer.callbacks or []
+    callbacks = callbacks if isinstance(callbacks, list) else [callbacks]
+    found = [each for each in callbacks if issubclass(_class_of(each.class_path), FASPPruning)]
+    if len(found) != 1:
+        raise FaspError(
+            f"trainer.callbacks must hold one FASPPruning with a schedule, got {len(found)}; name a config by -c, "
+            "or add --trainer.callbacks+=FASPPruning --trainer.callbacks.schedule ..."
+        )
+    return found[0].init_args
+
+
+def _class_of(path: str) -> type:
+    module, _, name = path.rpartition(".")
+    found: type = getattr(import_module(module), name)
+    return found
+
+
+def _plain(value: Any) -> Any:
+    """What the parser made of a schedule, as the plain data it was."""
+    return value.as_dict() if hasattr(value, "as_dict") else value
+
+
+def _pruning(callback: Any) -> PruningConfig:
+    return PruningConfig(**_plain(callback.pruning)) if callback.pruning is not None else PruningConfig()
+
+
+def _shapes(options: Any) -> Any:
+    """The model on the ``meta`` device: no weight is read."""
+    if options.name_or_path is None:
+        with torch.device("meta"):
+            return new_model(_plain(options.config), "float32")
+    hub = {"revision": options.revision, "trust_remote_code": options.trust_remote_code}
+    config = load_config(options.name_or_path, **hub)
+    return model_shapes(resolve_source(options.name_or_path), config, options.trust_remote_code)
+
+
+def _entries(model: Any, schedule: PruningSchedule, pruning: PruningConfig) -> Iterator[str]:
+    """One YAML list entry an event, with what it leaves as a comment."""
+    for index, event in enumerate(schedule):
+        try:
+            widths = plan_widths(model, dataclasses.replace(pruning, sparsity=event.sparsity))
+        except FaspError as error:
+            raise FaspError(f"schedule entry {index}, {event.to_dict()!r}: {error}") from error
+        yield from _entry(index, event, widths)
+        _cut(model, widths)
+
+
+def _entry(index: int, event: ScheduledPruning, widths: WidthPlan) -> Iterator[str]:
+    original, left = widths.original_parameters, widths.parameters_after
+    yield f"\n# event {index}: {left:,} of {original:,} parameters left ({percent(left / original)})\n"
+    yield from (f"#   {line}\n" for line in _widths(widths))
+    first, *rest = (f"{name}: {value!r}" for name, value in event.to_dict().items())
+    yield f"- {first}\n"
+    yield from (f"  {line}\n" for line in rest)
+
+
+def _widths(widths: WidthPlan) -> Iterator[str]:
+    """One line for each kind of pair: its width in all blocks, or in each where they differ."""
+    kinds = {pair.kind: pair.layer.rpartition(".")[2] for block in widths.pairs for pair in block}
+    for kind, layer in kinds.items():
+        pairs = [pair for block in widths.pairs for pair in block if pair.kind == kind]
+        after = [pair.after for pair in pairs]
+        shown = f"{after[0]} in each block" if len(set(after)) == 1 else f"{', '.join(map(str, after))} by block"
+        shown += ", more or less as loss sensitivity decides" if widths.decided_later(kind) else ""
+        yield f"{kind} width ({layer}): {shown}, of {pairs[0].original}"
+
+
+def _cut(model: Any, widths: WidthPlan) -> None:
+    """Give the model the widths; which units stay does not matter, but that heads are even."""
+    pairs = resolve_pruned(model, kv_groups=widths.attention == "kv_groups")
+    for block, planned in zip(pairs, widths.pairs, strict=True):
+        for pair, width in zip(block, planned, strict=True):
+            groups = pair.layout.groups
+            heads = groups if pair.kept.numel() % groups == width.after % groups == 0 else 1
+            pair.cut(pair.kept.reshape(heads, -1)[:, : width.after // heads].reshape(-1))
+    record_plan(model, pairs)

@@ -1,0 +1,115 @@
+"""A pruning that is measured before and after, and saved: what ``fasp prune`` and ``fasp sweep`` share."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from fasp_lightning.checkpoints.saving import SavedModel, save_pruned
+from fasp_lightning.cli.console import PruningProgress, gibibytes, note, tracked
+from fasp_lightning.cli.jobs import PruneJob
+from fasp_lightning.cli.model_setup import Setup
+from fasp_lightning.cli.texts import (
+    OTHER,
+    Calibration,
+    Text,
+    domain_of,
+    single_source,
+)
+from fasp_lightning.pruning.perplexity import PerplexityResult, measure_perplexity
+from fasp_lightning.pruning.prepare import Prepared
+from fasp_lightning.pruning.pruner import FASPPruner
+from fasp_lightning.pruning.report import PruningReport, TextReport, restoration_warning
+from fasp_lightning.structure.plan import apply_plan, plan_of
+
+
+def home(setup: Setup) -> torch.device:
+    """An accelerator keeps the whole model if as much room again is left for the work on it."""
+    if setup.device.type != "cuda":
+        return setup.device
+    needed = 2 * setup.widths.parameters_before * setup.dtype.itemsize
+    free = torch.cuda.mem_get_info(setup.device)[0]
+    if needed <= free:
+        return setup.device
+    note(
+        f"the model stays on the CPU and its blocks go to {setup.device} one by one, which would need "
+        f"{gibibytes(needed)} and has {gibibytes(free)} free; perplexity is measured on the CPU"
+    )
+    return torch.device("cpu")
+
+
+def measure(model: Any, texts: list[Text], what: str) -> list[PerplexityResult]:
+    """Perplexity of a model on each text.
+
+    Args:
+        model: The model.
+        texts: The texts.
+        what: What the model is, for the progress bar.
+    """
+    return [measure_perplexity(model, tracked(text.batches, f"perplexity, {what}: {text.name}")) for text in texts]
+
+
+def prune_measured(
+    model: Any,
+    job: PruneJob,
+    setup: Setup,
+    calibration: Calibration,
+    evaluation: list[Text],
+    before: list[PerplexityResult],
+    again: Callable[[], Any],
+    prepared: Prepared | None = None,
+) -> PruningReport:
+    """Prune a model in place, measure it, and note on it what it was calibrated and measured on; it is saved along.
+
+    Args:
+        model: The model.
+        job: The job.
+        setup: Its setup.
+        calibration: The calibration text.
+        evaluation: The texts to measure.
+        before: Their perplexities before.
+        again: Gives the model as it was, to measure it without restoration; called if the job compares.
+        prepared: What was prepared of the calibration text with the model as it was; by default that is done here.
+    """
+    with PruningProgress() as progress:
+        report = FASPPruner(setup.pruning).prune(model, prepared or calibration.batches, progress=progress)
+    after = measure(model, evaluation, "pruned")
+    plain = _unrestored(model, again(), evaluation) if job.compares else [None] * len(evaluation)
+    domains = domains_of(job, calibration, evaluation)
+    names = [text.name for text in evaluation]
+    report.evaluation = [TextReport(*row) for row in zip(names, domains, before, after, plain, strict=True)]
+    if message := single_source(calibration.configs, calibration.own is not None):
+        report.warnings.append(message)  # announced before
+    if message := restoration_warning(report.evaluation):
+        report.warnings.append(message)
+        warnings.warn(message, stacklevel=2)
+    model.fasp_report = {
+        **report.to_dict(),
+        "model": job.model.name_or_path,
+        "calibration": calibration.to_dict(),
+    }
+    return report
+
+
+def _unrestored(pruned: Any, model: Any, texts: list[Text]) -> list[PerplexityResult]:
+    """Perplexities with the same columns, chosen on restored activations, but the weights as they were."""
+    plan = plan_of(pruned)
+    assert plan is not None
+    return measure(apply_plan(model, plan), texts, "nothing restored")
+
+
+def domains_of(job: PruneJob, calibration: Calibration, evaluation: list[Text]) -> list[str]:
+    """Whether each text comes from the calibration's source; the one that `other_text` names is not of its kind."""
+    domains = [domain_of(text.config, calibration.configs) for text in evaluation]
+    return domains if job.other_text is None else [*domains[:-1], OTHER]
+
+
+def save(model: Any, tokenizer: Any, job: PruneJob, setup: Setup) -> SavedModel | None:
+    """Save a pruned model with its report, if the job names a folder."""
+    if job.output_dir is None:
+        return None
+    note(f"saving to {job.output_dir}")
+    return save_pruned(model, job.output_dir, tokenizer, form=setup.form, verify=job.verify, overwrite=job.overwrite)

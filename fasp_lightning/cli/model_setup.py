@@ -1,0 +1,133 @@
+"""What prune and plan have in common: the model's shapes, and what pruning will make of them."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from fasp_lightning.checkpoints.devices import choose_device, choose_dtype
+from fasp_lightning.checkpoints.forms import choose_form
+from fasp_lightning.checkpoints.loading import checkpoint_dtype, load_config, load_model, model_shapes
+from fasp_lightning.checkpoints.source import ModelSource, resolve_source
+from fasp_lightning.cli.console import percent
+from fasp_lightning.cli.jobs import ModelConfig, PruneJob
+from fasp_lightning.pruning.budget.footprint import PeakMemory, peak_memory_estimate
+from fasp_lightning.pruning.budget.widths import WidthPlan, plan_widths
+from fasp_lightning.pruning.config import PruningConfig, with_user_cache
+from fasp_lightning.structure.registry import spec_for
+from fasp_lightning.structure.spec import ArchitectureSpec
+from fasp_lightning.text.config import TextConfig
+
+
+@dataclass(frozen=True)
+class Setup:
+    """A job whose widths are decided; no weight was read.
+
+    Attributes:
+        source: The model's source.
+        config: Its transformers config.
+        model: Its shapes, on the ``meta`` device.
+        spec: Its family's row.
+        pruning: The settings, with the device to compute on.
+        widths: Widths before and after.
+        device: Where to compute.
+        dtype: Dtype to load in.
+        form: Form to save in.
+        kinds: Kinds of the pairs that will be cut.
+    """
+
+    source: ModelSource
+    config: Any
+    model: Any
+    spec: ArchitectureSpec
+    pruning: PruningConfig
+    widths: WidthPlan
+    device: torch.device
+    dtype: torch.dtype
+    form: str
+    kinds: set[str]
+
+    @property
+    def already_pruned(self) -> float:
+        """Sparsity of the model as it is, counted from the original."""
+        widths = self.widths
+        return (widths.original_parameters - widths.parameters_before) / widths.linear_parameters
+
+    @property
+    def stored_bytes(self) -> int:
+        """Bytes of the weights that will be saved, zeros of a zero-filled model among them; the most it can be."""
+        size, widths = self.dtype.itemsize, self.widths
+        if self.form != "zero_filled":
+            return size * widths.parameters_after
+        padded = self.spec.width_field is None or "uneven" in self.kinds  # how wide the widest will be is not known
+        kinds = {"value", "ffn"} if padded else {"value"}
+        gone = (pair for block in widths.pairs for pair in block if pair.kind not in kinds)
+        return size * (widths.original_parameters - sum((pair.original - pair.after) * pair.cost for pair in gone))
+
+
+def set_up(job: PruneJob) -> Setup:
+    """Decide widths, device, dtype and form.
+
+    Raises:
+        FaspError: If the model is of no known family, the sparsity cannot be reached, the form cannot hold
+            the result, or device or dtype do not fit.
+        FaspOSError: If there is no such model.
+    """
+    device = choose_device(job.device)
+    source, config = resolve_source(job.model.name_or_path), config_of(job.model)
+    spec = spec_for(config)
+    model = model_shapes(source, config, job.model.trust_remote_code)
+    own = None if job.pruning.own_text is None else with_user_cache(job.pruning.own_text)
+    pruning = dataclasses.replace(job.pruning, device=job.pruning.device or str(device), own_text=own)
+    widths = plan_widths(model, pruning)
+    kinds = widths.kinds
+    dtype = choose_dtype(job.dtype, checkpoint_dtype(source, config), device)
+    form = choose_form(job.form, spec, kinds)
+    return Setup(source, config, model, spec, pruning, widths, device, dtype, form, kinds)
+
+
+def already_pruned(setup: Setup) -> str:
+    """What the user should know about a model that was pruned before."""
+    return (
+        f"{setup.source.name} is already pruned by {percent(setup.already_pruned)} of its blocks' linear "
+        "parameters: it is pruned further, and sparsity counts from the original model"
+    )
+
+
+def config_of(model: ModelConfig) -> Any:
+    """The transformers config of a job's model."""
+    return load_config(model.name_or_path, revision=model.revision, trust_remote_code=model.trust_remote_code)
+
+
+def load(model: ModelConfig, config: Any, dtype: str | torch.dtype, device: torch.device) -> Any:
+    """The weights of a job's model."""
+    return load_model(
+        model.name_or_path,
+        dtype=dtype,
+        device=device,
+        revision=model.revision,
+        trust_remote_code=model.trust_remote_code,
+        attn_implementation=model.attn_implementation,
+        config=config,
+    )
+
+
+def memory_of(setup: Setup, job: PruneJob, tokens: int) -> PeakMemory:
+    """Estimated peak memory of a job with so many calibration tokens."""
+    return peak_memory_estimate(
+        setup.model,
+        setup.widths,
+        setup.pruning,
+        tokens=tokens,
+        evaluated_tokens=max((batch_tokens(text) for text in job.evaluated()), default=0),
+        bytes_per_value=setup.dtype.itemsize,
+        verify=job.compares or (job.verify and job.output_dir is not None),
+    )
+
+
+def batch_tokens(text: TextConfig) -> int:
+    """Tokens of one batch of a text."""
+    return text.seq_len * min(text.batch_size, text.sequences or text.batch_size)

@@ -1,0 +1,1 @@
+"""How many units each pair keeps, and what that amounts to: exact arithmetic before any computing."""

@@ -1,0 +1,104 @@
+"""How much each pair of each block loses, by one threshold on the loss sensitivity."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from fasp_lightning.pruning.budget.widths import PRUNED, SHARED, PairWidth, WidthPlan, step_units
+from fasp_lightning.pruning.config import PruningConfig
+from fasp_lightning.structure.pair import ResolvedPair
+
+LEAST = 0.2
+"""A pair has lost at least this times what it would have lost uniformly, since it was whole: scores of untouched blocks
+are estimates too."""
+
+MOST = 0.7
+"""A pair loses at most this fraction of its units, or half of what a uniform cut would leave if that is more."""
+
+
+@dataclass(frozen=True)
+class _Steps:
+    """What one pair can lose, in the order in which it goes.
+
+    Attributes:
+        units: (k,) units that go with each step.
+        density: (k,) loss sensitivity of the step, for each parameter that goes; ascending by nature.
+    """
+
+    units: Tensor
+    density: Tensor
+
+
+def adaptive_widths(
+    plan: WidthPlan, pairs: list[list[ResolvedPair]], sensitivity: list[list[Tensor]], config: PruningConfig
+) -> WidthPlan:
+    """Widths that remove the least sensitive parameters of all pairs of a plan, to the plan's total.
+
+    All steps (a unit, or ``multiple_of`` of them, or one value dim of every head) of all pairs are put in the order of
+    their sensitivity for each parameter; the first ones go, until as many parameters are gone as in the plan, to
+    within half a step.
+
+    Args:
+        plan: The uniform widths.
+        pairs: The pairs they belong to.
+        sensitivity: (units left,) scores of each pair, from ``blocks.sensitivity.fisher_scores``.
+        config: ``head_balance`` and ``multiple_of`` are read.
+
+    Returns:
+        The plan with other widths.
+    """
+    chosen = [
+        (block, place)
+        for block, widths in enumerate(plan.pairs)
+        for place, width in enumerate(widths)
+        if width.kind in PRUNED[plan.attention] - {SHARED}
+    ]
+    widths = [plan.pairs[block][place] for block, place in chosen]
+    steps = [
+        _steps(pairs[block][place], width, sensitivity[block][place], config)
+        for (block, place), width in zip(chosen, widths, strict=True)
+    ]
+    found = [list(block) for block in plan.pairs]
+    wanted = plan.parameters_before - plan.parameters_after
+    wanted -= sum(_newly(width) for block in found for width in block if width not in widths)
+    for (block, place), width, units in zip(chosen, widths, _take(steps, widths, wanted), strict=True):
+        found[block][place] = replace(width, after=width.before - units)
+    newly = sum(_newly(width) for block in found for width in block)
+    return replace(plan, pairs=tuple(tuple(block) for block in found), parameters_after=plan.parameters_before - newly)
+
+
+def _newly(width: PairWidth) -> int:
+    """Parameters that this pruning removes."""
+    return (width.before - width.after) * width.cost
+
+
+def _steps(pair: ResolvedPair, width: PairWidth, scores: Tensor, config: PruningConfig) -> _Steps:
+    """The steps of one pair."""
+    heads, size = (1, config.multiple_of) if width.kind == "ffn" else (step_units(pair, config), 1)
+    ascending = scores.double().reshape(heads, -1).sort(dim=1).values.sum(0)
+    step = (torch.arange(ascending.numel()) + -width.before % size) // size  # the first one ends at a multiple
+    total = ascending.new_zeros(int(step[-1]) + 1).index_add(0, step, ascending)
+    units = torch.bincount(step) * heads
+    return _Steps(units, total / (units * width.cost))
+
+
+def _take(steps: list[_Steps], widths: list[PairWidth], wanted: int) -> list[int]:
+    """Units that go from each pair, at the threshold where ``wanted`` parameters are gone."""
+    density, cost, owner, units = [], [], [], []
+    for index, (step, width) in enumerate(zip(steps, widths, strict=True)):
+        reach = step.units.cumsum(0) + width.original - width.before  # since the pair was whole
+        most = max(MOST * width.original, (width.original + width.original - width.after) / 2)
+        allowed = (reach <= most) & (reach < width.original)
+        forced = reach <= LEAST * (width.original - width.after)
+        density.append(torch.where(forced, -torch.inf, step.density)[allowed])
+        units.append(step.units[allowed])
+        cost.append(units[-1] * width.cost)
+        owner.append(torch.full_like(units[-1], index))
+    order = torch.cat(density).sort(stable=True).indices
+    costs = torch.cat(cost)[order]
+    taken = order[costs.cumsum(0) - costs / 2 <= wanted]
+    gone = torch.zeros(len(steps), dtype=torch.long)
+    return gone.index_add(0, torch.cat(owner)[taken], torch.cat(units)[taken]).tolist()

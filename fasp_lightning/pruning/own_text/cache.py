@@ -1,0 +1,121 @@
+"""Token ids on disk, under a key of the model that wrote them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from fasp_lightning.staging import write_beside
+from fasp_lightning.structure.adapters import is_adapted
+from fasp_lightning.structure.compact import GatherColumns, ScatterRows
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+FORMAT = 1
+"""Goes into every key: a change of the sampling makes old files unused."""
+
+DIGEST = hashlib.sha256().digest_size
+
+_IDLE = ("_name_or_path", "transformers_version", "architectures", "use_cache")
+"""Entries of a config that change no logits."""
+
+_ADAPTER = ("scaling", "active_adapters", "disable_adapters", "merged_adapters")
+"""What decides on an adapted layer's output beside its weights."""
+
+_log = logging.getLogger(__name__)
+
+
+def fingerprint(model: PreTrainedModel) -> str:
+    """Hash all that decides on a model's logits.
+
+    Every byte of every weight is read (about a second a GB): a fine-tuned model differs in few digits.
+
+    Args:
+        model: The model, pruned or not, with or without LoRA.
+    """
+    digest = hashlib.sha256()
+    for name, tensor in _tensors(model):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        # bytes, because hashlib knows no bfloat16
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    adapted = [module for module in model.modules() if is_adapted(module)]
+    adapters = [[str(getattr(module, name, None)) for name in _ADAPTER] for module in adapted]
+    config = {name: value for name, value in model.config.to_dict().items() if name not in _IDLE}
+    generation = getattr(model, "generation_config", None)
+    starts = [getattr(generation, f"{name}_token_id", None) for name in ("bos", "eos", "pad")]
+    digest.update(json.dumps([adapters, starts, config], sort_keys=True, default=str).encode())
+    return digest.hexdigest()
+
+
+def _tensors(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
+    """Parameters, buffers, and where the rows and columns that are left of a pruned pair stand."""
+    yield from model.named_parameters()
+    yield from model.named_buffers()
+    for name, module in model.named_modules():
+        if isinstance(module, (ScatterRows, GatherColumns)):
+            yield name, module.positions
+
+
+def key_of(model: str, settings: dict[str, Any]) -> str:
+    """Name of a file for what a model with this fingerprint sampled with these settings."""
+    return hashlib.sha256(json.dumps([FORMAT, model, settings], sort_keys=True).encode()).hexdigest()[:32]
+
+
+def digest_of(batches: Iterable[Tensor]) -> str:
+    """Hash token ids: what stands for a text, its length, its tokenizer and its sequences.
+
+    Args:
+        batches: (batch, seq) token ids, on the CPU.
+    """
+    digest = hashlib.sha256()
+    for batch in batches:
+        digest.update(str(tuple(batch.shape)).encode() + batch.numpy().tobytes())
+    return digest.hexdigest()
+
+
+def read_ids(path: Path, shape: tuple[int, int]) -> Tensor | None:
+    """Read token ids.
+
+    Args:
+        path: The file.
+        shape: What they must have.
+
+    Returns:
+        (sequences, seq_len) int64, or None if there is no such file, or it is damaged.
+    """
+    try:
+        content = path.read_bytes()
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        _log.warning("%s cannot be read (%s): own text is sampled anew", path, error)
+        return None
+    body = content[DIGEST:]
+    if len(body) != 4 * shape[0] * shape[1] or content[:DIGEST] != hashlib.sha256(body).digest():
+        _log.warning("%s is damaged: own text is sampled anew", path)
+        return None
+    return torch.frombuffer(bytearray(body), dtype=torch.int32).long().view(shape)
+
+
+def write_ids(path: Path, ids: Tensor) -> None:
+    """Put token ids on disk: beside, then renamed, so that nobody reads half a file.
+
+    A cache that cannot be written is no error: the ids are at hand, and the log says so.
+
+    Args:
+        path: The file; its folder is made.
+        ids: (sequences, seq_len) int64.
+    """
+    body = ids.to(torch.int32).contiguous().numpy().tobytes()
+    try:
+        write_beside(path, hashlib.sha256(body).digest() + body)
+    except OSError as error:
+        _log.warning("own text cannot be kept in %s: %s", path.parent, error)

@@ -1,0 +1,210 @@
+"""Calibration text sampled from the model itself."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fasp_lightning.errors import FaspError
+from fasp_lightning.pruning.config import OwnTextConfig
+from fasp_lightning.pruning.own_text.cache import fingerprint, key_of, read_ids, write_ids
+from fasp_lightning.pruning.own_text.generation import first_tokens, sample
+from fasp_lightning.pruning.processes import Processes
+from fasp_lightning.text.batches import as_inputs, check_vocabulary, weight_of, weighted
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+BATCH_TOKENS = 1024
+"""Tokens of a returned batch: enough to keep matrix products busy, little enough for any memory."""
+
+
+def own_text(
+    model: PreTrainedModel,
+    config: OwnTextConfig,
+    processes: Processes | None = None,
+    starts: Tensor | None = None,
+) -> list[Tensor]:
+    """Sample text from a causal LM, or read from the cache what it sampled before.
+
+    An end of text within a sequence is a token like any other: what follows is the model's next document. The outcome
+    depends on the arguments and the rounding of the logits alone, not on the global random state (which stays), nor on
+    the number of processes.
+
+    Args:
+        model: The model, where it is; its modes and config stay.
+        config: How much, and how.
+        processes: Those that hold copies of this model, and share the work; all of them call this. By default this
+            process alone.
+        starts: (any,) int64 tokens that the first token of each sequence is drawn from, such as those of
+            :func:`calibration_starts`; by default it is the model's beginning-of-text token.
+
+    Returns:
+        This process's part: batches of (batch, seq_len) int64 token ids on the CPU.
+
+    Raises:
+        FaspError: If a process is left without a sequence, a start is not in the vocabulary, or the logits are not
+            finite.
+        RuntimeError: If another process raised an error.
+    """
+    processes = processes or Processes()
+    config = within_positions(model, config)
+    if config.sequences < processes.count:
+        raise FaspError(
+            f"own_text.tokens must give each of {processes.count} processes a sequence of {config.seq_len}, "
+            f"got {config.tokens}"
+        )
+    if starts is not None:
+        embeddings: Any = model.get_input_embeddings()
+        check_vocabulary(starts, embeddings.weight.shape[0])
+    cached = None if config.cache_dir in (None, "auto") else Path(str(config.cache_dir)).expanduser()
+    text = _Text(model, config, starts)
+    mine = _sampled(text, processes) if cached is None else _kept(text, processes, cached)
+    return list(mine.split(max(1, BATCH_TOKENS // config.seq_len)))
+
+
+def within_positions(model: PreTrainedModel, config: OwnTextConfig) -> OwnTextConfig:
+    """The settings with sequences no longer than the model's positions; its weights are not needed."""
+    longest = getattr(model.config, "max_position_embeddings", None)
+    if isinstance(longest, int) and config.seq_len > longest:
+        return replace(config, seq_len=longest)
+    return config
+
+
+class _Text(NamedTuple):
+    """What decides on own text."""
+
+    model: PreTrainedModel
+    config: OwnTextConfig
+    starts: Tensor | None
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(sequences, seq_len) of all of it."""
+        return self.config.sequences, self.config.seq_len
+
+    def settings(self) -> dict[str, Any]:
+        """All of it but the model, as plain data."""
+        config, starts = self.config, None if self.starts is None else self.starts.tolist()
+        return {"shape": self.shape, "temperature": config.temperature, "seed": config.seed, "starts": starts}
+
+
+def _sampled(text: _Text, processes: Processes) -> Tensor:
+    """This process's sequences, every n-th one; all numbers are drawn for all of them."""
+    model, config, starts = text
+    generator = torch.Generator().manual_seed(config.seed)
+    if starts is None:
+        starts = first_tokens(model, config.sequences, generator)
+    else:
+        starts = starts[torch.randint(len(starts), (config.sequences,), generator=generator)]
+    # with the 24 random bits of float32, a draw times a total in float64 stays below the total
+    draws = torch.rand(config.sequences, config.seq_len - 1, generator=generator)
+    mine = slice(processes.rank, None, processes.count)
+    with processes.together():
+        return sample(model, starts[mine], draws[mine], config.temperature)
+
+
+def _kept(text: _Text, processes: Processes, folder: Path) -> Tensor:
+    """The same, from a file of the first process's if there is one; else they are put there."""
+
+    def look() -> tuple[Path, Tensor | None]:
+        path = folder / f"{key_of(fingerprint(text.model), text.settings())}.ids"
+        return path, read_ids(path, text.shape)
+
+    path, ids = processes.first(look)
+    if ids is not None:
+        return ids[processes.rank :: processes.count]
+    mine = _sampled(text, processes)
+    parts = processes.gather(mine)
+    if processes.rank == 0:
+        whole = torch.empty(text.shape, dtype=torch.long)
+        for rank, part in enumerate(parts):
+            whole[rank :: processes.count] = part
+        write_ids(path, whole)
+    return mine
+
+
+def calibration_starts(batches: list[Any], processes: Processes | None = None) -> Tensor | None:
+    """The first token of every calibration sequence: own text that starts like them is what the model is used on.
+
+    A beginning-of-text token starts own text where the calibration text has it. Where it has none, that token can be
+    the wrong start: in chat models it may open a turn, and what follows from it alone is no text.
+
+    Args:
+        batches: Calibration batches of this process.
+        processes: As in :func:`own_text`.
+
+    Returns:
+        (sequences of all processes,) int64, sorted, so that their order decides nothing; ``None`` if there are none.
+
+    Raises:
+        FaspTypeError: If a batch is none.
+        FaspError: If a batch is none.
+        RuntimeError: If another process raised an error.
+    """
+    processes = processes or Processes()
+    with processes.together():
+        mine = [token for batch in batches for token in _starts(batch)]
+    found = sorted(token for tokens in processes.gather(mine) for token in tokens)
+    return torch.tensor(found) if found else None
+
+
+def _starts(batch: Any) -> list[int]:
+    """The first real token of each sequence that has one."""
+    input_ids, mask = as_inputs(batch)
+    real = torch.ones_like(input_ids, dtype=torch.bool) if mask is None else mask.bool()
+    rows = real.any(1)
+    return input_ids.gather(1, real.int().argmax(1, keepdim=True))[rows, 0].tolist()
+
+
+def share_weight(share: float, calibration: float, tokens: int) -> float:
+    """Weight of each token of own text with which it holds ``share`` of the whole weight.
+
+    w · tokens = share · (w · tokens + calibration).
+
+    Args:
+        share: In (0, 1).
+        calibration: Σ weight over the tokens of all other batches.
+        tokens: Tokens of own text.
+    """
+    return share / (1 - share) * calibration / tokens
+
+
+def mixed(batches: Iterable[Any], own: list[Tensor], share: float, processes: Processes | None = None) -> list[Any]:
+    """Calibration batches, and after them own text with the weight that gives it its share.
+
+    Args:
+        batches: As :meth:`FASPPruner.prune` takes them; with a share of 1 they are not read.
+        own: Batches of :func:`own_text`.
+        share: In (0, 1].
+        processes: As in :func:`own_text`; weights are summed over all of them.
+
+    Raises:
+        FaspTypeError: If a batch is none.
+        FaspError: If a batch is none, or there is no token of calibration text, but it should have a share.
+        RuntimeError: If another process raised an error.
+    """
+    if share == 1:
+        return list(own)
+    processes = processes or Processes()
+    with processes.together():
+        given = list(batches)
+        weight = sum(weight_of(batch) * _tokens(batch) for batch in given)
+    calibration, tokens = processes.total(weight, sum(ids.numel() for ids in own))
+    if calibration == 0:
+        raise FaspError(
+            "batches must hold at least one calibration token, got none; "
+            "set own_text.share to 1 to calibrate on own text alone"
+        )
+    return [*given, *weighted(own, share_weight(share, calibration, int(tokens)))]
+
+
+def _tokens(batch: Any) -> int:
+    """Real tokens of a batch."""
+    input_ids, mask = as_inputs(batch)
+    return input_ids.numel() if mask is None else int(mask.bool().sum())

@@ -1,0 +1,1 @@
+"""From files to token batches: documents, splits, sequences, caches; the one place that knows of text."""

@@ -1,0 +1,103 @@
+"""The tokenised texts of all roles, read from the cache or put there, without a document in common."""
+
+from __future__ import annotations
+
+import logging
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from fasp_lightning.errors import FaspError
+from fasp_lightning.text.packed_cache import Tokenised, TooShort, key_of, tokenised, without
+from fasp_lightning.text.roles import ROLES, RoleTexts, TextSource
+from fasp_lightning.text.tokenizer import fingerprint
+from fasp_lightning.text.tokens import POOL_BLOCKS
+
+_log = logging.getLogger(__name__)
+
+Unreadable = (FaspError, OSError)
+
+
+class RoleCache:
+    """Tokenises the texts of roles, once.
+
+    A role leaves out the documents of those before it in `ROLES`, so these are read first. One of them that
+    can't be read (a data set may have no test split) is an error only where it is asked for itself.
+
+    Args:
+        roles: Which texts.
+        tokenizer: A tokenizer of transformers.
+        seq_len: Tokens of a sequence.
+        folder: The cache.
+        short: Roles of which the first `POOL_BLOCKS` sequences suffice, where their texts set no number.
+    """
+
+    def __init__(self, roles: RoleTexts, tokenizer: Any, seq_len: int, folder: Path, short: tuple[str, ...]) -> None:
+        self.roles, self.tokenizer, self.seq_len = roles, tokenizer, seq_len
+        self.folder, self.short = folder, short
+        self._fingerprint = fingerprint(tokenizer)
+        self._found: dict[str, list[Tokenised] | Exception] = {}
+
+    def get(self, role: str) -> list[Tokenised]:
+        """The texts of a role.
+
+        Raises:
+            FaspFileNotFoundError: If a local file isn't there.
+            FaspError: If a text can't be read, or has not one sequence.
+        """
+        if role not in self._found:
+            try:
+                self._found[role] = [self._text(role, index) for index in range(len(self.roles.texts[role]))]
+            except Unreadable as error:
+                self._found[role] = error
+        found = self._found[role]
+        if isinstance(found, Exception):
+            raise found
+        return found
+
+    def ready(self, role: str) -> bool:
+        """Read the texts of a role if they can be read; say in the log if not."""
+        known = role in self._found
+        try:
+            self.get(role)
+        except Unreadable as error:
+            if not known:
+                _log.warning("there is no %s text, which matters only if it is asked for: %s", role, error)
+            return False
+        return True
+
+    def before(self, role: str) -> list[Tokenised]:
+        """The texts whose documents a role leaves out."""
+        earlier = [name for name in ROLES[: ROLES.index(role)] if self.ready(name)]
+        return [text for name in earlier for text in self.get(name)]
+
+    def taken(self, role: str) -> frozenset[str]:
+        """The documents that a role leaves out, as :func:`sources.distinct` marks them."""
+        return frozenset().union(*(text.documents for text in self.before(role)))
+
+    def key(self, role: str, index: int, limit: int | None) -> str:
+        """Name of one text of a role in the cache."""
+        earlier = [text.key for text in self.before(role)]
+        parts = {"text": self.roles.identity(role, index), "limit": limit, "without": earlier}
+        return key_of(tokenizer=self._fingerprint, seq_len=self.seq_len, **parts)
+
+    def _text(self, role: str, index: int) -> Tokenised:
+        text = self.roles.texts[role][index]
+        limit = text.sequences or (POOL_BLOCKS if role in self.short else None)
+        opened = partial(self._documents, role, index)
+        key = self.key(role, index, limit)
+        try:
+            return tokenised(self.folder, key, opened, self.tokenizer, self.seq_len, text.separator, limit)
+        except TooShort as error:
+            raise FaspError(_shortage(text, role, self.roles.sharing(text), error)) from error
+
+    def _documents(self, role: str, index: int) -> Any:
+        return without(self.roles.documents(role, index), self.taken(role))
+
+
+def _shortage(text: TextSource, role: str, sharing: list[str], error: Exception) -> str:
+    divided = f" (what falls to {role}, as {', '.join(sharing)} divide it)" if len(sharing) > 1 else ""
+    return (
+        f"the {role} text {text.describe()!r}{divided} is too short: {error}; give more text, or lower seq_len, "
+        f"or give {role} a text of its own"
+    )

@@ -1,0 +1,110 @@
+"""Training text that is read, tokenised and packed on the fly, sharded by process and worker, resumable."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import IterableDataset, get_worker_info
+
+from fasp_lightning.text.shard_reading import ShardReader, _Encode
+from fasp_lightning.text.shuffling import generator
+
+WINDOW = 256
+"""Sequences, at least, that are shuffled at a time. A resumed worker packs its last window again."""
+
+State = dict[str, Any]
+"""Plain data: the window's number and start, and how many of its sequences were given."""
+
+
+class TokenStream(IterableDataset[dict[str, Any]]):
+    """Endless batches of packed, mixed and shuffled sequences.
+
+    Worker w of a process reads part `rank · workers + w` of every text. The texts are mixed in the exact
+    proportion of their weights, and shuffled within windows. Everything depends on the seed, the part and the
+    number of parts alone.
+
+    Args:
+        texts: Pairs of name and opener of each text.
+        weights: Weight of each text; None weighs them alike.
+        tokenizer: A tokenizer of transformers.
+        separators: Text between two documents of each text; None puts the end-of-text token there.
+        seq_len: Tokens of a sequence.
+        batch_size: Sequences of a batch.
+        seed: Seed of the shuffling.
+        rank: This process.
+        world_size: Number of processes.
+        workers: Workers of a process, 1 where it reads by itself.
+
+    Attributes:
+        states: State of each worker; those that yield first, set before iterating.
+        turn: Which worker's batch comes first.
+    """
+
+    def __init__(
+        self,
+        texts: Sequence[tuple[str, Callable[[], Iterable[str]]]],
+        weights: Sequence[float] | None,
+        tokenizer: Any,
+        separators: Sequence[str | None],
+        seq_len: int,
+        batch_size: int,
+        seed: int,
+        rank: int = 0,
+        world_size: int = 1,
+        workers: int = 1,
+    ) -> None:
+        self.texts, self.separators, self.tokenizer = list(texts), list(separators), tokenizer
+        self.weights = [1.0] * len(self.texts) if weights is None else list(weights)
+        self.seq_len, self.batch_size, self.seed = seq_len, batch_size, seed
+        self.rank, self.workers, self.shards = rank, workers, workers * world_size
+        self.window = -(-WINDOW // batch_size) * batch_size  # no batch lies in two windows
+        self.states = [self.start() for _ in range(workers)]
+        self.turn = 0
+
+    def start(self) -> State:
+        """State of a worker that has given nothing."""
+        texts = len(self.texts)
+        return {"window": 0, "given": 0, "counts": [0] * texts, "cursors": [[0, 0, 0] for _ in range(texts)]}
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        """Yield batches: "input_ids" (batch_size, seq_len), the "worker", and its "state" after them."""
+        info = get_worker_info()
+        # a DataLoader begins with its worker 0, whosever turn it is
+        worker = (self.turn + (0 if info is None else info.id)) % self.workers
+        state, shard = self.states[worker], self.rank * self.workers + worker
+        counts, readers = list(state["counts"]), self._readers(shard, state["cursors"])
+        sequences = [iter(reader) for reader in readers]
+        window, given = state["window"], state["given"]
+        while True:
+            begin = {"counts": list(counts), "cursors": [list(reader.cursor) for reader in readers]}
+            block = torch.tensor([next(sequences[self._next_text(counts)]) for _ in range(self.window)])
+            block = block[torch.randperm(self.window, generator=generator(self.seed, "window", shard, window))]
+            for start in range(given, self.window, self.batch_size):
+                after = {"window": window, "given": start + self.batch_size, **begin}
+                ids = block[start : start + self.batch_size].clone()  # a slice would carry the window along
+                yield {"input_ids": ids, "worker": worker, "state": after}
+            window, given = window + 1, 0
+
+    def _readers(self, shard: int, cursors: list[list[int]]) -> list[ShardReader]:
+        """A reader of each text."""
+        readers = []
+        for (name, documents), separator, cursor in zip(self.texts, self.separators, cursors, strict=True):
+            encode = _Encode(self.tokenizer, separator)
+            readers.append(ShardReader(documents, name, encode, self.seq_len, shard, self.shards, cursor))
+        return readers
+
+    def _next_text(self, counts: list[int]) -> int:
+        """Choose the text that is furthest behind its share, and count it."""
+        total, given = sum(self.weights), sum(counts) + 1
+        behind = [given * weight / total - count for weight, count in zip(self.weights, counts, strict=True)]
+        text = behind.index(max(behind))
+        counts[text] += 1
+        return text
+
+
+def as_batch(ids: Tensor) -> dict[str, Tensor]:
+    """A training batch of token ids."""
+    return {"input_ids": ids, "labels": ids.clone()}

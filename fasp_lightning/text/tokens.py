@@ -1,0 +1,148 @@
+"""Text for calibration and evaluation: which documents, and how they become batches of token ids."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fasp_lightning.errors import FaspError
+from fasp_lightning.text.batches import weighted
+from fasp_lightning.text.config import TextConfig, _bad_split
+from fasp_lightning.text.corpora import builtin_splits
+from fasp_lightning.text.files import hub_documents, local_documents
+from fasp_lightning.text.splits import split_of
+
+POOL_BLOCKS, POOL_FACTOR = 1024, 16
+"""A sample of n sequences is drawn from the first max(`POOL_BLOCKS`, `POOL_FACTOR` · n) blocks; what lies
+beyond is not read, so that a data set of any size costs little."""
+
+GROUP_LENGTH = 1_000_000
+"""Characters, at least, tokenized by one call: tokenizers are fast on many texts at once."""
+
+
+def documents(config: TextConfig) -> Iterator[str]:
+    """Yield the documents of a text, reading no further than is asked for.
+
+    Args:
+        config: The text. A split of local text holds the documents whose content hashes to it, so equal
+            documents are in one split, and a document stays in its split wherever it stands.
+
+    Raises:
+        FaspFileNotFoundError: If a local file isn't there.
+        FaspError: If built-in text is asked for without a split, or the source can't be read.
+    """
+    kind, split = config.kind, config.split
+    if kind == "hub":
+        yield from hub_documents(config.source, config.subset, split, config.column)
+    elif kind == "local":
+        found = local_documents(config.source, config.column, in_pieces=split is not None)
+        yield from (document for document in found if split is None or split_of(document) == split)
+    elif split is None:
+        raise FaspError(_bad_split(config))
+    else:
+        yield from builtin_splits(config.source)[split]
+
+
+def token_batches(config: TextConfig, tokenizer: Any) -> list[Tensor]:
+    """Turn a text into batches of token ids: the documents end to end, cut into sequences without overlap.
+
+    Args:
+        config: The text.
+        tokenizer: A tokenizer of transformers. It adds no special tokens; its end-of-text token, or two line
+            feeds where it has none, stand between documents, unless `config.separator` says otherwise.
+
+    Returns:
+        Batches of (batch_size, seq_len) int64 token ids, the last one possibly smaller: every full sequence
+        of the text, or a sample of `config.sequences`, in the order of the text, that depends on
+        `config.seed` alone. `config.weight` is not in them; see :func:`calibration_batches`.
+
+    Raises:
+        FaspFileNotFoundError: If a local file isn't there.
+        FaspError: If the source can't be read, or has fewer tokens than `sequences` (without it: one)
+            sequences.
+    """
+    wanted = config.sequences
+    limit = None if wanted is None else max(POOL_BLOCKS, POOL_FACTOR * wanted) * config.seq_len
+    tokens = _tokens(config, tokenizer, limit)
+    blocks = tokens[: len(tokens) // config.seq_len * config.seq_len].view(-1, config.seq_len)
+    if len(blocks) < (wanted or 1):
+        raise FaspError(_shortage(config, len(tokens)))
+    if wanted is not None and len(blocks) > wanted:
+        order = torch.randperm(len(blocks), generator=torch.Generator().manual_seed(config.seed))
+        blocks = blocks[order[:wanted].sort().values]
+    return list(blocks.split(config.batch_size))
+
+
+def calibration_batches(texts: Iterable[TextConfig], tokenizer: Any) -> list[Any]:
+    """The batches of several texts, each of its weight, as :meth:`FASPPruner.prune` takes them.
+
+    Args:
+        texts: The texts.
+        tokenizer: As for :func:`token_batches`, which also says what is refused.
+    """
+    return [batch for text in texts for batch in weighted(token_batches(text, tokenizer), text.weight)]
+
+
+def _shortage(config: TextConfig, found: int) -> str:
+    """Say what is missing of a text that is too short."""
+    wanted = config.sequences or 1
+    split = f" (split {config.split!r})" if config.split else ""
+    return (
+        f"source {config.source!r}{split} is too short: it has {found} tokens, and sequences={wanted} of "
+        f"seq_len={config.seq_len} need {wanted * config.seq_len}; give more text, or lower one of the two"
+    )
+
+
+def _tokens(config: TextConfig, tokenizer: Any, limit: int | None) -> Tensor:
+    """Tokenize documents until there are `limit` tokens (None: all of them), giving (tokens,) int64."""
+    tokens: list[int] = []
+    for group in document_groups(documents(config)):
+        tokens += encode_documents(group, tokenizer, config.separator)
+        if limit is not None and len(tokens) >= limit:
+            return torch.tensor(tokens[:limit], dtype=torch.long)
+    return torch.tensor(tokens, dtype=torch.long)
+
+
+def encode_documents(group: list[str], tokenizer: Any, separator: str | None = None) -> list[int]:
+    """Token ids of documents end to end, with what stands between two also after the last one.
+
+    Args:
+        group: The documents; blank ones are passed over, unless a separator is given.
+        tokenizer: A tokenizer of transformers. It adds no special tokens.
+        separator: Text between two documents; None puts the tokenizer's end-of-text token there, or two line
+            feeds where it has none.
+    """
+    end = tokenizer.eos_token_id
+    if separator is None and end is None:
+        separator = "\n\n"
+    if separator is not None:
+        return _encode(tokenizer, [separator.join([*group, ""])])[0]
+    tokens: list[int] = []
+    for ids in _encode(tokenizer, [document for document in group if document.strip()]):
+        tokens += [*ids, end]
+    return tokens
+
+
+def _encode(tokenizer: Any, texts: list[str]) -> list[list[int]]:
+    """Token ids of each text. `verbose` would warn that a document is longer than the model's context."""
+    if not texts:
+        return []
+    return tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
+
+
+def document_groups(texts: Iterable[str], characters: int | None = None) -> Iterator[list[str]]:
+    """Gather texts into lists of `characters` (None: of `GROUP_LENGTH`) characters or a little more."""
+    characters = GROUP_LENGTH if characters is None else characters
+    group: list[str] = []
+    length = 0
+    for text in texts:
+        group.append(text)
+        length += len(text)
+        if length >= characters:
+            yield group
+            group, length = [], 0
+    if group:
+        yield group

@@ -1,0 +1,1 @@
+"""Loaders of training text that resume in the middle of an epoch."""

@@ -1,0 +1,106 @@
+"""The model a LightningModule trains: loaded, or built from a config and initialised from a seed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+
+from fasp_lightning.checkpoints.devices import parse_dtype
+from fasp_lightning.checkpoints.loading import load_config, load_model
+from fasp_lightning.checkpoints.refused_models import check_supported
+from fasp_lightning.errors import FaspError
+from fasp_lightning.structure.registry import known_architectures, spec_for
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+def read_model(
+    name_or_path: str,
+    dtype: str,
+    *,
+    attn_implementation: str | None = None,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+) -> PreTrainedModel:
+    """Load a causal LM of a registered family onto the CPU; a pruned folder comes with its plan.
+
+    Raises:
+        FaspError: If its family is not registered; before the weights are read.
+    """
+    options: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
+    config = load_config(name_or_path, **options)
+    spec_for(config)
+    options |= {"attn_implementation": attn_implementation, "config": config}
+    return cast("PreTrainedModel", load_model(name_or_path, dtype, "cpu", **options))
+
+
+def new_model(
+    config: Mapping[str, Any], dtype: str, *, attn_implementation: str | None = None, seed: int = 0
+) -> PreTrainedModel:
+    """Build a causal LM from its config; the global random state is neither read nor changed.
+
+    Args:
+        config: ``model_type``, and the fields that differ from that family's defaults.
+        dtype: Of its parameters; ``"auto"`` is float32.
+        attn_implementation: As in ``from_pretrained``.
+        seed: Of its weights.
+
+    Raises:
+        FaspError: If ``model_type`` is missing or unknown, or a field is none of this family, or they do not go
+            together.
+    """
+    from transformers import AutoModelForCausalLM
+
+    settings = _config(config)
+    attention = {"attn_implementation": attn_implementation} if attn_implementation else {}
+    with seeded(seed):
+        try:
+            model = AutoModelForCausalLM.from_config(
+                settings, dtype=parse_dtype("float32" if dtype == "auto" else dtype), **attention
+            )
+        except (RuntimeError, TypeError, ValueError, ZeroDivisionError) as error:
+            raise FaspError(f"config makes no {settings.model_type} model: {' '.join(str(error).split())}") from error
+    return cast("PreTrainedModel", model)
+
+
+def recompute_activations(model: PreTrainedModel) -> None:
+    """Switch gradient checkpointing on, of the kind that also works behind frozen embeddings."""
+    new = hasattr(model, "activation_checkpointing_enable")  # what transformers 5.23 calls it
+    enable: Any = model.activation_checkpointing_enable if new else model.gradient_checkpointing_enable
+    enable({"use_reentrant": False})
+    if hasattr(model, "_require_grads_hook"):  # needed by the other kind only, and can't be pickled
+        model.disable_input_require_grads()
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Draw on the CPU from ``seed``; afterwards the global random state is as it was."""
+    with torch.random.fork_rng(devices=[]):
+        torch.random.default_generator.manual_seed(seed)
+        yield
+
+
+def _config(config: Mapping[str, Any]) -> Any:
+    from transformers import AutoConfig
+
+    fields = dict(config)
+    model_type = fields.pop("model_type", None)
+    if model_type not in known_architectures():
+        raise FaspError(
+            f"config must name a model_type, one of {', '.join(known_architectures())}, got {model_type!r}; "
+            "add another family with register_architecture"
+        )
+    default = AutoConfig.for_model(model_type)
+    unknown = [name for name in fields if not hasattr(default, name)]
+    if unknown:  # transformers would store it and build the default width
+        raise FaspError(f"config must hold fields of a {model_type} model, got {', '.join(unknown)}")
+    try:
+        settings = AutoConfig.for_model(model_type, **fields)
+    except Exception as error:  # config classes raise whatever their validators do
+        raise FaspError(f"config makes no {model_type} config: {' '.join(str(error).split())}") from error
+    check_supported(settings, f"a new {model_type}")
+    return settings

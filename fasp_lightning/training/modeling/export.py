@@ -1,0 +1,97 @@
+"""Writing the model that is being trained as a plain checkpoint, while training goes on."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fasp_lightning.checkpoints.forms import FORMS, choose_form
+from fasp_lightning.checkpoints.saving import check_output, save_pruned
+from fasp_lightning.errors import FaspError
+from fasp_lightning.staging import require_space, staged
+from fasp_lightning.structure.adapters import has_adapters
+from fasp_lightning.structure.plan import plan_of
+from fasp_lightning.structure.registry import spec_for
+from fasp_lightning.training.modeling.lora import merge_lora
+from fasp_lightning.training.modeling.sharding import is_sharded
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+def export_model(
+    model: PreTrainedModel,
+    path: str | Path,
+    tokenizer: Any = None,
+    form: str = "auto",
+    overwrite: bool = False,
+) -> Path:
+    """Write a causal LM, LoRA merged, as safetensors and config; all or nothing. The model itself stays as it is.
+
+    With adapters a copy of the model is merged, which takes its memory once more.
+
+    Args:
+        model: A causal LM, with adapters or without. One that carries a plan is written by
+            :func:`~fasp_lightning.save_pruned`, and loads accordingly.
+        path: Folder to write.
+        tokenizer: Saved along if given.
+        form: See :func:`~fasp_lightning.save_pruned`; for a model that was never pruned ``"auto"`` or ``"stock"``.
+        overwrite: Replace a folder that holds a pruned model.
+
+    Returns:
+        The folder.
+
+    Raises:
+        FaspFileExistsError: If ``path`` is not empty and ``overwrite`` is false, or is no pruned model.
+        FaspError: If ``form`` cannot hold the model, or the model is sharded.
+    """
+    path = Path(path)
+    check_output(path, overwrite)
+    if form not in ("auto", *FORMS):
+        raise FaspError(f"form must be 'auto' or one of {', '.join(map(repr, FORMS))}, got {form!r}")
+    if is_sharded(model):
+        raise FaspError(
+            "model must be whole to be exported, got one that is sharded over processes; save a checkpoint with "
+            "ModelParallelStrategy(save_distributed_checkpoint=False) and export from it in one process"
+        )
+    if has_adapters(model):
+        model = copy.deepcopy(model)
+        merge_lora(model)
+    plan = plan_of(model)
+    if plan is not None and any(plan.blocks):
+        return save_pruned(model, path, tokenizer, form=form, overwrite=overwrite).path
+    return _save_dense(model, path, tokenizer, form)
+
+
+def check_export(model: PreTrainedModel, path: str | Path, form: str, overwrite: bool, kinds: set[str]) -> None:
+    """Refuse, before a run, what could not be exported after it.
+
+    Args:
+        model: The model.
+        path: See :func:`export_model`.
+        form: Likewise.
+        overwrite: Likewise.
+        kinds: Kinds of the pairs that will be cut by then.
+
+    Raises:
+        FaspFileExistsError: If ``path`` is not empty and ``overwrite`` is false, or is no pruned model.
+        FaspError: If ``form`` cannot hold the model, or a whole module was put aside to be trained beside adapters
+            (``modules_to_save`` of peft).
+    """
+    check_output(Path(path), overwrite)
+    choose_form(form, spec_for(model), kinds)
+    kept = [name for name, module in model.named_modules() if hasattr(module, "modules_to_save")]
+    if kept:
+        raise FaspError(f"model must have no modules_to_save to be exported, got {kept[0]}; leave out one of them")
+
+
+def _save_dense(model: PreTrainedModel, path: Path, tokenizer: Any, form: str) -> Path:
+    if form not in ("auto", "stock"):
+        raise FaspError(f"form must be 'auto' or 'stock' for a model that was never pruned, got {form!r}")
+    require_space(path, model.parameters())
+    with staged(path) as stage:
+        model.save_pretrained(stage)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(stage)
+    return path

@@ -1,0 +1,154 @@
+"""What a run's loggers and its console are told of a pruning."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING
+
+from lightning.pytorch import Trainer
+from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+
+from fasp_lightning.pruning.budget.widths import present_widths
+from fasp_lightning.pruning.report import PruningReport
+from fasp_lightning.training.schedule import PruningSchedule
+from fasp_lightning.training.trainer.surgery import publish
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+COLUMNS = {
+    "step": "step",
+    "sparsity": "sparsity",
+    "sparsity_total": "(all)",
+    "parameters": "parameters",
+    "perplexity_before": "perplexity before",
+    "perplexity_pruned": "pruned",
+    "perplexity_recovered": "recovered",
+    "seconds": "seconds",
+}
+LAYOUT = {
+    "FASP": {
+        "loss": ["Multiline", ["train_loss", "val_loss"]],
+        "perplexity, up at an event, down in recovery": ["Multiline", ["^fasp/perplexity$"]],
+        "sparsity: of the blocks, of all parameters": ["Multiline", ["^fasp/sparsity$", "^fasp/sparsity_total$"]],
+        "width of each pair": ["Multiline", ["fasp_width/.*"]],
+        "relative error, restored": ["Multiline", ["fasp_error/.*"]],
+        "relative error, not restored": ["Multiline", ["fasp_error_unrestored/.*"]],
+    }
+}
+"""Charts of TensorBoard's "Custom Scalars": the run on one page, a line for each pair."""
+
+FORMATS = {"step": "d", "parameters": ",d", "sparsity": ".3f", "sparsity_total": ".3f", "seconds": ".1f"}
+
+
+@dataclass
+class EventRecord:
+    """What one event did; plain numbers.
+
+    Attributes:
+        step: Optimizer steps before it.
+        sparsity: Fraction of the original blocks' linear parameters that is gone.
+        sparsity_total: Fraction of all original parameters that is gone.
+        parameters: Parameters left, adapters not counted.
+        perplexity_before: On the validation batches, before; ``None`` without validation data.
+        perplexity_pruned: Right after.
+        perplexity_recovered: At the next event or the end of the run; ``None`` until then.
+        seconds: Of calibration and pruning.
+    """
+
+    step: int
+    sparsity: float
+    sparsity_total: float
+    parameters: int
+    seconds: float
+    perplexity_before: float | None = None
+    perplexity_pruned: float | None = None
+    perplexity_recovered: float | None = None
+
+    def metrics(self) -> dict[str, float]:
+        """Name → value for loggers; what was not measured is left out, and what the model itself shows."""
+        told = ("seconds", "perplexity_before", "perplexity_pruned")
+        return {f"fasp/{key}": value for key, value in asdict(self).items() if key in told and value is not None}
+
+
+def tell_structure(trainer: Trainer, model: PreTrainedModel, perplexity: float | None, before: bool = False) -> None:
+    """How the model is: sparsity, parameters, the width of each pair, and its perplexity if that was measured.
+
+    Told before and after each event and at the end of the run, so that charts are stairs.
+
+    Args:
+        trainer: The Trainer.
+        model: The causal LM.
+        perplexity: On the validation batches.
+        before: An event comes: this belongs to the last step that was trained, of which there is none at the start.
+    """
+    if before and trainer.global_step == 0:
+        return
+    widths = present_widths(model)
+    scalars = {
+        "fasp/sparsity": widths.sparsity,
+        "fasp/sparsity_total": widths.sparsity_total,
+        "fasp/parameters": float(widths.parameters_after),
+    }
+    pairs = {f"fasp_width/{pair.layer}": float(pair.dims_left) for block in widths.pairs for pair in block}
+    measured = {} if perplexity is None else {"fasp/perplexity": perplexity}
+    publish(trainer, scalars | pairs | measured, trainer.global_step - before)
+
+
+def tell_event(trainer: Trainer, record: EventRecord, report: PruningReport) -> None:
+    """Scalars to every logger: the event's own, then the relative error of each pair that was cut."""
+    publish(trainer, record.metrics())
+    errors = {f"fasp_error/{pair.layer}": pair.error_after for pair in report.pairs}
+    publish(trainer, errors | {f"fasp_error_unrestored/{pair.layer}": pair.error_before for pair in report.pairs})
+
+
+def tell_missed(schedule: PruningSchedule, done: int) -> None:
+    """Warn of what did not happen: a run may end early, or its length be unknown when it starts."""
+    for event in list(schedule)[done:][:1]:
+        rank_zero_warn(
+            f"the run ended before schedule entry {done}, {event.to_dict()!r}: the model is less pruned than the "
+            "schedule says"
+        )
+
+
+def tell_history(trainer: Trainer, records: Iterable[EventRecord]) -> None:
+    """All events so far as one table: on the console, and as a text of TensorBoard, beside charts of the run."""
+    rows = [[_cell(record, name) for name in COLUMNS] for record in records]
+    show_text(trainer, _table(rows))
+    lines = [list(COLUMNS.values()), ["---"] * len(COLUMNS), *rows]
+    text = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    for logger in trainer.loggers:
+        if isinstance(logger, TensorBoardLogger) and trainer.is_global_zero:
+            logger.experiment.add_text("fasp/events", text, trainer.global_step)
+            logger.experiment.add_custom_scalars(LAYOUT)
+
+
+def _cell(record: EventRecord, name: str) -> str:
+    value = getattr(record, name)
+    return "" if value is None else format(value, FORMATS.get(name, ".2f"))
+
+
+def _table(rows: list[list[str]]) -> str:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title="FASP pruning", title_justify="left")
+    for title in COLUMNS.values():
+        table.add_column(title, justify="right")
+    for row in rows:
+        table.add_row(*row)
+    stream = io.StringIO()
+    Console(file=stream, width=110).print(table)
+    return stream.getvalue().rstrip()
+
+
+def show_text(trainer: Trainer, text: str) -> None:
+    """Print lines above the Trainer's progress bar, in the first process; where there is none, log them."""
+    bar = trainer.progress_bar_callback
+    if bar is None:
+        rank_zero_info(text)
+    elif trainer.is_global_zero:
+        bar.print(text)

@@ -1,0 +1,248 @@
+"""All that touches Lightning's internals, but for what ``resuming.py`` does.
+
+Tested with lightning 2.6.6; each function says what it relies on.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from itertools import chain
+from typing import TYPE_CHECKING, Any
+
+import torch
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.callbacks import (
+    EarlyStopping,
+    ModelCheckpoint,
+    StochasticWeightAveraging,
+    WeightAveraging,
+)
+from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, SingleDeviceStrategy
+from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim.lr_scheduler import ReduceLROnPlateau
+from torch.optim.swa_utils import AveragedModel
+from torch.utils.data import DataLoader
+
+from fasp_lightning.errors import FaspError
+from fasp_lightning.structure.plan import conform, plan_of, resolve_pruned
+from fasp_lightning.training.modeling.locate import find_causal_lm
+from fasp_lightning.training.trainer.optimizer_state import slice_states
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+STALE = torch.finfo(torch.float32).max
+"""Stands for a monitored metric of the model before it changed: the worst finite value."""
+
+
+def check_trainer(trainer: Trainer) -> None:
+    """Refuse what cannot follow a change of shapes in the middle of a run.
+
+    Raises:
+        FaspError: For sharded strategies, PowerSGD (``_ddp_comm_state``), and ``StochasticWeightAveraging``.
+    """
+    strategy = trainer.strategy
+    sharded = isinstance(strategy, DeepSpeedStrategy)  # though it derives from DDPStrategy
+    if sharded or not isinstance(strategy, (SingleDeviceStrategy, DDPStrategy)):
+        raise FaspError(
+            f"strategy must be a single device or ddp to prune during fit, got {type(strategy).__name__}; prune first "
+            "(fasp prune, FASPPruner) and train the saved folder, sharding it in configure_model as CausalLMModule does"
+        )
+    if type(getattr(strategy, "_ddp_comm_state", None)).__name__ == "PowerSGDState":
+        raise FaspError(
+            "strategy must have no PowerSGDState as ddp_comm_state beside FASPPruning, its errors would keep the old "
+            "shapes; use a hook without such state, as bf16_compress_hook"
+        )
+    if any(isinstance(callback, StochasticWeightAveraging) for callback in trainer.callbacks):  # type: ignore[attr-defined]
+        raise FaspError(
+            "callbacks must not hold StochasticWeightAveraging beside FASPPruning, its copy would keep the old shapes; "
+            "use EMAWeightAveraging or WeightAveraging, which follow"
+        )
+
+
+def starts_by_spawn(trainer: Trainer) -> bool:
+    """Whether workers are spawned or forked, and the main process loads their state (``strategy.launcher``)."""
+    return isinstance(trainer.strategy.launcher, _MultiProcessingLauncher)
+
+
+def averages(trainer: Trainer) -> list[nn.Module]:
+    """Averaged copies of the LightningModule (``WeightAveraging._average_model``)."""
+    return [average.module for average in _average_models(trainer)]
+
+
+def _average_models(trainer: Trainer) -> list[AveragedModel]:
+    found = [callback for callback in trainer.callbacks if isinstance(callback, WeightAveraging)]  # type: ignore[attr-defined]
+    return [callback._average_model for callback in found if callback._average_model is not None]
+
+
+@contextmanager
+def unwrapped(trainer: Trainer) -> Iterator[None]:
+    """Take DDP off while parameters change, and put it on anew (``strategy.model``, ``configure_ddp``).
+
+    Its reducer knows shapes and which parameters train from its construction. Not inside a forward or backward.
+    """
+    strategy: Any = trainer.strategy
+    wrapped = isinstance(strategy.model, DistributedDataParallel)
+    if wrapped:
+        strategy.model = trainer.lightning_module  # drops the reducer, which holds on to gradient accumulators
+    yield
+    if wrapped:
+        strategy._pl_static_graph_delay_done = False
+        strategy.configure_ddp()
+
+
+def prune_attached(
+    trainer: Trainer, model: PreTrainedModel, prune: Callable[[], Any], attribute: str | None, kv_groups: bool
+) -> Any:
+    """Let ``prune`` change the model in place, and all that hangs on its shapes follow: optimizers, averages.
+
+    Args:
+        trainer: Between two optimizer steps, in :func:`unwrapped`.
+        model: The causal LM in its LightningModule.
+        prune: Prunes it.
+        attribute: Where the model is, for the averaged copies.
+        kv_groups: Whether ``prune`` cuts whole KV groups.
+
+    Returns:
+        What ``prune`` returns.
+    """
+    before = [pair.kept for block in resolve_pruned(model, kv_groups=kv_groups) for pair in block]
+    with eagerly():
+        result = prune()
+        after = [pair for block in resolve_pruned(model, kv_groups=kv_groups) for pair in block]
+        slices = chain.from_iterable(pair.slices(kept, pair.kept) for kept, pair in zip(before, after, strict=True))
+        slice_states(trainer.optimizers, slices)
+        for average in _average_models(trainer):
+            _restart_average(average, trainer.lightning_module, model, attribute)
+    if _compiles():
+        torch.compiler.reset()  # beyond 8 shapes dynamo would stop compiling, with a log line only
+    return result
+
+
+def _restart_average(average: Any, module: LightningModule, model: PreTrainedModel, attribute: str | None) -> None:
+    """An average of two structures means nothing: it starts again from the pruned weights (``n_averaged``)."""
+    conform(find_causal_lm(average.module, attribute), plan_of(model))
+    current = chain(module.parameters(), module.buffers())
+    with torch.no_grad():
+        for copy, value in zip(chain(average.module.parameters(), average.module.buffers()), current, strict=True):
+            copy.copy_(value)
+    average.n_averaged.zero_()
+
+
+@contextmanager
+def eagerly() -> Iterator[None]:
+    """Run compiled modules eagerly: stand-ins, new shapes and odd batches would each cost a recompilation."""
+    with torch.compiler.set_stance("force_eager") if _compiles() else nullcontext():
+        yield
+
+
+def _compiles() -> bool:
+    return "torch._dynamo" in sys.modules
+
+
+def forget_best(trainer: Trainer) -> None:
+    """Let what watches a metric start to compare anew: the model before the change is no rival.
+
+    Files on disk stay. A monitored metric of the old model counts as the worst until it is logged again, so that a
+    checkpoint saved in between does not carry it (``ModelCheckpoint`` and ``EarlyStopping`` fields,
+    ``ReduceLROnPlateau._reset``, which would else cut the learning rate of a recovery).
+    """
+    for config in trainer.lr_scheduler_configs:
+        if isinstance(config.scheduler, ReduceLROnPlateau):
+            _outdate(trainer, config.monitor, config.scheduler.mode)
+            config.scheduler._reset()
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if not isinstance(callback, (ModelCheckpoint, EarlyStopping)):
+            continue
+        worst = _outdate(trainer, callback.monitor, callback.mode)
+        if isinstance(callback, EarlyStopping):
+            callback.wait_count, callback.best_score = 0, worst.sign() * torch.inf
+        else:
+            callback.best_k_models, callback.kth_best_model_path = {}, ""
+            callback.kth_value = worst.sign() * torch.inf
+            callback.best_model_path, callback.best_model_score, callback.current_score = "", None, None
+
+
+def _outdate(trainer: Trainer, monitor: str | None, mode: str) -> Tensor:
+    """Let the worst value stand for a metric, if it was logged; returns that value."""
+    worst = torch.tensor(STALE if mode == "min" else -STALE)
+    if monitor in trainer.callback_metrics:
+        trainer.callback_metrics[monitor] = worst
+    return worst
+
+
+def publish(trainer: Trainer, metrics: dict[str, float], step: int | None = None) -> None:
+    """Metrics to every logger at ``trainer.global_step``, and to ``trainer.callback_metrics``.
+
+    ``LightningModule.log`` would wait for ``log_every_n_steps``.
+
+    Args:
+        trainer: The Trainer.
+        metrics: Name → value.
+        step: Another step for the loggers.
+    """
+    for logger in trainer.loggers:
+        logger.log_metrics(metrics, step=trainer.global_step if step is None else step)
+    trainer.callback_metrics.update({name: torch.tensor(value) for name, value in metrics.items()})
+
+
+def check_training_source(trainer: Trainer) -> None:
+    """Refuse, before any loader is made, training data that calibration cannot be taken from (``_data_source``).
+
+    Raises:
+        FaspError: If ``fit`` was given something else than one DataLoader; loaders from hooks are seen later.
+    """
+    source = trainer.fit_loop._data_source.instance
+    if not isinstance(source, (DataLoader, LightningModule, LightningDataModule)):
+        raise FaspError(_no_source(type(source).__name__))
+
+
+def training_loader(trainer: Trainer) -> DataLoader:
+    """The one training DataLoader (``fit_loop._combined_loader``).
+
+    Raises:
+        FaspError: If there are several, or it is none.
+    """
+    combined = trainer.fit_loop._combined_loader
+    loaders = [] if combined is None else combined.flattened
+    if len(loaders) != 1 or not isinstance(loaders[0], DataLoader):
+        raise FaspError(_no_source(", ".join(type(loader).__name__ for loader in loaders) or "none"))
+    return loaders[0]
+
+
+def _no_source(got: str) -> str:
+    return (
+        "calibration needs a calibration_dataloader() of the datamodule or module, or training data from one "
+        f"DataLoader, got {got}"
+    )
+
+
+def validation_loaders(trainer: Trainer) -> list[Any]:
+    """The validation loaders, requested if the run has not come to them yet (``val_loop``)."""
+    if not trainer.enable_validation:
+        return []
+    loop = trainer.fit_loop.epoch_loop.val_loop
+    if loop._combined_loader is None:
+        trainer.validating = True
+        loop.setup_data()
+        trainer.training = True
+    return [] if loop._combined_loader is None else list(loop._combined_loader.flattened)
+
+
+def on_boundary(trainer: Trainer, batch_idx: int) -> bool:
+    """Whether no gradient is pending before this batch."""
+    return batch_idx % trainer.accumulate_grad_batches == 0
+
+
+def steps_per_epoch(trainer: Trainer) -> float:
+    """Optimizer steps of an epoch; infinite where it cannot be known.
+
+    That is so where the loader has no length, and where the module steps its optimizers by itself.
+    """
+    known = trainer.lightning_module.automatic_optimization and trainer.num_training_batches < math.inf
+    return math.ceil(trainer.num_training_batches / trainer.accumulate_grad_batches) if known else math.inf

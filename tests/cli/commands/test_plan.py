@@ -1,0 +1,134 @@
+"""``fasp plan``: from the config alone, and what it says comes true."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from fasp_lightning.cli.jobs import ModelConfig, PruneJob
+from fasp_lightning.cli.model_setup import set_up
+from fasp_lightning.pruning.config import PruningConfig
+
+LLAMA_70B = {
+    "model_type": "llama",
+    "architectures": ["LlamaForCausalLM"],
+    "hidden_size": 8192,
+    "intermediate_size": 28672,
+    "num_hidden_layers": 80,
+    "num_attention_heads": 64,
+    "num_key_value_heads": 8,
+    "vocab_size": 32000,
+    "max_position_embeddings": 4096,
+    "dtype": "bfloat16",
+}
+HEAVY = ("lightning", "pytorch_lightning", "peft", "datasets")
+
+
+@pytest.fixture
+def large(tmp_path: Path) -> Path:
+    """A folder with the config of a 70B model, and nothing else."""
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA_70B))
+    return tmp_path
+
+
+def test_70b_config_needs_no_weights(fasp, large: Path) -> None:
+    outcome = fasp("plan", "--model.name_or_path", large, "--device", "cpu", "--dtype", "bf16")
+    assert outcome.code == 0
+    assert "68,976,648,192" in outcome.out  # parameters of Llama-2-70B
+    assert re.search(r"size in bfloat16 .* 137,953\.3 MB", outcome.out)
+    assert re.search(r"KV cache per token in bfloat16 .* 327\.7 kB", outcome.out)  # 2 · 80 · 8 · 128 · 2 bytes
+    assert re.search(r"sparsity of the blocks, 20\.00 % asked .* 20\.00 %", outcome.out)
+    assert re.search(r"down_proj .* 80 .* 28672 .* 21709", outcome.out)
+    assert re.search(r"transformers AutoModelForCausalLM .* yes", outcome.out)
+    assert re.search(r"hidden states and consumer inputs .* 3\.44 GiB", outcome.out)  # 40960 · (2 · 8192 + 28672) · 2
+    assert "on 40,960 tokens of topics (calibration), own text" in outcome.out  # 64 · 512 and 8192
+
+
+def test_fewer_kv_groups_show_in_widths_and_cache(fasp, large: Path) -> None:
+    groups = ("--pruning.attention", "kv_groups", "--pruning.sparsity", 0.3)
+    outcome = fasp("plan", "--model.name_or_path", large, "--device", "cpu", "--dtype", "bf16", *groups)
+    assert outcome.code == 0
+    assert re.search(r"KV cache per token in bfloat16 .* 327\.7 kB .* 163\.8 kB", outcome.out)
+    assert re.search(r"sparsity of the blocks, 30\.00 % asked .* 30\.00 %", outcome.out)
+    assert re.search(r"o_proj .* groups .* 80 .* 8 .* 4 ", outcome.out)  # 6 · 8 query heads do not divide 8192
+    assert re.search(r"transformers AutoModelForCausalLM .* yes .* head counts and head size", outcome.out)
+
+
+def test_plan_loads_no_heavy_library(large: Path) -> None:
+    code = (
+        "import sys; from fasp_lightning.cli.main import main; "
+        f"code = main(['plan', '--model.name_or_path', {str(large)!r}, '--dtype', 'fp32']); "
+        f"sys.exit(code or ' '.join(m for m in {HEAVY} if m in sys.modules) or 0)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+VALUE_DIMS = [(name, "value_dims") for name in ("opt", "llama-gqa", "phi3", "gpt2", "bloom")]
+
+
+@pytest.mark.parametrize(("name", "attention"), [*VALUE_DIMS, ("phi3", "kv_groups")])
+def test_plan_agrees_with_the_pruning(prune, tiny_folder, tmp_path: Path, name: str, attention: str) -> None:
+    folder = tiny_folder(name)
+    job = PruneJob(ModelConfig(str(folder)), PruningConfig(0.35, attention=attention), device="cpu")
+    planned = set_up(job).widths
+    prune(folder, "--pruning.sparsity", 0.35, "--pruning.attention", attention, "--evaluation", "[]")
+    report = json.loads((tmp_path / "pruned" / "fasp_report.json").read_text())
+    assert planned.parameters_after == report["parameters_after"]
+    assert planned.sparsity == report["sparsity"]
+    cut = [pair.after for block in planned.pairs for pair in block if pair.after < pair.before]
+    assert cut == [pair["width_after"] for pair in report["pairs"]]
+
+
+@pytest.mark.parametrize("form", ["stock", "compact", "zero_filled"])
+def test_plan_of_a_pruned_folder_starts_from_what_is_left(prune, fasp, tiny_folder, tmp_path, form: str) -> None:
+    attention = "none" if form == "stock" else "value_dims"
+    prune(tiny_folder("llama"), "--form", form, "--pruning.attention", attention, "--pruning.sparsity", 0.2)
+    report = json.loads((tmp_path / "pruned" / "fasp_report.json").read_text())
+    outcome = fasp("plan", "--model.name_or_path", tmp_path / "pruned", "--pruning.sparsity", 0.4)
+    assert outcome.code == 0
+    assert "already pruned" in outcome.err
+    assert re.search(rf"parameters .* {report['parameters_after']:,} ", outcome.out)
+
+
+def test_size_of_different_ffn_widths_is_at_most_that_of_the_original_ones(tiny_folder) -> None:
+    model = ModelConfig(str(tiny_folder("llama")))
+    pruning = PruningConfig(0.2, attention="none", allocation="adaptive")
+    setups = {form: set_up(PruneJob(model, pruning, form=form, device="cpu")) for form in ("auto", "compact")}
+    assert setups["auto"].form == "zero_filled"
+    assert setups["auto"].stored_bytes == 4 * setups["auto"].widths.parameters_before
+    assert setups["compact"].stored_bytes == 4 * setups["compact"].widths.parameters_after
+
+
+@pytest.mark.parametrize("form", ["compact", "zero_filled"])
+@pytest.mark.parametrize("name", ["opt", "bloom"])
+def test_size_on_disk_is_that_of_the_saved_weights(prune, tiny_folder, tmp_path, name: str, form: str) -> None:
+    folder = tiny_folder(name)
+    prune(folder, "--form", form, "--pruning.attention", "value_dims", "--evaluation", "[]")
+    content = (tmp_path / "pruned" / "model.safetensors").read_bytes()
+    weights = len(content) - 8 - int.from_bytes(content[:8], "little")  # behind the header and its length
+    pruning = PruningConfig(attention="value_dims")
+    setup = set_up(PruneJob(ModelConfig(str(folder)), pruning, form=form, device="cpu"))
+    assert setup.stored_bytes == weights
+
+
+def test_plan_says_which_loaders_will_refuse(fasp, tiny_folder) -> None:
+    folder = tiny_folder("llama")
+    out = fasp("plan", "--model.name_or_path", folder, "--form", "compact").out
+    assert re.search(r"transformers AutoModelForCausalLM .* no ", out)
+
+
+def test_plan_takes_the_options_of_prune(fasp, tiny_folder) -> None:
+    outcome = fasp("plan", "-c", "demo", "--model.name_or_path", tiny_folder("llama"))
+    assert outcome.code == 0
+
+
+def test_unreachable_sparsity_is_refused(fasp, large: Path) -> None:
+    outcome = fasp("plan", "--model.name_or_path", large, "--pruning.sparsity", 0.9)
+    assert outcome.code == 2
+    assert re.fullmatch(r"fasp: sparsity must be at most 0\.8\d+ with the attention kept, got 0\.9\n", outcome.err)

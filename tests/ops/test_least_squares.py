@@ -1,0 +1,190 @@
+"""Restoration against float64 least squares, over shape, dtype and conditioning."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from fasp_lightning.ops import least_squares
+from fasp_lightning.ops.least_squares import output_energy, refit_bias, residual_energy, restore_weight
+from fasp_lightning.ops.selection import complement
+from fasp_lightning.ops.statistics import centre
+
+SHAPES = [(5, 8, 6), (16, 24, 10), (3, 40, 39), (8, 30, 1)]
+CONDITIONING = ["well", "ill", "rank-deficient", "few-tokens"]
+
+
+def problem(out: int, width: int, conditioning: str, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
+    """(out, n) weight and (tokens, n) inputs."""
+    tokens = width // 2 if conditioning == "few-tokens" else 4 * width
+    inputs = torch.randn(tokens, width, dtype=torch.float64) + 0.5
+    if conditioning == "ill":
+        inputs = inputs * torch.logspace(0, -4, width, dtype=torch.float64)
+    if conditioning == "rank-deficient":
+        inputs[:, width // 2 :] = inputs[:, : width - width // 2] @ torch.eye(width - width // 2, dtype=torch.float64)
+    return torch.randn(out, width, dtype=dtype), inputs
+
+
+def kept_columns(width: int, keep: int) -> Tensor:
+    return torch.randperm(width)[:keep].sort().values
+
+
+def ridge_lstsq(weight: Tensor, inputs: Tensor, kept: Tensor, damping: float, target: Tensor) -> Tensor:
+    """min ‖W X − Ŵ X_M‖² + λ‖Ŵ − A‖² by stacking, with A = ``target``."""
+    strength = (damping * inputs.square().sum(0).mean()).sqrt()
+    left = torch.cat([inputs[:, kept], strength * torch.eye(len(kept), dtype=torch.float64)])
+    right = torch.cat([inputs @ weight.double().T, strength * target.double().T])
+    return torch.linalg.lstsq(left, right, driver="gelsd").solution.T
+
+
+@pytest.mark.parametrize("conditioning", CONDITIONING)
+@pytest.mark.parametrize(("out", "width", "keep"), SHAPES)
+@pytest.mark.parametrize("ridge", ["original", "zero"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_restored_weight_is_the_damped_least_squares_solution(
+    ridge: str, out: int, width: int, keep: int, conditioning: str, dtype: torch.dtype
+) -> None:
+    weight, inputs = problem(out, width, conditioning, dtype)
+    kept = kept_columns(width, keep)
+    found = restore_weight(weight, inputs.T @ inputs, kept, damping=1e-2, ridge=ridge)
+    target = weight[:, kept] if ridge == "original" else torch.zeros(out, keep)
+    expected = ridge_lstsq(weight, inputs, kept, 1e-2, target)
+    assert found.solver == "cholesky"
+    assert found.damping == 1e-2
+    torch.testing.assert_close(found.weight, expected, atol=1e-8, rtol=1e-6)
+
+
+@pytest.mark.parametrize("conditioning", CONDITIONING)
+@pytest.mark.parametrize("ridge", ["original", "zero"])
+def test_undamped_restoration_reaches_the_least_error(ridge: str, conditioning: str) -> None:
+    """Singular systems have many solutions: what counts is the error, which none can undercut."""
+    weight, inputs = problem(6, 20, conditioning)
+    kept = kept_columns(20, 13)
+    gram = inputs.T @ inputs
+    found = restore_weight(weight, gram, kept, damping=0.0, ridge=ridge)
+    best = torch.linalg.lstsq(inputs[:, kept], inputs @ weight.T, driver="gelsd").solution.T
+    least, reached = (residual_energy(weight, candidate, gram, kept) for candidate in (best, found.weight))
+    assert reached <= least + 1e-5 * output_energy(weight, gram)
+
+
+@pytest.mark.parametrize("conditioning", CONDITIONING)
+@pytest.mark.parametrize("damping", [0.0, 1e-4, 0.1, 10.0])
+def test_restoration_towards_the_original_never_raises_the_error(damping: float, conditioning: str) -> None:
+    weight, inputs = problem(6, 20, conditioning)
+    kept = kept_columns(20, 13)
+    gram = inputs.T @ inputs
+    restored = restore_weight(weight, gram, kept, damping=damping).weight
+    plain = residual_energy(weight, weight[:, kept], gram, kept)
+    assert residual_energy(weight, restored, gram, kept) <= plain * (1 + 1e-9)
+
+
+def test_heavy_damping_pulls_towards_the_anchor() -> None:
+    weight, inputs = problem(6, 20, "well")
+    kept = kept_columns(20, 13)
+    gram = inputs.T @ inputs
+    to_original = restore_weight(weight, gram, kept, damping=1e9, ridge="original").weight
+    to_zero = restore_weight(weight, gram, kept, damping=1e9, ridge="zero").weight
+    torch.testing.assert_close(to_original, weight[:, kept], atol=1e-6, rtol=0)
+    torch.testing.assert_close(to_zero, torch.zeros_like(to_zero), atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("ridge", ["original", "zero"])
+def test_keeping_all_columns_is_the_identity(ridge: str) -> None:
+    weight, inputs = problem(6, 20, "rank-deficient")
+    found = restore_weight(weight, inputs.T @ inputs, torch.arange(20), damping=0.1, ridge=ridge)
+    assert torch.equal(found.weight, weight)
+    assert found.solver == "none"
+
+
+@pytest.mark.parametrize("damping", [0.0, 0.1])
+@pytest.mark.parametrize("ridge", ["original", "zero"])
+def test_dead_columns_do_not_break_the_solve(ridge: str, damping: float) -> None:
+    weight, inputs = problem(6, 20, "well")
+    dead = [0, 7, 19]
+    inputs[:, dead] = 0
+    kept = torch.tensor([0, 1, 2, 4, 5, 7, 8, 11, 19])
+    gram = inputs.T @ inputs
+    found = restore_weight(weight, gram, kept, damping=damping, ridge=ridge)
+    assert found.weight.isfinite().all()
+    assert found.solver == "cholesky"
+    alive = torch.tensor([column for column in kept.tolist() if column not in dead])
+    expected = restore_weight(weight, gram, alive, damping=damping, ridge=ridge).weight
+    torch.testing.assert_close(found.weight[:, torch.isin(kept, alive)], expected, atol=1e-9, rtol=1e-9)
+
+
+def test_inputs_that_are_zero_everywhere_restore_nothing() -> None:
+    weight = torch.randn(4, 6)
+    found = restore_weight(weight, torch.zeros(6, 6, dtype=torch.float64), torch.arange(3), damping=0.1)
+    torch.testing.assert_close(found.weight, weight[:, :3].double())
+
+
+def test_singular_system_climbs_the_damping_ladder() -> None:
+    weight, inputs = problem(6, 20, "few-tokens")
+    found = restore_weight(weight, inputs.T @ inputs, torch.arange(15), damping=0.0)
+    assert found.solver == "cholesky"
+    assert 0 < found.damping <= 1e-6
+
+
+def test_pivot_of_rounding_is_not_solved_with() -> None:
+    """The factorisation of two equal columns may succeed on what rounding left of the second."""
+    gram = torch.ones(3, 3, dtype=torch.float64)
+    gram[1, 1] += torch.finfo(torch.float64).eps
+    found = restore_weight(torch.ones(1, 3), gram, torch.arange(2), damping=0.0)
+    assert found.damping > 0
+    torch.testing.assert_close(found.weight, torch.full((1, 2), 1.5, dtype=torch.float64), atol=1e-4, rtol=0)
+
+
+def test_indefinite_gram_falls_to_the_eigendecomposition() -> None:
+    weight, inputs = problem(6, 20, "well")
+    gram = inputs.T @ inputs
+    values, vectors = torch.linalg.eigh(gram)
+    values[0] = -values[-1] / 2  # damage beyond what damping may hide
+    found = restore_weight(weight, (vectors * values) @ vectors.T, torch.arange(15), damping=1e-6)
+    assert found.solver == "eigh"
+    assert found.weight.isfinite().all()
+
+
+def test_bias_and_weight_refitted_together_are_least_squares_with_a_column_of_ones() -> None:
+    weight, inputs = problem(6, 20, "well")
+    bias, kept = torch.randn(6, dtype=torch.float64), kept_columns(20, 13)
+    gram, mean = inputs.T @ inputs, inputs.mean(0)
+    centred = centre(gram, mean, len(inputs))
+    restored = restore_weight(weight, centred, kept, damping=0.0).weight
+    refitted = refit_bias(bias, weight, restored, mean, kept)
+    ones = torch.ones(len(inputs), 1, dtype=torch.float64)
+    solution = torch.linalg.lstsq(torch.cat([inputs[:, kept], ones], 1), inputs @ weight.T + bias).solution.T
+    torch.testing.assert_close(restored, solution[:, :-1], atol=1e-8, rtol=1e-6)
+    torch.testing.assert_close(refitted, solution[:, -1], atol=1e-8, rtol=1e-6)
+
+
+def test_energies_are_the_squared_norms_of_the_outputs() -> None:
+    weight, inputs = problem(6, 20, "well")
+    kept, gram = kept_columns(20, 13), inputs.T @ inputs
+    restored = torch.randn(6, 13, dtype=torch.float64)
+    exact = (inputs @ weight.T - inputs[:, kept] @ restored.T).square().sum().item()
+    assert output_energy(weight, gram) == pytest.approx((inputs @ weight.T).square().sum().item())
+    assert residual_energy(weight, restored, gram, kept) == pytest.approx(exact)
+    removed = complement(kept, 20)
+    plain = residual_energy(weight, weight[:, kept], gram, kept)
+    assert output_energy(weight[:, removed], gram[removed[:, None], removed]) == pytest.approx(plain)
+
+
+def test_bad_settings_are_named() -> None:
+    gram = torch.eye(4, dtype=torch.float64)
+    with pytest.raises(ValueError, match=r"damping must be >= 0, got -1"):
+        restore_weight(torch.ones(2, 4), gram, torch.arange(2), damping=-1)
+    with pytest.raises(ValueError, match="ridge must be 'original' or 'zero', got 'mean'"):
+        restore_weight(torch.ones(2, 4), gram, torch.arange(2), damping=0.1, ridge="mean")
+
+
+def test_rounding_of_the_gram_is_not_taken_for_energy(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without damping, a singular gram summed in float32 gives the solution of the directions that have energy."""
+    monkeypatch.setattr(least_squares, "LADDER", (1.0,))
+    weight, inputs = problem(6, 40, "few-tokens")
+    kept, exact = torch.arange(30), inputs.T @ inputs
+    found = restore_weight(weight, exact.float(), kept, damping=0.0)
+    assert found.solver == "eigh"
+    moments = weight[:, 30:] @ exact[30:, :30]
+    expected = weight[:, :30] + moments @ torch.linalg.pinv(exact[:30, :30], rtol=1e-9, hermitian=True)
+    torch.testing.assert_close(found.weight, expected, atol=1e-3, rtol=1e-3)

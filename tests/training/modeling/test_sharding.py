@@ -1,0 +1,106 @@
+"""A model that was pruned before is sharded over two processes, and trains there as it does in one."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import lightning as L
+import pytest
+import torch
+from tiny import random_tokens
+from tiny_pruning import BOTH, pruned
+from torch.utils.data import DataLoader
+
+import fasp_lightning
+from fasp_lightning import save_pruned
+from fasp_lightning.training.modeling.sharding import shard
+from fasp_lightning.training.module import CausalLMModule
+
+SCRIPT = """
+import functools, json, os, sys
+import lightning as L
+import torch
+from lightning.pytorch.strategies import ModelParallelStrategy
+from torch.utils.data import DataLoader
+from fasp_lightning.training.module import CausalLMModule
+
+folder, tokens, out = sys.argv[1:]
+torch.set_num_threads(1)
+data = DataLoader(torch.load(tokens)[int(os.environ.get("LOCAL_RANK", 0)) :: 2], batch_size=2)
+
+def fit(epochs, checkpoint=None):
+    module = CausalLMModule(folder, optimizer=functools.partial(torch.optim.SGD, lr=0.1, momentum=0.9))
+    trainer = L.Trainer(
+        accelerator="cpu", devices=2, max_epochs=epochs, logger=False, enable_progress_bar=False, default_root_dir=out,
+        enable_model_summary=False, enable_checkpointing=False, use_distributed_sampler=False,
+        strategy=ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1, save_distributed_checkpoint=False),
+    )
+    trainer.fit(module, data, data, ckpt_path=checkpoint)
+    return module, trainer
+
+fit(1)[1].save_checkpoint(out + "/first.ckpt")
+module, trainer = fit(2, out + "/first.ckpt")
+trainer.save_checkpoint(out + "/last.ckpt")
+weight = module.model.model.layers[0].mlp.down_proj.weight
+found = {"whole": list(weight.shape), "local": list(weight.to_local().shape)}
+found["loss"] = trainer.callback_metrics["val_loss"].item()
+with open(f"{out}/rank{trainer.global_rank}.json", "w") as file:
+    json.dump(found, file)
+"""
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A pruned folder, and the tokens to train on."""
+    save_pruned(pruned("llama", BOTH), tmp_path / "pruned", form="compact")
+    torch.save(random_tokens(16), tmp_path / "tokens.pt")
+    return tmp_path
+
+
+@pytest.mark.slow
+def test_sharded_training_of_a_pruned_model_stopped_and_resumed_equals_one_process(folder: Path) -> None:
+    script = folder / "sharded.py"
+    script.write_text(SCRIPT)
+    arguments = [str(script), str(folder / "pruned"), str(folder / "tokens.pt"), str(folder)]
+    root = str(Path(fasp_lightning.__file__).parents[1])
+    environment = os.environ | {"MASTER_PORT": str(free_port()), "OMP_NUM_THREADS": "1", "PYTHONPATH": root}
+    done = subprocess.run(
+        [sys.executable, *arguments], env=environment, cwd=folder, timeout=150, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+
+    module = CausalLMModule(str(folder / "pruned"), optimizer=lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9))
+    data = DataLoader(random_tokens(16), batch_size=4)
+    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+    quiet |= {"enable_checkpointing": False, "default_root_dir": folder}
+    trainer = L.Trainer(accelerator="cpu", devices=1, max_epochs=2, **quiet)
+    trainer.fit(module, data, data)
+    for rank in range(2):
+        found = json.loads((folder / f"rank{rank}.json").read_text())
+        rows, columns = module.model.model.layers[0].mlp.down_proj.weight.shape
+        assert found["whole"] == [rows, columns]
+        assert found["local"] == [rows // 2, columns]
+        assert found["loss"] == pytest.approx(trainer.callback_metrics["val_loss"].item(), rel=1e-5)
+    saved = CausalLMModule.load_from_checkpoint(folder / "last.ckpt")
+    assert saved.model.fasp_plan == module.model.fasp_plan
+    expected = dict(module.named_parameters())
+    for name, value in saved.named_parameters():
+        torch.testing.assert_close(value, expected[name], atol=1e-5, rtol=1e-5)
+
+
+def test_tensor_parallelism_is_refused() -> None:
+    mesh = {"tensor_parallel": SimpleNamespace(size=lambda: 2)}
+    with pytest.raises(ValueError, match=r"tensor_parallel_size must be 1.* got 2"):
+        shard(pruned("llama", BOTH), mesh)

@@ -1,0 +1,77 @@
+"""What a user sees of an event: bars beside Lightning's own, a table, and TensorBoard."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from lightning.pytorch.callbacks import RichProgressBar, TQDMProgressBar
+from lightning.pytorch.loggers import TensorBoardLogger
+from runs import FFN_ONLY, UserModule, half, loader, trainer
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tiny import tiny_model
+
+from fasp_lightning.training.callback import FASPPruning
+from fasp_lightning.training.reporting import LAYOUT
+
+TITLES = ("step", "sparsity", "(all)", "parameters", "before", "pruned", "recovered", "seconds")
+
+
+def fit(tmp_path: Any, *callbacks: Any, **options: Any) -> None:
+    run = trainer(tmp_path, *callbacks, **{"enable_progress_bar": True, **options})
+    run.fit(UserModule(tiny_model("llama").train()), loader(), loader(4))
+
+
+def test_tqdm_shows_the_pruning_between_training_bars(tmp_path: Any, capsys: Any) -> None:
+    fit(tmp_path, half(3), TQDMProgressBar())
+    shown = capsys.readouterr()
+    assert "pruning to 26.5%" in shown.err + shown.out
+    assert "block 2/2, apply" in shown.err + shown.out
+    assert all(title in shown.out + shown.err for title in TITLES)
+
+
+def test_rich_shows_the_pruning_as_a_task_of_its_own(tmp_path: Any) -> None:
+    seen: list[tuple[str, float | None, float]] = []
+
+    class Bar(RichProgressBar):
+        def refresh(self, hard: bool = False) -> None:
+            super().refresh(hard)
+            assert self.progress is not None
+            seen.extend((task.description, task.total, task.completed) for task in self.progress.tasks)
+
+    bar = Bar()
+    fit(tmp_path, half(3), bar)
+    pruning = [entry for entry in seen if "pruning to 26.5%" in entry[0]]
+    assert pruning[-1][1:] == (16, 16)  # 4 batches, statistics and output of 2 blocks
+    assert "pruning" not in seen[-1][0]  # it is gone when the training goes on
+
+
+def test_table_is_logged_where_there_is_no_bar(tmp_path: Any, caplog: Any) -> None:
+    with caplog.at_level("INFO"):
+        fit(tmp_path, half(3), enable_progress_bar=False)
+    assert all(title in caplog.text for title in TITLES)
+
+
+def test_tensorboard_has_the_whole_story(tmp_path: Any) -> None:
+    schedule = [{"step": 2, "sparsity": 0.1}, {"step": 6, "sparsity": 0.2}]
+    logger = TensorBoardLogger(tmp_path, name="run", version="0")
+    callback = FASPPruning(schedule, FFN_ONLY, calibration_sequences=8)
+    fit(tmp_path, callback, logger=logger, enable_progress_bar=False, val_check_interval=5)
+    events = EventAccumulator(logger.log_dir)
+    events.Reload()
+    scalars = events.Tags()["scalars"]
+
+    def steps(name: str) -> list[int]:
+        return [event.step for event in events.Scalars(name)]
+
+    assert steps("fasp/perplexity_before") == steps("fasp/perplexity_pruned") == [2, 6]
+    assert steps("fasp/perplexity") == steps("fasp/sparsity") == [1, 2, 5, 6, 10]  # stairs
+    assert steps("fasp/perplexity_recovered") == [6, 10]
+    for block in (0, 1):
+        assert steps(f"fasp_width/model.layers.{block}.mlp.down_proj") == [1, 2, 5, 6, 10]
+        assert steps(f"fasp_error/model.layers.{block}.mlp.down_proj") == [2, 6]
+    assert "val_loss" in scalars
+    assert "fasp/events/text_summary" in events.Tags()["tensors"]
+    patterns = [one for charts in LAYOUT.values() for _, found in charts.values() for one in found]
+    missing = [one for one in patterns if not any(re.fullmatch(one, name) for name in scalars)]
+    assert missing == ["train_loss"]  # which this module does not log
