@@ -53,13 +53,25 @@ def raised_elsewhere(message: str) -> str:
     return "FaspProcessError" if message.startswith("Fasp") else "RuntimeError"
 
 
+def free_port() -> int:
+    """A port that no other worker of pytest is given at the same time: theirs leave other remainders.
+
+    Those of half the port, since Linux gives odd ones only.
+    """
+    workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+    worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
+    while True:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        if port // 2 % workers == worker % workers:
+            return port
+
+
 def _environment() -> dict[str, str]:
     tests = Path(__file__).parent
     paths = [Path(fasp_lightning.__file__).parents[1], tests, tests / "training", tests / "training" / "trainer"]
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    ours = {"PYTHONPATH": os.pathsep.join(map(str, paths)), "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
+    ours = {"PYTHONPATH": os.pathsep.join(map(str, paths)), "MASTER_PORT": str(free_port()), "OMP_NUM_THREADS": "1"}
     return os.environ | ours
 
 

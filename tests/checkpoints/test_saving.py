@@ -34,6 +34,7 @@ def logits(model: torch.nn.Module) -> torch.Tensor:
         return model(input_ids=TOKENS, use_cache=False).logits
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("form", ["compact", "zero_filled"])
 def test_saved_model_has_the_same_logits(family: str, form: str, tmp_path: Path) -> None:
     model = pruned(family)
