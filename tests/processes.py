@@ -99,7 +99,7 @@ def free_port() -> int:
 
 
 def _with_errors_in(file: Path, function: Callable[..., Any], *arguments: Any) -> None:
-    os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT), 2)
+    os.dup2(os.open(file, os.O_WRONLY | os.O_TRUNC), 2)
     function(*arguments)
 
 
