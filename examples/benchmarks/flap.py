@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from fasp_lightning import PruningConfig
-from fasp_lightning.pruning.budget.widths import plan_widths
+from fasp_lightning.pruning.budget.widths import decide_budget
 from fasp_lightning.structure.linears import is_linear, linear_parameters
 from fasp_lightning.structure.modes import evaluating
 from fasp_lightning.structure.pair import ResolvedPair
@@ -107,7 +107,7 @@ def flap(model: nn.Module, batches: Iterable[Tensor], sparsity: float, adaptive:
     if adaptive:
         removed = _remove_lowest(consumers, sparsity * linear)
     else:
-        plan = plan_widths(model, PruningConfig.paper(sparsity, attention="none"))
+        plan = decide_budget(model, PruningConfig.paper(sparsity, attention="none"))
         widths = [pair.after for block in plan.pairs for pair in block if pair.kind == "ffn"]
         removed = sum(
             consumer.remove(consumer.metric().argsort()[: consumer.pair.layout.width - width])

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from fasp_lightning.errors import FaspError
+from fasp_lightning.structure.cuts import Cuts
 from fasp_lightning.structure.plan import PairPlan, PruningPlan
 from fasp_lightning.structure.spec import ArchitectureSpec
 from fasp_lightning.structure.stock_fields import stock_fields
@@ -26,7 +27,7 @@ class Loader(NamedTuple):
     reason: str
 
 
-def choose_form(form: str, spec: ArchitectureSpec, kinds: set[str]) -> str:
+def choose_form(form: str, spec: ArchitectureSpec, cuts: Cuts) -> str:
     """The form to save in.
 
     * ``stock``: the FFN width, one for all blocks, and the number of heads stand in the config; loads with
@@ -38,14 +39,14 @@ def choose_form(form: str, spec: ArchitectureSpec, kinds: set[str]) -> str:
     Args:
         form: One of these, or ``"auto"``: stock if it can be, else zero-filled.
         spec: The family's row.
-        kinds: Kinds of the pairs that were cut, and ``"uneven"`` if blocks have different FFN widths.
+        cuts: What was cut.
 
     Raises:
         FaspError: If ``form`` is unknown, or ``"stock"`` and stock code cannot hold these shapes.
     """
     if form not in ("auto", *FORMS):
         raise FaspError(f"form must be 'auto' or one of {', '.join(map(repr, FORMS))}, got {form!r}")
-    obstacle = _obstacle(spec, kinds)
+    obstacle = _obstacle(spec, cuts)
     if form == "stock" and obstacle:
         raise FaspError(f"form 'stock' cannot hold this model: {obstacle}; use 'compact' or 'zero_filled'")
     if form == "auto":
@@ -53,12 +54,12 @@ def choose_form(form: str, spec: ArchitectureSpec, kinds: set[str]) -> str:
     return form
 
 
-def _obstacle(spec: ArchitectureSpec, kinds: set[str]) -> str | None:
-    if "value" in kinds:
+def _obstacle(spec: ArchitectureSpec, cuts: Cuts) -> str | None:
+    if "value" in cuts.kinds:
         return "stock attention has one head size for queries, keys and values"
-    if "ffn" in kinds and spec.width_field is None:
+    if "ffn" in cuts.kinds and spec.width_field is None:
         return "the FFN width is fixed in the model's code"
-    if "uneven" in kinds:
+    if cuts.uneven:
         return "blocks have different FFN widths, and the config holds one for all"
     return None
 
@@ -83,13 +84,13 @@ def _padded(kept: tuple[int, ...], units: int, width: int) -> tuple[int, ...]:
     return tuple(sorted([*kept, *others[: units - len(kept)]]))
 
 
-def loaders_for(form: str, spec: ArchitectureSpec, kinds: set[str]) -> list[Loader]:
+def loaders_for(form: str, spec: ArchitectureSpec, cuts: Cuts) -> list[Loader]:
     """Which loaders take a model saved in ``form``, and why.
 
     Args:
         form: ``"stock"``, ``"compact"`` or ``"zero_filled"``.
         spec: The family's row.
-        kinds: See :func:`choose_form`.
+        cuts: See :func:`choose_form`.
     """
     ours = Loader("fasp_lightning.load_pruned", True, "reads fasp_plan.json")
     if form == "compact":
@@ -99,7 +100,7 @@ def loaders_for(form: str, spec: ArchitectureSpec, kinds: set[str]) -> list[Load
             Loader("transformers AutoModelForCausalLM", False, reason),
             Loader("vLLM, llama.cpp and other stock loaders", False, "they build the shapes from the config"),
         ]
-    stock = _stock_shapes(spec, kinds)
+    stock = _stock_shapes(spec, cuts)
     return [
         Loader("transformers AutoModelForCausalLM", True, stock),
         ours,
@@ -107,17 +108,17 @@ def loaders_for(form: str, spec: ArchitectureSpec, kinds: set[str]) -> list[Load
     ]
 
 
-def _stock_shapes(spec: ArchitectureSpec, kinds: set[str]) -> str:
+def _stock_shapes(spec: ArchitectureSpec, cuts: Cuts) -> str:
     """How stock code comes by the shapes of a saved model."""
     parts = []
-    if "groups" in kinds:
+    if "groups" in cuts.kinds:
         parts.append("head counts and head size in the config")
-    if "value" in kinds:
+    if "value" in cuts.kinds:
         parts.append("original V/O shapes, zeros where dims are gone")
-    if "ffn" in kinds and spec.width_field is None:
+    if "ffn" in cuts.kinds and spec.width_field is None:
         parts.append("original FFN shapes, zeros where units are gone")
-    elif "uneven" in kinds:
+    elif cuts.uneven:
         parts.append(f"FFNs padded with zeros to the widest, whose width is in config.{spec.width_field}")
-    elif "ffn" in kinds:
+    elif "ffn" in cuts.kinds:
         parts.append(f"one FFN width, in config.{spec.width_field}")
     return "; ".join(parts) or "original shapes"

@@ -83,7 +83,7 @@ def save_pruned(
         raise FaspError("model must carry a plan; prune it with FASPPruner or give it one with apply_plan first")
     if has_adapters(model):
         raise FaspError("model must have its LoRA merged before it is saved, or its keys would not be stock ones")
-    form = choose_form(form, spec, plan.kinds)
+    form = choose_form(form, spec, plan.cuts)
     check_output(path, overwrite)
     tensors = _zero_filled(model) if form == "zero_filled" else {}
     require_space(path, [*model.parameters(), *tensors.values()])
@@ -99,7 +99,7 @@ def save_pruned(
             shutil.copymode(stage / PLAN_FILE, file)
         difference = _verify(model, stage, form) if verify else None
     size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
-    return SavedModel(path, form, size, loaders_for(form, spec, plan.kinds), difference)
+    return SavedModel(path, form, size, loaders_for(form, spec, plan.cuts), difference)
 
 
 def check_output(path: str | Path, overwrite: bool) -> None:

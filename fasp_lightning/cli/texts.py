@@ -13,7 +13,7 @@ from torch import Tensor
 from fasp_lightning.errors import FaspError
 from fasp_lightning.pruning.config import OwnTextConfig
 from fasp_lightning.pruning.own_text.writing import within_positions
-from fasp_lightning.text.batches import check_vocabulary, weighted
+from fasp_lightning.text.batches import check_vocabulary, labelled
 from fasp_lightning.text.config import TextConfig, describe
 from fasp_lightning.text.files import local_files
 from fasp_lightning.text.tokens import token_batches
@@ -122,7 +122,7 @@ class Calibration:
     @property
     def batches(self) -> list[Any]:
         """For the pruner, own text aside."""
-        return [batch for text in self.texts for batch in weighted(text.batches, text.config.weight)]
+        return [batch for text in self.texts for batch in labelled(text.batches, text.name, text.config.weight)]
 
     def to_dict(self) -> dict[str, Any]:
         """What the report says of it: the first text's settings, and those of further ones."""

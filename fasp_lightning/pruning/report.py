@@ -6,7 +6,7 @@ import math
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from fasp_lightning.pruning.budget.widths import WidthPlan
+from fasp_lightning.pruning.budget.budget import Budget
 from fasp_lightning.pruning.perplexity import PerplexityResult
 
 SAME = 0.005
@@ -120,10 +120,10 @@ class PruningReport:
     evaluation: list[TextReport] = field(default_factory=list)
 
     @classmethod
-    def of_widths(cls, widths: WidthPlan, config: dict[str, Any]) -> PruningReport:
+    def of_budget(cls, budget: Budget, config: dict[str, Any]) -> PruningReport:
         """A report with the figures that are known in advance."""
         return cls(
-            widths.sparsity, widths.sparsity_total, widths.parameters_before, widths.parameters_after, config=config
+            budget.sparsity, budget.sparsity_total, budget.parameters_before, budget.parameters_after, config=config
         )
 
     def followed_by(self, later: PruningReport) -> PruningReport:

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from fasp_lightning.errors import FaspError
-from fasp_lightning.text.batches import weighted
-from fasp_lightning.text.config import TextConfig, _bad_split
+from fasp_lightning.text.batches import labelled
+from fasp_lightning.text.config import TextConfig, _bad_split, describe
 from fasp_lightning.text.corpora import builtin_splits
 from fasp_lightning.text.files import hub_documents, local_documents
 from fasp_lightning.text.splits import split_of
@@ -83,7 +83,7 @@ def calibration_batches(texts: Iterable[TextConfig], tokenizer: Any) -> list[Any
         texts: The texts.
         tokenizer: As for :func:`token_batches`, which also says what is refused.
     """
-    return [batch for text in texts for batch in weighted(token_batches(text, tokenizer), text.weight)]
+    return [batch for text in texts for batch in labelled(token_batches(text, tokenizer), describe(text), text.weight)]
 
 
 def _shortage(config: TextConfig, found: int) -> str:

@@ -30,7 +30,7 @@ def run(job: PruneJob) -> int:
     _print_sizes(job, setup)
     _print_widths(setup)
     _print_memory(job, setup)
-    loaders_table(loaders_for(setup.form, setup.spec, setup.kinds))
+    loaders_table(loaders_for(setup.form, setup.spec, setup.cuts))
     return 0
 
 
@@ -72,7 +72,7 @@ def _print_widths(setup: Setup) -> None:
         for (consumer, kind, before, after), blocks in counts.items()
     ]
     title = "widths"
-    if any(map(setup.widths.decided_later, setup.kinds)):
+    if any(map(setup.widths.decided_later, setup.cuts.kinds)):
         title += "; those of single blocks are more or less, as loss sensitivity decides"
     table(title, ("consumer", "kind", "blocks", "before", "after", "change"), rows)
 

@@ -25,7 +25,7 @@ from fasp_lightning.cli.model_setup import Setup, already_pruned, load, memory_o
 from fasp_lightning.cli.quiet import quiet_libraries
 from fasp_lightning.cli.texts import Calibration, Text, load_calibration, load_text, missing_domain, single_source
 from fasp_lightning.errors import FaspError, FaspFileExistsError
-from fasp_lightning.pruning.budget.widths import plan_widths
+from fasp_lightning.pruning.budget.widths import decide_budget
 from fasp_lightning.pruning.config import PruningConfig
 from fasp_lightning.pruning.own_text.cache import digest_of, fingerprint
 from fasp_lightning.pruning.perplexity import PerplexityResult
@@ -126,9 +126,9 @@ def _set_up(jobs: list[PruneJob]) -> list[tuple[PruneJob, Setup]]:
 
     def at(job: PruneJob) -> Setup:
         pruning = dataclasses.replace(first.pruning, sparsity=job.pruning.sparsity)
-        widths = plan_widths(first.model, pruning)
-        form = choose_form(job.form, first.spec, widths.kinds)
-        return dataclasses.replace(first, pruning=pruning, widths=widths, kinds=widths.kinds, form=form)
+        widths = decide_budget(first.model, pruning)
+        form = choose_form(job.form, first.spec, widths.cuts)
+        return dataclasses.replace(first, pruning=pruning, widths=widths, cuts=widths.cuts, form=form)
 
     return [(job, at(job)) for job in jobs]
 
