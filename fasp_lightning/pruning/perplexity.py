@@ -17,7 +17,7 @@ from fasp_lightning.ops.likelihood import next_token_nll
 from fasp_lightning.structure.modes import evaluating
 from fasp_lightning.text.batches import TokenBatch, check_vocabulary, read_batch
 
-_log = logging.getLogger(__name__)
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -48,11 +48,11 @@ class PerplexityResult:
 
 
 def perplexity(model: nn.Module, batches: Iterable[Any]) -> float:
-    """Perplexity of a model on token ids; see :func:`measure_perplexity`, which also says on how many.
+    """Perplexity of a model on token ids; see :func:``measure_perplexity``, which also says on how many.
 
     Args:
         model: A causal language model of transformers.
-        batches: (batch, seq) int64 token ids, or mappings with `input_ids` and optionally `attention_mask`;
+        batches: (batch, seq) int64 token ids, or mappings with ``input_ids`` and optionally ``attention_mask``;
             read once.
 
     Returns:
@@ -73,7 +73,7 @@ def measure_perplexity(model: nn.Module, batches: Iterable[Any]) -> PerplexityRe
 
     Args:
         model: A causal language model of transformers.
-        batches: (batch, seq) int64 token ids, or mappings with `input_ids` and optionally `attention_mask`;
+        batches: (batch, seq) int64 token ids, or mappings with ``input_ids`` and optionally ``attention_mask``;
             read once.
 
     Returns:
@@ -120,7 +120,7 @@ def _batch_nll(model: nn.Module, batch: TokenBatch) -> tuple[float, int]:
 def exp_nll(mean_nll: float) -> float:
     """exp, infinite where a float ends; a NaN stays one, and is said."""
     if math.isnan(mean_nll):
-        _log.warning("the perplexity is NaN: the model's logits hold NaN or infinite values")
+        log.warning("the perplexity is NaN: the model's logits hold NaN or infinite values")
     try:
         return math.exp(mean_nll)
     except OverflowError:

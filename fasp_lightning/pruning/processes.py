@@ -67,7 +67,10 @@ class Processes:
 
     @contextmanager
     def together(self) -> Iterator[None]:
-        """Work that each process does for itself; an error in one of them is raised in all, so that none waits.
+        """Work that each process does for itself; an error in one of them is raised in all.
+
+        Without it, a process that raised would leave the others waiting in their next collective call until the
+        backend's time-out, and its error would be lost in theirs.
 
         Raises:
             FaspProcessError: In the other processes, with the message, if it was a refusal.

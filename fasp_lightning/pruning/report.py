@@ -68,25 +68,23 @@ class TextReport:
 
 
 def restoration_warning(texts: list[TextReport]) -> str | None:
-    """What to tell the user if restoration raised the perplexity of a text; where it lowered one, that is said too.
+    """The warning where restoration raised the perplexity of a text; what it lowered is named beside it.
 
     Args:
         texts: Those that were measured.
     """
-    hurt = [_step(text) for text in texts if text.restoration_effect > 0]
-    helped = [_step(text) for text in texts if text.restoration_effect < 0]
-    if not hurt:
+    steps: dict[int, list[str]] = {-1: [], 0: [], 1: []}  # by the effect of restoration
+    for text in texts:
+        if text.unrestored is not None:
+            step = f"{text.name} from {text.unrestored.perplexity:.2f} to {text.after.perplexity:.2f}"
+            steps[text.restoration_effect].append(step)
+    if not steps[1]:
         return None
-    lowered = f"; it lowered that of {', '.join(helped)}" if helped else ""
+    lowered = f"; it lowered that of {', '.join(steps[-1])}" if steps[-1] else ""
     return (
-        f"restoration raised the perplexity of {', '.join(hurt)}{lowered}: it fits the calibration text; mix "
+        f"restoration raised the perplexity of {', '.join(steps[1])}{lowered}: it fits the calibration text; mix "
         "other text or own text into the calibration, raise damping, or set restoration to none"
     )
-
-
-def _step(text: TextReport) -> str:
-    assert text.unrestored is not None
-    return f"{text.name} from {text.unrestored.perplexity:.2f} to {text.after.perplexity:.2f}"
 
 
 @dataclass
@@ -127,7 +125,11 @@ class PruningReport:
         )
 
     def followed_by(self, later: PruningReport) -> PruningReport:
-        """This pruning and a later one of the same model as one: what came out last, from what was there first."""
+        """The report of two prunings of one model as if they were one.
+
+        Args:
+            later: Of the pruning that followed; its figures are those of the outcome.
+        """
         pairs, warnings = self.pairs + later.pairs, self.warnings + later.warnings
         return replace(later, parameters_before=self.parameters_before, pairs=pairs, warnings=warnings)
 

@@ -165,7 +165,7 @@ class BlockReplay:
         return {path: Narrow(self.block.get_submodule(path)) for path in pair.spec.producers}
 
     def _finished_attention(self, number: int) -> dict[str, nn.Module]:
-        """A stand-in that returns the attention's finished output; none where that is not at hand."""
+        """A stand-in that returns the attention's finished output; none before the attention is finished."""
         if number not in self._attention:
             return {}
         path, output = str(self._attention_path), self._attention[number]

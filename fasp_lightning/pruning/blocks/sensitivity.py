@@ -1,7 +1,7 @@
 """Loss sensitivity of every unit: one backward pass with respect to the consumers' inputs.
 
 The whole model runs at once where it is on the compute device and its activations fit there. Else it goes block by
-block: forward, keeping every block's input; the head; and backward, computing each block anew from its input.
+block: forward, keeping every block's input; the head; and backward, computing each block once more from its input.
 """
 
 from __future__ import annotations

@@ -26,7 +26,7 @@ class _Steps:
 
     Attributes:
         units: (k,) units that go with each step.
-        density: (k,) loss sensitivity of the step, for each parameter that goes; ascending by nature.
+        density: (k,) loss sensitivity of the step for each parameter that goes; ascending, as the scores are sorted.
     """
 
     units: Tensor

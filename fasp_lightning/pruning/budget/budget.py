@@ -75,7 +75,7 @@ class Budget:
     allocation: str = "uniform"
 
     def decided_later(self, kind: str) -> bool:
-        """Whether the widths of a kind of pair differ between blocks by what calibration will tell."""
+        """Whether the widths of a kind of pair are decided block by block, by the loss sensitivity."""
         return self.allocation == "adaptive" and kind != SHARED and self.changes
 
     @property

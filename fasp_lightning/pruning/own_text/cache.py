@@ -30,7 +30,7 @@ _IDLE = ("_name_or_path", "transformers_version", "architectures", "use_cache")
 _ADAPTER = ("scaling", "active_adapters", "disable_adapters", "merged_adapters")
 """What decides on an adapted layer's output beside its weights."""
 
-_log = logging.getLogger(__name__)
+log = logging.getLogger(__name__)
 
 
 def fingerprint(model: PreTrainedModel) -> str:
@@ -96,11 +96,11 @@ def read_ids(path: Path, shape: tuple[int, int]) -> Tensor | None:
     except FileNotFoundError:
         return None
     except OSError as error:
-        _log.warning("%s cannot be read (%s): own text is sampled anew", path, error)
+        log.warning("%s cannot be read (%s): own text is sampled anew", path, error)
         return None
     body = content[DIGEST:]
     if len(body) != 4 * shape[0] * shape[1] or content[:DIGEST] != hashlib.sha256(body).digest():
-        _log.warning("%s is damaged: own text is sampled anew", path)
+        log.warning("%s is damaged: own text is sampled anew", path)
         return None
     return torch.frombuffer(bytearray(body), dtype=torch.int32).long().view(shape)
 
@@ -118,4 +118,4 @@ def write_ids(path: Path, ids: Tensor) -> None:
     try:
         write_beside(path, hashlib.sha256(body).digest() + body)
     except OSError as error:
-        _log.warning("own text cannot be kept in %s: %s", path.parent, error)
+        log.warning("own text cannot be kept in %s: %s", path.parent, error)
