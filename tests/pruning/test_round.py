@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import sys
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -93,3 +94,28 @@ def test_a_consumer_that_is_not_called_once_is_refused() -> None:
     mlp.forward = lambda hidden: twice(hidden) + twice(hidden)
     with pytest.raises(ValueError, match=r"model\.layers\.0\.mlp\.down_proj must be called once .* got 2 calls"):
         FASPPruner(FFN).prune(model, calibration())
+
+
+def test_few_tokens_are_warned_of_with_both_numbers() -> None:
+    model, tokens = tiny_model("llama"), random_tokens(2, 20)
+    with pytest.warns(UserWarning, match=r"40 calibration tokens are fewer than the 48 columns"):
+        report = FASPPruner(BOTH).prune(model, [tokens])
+    assert len([message for message in report.warnings if "40" in message and "48" in message]) == 1
+
+
+def test_enough_tokens_are_not_warned_of() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        report = FASPPruner(BOTH).prune(tiny_model("llama"), [random_tokens(2, 24)])
+    assert (report.tokens, report.warnings) == (48, [])
+
+
+def test_singular_gram_is_warned_of_by_layer() -> None:
+    with warnings.catch_warnings(record=True):
+        warnings.simplefilter("always")
+        report = FASPPruner(replace(FFN, damping=0.0)).prune(tiny_model("llama"), [random_tokens(1, 20)])
+    few, *singular = report.warnings
+    assert "20 calibration tokens" in few
+    for message, pair in zip(singular, report.pairs, strict=True):
+        assert message.startswith(f"{pair.layer}: the gram was singular; solved by {pair.solver} with damping ")
+        assert pair.damping > 0
