@@ -15,7 +15,6 @@ from transformers import PreTrainedTokenizerFast
 
 from fasp_lightning.text import shard_reading, token_stream
 from fasp_lightning.text.packed_cache import pack
-from fasp_lightning.text.shard_reading import ShardReader
 from fasp_lightning.text.token_stream import TokenStream
 from fasp_lightning.training.data import CausalLMDataModule
 from fasp_lightning.training.loaders.cached import ResumableLoader
@@ -36,35 +35,6 @@ def stream(
 ) -> TokenStream:
     opened = [(f"text {number}", partial(list, text)) for number, text in enumerate(texts)]
     return TokenStream(opened, weights, tokenizer, [None] * len(texts), 16, 2, 0, **options)
-
-
-def reader(tokenizer: PreTrainedTokenizerFast, text: list[str], shard: int = 0, shards: int = 1, **options: Any):
-    encode = shard_reading._Encode(tokenizer, None)
-    return ShardReader(partial(list, text), "text", encode, 16, shard, shards, **options)
-
-
-def test_a_part_is_packed_like_a_cached_text(tiny_tokenizer: PreTrainedTokenizerFast) -> None:
-    (packed,) = pack(words(40), tiny_tokenizer, 16)
-    assert list(islice(reader(tiny_tokenizer, words(40)), len(packed))) == packed
-
-
-def test_parts_hold_each_document_once(tiny_tokenizer: PreTrainedTokenizerFast) -> None:
-    text = words(9)
-    for shard in range(3):
-        (packed,) = pack(text[shard::3], tiny_tokenizer, 16)
-        assert list(islice(reader(tiny_tokenizer, text, shard, 3), len(packed))) == packed
-
-
-def test_a_cursor_continues_at_any_sequence_and_over_the_end(tiny_tokenizer: PreTrainedTokenizerFast) -> None:
-    whole = reader(tiny_tokenizer, words(12))
-    cursors, sequences = [], []
-    for sequence in islice(whole, 250):  # more than two passes
-        sequences.append(sequence)
-        cursors.append(list(whole.cursor))
-    assert cursors[-1][0] >= 2
-    for place, cursor in enumerate(cursors[:-5]):
-        again = reader(tiny_tokenizer, words(12), cursor=cursor)
-        assert list(islice(again, 5)) == sequences[place + 1 : place + 6]
 
 
 @pytest.mark.parametrize(("weights", "share"), [(None, 1 / 2), ([3, 1], 3 / 4)])

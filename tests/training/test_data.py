@@ -21,7 +21,6 @@ from fasp_lightning.ops.likelihood import IGNORED
 from fasp_lightning.pruning.perplexity import perplexity
 from fasp_lightning.text import packed_cache
 from fasp_lightning.text.config import TextConfig
-from fasp_lightning.text.roles import TextSource
 from fasp_lightning.text.shuffling import BLANK
 from fasp_lightning.text.tokenizer import TokenizerTraining
 from fasp_lightning.text.tokens import token_batches
@@ -91,7 +90,7 @@ def test_sequences_are_those_that_the_engine_evaluates(make: Any, tiny_tokenizer
 def test_no_document_stands_in_the_tokens_of_two_roles(make: Any, tmp_path: Path) -> None:
     """Also where equal documents stand in different files. One token a character: documents can be read back."""
     shared, own = words(20, seed=9), {role: words(30, seed) for seed, role in enumerate(LOADERS)}
-    texts = {role: [TextSource(write_rows(tmp_path / f"{role}.jsonl", own[role] + shared))] for role in LOADERS}
+    texts = {role: [TextConfig(write_rows(tmp_path / f"{role}.jsonl", own[role] + shared))] for role in LOADERS}
     data = make(seq_len=8, batch_size=1, **texts)
     text = {role: text_of(data, role) for role in LOADERS}
     found = {role: {one for one in [*shared, *chain(*own.values())] if one in text[role]} for role in LOADERS}
@@ -137,7 +136,7 @@ def test_what_changes_the_sequences_is_tokenised_anew(change: str, make: Any, ro
     elif change == "tokenizer":
         options["tokenizer"] = TokenizerTraining(vocab_size=300)
     else:
-        options["test"] = [TextSource(rows, split="train")]
+        options["test"] = [TextConfig(rows, split="train")]
     after = sequences(make(**options), "test")
     assert before.shape != after.shape or not torch.equal(before, after)
 
@@ -174,7 +173,7 @@ def test_processes_train_on_what_one_would_train_on(make: Any) -> None:
 
 @pytest.mark.parametrize("role", ["validation", "test"])
 def test_perplexity_over_processes_is_exact_and_all_have_as_many_batches(role: str, make: Any) -> None:
-    model, texts = tiny_model("llama"), [TextSource("builtin:topics", sequences=13)]
+    model, texts = tiny_model("llama"), [TextConfig("builtin:topics", sequences=13)]
     ranks = [list(loader(on_rank(make(**{role: texts}), rank, 3), role)) for rank in range(3)]
     assert len({len(batches) for batches in ranks}) == 1
     metric = Perplexity()
@@ -226,7 +225,7 @@ def test_a_missing_test_text_does_not_hinder_training(make: Any, rows: str) -> N
 
 
 def test_init_reads_no_file(tmp_path: Path) -> None:
-    CausalLMDataModule("no/such-tokenizer", train=[TextSource(str(tmp_path / "missing.jsonl"))])
+    CausalLMDataModule("no/such-tokenizer", train=[TextConfig(str(tmp_path / "missing.jsonl"))])
 
 
 def test_a_datamodule_without_a_tokenizer_says_so(make: Any) -> None:
@@ -250,7 +249,7 @@ def test_a_tokenizer_with_too_many_tokens_is_refused(make: Any) -> None:
         ({"streaming": True}, "sequences_per_epoch must be set with streaming, got None"),
         ({"source": "no such thing"}, "source must be one of builtin:topics"),
         (
-            {"streaming": True, "sequences_per_epoch": 8, "train": [TextSource("builtin:topics", sequences=9)]},
+            {"streaming": True, "sequences_per_epoch": 8, "train": [TextConfig("builtin:topics", sequences=9)]},
             "sequences must be None for a training text that is streamed, got a number for builtin:topics",
         ),
     ],
