@@ -19,11 +19,12 @@ import uuid
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, NamedTuple
-
-from torch import Tensor
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from fasp_lightning.errors import FaspError, FaspOSError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 ABANDONED_AFTER = 24 * 3600.0
 """Seconds without a change after which what a process of another machine writes counts as left by a killed one:

@@ -17,15 +17,12 @@ from tiny_text import words, write_rows
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-from fasp_lightning.ops.likelihood import IGNORED
 from fasp_lightning.pruning.perplexity import perplexity
 from fasp_lightning.text import packed_cache
 from fasp_lightning.text.config import TextConfig
-from fasp_lightning.text.shuffling import BLANK
 from fasp_lightning.text.tokenizer import TokenizerTraining
 from fasp_lightning.text.tokens import token_batches
 from fasp_lightning.training.data import CausalLMDataModule
-from fasp_lightning.training.loaders.cached import PackedSequences
 from fasp_lightning.training.metrics import Perplexity
 
 LOADERS = {"train": "train", "calibration": "calibration", "validation": "val", "test": "test"}
@@ -85,6 +82,31 @@ def test_batches_are_ids_and_equal_labels(role: str, make: Any) -> None:
 def test_sequences_are_those_that_the_engine_evaluates(make: Any, tiny_tokenizer: PreTrainedTokenizerFast) -> None:
     config = TextConfig("builtin:topics", split="test", seq_len=16, sequences=None)
     assert torch.equal(sequences(make(), "test"), torch.cat(token_batches(config, tiny_tokenizer)))
+
+
+@pytest.mark.parametrize(("own", "seed"), [(None, 3), (5, 5)])
+def test_drawn_sequences_are_those_that_the_engine_draws(
+    own: int | None, seed: int, make: Any, tiny_tokenizer: PreTrainedTokenizerFast
+) -> None:
+    found = sequences(make(seed=3, test=[TextConfig(sequences=13, seed=own)]), "test")
+    config = TextConfig(split="test", seq_len=16, sequences=13, seed=seed)
+    assert torch.equal(found, torch.cat(token_batches(config, tiny_tokenizer)))
+
+
+def test_what_training_takes_of_its_text_is_not_handed_on(make: Any, rows: str) -> None:
+    data, whole = make(train=[TextConfig(rows, sequences=8, epoch_weight=2)]), make(source=rows)
+    assert len(loader(data, "train").dataset) == 8
+    assert torch.equal(sequences(data, "validation"), sequences(whole, "validation"))
+
+
+def test_a_text_may_repeat_the_sizes_of_the_data_module(make: Any, rows: str) -> None:
+    same = make(source="builtin:topics", test=[TextConfig(rows, seq_len=16, batch_size=4)])
+    assert torch.equal(sequences(same, "test"), sequences(make(source="builtin:topics", test=[rows]), "test"))
+
+
+def test_texts_are_read_from_their_fields(make: Any, rows: str) -> None:
+    fields = {"source": rows, "split": "test", "sequences": 5}
+    assert make(test=[fields]).roles == make(test=[TextConfig(**fields)]).roles
 
 
 def test_no_document_stands_in_the_tokens_of_two_roles(make: Any, tmp_path: Path) -> None:
@@ -185,13 +207,6 @@ def test_perplexity_over_processes_is_exact_and_all_have_as_many_batches(role: s
     assert float(metric.compute()) == pytest.approx(perplexity(model, alone), rel=1e-6)
 
 
-def test_a_blank_sequence_has_no_label() -> None:
-    packed = PackedSequences([[{"input_ids": torch.arange(4)}]])
-    assert packed[BLANK]["labels"].tolist() == [IGNORED] * 4
-    with pytest.raises(IndexError):
-        packed[1]
-
-
 def test_a_tokenizer_is_trained_on_the_training_text(make: Any, tmp_path: Path) -> None:
     text = write_rows(tmp_path / "abc.jsonl", ["abracadabra " * 200])
     other = write_rows(tmp_path / "xyz.jsonl", ["xylophone " * 200])
@@ -252,6 +267,15 @@ def test_a_tokenizer_with_too_many_tokens_is_refused(make: Any) -> None:
             {"streaming": True, "sequences_per_epoch": 8, "train": [TextConfig("builtin:topics", sequences=9)]},
             "sequences must be None for a training text that is streamed, got a number for builtin:topics",
         ),
+        (
+            {"test": [TextConfig(seq_len=32)]},
+            r"seq_len of the test text 'topics \(test\)' must be that of the data module, 16, got 32; leave it out",
+        ),
+        ({"train": [{"source": "a.txt", "batch_size": 2}]}, r"batch_size of the .* text 'a\.txt' must be .*, 4, got 2"),
+        ({"calibration": [TextConfig(token_weight=2)]}, "token_weight must be 1 in a data module, got 2 for topics"),
+        ({"train": [TextConfig(token_weight=2)]}, "token_weight must be 1 for all but calibration text, got 2"),
+        ({"validation": [TextConfig(epoch_weight=2)]}, "epoch_weight must be None for all but training text, got 2"),
+        ({"train": [{"weight": 2}]}, "a text must have the fields source, .*epoch_weight, token_weight, got weight"),
     ],
 )
 def test_bad_arguments_are_refused(options: dict[str, Any], message: str, make: Any) -> None:
@@ -263,11 +287,3 @@ def test_too_little_text_for_a_sequence_is_refused(make: Any, tmp_path: Path) ->
     short = write_rows(tmp_path / "short.jsonl", ["short"])
     with pytest.raises(ValueError, match=r"the train text 'short.jsonl' is too short: it has 6 tokens, and one"):
         make(source="builtin:topics", train=[short]).setup("fit")
-
-
-def test_too_little_text_for_a_batch_is_refused(make: Any, tmp_path: Path) -> None:
-    short = write_rows(tmp_path / "short.jsonl", words(1))
-    with pytest.raises(
-        ValueError, match=r"must fill a batch on every process: it has .* got batch_size=100 on 1 processes"
-    ):
-        make(source="builtin:topics", train=[short], batch_size=100).train_dataloader()
