@@ -14,6 +14,8 @@ import pytest
 from fasp_lightning import staging
 from fasp_lightning.staging import clear_left, fingerprint, place, read_json, staged, write_beside, write_json
 
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(Path(staging.__file__).parents[1])}
+
 KILLED = """
 import os, signal, sys
 from pathlib import Path
@@ -34,22 +36,20 @@ with staging.staged(path) as stage:
     {inside}
 """
 
+AFTER = "after the renames"
 POINTS = {
     "while it is written": ("", "kill()"),
     "before it is on the disk": ("staging._flush_folder = kill", ""),
     "before the renames": ("staging._replace = kill", ""),
     "between the renames": ("Path.rename = after(Path.rename)", ""),
-    "after the renames": ("staging._remove = kill", ""),
+    AFTER: ("staging._remove = kill", ""),
 }
 """When a process is killed → what makes it so."""
-
-AFTER = "after the renames"
 
 
 def run(code: str) -> None:
     """Run code that kills its process."""
-    environment = {**os.environ, "PYTHONPATH": str(Path(staging.__file__).parents[1])}
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, check=False)
+    done = subprocess.run([sys.executable, "-c", code], env=ENVIRONMENT, capture_output=True, check=False)
     assert done.returncode == -signal.SIGKILL, done.stderr.decode()
 
 
@@ -140,10 +140,9 @@ def another(tmp_path: Path) -> Iterator[Callable[[bool], subprocess.Popen]]:
     started = []
 
     def start(replace: bool) -> subprocess.Popen:
-        environment = {**os.environ, "PYTHONPATH": str(Path(staging.__file__).parents[1])}
         code = HOLDING.format(path=str(tmp_path / "model"), replace=replace)
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-        process = subprocess.Popen([sys.executable, "-c", code], env=environment, **pipes)
+        process = subprocess.Popen([sys.executable, "-c", code], env=ENVIRONMENT, **pipes)
         assert process.stdout.readline() == "writing\n"
         started.append(process)
         return process
@@ -179,31 +178,24 @@ def test_two_stages_of_one_process_do_not_clear_each_other(tmp_path: Path) -> No
     assert beside(path) == []
 
 
-def left(path: Path, host: str, process: int, suffix: str, content: str = "left") -> Path:
-    return folder(path.with_name(f".{path.name}.{host}.{process}.0123abcd.{suffix}"), content)
+def left(path: Path, host: str, process: int) -> Path:
+    return folder(path.with_name(f".{path.name}.{host}.{process}.0123abcd.new"), "left")
 
 
 def test_what_a_process_of_the_same_number_left_is_cleared(tmp_path: Path) -> None:
     """A restarted container counts its processes from 1 again."""
-    left(tmp_path / "model", staging._host(), os.getpid(), "new")
+    left(tmp_path / "model", staging._host(), os.getpid())
     clear_left(tmp_path / "model")
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(("seconds", "stays"), [(0, True), (staging.ABANDONED_AFTER + 60, False)])
 def test_another_machines_work_is_cleared_when_it_stands_still(seconds: float, stays: bool, tmp_path: Path) -> None:
-    stage = left(tmp_path / "model", "0" * 8, 1, "new")
+    stage = left(tmp_path / "model", "0" * 8, 1)
     for one in (stage / "content", stage):
         os.utime(one, (one.stat().st_atime, one.stat().st_mtime - seconds))
     clear_left(tmp_path / "model")
     assert stage.exists() is stays
-
-
-def test_an_old_folder_is_not_removed_where_nothing_stands_in_its_place(tmp_path: Path) -> None:
-    left(tmp_path / "model", staging._host(), os.getpid(), "old", "mine")
-    clear_left(tmp_path / "model")
-    assert (tmp_path / "model" / "content").read_text() == "mine"
-    assert beside(tmp_path / "model") == []
 
 
 OTHERWISE = [".model.notes.new", ".model.tar.0a.1.0b.new", "model.0a.1.0b.new", ".model.0a.1.0b.bak"]
@@ -233,8 +225,7 @@ def test_everything_is_on_the_disk_before_the_first_rename(tmp_path: Path, monke
     sync, rename = os.fsync, Path.rename
     monkeypatch.setattr(os, "fsync", lambda handle: (order.append("fsync"), sync(handle))[1])
     monkeypatch.setattr(Path, "rename", lambda self, target: (order.append("rename"), rename(self, target))[1])
-    path = folder(tmp_path / "model", "old")
-    with staged(path) as stage:
+    with staged(folder(tmp_path / "model", "old")) as stage:
         (stage / "sub").mkdir()
         for name in ("a", "sub/b"):
             (stage / name).write_text(name)
@@ -254,9 +245,7 @@ def test_a_disk_that_fails_is_an_error(tmp_path: Path, monkeypatch: pytest.Monke
     assert beside(tmp_path / "file") == []
 
 
-def test_a_writer_that_was_overtaken_says_so_and_leaves_nothing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_overtaken_writer_says_so_and_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path, rename = folder(tmp_path / "model", "old"), Path.rename
 
     def overtaken(self: Path, target: Path) -> Path:
@@ -290,17 +279,14 @@ def test_a_fingerprint_depends_on_the_parts_alone() -> None:
     assert fingerprint({"a": 1, "b": 2}) == fingerprint({"b": 2, "a": 1})
     found = [fingerprint(), fingerprint(1), fingerprint("1"), fingerprint(1, 1), fingerprint([1, 1]), fingerprint(None)]
     assert len(set(found)) == len(found)
-    assert all(len(one) == 32 for one in found)
-
-
-def test_a_fingerprint_of_what_is_no_plain_data_is_refused() -> None:
     with pytest.raises(TypeError, match="not JSON serializable"):
         fingerprint(object())
 
 
 def test_a_mapping_is_read_as_it_was_written(tmp_path: Path) -> None:
-    write_json(tmp_path / "a.json", {"b": [1, None], "c": "Grüße"})
-    assert read_json(tmp_path / "a.json") == {"b": [1, None], "c": "Grüße"}
+    mapping = {"b": [1, None], "c": "Grüße"}
+    write_json(tmp_path / "a.json", mapping)
+    assert read_json(tmp_path / "a.json") == mapping
 
 
 @pytest.mark.parametrize(("content", "message"), [("{", "must be JSON"), ("[1]", "must hold a mapping, got list")])
