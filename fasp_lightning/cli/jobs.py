@@ -50,8 +50,8 @@ class PruneJob:
         pruning: How to prune it.
         calibration: The text on which columns are scored and weights restored; not read where pruning.own_text.share
             is 1.
-        further_calibration: More such texts, each token counting by the text's weight; a list such as
-            '[{source: builtin:docstrings, weight: 0.5}]'. Text of one kind alone makes a model worse on others.
+        further_calibration: More such texts, each token counting by the text's token_weight; a list such as
+            '[{source: builtin:docstrings, token_weight: 0.5}]'. Text of one kind alone makes a model worse on others.
         evaluation: The texts on which perplexity is measured before and after; a list such as
             '[{source: builtin:topics, split: test}]', which replaces the default, or '[]' for none.
         other_text: Source of one more such text, of another kind than the calibration text: what least squares gain

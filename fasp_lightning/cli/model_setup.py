@@ -132,4 +132,5 @@ def memory_of(setup: Setup, job: PruneJob, tokens: int) -> PeakMemory:
 
 def batch_tokens(text: TextConfig) -> int:
     """Tokens of one batch of a text."""
-    return text.seq_len * min(text.batch_size, text.sequences or text.batch_size)
+    sequences, seq_len, batch_size, _ = text.extent()
+    return seq_len * min(batch_size, sequences or batch_size)

@@ -1,4 +1,4 @@
-"""Documents from local files and from the hub, one at a time. `datasets` is imported only where it reads."""
+"""Documents from local files and from the hub, one at a time. ``datasets`` is imported only where it reads."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 from fasp_lightning.errors import FaspError, FaspFileNotFoundError
 
 READERS = {".txt": "text", ".jsonl": "json", ".parquet": "parquet"}
-"""Suffix of a text file → name of the `datasets` builder (.txt is read without it)."""
+"""Suffix of a text file → name of the ``datasets`` builder (.txt is read without it)."""
 
 PIECE_LENGTH = 4000
 """Characters, at least, of the pieces into which a .txt file is cut when a split of it is asked for."""
@@ -33,7 +33,7 @@ def local_files(source: str) -> list[Path]:
 
     Raises:
         FaspFileNotFoundError: If there is none.
-        FaspError: If the one file named has another suffix than those of `READERS`.
+        FaspError: If the one file named has another suffix than those of ``READERS``.
     """
     path = Path(source).expanduser()
     if path.is_file():
@@ -63,7 +63,7 @@ def local_documents(source: str, column: str, in_pieces: bool) -> Iterator[str]:
         if file.suffix != ".txt":
             yield from _texts(_file_rows(file), column, str(file))
         elif in_pieces:
-            yield from _pieces(file)
+            yield from _cut_at_lines(file)
         else:
             yield _read(file)
 
@@ -102,8 +102,8 @@ def _read(file: Path) -> str:
         raise FaspError(f"source {str(file)!r} is not UTF-8 text ({error}); convert it to UTF-8") from error
 
 
-def _pieces(file: Path) -> Iterator[str]:
-    """Cut a .txt file at line ends into pieces of `PIECE_LENGTH` characters or a little more."""
+def _cut_at_lines(file: Path) -> Iterator[str]:
+    """Cut a .txt file at line ends into pieces of ``PIECE_LENGTH`` characters or a little more."""
     piece: list[str] = []
     length = 0
     for line in _read(file).splitlines(keepends=True):
@@ -133,7 +133,7 @@ def _file_rows(file: Path) -> Iterator[dict[str, Any]]:
     from datasets import load_dataset
     from datasets.exceptions import DatasetsError
 
-    if file.stat().st_size == 0:  # `datasets` ends in a bare StopIteration on an empty file
+    if file.stat().st_size == 0:  # ``datasets`` ends in a bare StopIteration on an empty file
         return
     try:
         yield from _rows(load_dataset(READERS[file.suffix], data_files=str(file), split="train", streaming=True))
@@ -143,13 +143,13 @@ def _file_rows(file: Path) -> Iterator[dict[str, Any]]:
 
 
 def _rows(dataset: Any) -> Iterator[dict[str, Any]]:
-    """Yield the rows of a data set, all of them also in a DataLoader's worker, where `iter` would give a share."""
+    """Yield the rows of a data set, all of them also in a DataLoader's worker, where ``iter`` would give a share."""
     for batch in dataset.iter(batch_size=1):
         yield {column: values[0] for column, values in batch.items()}
 
 
 def _fault(file: Path) -> str | None:
-    """Describe the first line of a .jsonl file that isn't a JSON object; `datasets` counts within chunks."""
+    """Describe the first line of a .jsonl file that isn't a JSON object; ``datasets`` counts within chunks."""
     if file.suffix != ".jsonl":
         return None
     with file.open("rb") as lines:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,9 @@ from fasp_lightning.text.config import TextConfig
 from fasp_lightning.text.tokens import calibration_batches
 
 TEXT = TextConfig(split="calibration", seq_len=16, sequences=8)
-OTHER = TextConfig("builtin:docstrings", split="calibration", seq_len=16, sequences=6, batch_size=2, weight=0.5)
-MIX = ("--further_calibration", "[{source: builtin:docstrings, seq_len: 16, sequences: 6, batch_size: 2, weight: 0.5}]")
+OTHER = TextConfig("builtin:docstrings", split="calibration", seq_len=16, sequences=6, batch_size=2, token_weight=0.5)
+HALF = "{source: builtin:docstrings, seq_len: 16, sequences: 6, batch_size: 2, token_weight: 0.5}"
+MIX = ("--further_calibration", f"[{HALF}]")
 OWN = ("--pruning.own_text.tokens", 64, "--pruning.own_text.seq_len", 16)
 AGAIN = ("--further_calibration", "[{seed: 1, seq_len: 16, sequences: 8}]")
 QUICK = ("--evaluation", "[]", "--verify", "false")
@@ -57,14 +59,15 @@ def test_the_mix_is_told(prune, tiny_folder, tmp_path: Path) -> None:
     assert "on 224 tokens of" in " ".join(outcome.err.split())
     told = report_of(tmp_path / "pruned")["calibration"]
     assert (told["source"], told["further"][0]["source"]) == ("builtin:topics", "builtin:docstrings")
-    assert told["further"][0]["weight"] == 0.5
+    assert told["further"][0]["token_weight"] == 0.5
 
 
 def test_one_text_is_told_as_before(prune, tiny_folder, tmp_path: Path) -> None:
     prune(tiny_folder("opt"), *QUICK)
     told = report_of(tmp_path / "pruned")["calibration"]
     assert told["name"] == "topics (calibration)"
-    assert TextConfig(**{name: value for name, value in told.items() if name != "name"}) == TEXT
+    filled = replace(TEXT, **TEXT.extent()._asdict())
+    assert TextConfig(**{name: value for name, value in told.items() if name != "name"}) == filled
 
 
 def test_own_text_alone_needs_no_other(prune, tiny_folder, tmp_path: Path) -> None:
@@ -121,8 +124,8 @@ def test_one_source_is_warned_of_once(prune, tiny_folder, tmp_path: Path, option
         ),
         (("--further_calibration", "[{seq_len: 65}]"), ("further_calibration.seq_len must be at most 64", "got 65")),
         (("--further_calibration", "[{source: missing.txt, seq_len: 16}]"), ("missing.txt",)),
-        (("--calibration.weight", "0"), ("weight must be positive and finite, got 0",)),
-        (("--evaluation", "[{weight: 2}]"), ("weight must be 1 for all but calibration text, got 2",)),
+        (("--calibration.token_weight", "0"), ("token_weight must be positive and finite, got 0",)),
+        (("--evaluation", "[{token_weight: 2}]"), ("token_weight must be 1 for all but calibration text, got 2",)),
         (("--pruning.own_text.share", "1.5"), ("fasp: own_text.share must be in (0, 1], got 1.5",)),
     ],
     ids=lambda value: " ".join(value) if value and str(value[0]).startswith("-") else "",
@@ -135,9 +138,9 @@ def test_option_is_refused(prune, tiny_folder, tmp_path: Path, options, fragment
 
 
 def test_evaluate_refuses_a_weight(fasp, tiny_folder) -> None:
-    outcome = fasp("evaluate", "--model.name_or_path", tiny_folder("opt"), "--evaluation", "[{weight: 0.5}]")
+    outcome = fasp("evaluate", "--model.name_or_path", tiny_folder("opt"), "--evaluation", "[{token_weight: 0.5}]")
     assert outcome.code == 2
-    assert "weight must be 1 for all but calibration text, got 0.5" in outcome.err
+    assert "token_weight must be 1 for all but calibration text, got 0.5" in outcome.err
 
 
 @pytest.mark.parametrize(("seeds", "same"), [((1, 1), True), ((1, 2), False)])

@@ -81,10 +81,11 @@ def _print_memory(job: PruneJob, setup: Setup) -> None:
     calibration, own = texts_of(job)[0], job.pruning.own_text
     tokens = own_tokens(own and within_positions(setup.model, own))
     for text in calibration:
-        if text.sequences is None:
+        extent = text.extent()
+        if extent.sequences is None:
             note("calibration.sequences is null: the peak memory depends on the length of the whole text")
             return
-        tokens += text.sequences * text.seq_len
+        tokens += extent.sequences * extent.seq_len
     memory = memory_of(setup, job, tokens)
     rows = [(name, gibibytes(size), place) for name, size, place in _parts(memory, setup)]
     rows.append(("peak, if all of it is in one place", gibibytes(memory.total), ""))

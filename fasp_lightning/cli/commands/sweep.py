@@ -27,7 +27,7 @@ from fasp_lightning.cli.texts import Calibration, Text, load_calibration, load_t
 from fasp_lightning.errors import FaspError, FaspFileExistsError
 from fasp_lightning.pruning.budget.widths import decide_budget
 from fasp_lightning.pruning.config import PruningConfig
-from fasp_lightning.pruning.own_text.cache import digest_of, fingerprint
+from fasp_lightning.pruning.own_text.cache import digest_of, weights_digest
 from fasp_lightning.pruning.perplexity import PerplexityResult
 from fasp_lightning.pruning.prepare import Prepared
 from fasp_lightning.pruning.pruner import FASPPruner
@@ -141,7 +141,7 @@ class _Sweep:
     ) -> None:
         self.job, self.dense, self.tokenizer = job, dense, tokenizer
         self.calibration, self.evaluation = calibration, evaluation
-        self._model = fingerprint(dense)
+        self._model = weights_digest(dense)
         self._shared: tuple[list[PerplexityResult], Prepared] | None = None
 
     def settings(self, job: PruneJob) -> Settings:
@@ -150,7 +150,7 @@ class _Sweep:
             "version": fasp_lightning.__version__,
             "model": self._model,
             "pruning": job.pruning.to_dict(),
-            "calibration": [[text.config.weight, _digest(text)] for text in self.calibration.texts],
+            "calibration": [[text.config.token_weight, _digest(text)] for text in self.calibration.texts],
             "evaluation": [_digest(text) for text in self.evaluation],
             "form": job.form,
             "compare_unrestored": job.compares,

@@ -7,7 +7,7 @@ import json
 import logging
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -33,8 +33,8 @@ _ADAPTER = ("scaling", "active_adapters", "disable_adapters", "merged_adapters")
 log = logging.getLogger(__name__)
 
 
-def fingerprint(model: PreTrainedModel) -> str:
-    """Hash all that decides on a model's logits.
+def weights_digest(model: PreTrainedModel) -> str:
+    """Hash all that decides on a model's logits, as 64 hex digits.
 
     Every byte of every weight is read (about a second a GB): a fine-tuned model differs in few digits.
 
@@ -64,11 +64,6 @@ def _tensors(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
             yield name, module.positions
 
 
-def key_of(model: str, settings: dict[str, Any]) -> str:
-    """Name of a file for what a model with this fingerprint sampled with these settings."""
-    return hashlib.sha256(json.dumps([FORMAT, model, settings], sort_keys=True).encode()).hexdigest()[:32]
-
-
 def digest_of(batches: Iterable[Tensor]) -> str:
     """Hash token ids: what stands for a text, its length, its tokenizer and its sequences.
 
@@ -89,7 +84,7 @@ def read_ids(path: Path, shape: tuple[int, int]) -> Tensor | None:
         shape: What they must have.
 
     Returns:
-        (sequences, seq_len) int64, or None if there is no such file, or it is damaged.
+        (sequences, seq_len) int64, or ``None`` if there is no such file, or it is damaged.
     """
     try:
         content = path.read_bytes()

@@ -12,9 +12,10 @@ from torch import Tensor
 
 from fasp_lightning.errors import FaspError
 from fasp_lightning.pruning.config import OwnTextConfig
-from fasp_lightning.pruning.own_text.cache import fingerprint, key_of, read_ids, write_ids
+from fasp_lightning.pruning.own_text.cache import FORMAT, read_ids, weights_digest, write_ids
 from fasp_lightning.pruning.own_text.generation import first_tokens, sample
 from fasp_lightning.pruning.processes import Processes
+from fasp_lightning.staging import fingerprint
 from fasp_lightning.text.batches import check_vocabulary, labelled, read_batch
 
 if TYPE_CHECKING:
@@ -117,7 +118,7 @@ def _kept(text: _Text, processes: Processes, folder: Path) -> Tensor:
     found = None
     with processes.together():
         if processes.is_first:
-            path = folder / f"{key_of(fingerprint(text.model), text.settings())}.ids"
+            path = folder / f"{fingerprint(FORMAT, weights_digest(text.model), text.settings())}.ids"
             found = path, read_ids(path, text.shape)
     path, ids = processes.from_first(found)
     if ids is not None:
