@@ -26,6 +26,16 @@ class Loader(NamedTuple):
     reason: str
 
 
+def require_form(form: str) -> None:
+    """Refuse what is neither a form nor ``"auto"``.
+
+    Raises:
+        FaspError: If it is neither.
+    """
+    if form not in ("auto", *FORMS):
+        raise FaspError(f"form must be 'auto' or one of {', '.join(map(repr, FORMS))}, got {form!r}")
+
+
 def choose_form(form: str, spec: ArchitectureSpec, kinds: set[str]) -> str:
     """The form to save in.
 
@@ -43,8 +53,7 @@ def choose_form(form: str, spec: ArchitectureSpec, kinds: set[str]) -> str:
     Raises:
         FaspError: If ``form`` is unknown, or ``"stock"`` and stock code cannot hold these shapes.
     """
-    if form not in ("auto", *FORMS):
-        raise FaspError(f"form must be 'auto' or one of {', '.join(map(repr, FORMS))}, got {form!r}")
+    require_form(form)
     obstacle = _obstacle(spec, kinds)
     if form == "stock" and obstacle:
         raise FaspError(f"form 'stock' cannot hold this model: {obstacle}; use 'compact' or 'zero_filled'")

@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 
-from fasp_lightning.checkpoints.devices import choose_device, choose_dtype, parse_dtype
+from fasp_lightning.checkpoints.devices import choose_device, choose_dtype, require_dtype
 from fasp_lightning.checkpoints.forms import stock_part
 from fasp_lightning.checkpoints.pruned_folder import load_pruned, read_plan
-from fasp_lightning.checkpoints.refused_models import check_supported, quantization_method
+from fasp_lightning.checkpoints.refused_models import quantization_method, require_prunable
 from fasp_lightning.checkpoints.source import ModelSource, check_files, resolve_source, weight_files
 from fasp_lightning.errors import FaspError, FaspFileNotFoundError, FaspOSError, one_line
 from fasp_lightning.structure.plan import apply_plan
@@ -35,7 +35,7 @@ def load_config(name_or_path: str | Path, *, revision: str | None = None, trust_
     """
     source = resolve_source(name_or_path)
     config = _read_config(source, revision, trust_remote_code)
-    check_supported(config, source.name)
+    require_prunable(config, source.name)
     return config
 
 
@@ -91,8 +91,7 @@ def load_model(
         FaspError: If the model is no causal LM, is quantised, or dtype or device are unknown.
     """
     source, place = resolve_source(name_or_path), choose_device(device)
-    if dtype != "auto":
-        parse_dtype(dtype)  # a misspelt name is refused before anything is read
+    require_dtype(dtype)  # a misspelt name is refused before anything is read
     if config is None:
         config = load_config(name_or_path, revision=revision, trust_remote_code=trust_remote_code)
     check_files(source)

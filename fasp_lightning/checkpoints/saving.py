@@ -74,7 +74,7 @@ def save_pruned(
     Raises:
         FaspError: If the model carries no plan, or ``form`` cannot hold it.
         FaspFileExistsError: If ``path`` is not empty and ``overwrite`` is false, or is no pruned model.
-        FaspOSError: If the disk has too little room.
+        FaspOSError: If the disk has too little room, or the place is not writable.
         RuntimeError: If the reloaded model's logits differ.
     """
     path = Path(path)
@@ -86,7 +86,7 @@ def save_pruned(
     form = choose_form(form, spec, plan.kinds)
     check_output(path, overwrite)
     tensors = _zero_filled(model) if form == "zero_filled" else {}
-    require_space(path, [*model.parameters(), *tensors.values()])
+    require_space(path, sum(tensor.nbytes for tensor in (*model.parameters(), *tensors.values())))
     with staged(path) as stage:
         with _config_of(model, form, plan):
             state = {**model.state_dict(), **tensors} if tensors else None

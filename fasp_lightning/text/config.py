@@ -59,7 +59,7 @@ class TextConfig:
     def __post_init__(self) -> None:
         kind = self.kind  # refuses an unknown source
         if kind != "hub" and self.split is not None and self.split not in SPLITS:
-            raise FaspError(_bad_split(self))
+            raise FaspError(bad_split(self))
         if kind != "hub" and self.subset is not None:
             raise FaspError(f"subset is for the hub alone, got {self.subset!r} with source {self.source!r}")
         if self.seq_len < 2:
@@ -122,6 +122,6 @@ def describe(config: TextConfig) -> str:
     return f"{name}{subset}{split}"
 
 
-def _bad_split(config: TextConfig) -> str:
+def bad_split(config: TextConfig) -> str:
     """Say which splits there are."""
     return f"split of source {config.source!r} must be one of {', '.join(SPLITS)}, got {config.split!r}"

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fasp_lightning.errors import FaspError
 from fasp_lightning.text.batches import weighted
-from fasp_lightning.text.config import TextConfig, _bad_split
+from fasp_lightning.text.config import TextConfig, bad_split
 from fasp_lightning.text.corpora import builtin_splits
 from fasp_lightning.text.files import hub_documents, local_documents
 from fasp_lightning.text.splits import split_of
@@ -41,7 +41,7 @@ def documents(config: TextConfig) -> Iterator[str]:
         found = local_documents(config.source, config.column, in_pieces=split is not None)
         yield from (document for document in found if split is None or split_of(document) == split)
     elif split is None:
-        raise FaspError(_bad_split(config))
+        raise FaspError(bad_split(config))
     else:
         yield from builtin_splits(config.source)[split]
 

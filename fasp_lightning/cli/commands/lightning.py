@@ -11,6 +11,7 @@ from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCL
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 import fasp_lightning.training.callback  # noqa: F401  # its callback is then known by its bare name
+from fasp_lightning.cli.checks import tokenizer_name
 from fasp_lightning.cli.errors import is_user_error, reworded
 from fasp_lightning.cli.parsing import with_paths
 from fasp_lightning.cli.quiet import quiet_libraries, quiet_lightning
@@ -100,8 +101,7 @@ class TrainingCLI(LightningCLI):
             FaspError: If ``ckpt_path`` is no file.
         """
         settings = self.config[self.command]
-        if settings.data.tokenizer is None:
-            settings.data.tokenizer = settings.model.name_or_path
+        settings.data.tokenizer = tokenizer_name(settings.data.tokenizer, settings.model.name_or_path)
         _check_checkpoint(settings.get("ckpt_path"))
 
     def instantiate_classes(self) -> None:
