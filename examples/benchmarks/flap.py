@@ -16,13 +16,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from fasp_lightning import PruningConfig
+from fasp_lightning import PruningConfig, spec_for
 from fasp_lightning.pruning.budget.widths import plan_widths
 from fasp_lightning.structure.linears import is_linear, linear_parameters
 from fasp_lightning.structure.modes import evaluating
 from fasp_lightning.structure.pair import ResolvedPair
 from fasp_lightning.structure.plan import resolve_pruned
-from fasp_lightning.structure.registry import spec_for
 
 
 class Moments:

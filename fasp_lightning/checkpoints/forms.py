@@ -12,7 +12,7 @@ from fasp_lightning.structure.stock_fields import stock_fields
 FORMS = ("stock", "compact", "zero_filled")
 
 
-class Loader(NamedTuple):
+class LoaderSupport(NamedTuple):
     """Whether a loader takes a saved model.
 
     Attributes:
@@ -92,7 +92,7 @@ def _padded(kept: tuple[int, ...], units: int, width: int) -> tuple[int, ...]:
     return tuple(sorted([*kept, *others[: units - len(kept)]]))
 
 
-def loaders_for(form: str, spec: ArchitectureSpec, kinds: set[str]) -> list[Loader]:
+def loaders_for(form: str, spec: ArchitectureSpec, kinds: set[str]) -> list[LoaderSupport]:
     """Which loaders take a model saved in ``form``, and why.
 
     Args:
@@ -100,19 +100,19 @@ def loaders_for(form: str, spec: ArchitectureSpec, kinds: set[str]) -> list[Load
         spec: The family's row.
         kinds: See :func:`choose_form`.
     """
-    ours = Loader("fasp_lightning.load_pruned", True, "reads fasp_plan.json")
+    ours = LoaderSupport("fasp_lightning.load_pruned", True, "reads fasp_plan.json")
     if form == "compact":
         reason = "shapes differ from the config; ignore_mismatched_sizes=True would re-initialise the weights"
         return [
             ours,
-            Loader("transformers AutoModelForCausalLM", False, reason),
-            Loader("vLLM, llama.cpp and other stock loaders", False, "they build the shapes from the config"),
+            LoaderSupport("transformers AutoModelForCausalLM", False, reason),
+            LoaderSupport("vLLM, llama.cpp and other stock loaders", False, "they build the shapes from the config"),
         ]
     stock = _stock_shapes(spec, kinds)
     return [
-        Loader("transformers AutoModelForCausalLM", True, stock),
+        LoaderSupport("transformers AutoModelForCausalLM", True, stock),
         ours,
-        Loader("vLLM, llama.cpp and other stock loaders", None, f"{stock}; a plain checkpoint, not tried here"),
+        LoaderSupport("vLLM, llama.cpp and other stock loaders", None, f"{stock}; a plain checkpoint, not tried here"),
     ]
 
 
