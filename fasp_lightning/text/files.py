@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from fasp_lightning.errors import FaspError, FaspFileNotFoundError
+from fasp_lightning.errors import FaspError, FaspFileNotFoundError, one_line
 
 READERS = {".txt": "text", ".jsonl": "json", ".parquet": "parquet"}
 """Suffix of a text file → name of the ``datasets`` builder (.txt is read without it)."""
@@ -90,10 +90,6 @@ def _suffixes() -> str:
     return ", ".join(READERS)
 
 
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())
-
-
 def _read(file: Path) -> str:
     """Read one UTF-8 text file."""
     try:
@@ -138,7 +134,7 @@ def _file_rows(file: Path) -> Iterator[dict[str, Any]]:
     try:
         yield from _rows(load_dataset(READERS[file.suffix], data_files=str(file), split="train", streaming=True))
     except (DatasetsError, ValueError, OSError) as error:
-        fault = _fault(file) or _one_line(error)
+        fault = _fault(file) or one_line(error)
         raise FaspError(f"source {str(file)!r} is corrupt: {fault}; repair or remove it") from error
 
 
@@ -172,6 +168,6 @@ def _hub_rows(source: str, subset: str | None, split: str) -> Iterator[dict[str,
     except (DatasetsError, ValueError, OSError) as error:
         raise FaspError(
             f"source {source!r} (subset {subset!r}, split {split!r}) is neither a built-in corpus, nor a "
-            f"local file, nor a data set that the hub gave: {_one_line(error)}; check the names, or give "
+            f"local file, nor a data set that the hub gave: {one_line(error)}; check the names, or give "
             "a local file"
         ) from error

@@ -159,7 +159,7 @@ def test_failing_rename_puts_the_old_folder_back(tmp_path: Path, monkeypatch: py
 def test_too_little_room_is_refused_before_writing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = type("Usage", (), {"free": 1000})
     monkeypatch.setattr(staging.shutil, "disk_usage", lambda _: usage)
-    with pytest.raises(OSError, match=r"needs \d+ MB, but only 0 MB are free"):
+    with pytest.raises(OSError, match=r"needs [\d.]+ MB, but only 0\.0 MB are free"):
         save_pruned(pruned(), tmp_path / "p")
     assert not list(tmp_path.iterdir())
 
