@@ -42,3 +42,17 @@ class FaspPermissionError(FaspOSError, PermissionError):
 
 class FaspProcessError(FaspError, RuntimeError):
     """A check failed in another of the processes that prune together."""
+
+
+def one_line(error: BaseException, first: bool = False) -> str:
+    """The message of an error on one line, or the name of its class where it has none.
+
+    Args:
+        error: A caught error.
+        first: Leave out all but its first line, and the second where the first ends in a colon: libraries go on at
+            length.
+    """
+    lines = [" ".join(line.split()) for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    if not first:
+        return " ".join(lines)
+    return " ".join(lines[: 2 if lines[0].endswith(":") else 1]).rstrip(".:")

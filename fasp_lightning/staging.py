@@ -1,52 +1,72 @@
-"""Writing folders and files so that nothing is lost: beside the old one, then renamed."""
+"""Writing folders and files so that nothing is lost: beside the old one, then renamed; and plain data as JSON.
+
+Whatever is written stands beside its place until it is whole, as ``.NAME.HOST.PID.MARK.new``, and so does what it takes
+the place of for the moment between two renames, as ``.old``. The name says which process writes: what a killed one
+left is cleared by the next one that writes to the same place, and what a living one is writing is left alone.
+"""
 
 from __future__ import annotations
 
+import errno
+import hashlib
 import json
 import os
+import platform
+import re
 import shutil
+import time
 import uuid
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from torch import Tensor
+from fasp_lightning.errors import FaspError, FaspOSError, FaspPermissionError
 
-from fasp_lightning.errors import FaspError, FaspOSError
+ABANDONED_AFTER = 24 * 3600.0
+"""Seconds without a change after which what a process of another machine writes counts as left by a killed one:
+whether it lives cannot be seen from here."""
+
+_writing: set[str] = set()
+"""Marks of what this process is writing. A restarted container may give a process the number of the killed one."""
 
 
 @contextmanager
-def staged(path: Path) -> Iterator[Path]:
+def staged(path: Path, replace: bool = True) -> Iterator[Path]:
     """A folder beside ``path`` that takes its place at the end; on an error it goes and ``path`` stays.
 
-    What an earlier process left there when it was killed is removed. A kill between the two renames leaves the
-    old folder beside ``path``, as ``.NAME.….old``.
+    All files are on the disk, not only in its cache, before the first rename. A kill between the two renames leaves
+    the old folder beside ``path``, and the next call, or :func:`clear_left`, puts it back.
+
+    Args:
+        path: The folder; its parent is made.
+        replace: Take the place of a folder that is there; otherwise that one wins, and what was written goes.
+
+    Raises:
+        OSError: If it cannot be written, or another process puts its own folder there at the very moment.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    for left in path.parent.iterdir():
-        if left.name.startswith(f".{path.name}.") and left.suffix == ".new":
-            shutil.rmtree(left, ignore_errors=True)
-    mark = uuid.uuid4().hex[:8]
-    stage, old = path.with_name(f".{path.name}.{mark}.new"), path.with_name(f".{path.name}.{mark}.old")
-    stage.mkdir()
-    try:
-        yield stage
-        _replace(stage, path, old)
-    finally:
-        shutil.rmtree(stage, ignore_errors=True)
+    with _beside(path) as names:
+        names.new.mkdir()
+        yield names.new
+        _flush_folder(names.new)
+        if replace:
+            _replace(names.new, path, names.old)
+        else:
+            _give_way(names.new, path)
 
 
-def _replace(stage: Path, path: Path, old: Path) -> None:
-    if path.exists():
-        path.rename(old)
-    try:
-        stage.rename(path)
-    except OSError:
-        if old.exists():
-            old.rename(path)
-        raise
-    shutil.rmtree(old, ignore_errors=True)
+def place(path: Path, write: Callable[[Path], Any]) -> None:
+    """Make a folder appear at once and whole; the first of several processes that write the same wins.
+
+    Args:
+        path: The folder.
+        write: Fills a new folder, which then becomes ``path``.
+
+    Raises:
+        OSError: If it cannot be written.
+    """
+    with staged(path, replace=False) as stage:
+        write(stage)
 
 
 def write_beside(file: Path, content: bytes) -> None:
@@ -59,30 +79,54 @@ def write_beside(file: Path, content: bytes) -> None:
     Raises:
         OSError: If it cannot be written.
     """
-    file.parent.mkdir(parents=True, exist_ok=True)
-    stage = file.with_name(f".{file.name}.{uuid.uuid4().hex[:8]}.new")
-    try:
-        stage.write_bytes(content)
-        stage.replace(file)
-    finally:
-        stage.unlink(missing_ok=True)
+    with _beside(file) as names:
+        names.new.write_bytes(content)
+        _flush(names.new)
+        names.new.replace(file)
+        _flush(file.parent)
 
 
-def require_space(path: Path, tensors: Iterable[Tensor]) -> None:
-    """Refuse to write more than the disk takes.
+def clear_left(path: Path) -> None:
+    """Remove what killed processes left beside a place, and put back an old folder that a kill has taken from it.
 
     Args:
-        path: Folder that will be written.
-        tensors: What will stand in it.
+        path: The file or folder that they were writing.
+    """
+    if not path.parent.is_dir():
+        return
+    pattern = re.compile(rf"\.{re.escape(path.name)}\.([0-9a-f]+)\.(\d+)\.([0-9a-f]+)\.(new|old)")
+    found = ((left, pattern.fullmatch(left.name)) for left in path.parent.iterdir())
+    dead = [left for left, match in found if match and not _alive(left, *match.groups()[:3])]
+    for left in sorted(dead, key=_age):  # the youngest old folder is the one that stood there last
+        if left.suffix == ".old" and not os.path.lexists(path):
+            with suppress(OSError):  # another process was faster
+                left.rename(path)
+        elif left.suffix == ".new" or os.path.lexists(path):
+            _remove(left)
+
+
+def require_space(path: Path, size: int) -> None:
+    """Refuse a folder that may not be written, or whose disk has no room for it.
+
+    Args:
+        path: The folder; it need not exist.
+        size: Bytes that will be written. What is overwritten goes afterwards, so it makes no room.
 
     Raises:
+        FaspPermissionError: If the place is not writable.
         FaspOSError: If the disk has too little room; the message names both sizes.
     """
-    needed = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
     parent = next(folder for folder in path.absolute().parents if folder.exists())
+    if not os.access(parent, os.W_OK):
+        raise FaspPermissionError(
+            f"folder {str(path)!r} cannot be made: {str(parent)!r} is not writable; choose another one"
+        )
     free = shutil.disk_usage(parent).free
-    if needed > free:
-        raise FaspOSError(f"saving to {path} needs {needed / 1e6:.0f} MB, but only {free / 1e6:.0f} MB are free")
+    if size > free:
+        raise FaspOSError(
+            f"folder {str(path)!r} needs {size / 1e6:,.1f} MB, but only {free / 1e6:,.1f} MB are free; make room, or "
+            "choose a folder on another disk"
+        )
 
 
 def write_json(file: Path, data: Any) -> None:
@@ -105,20 +149,127 @@ def read_json(file: Path) -> dict[str, Any]:
     return data
 
 
-def place(entry: Path, write: Callable[[Path], Any]) -> None:
-    """Make a folder appear at once and whole, whatever kills the writing and whoever else writes the same.
+def fingerprint(*parts: Any) -> str:
+    """Hash plain data: the name of a cached thing after all that decides on it.
 
     Args:
-        entry: The folder.
-        write: Fills a new folder, which then becomes `entry`.
+        parts: Numbers, strings, ``None``, and lists and mappings of them; the order of a mapping does not count.
+
+    Returns:
+        32 hex digits, the same on every machine.
+
+    Raises:
+        TypeError: If something else is among them.
     """
-    part = entry.with_name(f"{entry.name}.{os.getpid()}-{uuid.uuid4().hex[:8]}.part")
-    part.mkdir(parents=True)
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
+
+
+class _Names(NamedTuple):
+    """Where something stands until it is whole, and where what was there stands until that is in its place."""
+
+    new: Path
+    old: Path
+
+
+@contextmanager
+def _beside(path: Path) -> Iterator[_Names]:
+    """Names beside a place for what this process writes; what still stands under the first one at the end goes."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    clear_left(path)
+    mark = uuid.uuid4().hex[:8]
+    stem = f".{path.name}.{_host()}.{os.getpid()}.{mark}"
+    names = _Names(path.with_name(f"{stem}.new"), path.with_name(f"{stem}.old"))
+    _writing.add(mark)
     try:
-        write(part)
-        part.rename(entry)
+        yield names
+    finally:
+        _remove(names.new)
+        _writing.discard(mark)
+
+
+def _replace(stage: Path, path: Path, old: Path) -> None:
+    """Put a folder into the place of another one."""
+    if path.exists():
+        path.rename(old)
+    try:
+        stage.rename(path)
     except OSError:
-        if not entry.is_dir():  # else another process was faster
+        if old.exists() and not path.exists():
+            old.rename(path)
+        raise
+    finally:
+        if path.exists():
+            _flush(path.parent)  # the renames are on the disk before the old folder goes
+            _remove(old)
+
+
+def _give_way(stage: Path, path: Path) -> None:
+    """Put a folder where none is."""
+    try:
+        stage.rename(path)
+    except OSError:
+        if not path.is_dir():
+            raise
+    else:
+        _flush(path.parent)
+
+
+def _alive(left: Path, host: str, process: str, mark: str) -> bool:
+    """Whether the process lives that is writing there, as far as can be seen."""
+    number = int(process)
+    if host != _host() or os.name != "posix":  # elsewhere than on POSIX, signal 0 is no mere question
+        return time.time() - _age(left) < ABANDONED_AFTER
+    if number == os.getpid():
+        return mark in _writing
+    try:
+        os.kill(number, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except OSError:  # it is another user's
+        return True
+    return True
+
+
+def _age(left: Path) -> float:
+    """When a file or folder, or a file in it, was last changed; 0 if it is gone."""
+    inside = (Path(folder, name) for folder, _, names in os.walk(left) for name in names)
+    times = [0.0]
+    for one in (left, *inside):
+        with suppress(OSError):
+            times.append(one.lstat().st_mtime)
+    return max(times)
+
+
+def _host() -> str:
+    """This machine, in characters that any file name may have."""
+    return hashlib.sha256(platform.node().encode()).hexdigest()[:8]
+
+
+def _remove(path: Path) -> None:
+    """Remove a file, a link or a folder, if it is there."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+        return
+    with suppress(OSError):
+        path.unlink()
+
+
+def _flush_folder(folder: Path) -> None:
+    """Have the disk take all that stands in a folder."""
+    for path in (*folder.rglob("*"), folder):
+        if not path.is_symlink():
+            _flush(path)
+
+
+def _flush(path: Path) -> None:
+    """Have the disk take a file, or the names in a folder: a rename may reach it before what was written does."""
+    if os.name != "posix":  # elsewhere a folder cannot be opened
+        return
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # a file system that knows no such thing
             raise
     finally:
-        shutil.rmtree(part, ignore_errors=True)
+        os.close(handle)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fasp_lightning.pruning.budget.widths import plan_widths
+from fasp_lightning.pruning.budget.widths import decide_budget
 from fasp_lightning.pruning.config import PruningConfig
 from fasp_lightning.structure.layout import PairLayout
 from fasp_lightning.structure.plan import PruningPlan
@@ -83,7 +83,7 @@ def least_squares(inputs: Tensor, weight: Tensor, columns: list[int], damping: f
 def reference(model: nn.Module, batches: list[Any], config: PruningConfig) -> list[dict[str, list[int]]]:
     """Mask and restore ``model`` in place, pair after pair; returns the units kept, one mapping a block."""
     spec, kept = spec_for(model), []
-    for index, widths in enumerate(plan_widths(model, config).pairs):
+    for index, widths in enumerate(decide_budget(model, config).pairs):
         kept.append({})
         for pair, width in zip(spec.pairs, widths, strict=True):
             if width.after == width.original:

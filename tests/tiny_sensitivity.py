@@ -8,13 +8,14 @@ from typing import Any
 import pytest
 import torch
 from oracle import consumer_columns
-from tiny_pruning import calibration
+from tiny_pruning import basic, calibration
 from torch import Tensor, nn
 
-from fasp_lightning import spec_for
 from fasp_lightning.pruning.blocks.capture import capture
 from fasp_lightning.pruning.blocks.sensitivity import fisher_scores
-from fasp_lightning.pruning.blocks.store import TensorStore
+from fasp_lightning.pruning.blocks.session import Session
+from fasp_lightning.pruning.processes import Processes
+from fasp_lightning.pruning.progress import Progress
 from fasp_lightning.structure.modes import evaluating
 from fasp_lightning.structure.plan import resolve_pruned
 
@@ -23,13 +24,21 @@ Scores = list[list[Tensor]]
 
 
 def scores(
-    model: Any, batches: Iterable[Any] | None = None, device: str = "cpu", kv_groups: bool = False, **options: Any
+    model: Any,
+    batches: Iterable[Any] | None = None,
+    device: str = "cpu",
+    kv_groups: bool = False,
+    whole: bool | None = None,
+    processes: Processes | None = None,
+    progress: Progress | None = None,
 ) -> Scores:
     """Of samples taken in evaluation mode; the scores are asked for in the model's own mode, with gradients on."""
-    with TensorStore("cpu", torch.device(device)) as store:
+    pairs = resolve_pruned(model, kv_groups=kv_groups)
+    session = Session.start(basic(device=device), pairs, progress, processes)
+    with session.store:
         with evaluating(model):
-            samples = capture(model, spec_for(model), batches or calibration(2), None, store)
-        return fisher_scores(model, resolve_pruned(model, kv_groups=kv_groups), samples, store, **options)
+            samples, hidden = capture(model, batches or calibration(2), None, session.store)
+        return fisher_scores(session, model, pairs, samples, hidden, whole=whole)
 
 
 def assert_close(found: Scores, expected: Scores, rtol: float = 1e-4) -> None:

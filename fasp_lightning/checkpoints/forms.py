@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from fasp_lightning.errors import FaspError
+from fasp_lightning.structure.cuts import Cuts
 from fasp_lightning.structure.plan import PairPlan, PruningPlan
 from fasp_lightning.structure.spec import ArchitectureSpec
 from fasp_lightning.structure.stock_fields import stock_fields
@@ -12,7 +13,7 @@ from fasp_lightning.structure.stock_fields import stock_fields
 FORMS = ("stock", "compact", "zero_filled")
 
 
-class Loader(NamedTuple):
+class LoaderSupport(NamedTuple):
     """Whether a loader takes a saved model.
 
     Attributes:
@@ -26,7 +27,17 @@ class Loader(NamedTuple):
     reason: str
 
 
-def choose_form(form: str, spec: ArchitectureSpec, kinds: set[str]) -> str:
+def require_form(form: str) -> None:
+    """Refuse what is neither a form nor ``"auto"``.
+
+    Raises:
+        FaspError: If it is neither.
+    """
+    if form not in ("auto", *FORMS):
+        raise FaspError(f"form must be 'auto' or one of {', '.join(map(repr, FORMS))}, got {form!r}")
+
+
+def choose_form(form: str, spec: ArchitectureSpec, cuts: Cuts) -> str:
     """The form to save in.
 
     * ``stock``: the FFN width, one for all blocks, and the number of heads stand in the config; loads with
@@ -38,14 +49,13 @@ def choose_form(form: str, spec: ArchitectureSpec, kinds: set[str]) -> str:
     Args:
         form: One of these, or ``"auto"``: stock if it can be, else zero-filled.
         spec: The family's row.
-        kinds: Kinds of the pairs that were cut, and ``"uneven"`` if blocks have different FFN widths.
+        cuts: What was cut.
 
     Raises:
         FaspError: If ``form`` is unknown, or ``"stock"`` and stock code cannot hold these shapes.
     """
-    if form not in ("auto", *FORMS):
-        raise FaspError(f"form must be 'auto' or one of {', '.join(map(repr, FORMS))}, got {form!r}")
-    obstacle = _obstacle(spec, kinds)
+    require_form(form)
+    obstacle = _obstacle(spec, cuts)
     if form == "stock" and obstacle:
         raise FaspError(f"form 'stock' cannot hold this model: {obstacle}; use 'compact' or 'zero_filled'")
     if form == "auto":
@@ -53,12 +63,12 @@ def choose_form(form: str, spec: ArchitectureSpec, kinds: set[str]) -> str:
     return form
 
 
-def _obstacle(spec: ArchitectureSpec, kinds: set[str]) -> str | None:
-    if "value" in kinds:
+def _obstacle(spec: ArchitectureSpec, cuts: Cuts) -> str | None:
+    if "value" in cuts.kinds:
         return "stock attention has one head size for queries, keys and values"
-    if "ffn" in kinds and spec.width_field is None:
+    if "ffn" in cuts.kinds and spec.width_field is None:
         return "the FFN width is fixed in the model's code"
-    if "uneven" in kinds:
+    if cuts.uneven:
         return "blocks have different FFN widths, and the config holds one for all"
     return None
 
@@ -83,41 +93,41 @@ def _padded(kept: tuple[int, ...], units: int, width: int) -> tuple[int, ...]:
     return tuple(sorted([*kept, *others[: units - len(kept)]]))
 
 
-def loaders_for(form: str, spec: ArchitectureSpec, kinds: set[str]) -> list[Loader]:
+def loaders_for(form: str, spec: ArchitectureSpec, cuts: Cuts) -> list[LoaderSupport]:
     """Which loaders take a model saved in ``form``, and why.
 
     Args:
         form: ``"stock"``, ``"compact"`` or ``"zero_filled"``.
         spec: The family's row.
-        kinds: See :func:`choose_form`.
+        cuts: See :func:`choose_form`.
     """
-    ours = Loader("fasp_lightning.load_pruned", True, "reads fasp_plan.json")
+    ours = LoaderSupport("fasp_lightning.load_pruned", True, "reads fasp_plan.json")
     if form == "compact":
         reason = "shapes differ from the config; ignore_mismatched_sizes=True would re-initialise the weights"
         return [
             ours,
-            Loader("transformers AutoModelForCausalLM", False, reason),
-            Loader("vLLM, llama.cpp and other stock loaders", False, "they build the shapes from the config"),
+            LoaderSupport("transformers AutoModelForCausalLM", False, reason),
+            LoaderSupport("vLLM, llama.cpp and other stock loaders", False, "they build the shapes from the config"),
         ]
-    stock = _stock_shapes(spec, kinds)
+    stock = _stock_shapes(spec, cuts)
     return [
-        Loader("transformers AutoModelForCausalLM", True, stock),
+        LoaderSupport("transformers AutoModelForCausalLM", True, stock),
         ours,
-        Loader("vLLM, llama.cpp and other stock loaders", None, f"{stock}; a plain checkpoint, not tried here"),
+        LoaderSupport("vLLM, llama.cpp and other stock loaders", None, f"{stock}; a plain checkpoint, not tried here"),
     ]
 
 
-def _stock_shapes(spec: ArchitectureSpec, kinds: set[str]) -> str:
+def _stock_shapes(spec: ArchitectureSpec, cuts: Cuts) -> str:
     """How stock code comes by the shapes of a saved model."""
     parts = []
-    if "groups" in kinds:
+    if "groups" in cuts.kinds:
         parts.append("head counts and head size in the config")
-    if "value" in kinds:
+    if "value" in cuts.kinds:
         parts.append("original V/O shapes, zeros where dims are gone")
-    if "ffn" in kinds and spec.width_field is None:
+    if "ffn" in cuts.kinds and spec.width_field is None:
         parts.append("original FFN shapes, zeros where units are gone")
-    elif "uneven" in kinds:
+    elif cuts.uneven:
         parts.append(f"FFNs padded with zeros to the widest, whose width is in config.{spec.width_field}")
-    elif "ffn" in kinds:
+    elif "ffn" in cuts.kinds:
         parts.append(f"one FFN width, in config.{spec.width_field}")
     return "; ".join(parts) or "original shapes"

@@ -36,7 +36,17 @@ def load_pruned(
     Raises:
         FaspFileNotFoundError: If the folder holds no plan.
         FaspError: If its plan is damaged.
-        FaspOSError: If its weights are.
+        FaspOSError: If its config or its weights are.
+
+    Example::
+
+        import torch
+        from fasp_lightning import FASPPruner, PruningConfig, load_pruned, save_pruned
+
+        FASPPruner(PruningConfig(sparsity=0.2)).prune(model, batches)
+        save_pruned(model, folder, form="compact")
+        loaded = load_pruned(folder)
+        assert torch.allclose(loaded(batches[0]).logits, model(batches[0]).logits, atol=1e-4)
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 

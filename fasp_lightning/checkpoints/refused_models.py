@@ -8,7 +8,7 @@ from fasp_lightning.errors import FaspError
 from fasp_lightning.structure.registry import known_architectures
 
 
-def check_supported(config: Any, name: str) -> None:
+def require_prunable(config: Any, name: str) -> None:
     """Refuse a config that is not a full-precision causal LM.
 
     Args:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from importlib import import_module
 
 import fasp_lightning
-from fasp_lightning.cli.errors import REPORT, is_user_error, one_line
+from fasp_lightning.cli.errors import REPORT, is_user_error, told
 from fasp_lightning.errors import FaspError
 
 COMMANDS = {
@@ -63,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _interrupted()
     except Exception as error:
         if is_user_error(error):
-            sys.stderr.write(f"fasp: {one_line(error)}\n")
+            sys.stderr.write(f"fasp: {told(error)}\n")
             return 2
         traceback.print_exception(error)
         sys.stderr.write(f"fasp: {REPORT.format(version=fasp_lightning.__version__)}\n")

@@ -8,17 +8,12 @@ from typing import Any
 
 import torch
 
+from fasp_lightning.checkpoints.devices import home
 from fasp_lightning.checkpoints.saving import SavedModel, save_pruned
-from fasp_lightning.cli.console import PruningProgress, gibibytes, note, tracked
+from fasp_lightning.cli.console import PruningProgress, note, tracked
 from fasp_lightning.cli.jobs import PruneJob
 from fasp_lightning.cli.model_setup import Setup
-from fasp_lightning.cli.texts import (
-    OTHER,
-    Calibration,
-    Text,
-    domain_of,
-    single_source,
-)
+from fasp_lightning.cli.texts import OTHER, Calibration, Text, domain_of, single_source
 from fasp_lightning.pruning.perplexity import PerplexityResult, measure_perplexity
 from fasp_lightning.pruning.prepare import Prepared
 from fasp_lightning.pruning.pruner import FASPPruner
@@ -26,19 +21,15 @@ from fasp_lightning.pruning.report import PruningReport, TextReport, restoration
 from fasp_lightning.structure.plan import apply_plan, plan_of
 
 
-def home(setup: Setup) -> torch.device:
-    """An accelerator keeps the whole model if as much room again is left for the work on it."""
-    if setup.device.type != "cuda":
-        return setup.device
-    needed = 2 * setup.widths.parameters_before * setup.dtype.itemsize
-    free = torch.cuda.mem_get_info(setup.device)[0]
-    if needed <= free:
-        return setup.device
-    note(
-        f"the model stays on the CPU and its blocks go to {setup.device} one by one, which would need "
-        f"{gibibytes(needed)} and has {gibibytes(free)} free; perplexity is measured on the CPU"
-    )
-    return torch.device("cpu")
+def place(setup: Setup) -> torch.device:
+    """Where to put the model: on the compute device if as much room again is left for the work on it."""
+    device, reason = home(setup.device, 2 * setup.widths.parameters_before * setup.dtype.itemsize)
+    if reason is not None:
+        note(
+            f"the model stays on the CPU and its blocks go to {setup.device} one by one, since {reason}; perplexity is "
+            "measured on the CPU"
+        )
+    return device
 
 
 def measure(model: Any, texts: list[Text], what: str) -> list[PerplexityResult]:

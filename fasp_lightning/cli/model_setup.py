@@ -14,9 +14,11 @@ from fasp_lightning.checkpoints.loading import checkpoint_dtype, load_config, lo
 from fasp_lightning.checkpoints.source import ModelSource, resolve_source
 from fasp_lightning.cli.console import percent
 from fasp_lightning.cli.jobs import ModelConfig, PruneJob
+from fasp_lightning.pruning.budget.budget import Budget
 from fasp_lightning.pruning.budget.footprint import PeakMemory, peak_memory_estimate
-from fasp_lightning.pruning.budget.widths import WidthPlan, plan_widths
+from fasp_lightning.pruning.budget.widths import decide_budget
 from fasp_lightning.pruning.config import PruningConfig, with_user_cache
+from fasp_lightning.structure.cuts import Cuts
 from fasp_lightning.structure.registry import spec_for
 from fasp_lightning.structure.spec import ArchitectureSpec
 from fasp_lightning.text.config import TextConfig
@@ -36,7 +38,7 @@ class Setup:
         device: Where to compute.
         dtype: Dtype to load in.
         form: Form to save in.
-        kinds: Kinds of the pairs that will be cut.
+        cuts: What will be cut.
     """
 
     source: ModelSource
@@ -44,11 +46,11 @@ class Setup:
     model: Any
     spec: ArchitectureSpec
     pruning: PruningConfig
-    widths: WidthPlan
+    widths: Budget
     device: torch.device
     dtype: torch.dtype
     form: str
-    kinds: set[str]
+    cuts: Cuts
 
     @property
     def already_pruned(self) -> float:
@@ -62,7 +64,7 @@ class Setup:
         size, widths = self.dtype.itemsize, self.widths
         if self.form != "zero_filled":
             return size * widths.parameters_after
-        padded = self.spec.width_field is None or "uneven" in self.kinds  # how wide the widest will be is not known
+        padded = self.spec.width_field is None or self.cuts.uneven  # how wide the widest will be is not known
         kinds = {"value", "ffn"} if padded else {"value"}
         gone = (pair for block in widths.pairs for pair in block if pair.kind not in kinds)
         return size * (widths.original_parameters - sum((pair.original - pair.after) * pair.cost for pair in gone))
@@ -82,11 +84,11 @@ def set_up(job: PruneJob) -> Setup:
     model = model_shapes(source, config, job.model.trust_remote_code)
     own = None if job.pruning.own_text is None else with_user_cache(job.pruning.own_text)
     pruning = dataclasses.replace(job.pruning, device=job.pruning.device or str(device), own_text=own)
-    widths = plan_widths(model, pruning)
-    kinds = widths.kinds
+    widths = decide_budget(model, pruning)
+    cuts = widths.cuts
     dtype = choose_dtype(job.dtype, checkpoint_dtype(source, config), device)
-    form = choose_form(job.form, spec, kinds)
-    return Setup(source, config, model, spec, pruning, widths, device, dtype, form, kinds)
+    form = choose_form(job.form, spec, cuts)
+    return Setup(source, config, model, spec, pruning, widths, device, dtype, form, cuts)
 
 
 def already_pruned(setup: Setup) -> str:
@@ -130,4 +132,5 @@ def memory_of(setup: Setup, job: PruneJob, tokens: int) -> PeakMemory:
 
 def batch_tokens(text: TextConfig) -> int:
     """Tokens of one batch of a text."""
-    return text.seq_len * min(text.batch_size, text.sequences or text.batch_size)
+    sequences, seq_len, batch_size, _ = text.extent()
+    return seq_len * min(batch_size, sequences or batch_size)

@@ -40,7 +40,7 @@ def parse(job: type, program: str, argv: list[str]) -> Any:
     try:
         parsed = parser.parse_args(arguments)
     except (argparse.ArgumentError, TypeError, KeyError) as error:
-        raise FaspError(f"{reworded(str(error))}; see {program} --help") from error
+        raise FaspError(f"{reworded(error)}; see {program} --help") from error
     parsed.pop("config", None)
     instantiate = getattr(parser, "instantiate", None) or parser.instantiate_classes  # renamed in 4.49
     try:

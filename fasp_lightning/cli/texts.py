@@ -13,7 +13,7 @@ from torch import Tensor
 from fasp_lightning.errors import FaspError
 from fasp_lightning.pruning.config import OwnTextConfig
 from fasp_lightning.pruning.own_text.writing import within_positions
-from fasp_lightning.text.batches import check_vocabulary, weighted
+from fasp_lightning.text.batches import check_vocabulary, labelled
 from fasp_lightning.text.config import TextConfig, describe
 from fasp_lightning.text.files import local_files
 from fasp_lightning.text.tokens import token_batches
@@ -61,7 +61,7 @@ def single_source(calibration: Sequence[TextConfig], own: bool) -> str | None:
         return None
     return (
         f"all calibration text is of one source, {describe(calibration[0])}: the pruned model may get worse on other "
-        "text than the figures on this one say; mix in another by --further_calibration, or the model's own by "
+        "text than the figures on this one say; mix in another by --calibration_mix, or the model's own by "
         "--pruning.own_text"
     )
 
@@ -122,17 +122,24 @@ class Calibration:
     @property
     def batches(self) -> list[Any]:
         """For the pruner, own text aside."""
-        return [batch for text in self.texts for batch in weighted(text.batches, text.config.weight)]
+        return [batch for text in self.texts for batch in labelled(text.batches, text.name, text.config.token_weight)]
 
     def to_dict(self) -> dict[str, Any]:
-        """What the report says of it: the first text's settings, and those of further ones."""
-        first, *further = map(dataclasses.asdict, self.configs) if self.texts else [{}]
-        return {"name": self.name, **first, **({"further": further} if further else {})}
+        """What the report says of it: the first text's settings, and those of the texts mixed in."""
+        first, *mix = map(_settings, self.configs) if self.texts else [{}]
+        return {"name": self.name, **first, **({"mix": mix} if mix else {})}
+
+
+def _settings(text: TextConfig) -> dict[str, Any]:
+    """The fields of a text, those filled in that it leaves open."""
+    return {**dataclasses.asdict(text), **text.extent()._asdict()}
 
 
 def calibration_name(texts: Sequence[TextConfig], own: OwnTextConfig | None) -> str:
     """Name a mix for a table: "topics (calibration), 0.5 x articles.jsonl, own text"."""
-    names = [describe(text) if text.weight == 1 else f"{text.weight:g} x {describe(text)}" for text in texts]
+    names = [
+        describe(text) if text.token_weight == 1 else f"{text.token_weight:g} x {describe(text)}" for text in texts
+    ]
     return ", ".join([*names, *(["own text"] if own is not None else [])])
 
 
@@ -155,8 +162,9 @@ def load_text(config: TextConfig, tokenizer: Any, model: Any, name: str) -> Text
         FaspOSError: If a file cannot be read.
     """
     longest = getattr(model.config, "max_position_embeddings", None)
-    if isinstance(longest, int) and config.seq_len > longest:
-        raise FaspError(f"{name}.seq_len must be at most {longest}, the positions of the model, got {config.seq_len}")
+    seq_len = config.extent().seq_len
+    if isinstance(longest, int) and seq_len > longest:
+        raise FaspError(f"{name}.seq_len must be at most {longest}, the positions of the model, got {seq_len}")
     batches = token_batches(config, tokenizer)
     vocabulary = model.get_input_embeddings().num_embeddings
     for batch in batches:
@@ -178,5 +186,5 @@ def load_calibration(texts: list[TextConfig], own: OwnTextConfig | None, tokeniz
         FaspOSError: If a file cannot be read.
     """
     own = own and within_positions(model, own)
-    names = ("further_calibration" if index else "calibration" for index in range(len(texts)))
+    names = ("calibration_mix" if index else "calibration" for index in range(len(texts)))
     return Calibration([load_text(text, tokenizer, model, name) for text, name in zip(texts, names, strict=True)], own)

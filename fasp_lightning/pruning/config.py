@@ -1,4 +1,4 @@
-"""How to prune: one frozen dataclass."""
+"""How to prune: frozen dataclasses that check themselves."""
 
 from __future__ import annotations
 
@@ -143,6 +143,16 @@ class PruningConfig:
         )
         return cls(sparsity=sparsity, **{**settings, **changes})
 
+    @property
+    def scores_by_sensitivity(self) -> bool:
+        """Whether columns are scored by loss sensitivity, and not by activations."""
+        return self.score == "fisher" or (self.score == "auto" and self.allocation == "adaptive")
+
+    @property
+    def needs_sensitivity(self) -> bool:
+        """Whether any setting reads the loss sensitivity."""
+        return self.scores_by_sensitivity or self.allocation == "adaptive"
+
     def to_dict(self) -> dict[str, Any]:
         """The fields as plain data."""
         return asdict(self)
@@ -169,8 +179,3 @@ def with_user_cache(config: OwnTextConfig) -> OwnTextConfig:
         return config
     cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
     return replace(config, cache_dir=str(Path(cache) / "fasp_lightning" / "own_text"))
-
-
-def needs_sensitivity(config: PruningConfig) -> bool:
-    """Whether any setting reads the loss sensitivity."""
-    return config.score == "fisher" or config.allocation == "adaptive"

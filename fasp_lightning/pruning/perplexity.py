@@ -10,14 +10,14 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from fasp_lightning.errors import FaspError
 from fasp_lightning.ops.likelihood import next_token_nll
 from fasp_lightning.structure.modes import evaluating
-from fasp_lightning.text.batches import as_inputs, check_vocabulary, weight_of
+from fasp_lightning.text.batches import TokenBatch, check_vocabulary, read_batch
 
-_log = logging.getLogger(__name__)
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -48,11 +48,11 @@ class PerplexityResult:
 
 
 def perplexity(model: nn.Module, batches: Iterable[Any]) -> float:
-    """Perplexity of a model on token ids; see :func:`measure_perplexity`, which also says on how many.
+    """Perplexity of a model on token ids; see :func:``measure_perplexity``, which also says on how many.
 
     Args:
         model: A causal language model of transformers.
-        batches: (batch, seq) int64 token ids, or mappings with `input_ids` and optionally `attention_mask`;
+        batches: (batch, seq) int64 token ids, or mappings with ``input_ids`` and optionally ``attention_mask``;
             read once.
 
     Returns:
@@ -73,7 +73,7 @@ def measure_perplexity(model: nn.Module, batches: Iterable[Any]) -> PerplexityRe
 
     Args:
         model: A causal language model of transformers.
-        batches: (batch, seq) int64 token ids, or mappings with `input_ids` and optionally `attention_mask`;
+        batches: (batch, seq) int64 token ids, or mappings with ``input_ids`` and optionally ``attention_mask``;
             read once.
 
     Returns:
@@ -86,15 +86,15 @@ def measure_perplexity(model: nn.Module, batches: Iterable[Any]) -> PerplexityRe
     started = time.perf_counter()
     with evaluating(model):
         for batch in batches:
-            input_ids, mask = as_inputs(batch)
-            if weight_of(batch) != 1:  # passing it over would report another perplexity than was asked for
+            given = read_batch(batch)
+            if given.weight != 1:  # passing it over would report another perplexity than was asked for
                 raise FaspError(
-                    f"weight of a batch must be 1 where perplexity is measured, got {weight_of(batch)}: every token "
-                    "counts alike; leave the weight out"
+                    f"weight of a batch must be 1 where perplexity is measured, got {given.weight}: every token counts "
+                    "alike; leave the weight out"
                 )
-            batch_nll, batch_tokens = _batch_nll(model, input_ids, mask)
+            batch_nll, batch_tokens = _batch_nll(model, given)
             nll, tokens = nll + batch_nll, tokens + batch_tokens
-            sequences, seq_len = sequences + len(input_ids), max(seq_len, input_ids.shape[1])
+            sequences, seq_len = sequences + len(given.input_ids), max(seq_len, given.input_ids.shape[1])
     seconds = time.perf_counter() - started
     if tokens == 0:
         raise FaspError(
@@ -104,14 +104,12 @@ def measure_perplexity(model: nn.Module, batches: Iterable[Any]) -> PerplexityRe
     return PerplexityResult(exp_nll(nll / tokens), nll, tokens, sequences, seq_len, seconds, tokens / seconds)
 
 
-def _batch_nll(model: nn.Module, input_ids: Tensor, mask: Tensor | None) -> tuple[float, int]:
+def _batch_nll(model: nn.Module, batch: TokenBatch) -> tuple[float, int]:
     """Summed NLL and predicted tokens of one batch."""
     embeddings = model.get_input_embeddings()  # type: ignore[operator]  # a method of every transformers model
-    check_vocabulary(input_ids, embeddings.weight.shape[0])
+    check_vocabulary(batch.input_ids, embeddings.weight.shape[0])
     device = embeddings.weight.device
-    inputs = {"input_ids": input_ids.to(device)}
-    if mask is not None:
-        inputs["attention_mask"] = mask.to(device)
+    inputs = {name: value.to(device) for name, value in batch.inputs.items()}
     logits = model(**inputs, use_cache=False).logits
     # a model spread over devices answers on its last one
     moved = {name: value.to(logits.device) for name, value in inputs.items()}
@@ -122,7 +120,7 @@ def _batch_nll(model: nn.Module, input_ids: Tensor, mask: Tensor | None) -> tupl
 def exp_nll(mean_nll: float) -> float:
     """exp, infinite where a float ends; a NaN stays one, and is said."""
     if math.isnan(mean_nll):
-        _log.warning("the perplexity is NaN: the model's logits hold NaN or infinite values")
+        log.warning("the perplexity is NaN: the model's logits hold NaN or infinite values")
     try:
         return math.exp(mean_nll)
     except OverflowError:

@@ -12,14 +12,11 @@ from fasp_lightning.errors import FaspError
 from fasp_lightning.pruning.blocks.capture import capture
 from fasp_lightning.pruning.blocks.samples import spread_samples
 from fasp_lightning.pruning.blocks.sensitivity import fisher_scores
-from fasp_lightning.pruning.blocks.store import TensorStore
-from fasp_lightning.pruning.config import PruningConfig, needs_sensitivity
+from fasp_lightning.pruning.blocks.session import Session
+from fasp_lightning.pruning.config import PruningConfig
 from fasp_lightning.pruning.own_text.writing import calibration_starts, mixed, own_text
-from fasp_lightning.pruning.processes import Processes
-from fasp_lightning.pruning.progress import Meter, Stopwatch
 from fasp_lightning.structure.modes import evaluating
 from fasp_lightning.structure.pair import ResolvedPair
-from fasp_lightning.structure.registry import spec_for
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -31,11 +28,11 @@ class Prepared:
 
     Attributes:
         batches: Calibration batches, own text among them.
-        sensitivity: (units left,) loss sensitivity of each pair of each block; ``None`` where no setting asks for it.
+        sensitivity: (units left,) loss sensitivity of each pair of each block; empty where no setting asks for it.
     """
 
     batches: list[Any]
-    sensitivity: list[list[Tensor]] | None
+    sensitivity: list[list[Tensor]]
 
     def check(self, pairs: list[list[ResolvedPair]], config: PruningConfig) -> None:
         """Refuse what was prepared for another model, or with other settings.
@@ -43,8 +40,8 @@ class Prepared:
         Raises:
             FaspError: If there is no sensitivity where ``config`` needs it, or one of other shapes.
         """
-        if self.sensitivity is None:
-            if needs_sensitivity(config):
+        if not self.sensitivity:
+            if config.needs_sensitivity:
                 raise FaspError("batches must be prepared with the score and allocation that they are pruned with")
             return
         found = [[scores.numel() for scores in block] for block in self.sensitivity]
@@ -53,48 +50,36 @@ class Prepared:
 
 
 def prepare(
+    session: Session,
     model: PreTrainedModel,
     pairs: list[list[ResolvedPair]],
     batches: Iterable[Any],
     config: PruningConfig,
-    store: TensorStore,
-    *,
-    processes: Processes,
-    watch: Stopwatch,
-    meter: Meter,
-    passes: int = 0,
 ) -> Prepared:
     """Let the model write its own text, and measure the loss sensitivity of its units.
 
     Args:
+        session: Where to compute; its processes call this together.
         model: The model as it is.
         pairs: Its pairs.
         batches: Calibration batches, read once.
         config: ``own_text``, ``score``, ``allocation``, ``sensitivity_tokens`` and ``micro_batch_size`` are read.
-        store: Where tensors are kept, and on which device to compute.
-        processes: Those that call this together.
-        watch: Counts seconds by phase.
-        meter: Counts units of work.
-        passes: Passes over the calibration set that will follow.
 
     Raises:
         FaspError: If there is no calibration batch, or a gradient or logit is not finite.
     """
-    alone = config.own_text is not None and config.own_text.share == 1
+    processes, own = session.processes, config.own_text
     with processes.together():
-        batches = [] if alone else list(batches)  # own text alone needs no other
-    if config.own_text is not None:
-        with watch.phase("own text"), evaluating(model):
-            written = own_text(model, config.own_text, processes, calibration_starts(batches, processes))
-            batches = mixed(batches, written, config.own_text.share, processes)
-    if not needs_sensitivity(config):
-        return Prepared(batches, None)
-    with watch.phase("sensitivity"), evaluating(model):
+        batches = [] if own is not None and own.share == 1 else list(batches)  # own text alone needs no other
+    if own is not None:
+        with session.clock.phase("own text"), evaluating(model):
+            written = own_text(model, own, processes, calibration_starts(batches, processes))
+            batches = mixed(batches, written, own.share, processes)
+    if not config.needs_sensitivity:
+        return Prepared(batches, [])
+    with session.clock.phase("sensitivity"), evaluating(model), session.store:
         with processes.together():
-            samples = capture(model, spec_for(model), batches, config.micro_batch_size, store)
+            samples, hidden = capture(model, batches, config.micro_batch_size, session.store)
         chosen = spread_samples(samples, config.sensitivity_tokens, processes)
-        meter.expect(len(chosen) * len(pairs) + len(samples) * passes)
-        sensitivity = fisher_scores(
-            model, pairs, chosen, store, processes=processes, tick=lambda block: meter.tick(block, "sensitivity")
-        )
-    return Prepared(batches, sensitivity)
+        session.progress.expect(len(chosen) * len(pairs) + len(samples) * session.progress.passes)
+        return Prepared(batches, fisher_scores(session, model, pairs, chosen, hidden))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
@@ -19,7 +19,8 @@ T = TypeVar("T")
 class Processes:
     """The processes that hold copies of the same model; by default this one alone.
 
-    Every method but the properties is called by all of them, in the same order.
+    Every method is a collective call: all processes make it, in the same order, or those that do wait for ever. So work
+    that can fail in one of them alone stands in :meth:`together`. The properties need no other process.
 
     Args:
         group: Their process group; ``None`` is a single process.
@@ -44,6 +45,11 @@ class Processes:
         """Which one this is, from 0."""
         return 0 if self._group is None else dist.get_rank(self._group)
 
+    @property
+    def is_first(self) -> bool:
+        """Whether this is the one that computes what all need."""
+        return self.rank == 0
+
     def add(self, tensor: Tensor) -> None:
         """Sum a tensor over the processes, in place."""
         if self._group is None:
@@ -61,7 +67,10 @@ class Processes:
 
     @contextmanager
     def together(self) -> Iterator[None]:
-        """Work that each process does for itself; an error in one of them is raised in all, so that none waits.
+        """Work that each process does for itself; an error in one of them is raised in all.
+
+        Without it, a process that raised would leave the others waiting in their next collective call until the
+        backend's time-out, and its error would be lost in theirs.
 
         Raises:
             FaspProcessError: In the other processes, with the message, if it was a refusal.
@@ -81,14 +90,19 @@ class Processes:
                 message, refused = found
                 raise (FaspProcessError if refused else RuntimeError)(f"process {rank} stopped with {message}")
 
-    def first(self, compute: Callable[[], T]) -> T:
-        """What the first process computes, in all of them; plain data and tensors, which arrive on the CPU."""
+    def from_first(self, value: T | None) -> T:
+        """What the first process has, in all of them.
+
+        Only the first one computes what all need (a solve, a look into a cache), so that rounding on different hardware
+        cannot make their copies of the model differ.
+
+        Args:
+            value: Plain data and tensors; that of the other processes is not looked at. Tensors arrive on the CPU.
+        """
         if self._group is None:
-            return compute()
-        box: list[Any] = [None]
-        with self.together():
-            if self.rank == 0:
-                box[0] = tree_map(_on_cpu, compute())  # pickled on a GPU, it would arrive on the first process's
+            return value  # type: ignore[return-value]  # of the first process, which has it
+        # pickled on a GPU, a tensor would arrive on the first process's device in all of them
+        box: list[Any] = [tree_map(_on_cpu, value) if self.rank == 0 else None]
         dist.broadcast_object_list(box, src=dist.get_global_rank(self._group, 0), group=self._group)
         return box[0]
 

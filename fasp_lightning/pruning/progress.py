@@ -1,4 +1,4 @@
-"""How far a pruning is."""
+"""How far a pruning is, how long it took and what memory it needed."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class ProgressEvent:
         blocks: Number of blocks.
         phase: ``"sensitivity"``, ``"statistics"`` or ``"apply"``.
         done: Units of work done.
-        total: Units of work in all: calibration pieces times passes over them.
+        total: Units of work in all: calibration samples times passes over them.
     """
 
     block: int
@@ -34,29 +34,38 @@ class ProgressEvent:
 Progress = Callable[[ProgressEvent], None]
 
 
-class Meter:
-    """Counts units of work, and tells.
+class WorkCounter:
+    """Counts units of work, and calls the progress callback after each.
+
+    A unit is one pass of one calibration sample through one block.
 
     Args:
-        progress: Called after each unit; ``None`` for nobody.
+        progress: The callback; ``None`` counts only.
         blocks: Number of blocks.
 
     Attributes:
-        rounds_left: Rounds after the present one, each taken to be as long.
+        passes: How often the pruning of this round will go over its calibration set.
+        later_rounds: Rounds after the present one, each taken to be as long.
     """
 
     def __init__(self, progress: Progress | None, blocks: int) -> None:
         self._progress = progress
         self._blocks = blocks
         self._done = self._total = 0
-        self.rounds_left = 0
+        self.passes = 0
+        self.later_rounds = 0
 
     def expect(self, units: int) -> None:
-        """So many units are still to be done in this round, as far as is known now."""
-        self._total = self._done + units * (1 + self.rounds_left)
+        """Set how many units are still to be done in this round, as far as is known now."""
+        self._total = self._done + units * (1 + self.later_rounds)
 
-    def tick(self, block: int, phase: str) -> None:
-        """One unit of work is done."""
+    def count(self, block: int, phase: str) -> None:
+        """Count one unit as done.
+
+        Args:
+            block: Index of the block.
+            phase: As in :class:`ProgressEvent`.
+        """
         self._done += 1
         if self._progress is not None:
             self._progress(ProgressEvent(block, self._blocks, phase, self._done, self._total))

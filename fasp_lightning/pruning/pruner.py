@@ -4,27 +4,22 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from fasp_lightning.errors import FaspError
-from fasp_lightning.pruning.blocks.capture import capture
-from fasp_lightning.pruning.blocks.samples import hold_back
-from fasp_lightning.pruning.blocks.store import TensorStore
-from fasp_lightning.pruning.budget.allocation import adaptive_widths
-from fasp_lightning.pruning.budget.widths import WidthPlan, plan_widths, widths_towards
+from fasp_lightning.pruning.blocks.session import Session
+from fasp_lightning.pruning.budget.allocation import adaptive_budget
+from fasp_lightning.pruning.budget.widths import budget_towards, decide_budget
 from fasp_lightning.pruning.config import PruningConfig
 from fasp_lightning.pruning.prepare import Prepared, prepare
 from fasp_lightning.pruning.processes import Processes
-from fasp_lightning.pruning.progress import Meter, Progress, Stopwatch, peak_memory
+from fasp_lightning.pruning.progress import Progress, peak_memory
 from fasp_lightning.pruning.report import PruningReport
-from fasp_lightning.pruning.round import PruningRun, passes_over
-from fasp_lightning.structure.modes import evaluating
+from fasp_lightning.pruning.round import PruningRound, passes_over, round_configs
 from fasp_lightning.structure.pair import ResolvedPair
 from fasp_lightning.structure.plan import record_plan, resolve_pruned
-from fasp_lightning.structure.registry import spec_for
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -35,6 +30,14 @@ class FASPPruner:
 
     Args:
         config: The settings; the defaults prune 20 %.
+
+    Example::
+
+        from fasp_lightning import FASPPruner, PruningConfig
+
+        report = FASPPruner(PruningConfig(sparsity=0.2)).prune(model, batches)
+        print(f"{report.sparsity:.3f} of the blocks, {report.sparsity_total:.3f} of all parameters are gone")
+        print(f"{report.pairs[0].layer}: error {report.pairs[0].error_before:.3f} -> {report.pairs[0].error_after:.3f}")
     """
 
     def __init__(self, config: PruningConfig | None = None) -> None:
@@ -54,8 +57,10 @@ class FASPPruner:
         Args:
             model: A Hugging Face causal LM of a registered family, pruned before or not.
             batches: Any iterable of (batch, seq) token ids or of mappings with ``input_ids`` and optionally
-                ``attention_mask`` and ``weight`` (how much each of its tokens counts); read once. Padding enters no
-                statistic. Or what :meth:`prepare` made of them.
+                ``attention_mask``, ``position_ids``, ``weight`` (how much each of its tokens counts) and ``source``
+                (the name of its text: each text has its share of the tokens that are held back, or that loss
+                sensitivity is measured on); read once. Padding enters no statistic. Or what :meth:`prepare` made of
+                them.
             progress: Called after each unit of work.
             processes: Those that hold copies of this model and call this together, each with batches of its own:
                 statistics are summed, one solves, all cut alike. By default this process alone.
@@ -68,16 +73,34 @@ class FASPPruner:
                 sparsity cannot be reached; later, if an activation is not finite (the message names the layer).
             RuntimeError: If another process raised an error.
         """
-        work = _Work.of(model, self.config, progress, processes)
-        if not work.widths.changes:
-            record_plan(model, work.pairs)
-            return PruningReport.of_widths(work.widths, self.config.to_dict())
-        if work.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(work.device)
+        pairs = self._pairs(model)
+        budget = decide_budget(model, self.config, pairs)
+        _require_weights(model)
+        report = PruningReport.of_budget(budget, self.config.to_dict())
+        if not budget.changes:
+            record_plan(model, pairs)
+            return report
+        session = Session.start(self.config, pairs, progress, processes)
         start = time.perf_counter()
-        report = work.prune_in_rounds(batches)
-        report.seconds = {**work.watch.seconds, "total": time.perf_counter() - start}
-        report.peak_memory = peak_memory(work.device)
+        if session.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(session.device)
+        configs = round_configs(budget, self.config)
+        for number, config in enumerate(configs):
+            budget = budget_towards(model, config, pairs)
+            if not budget.changes:
+                continue  # rounded to the widths that are there
+            session.progress.passes = passes_over(budget)
+            session.progress.later_rounds = len(configs) - 1 - number
+            given = batches if isinstance(batches, Prepared) else prepare(session, model, pairs, batches, config)
+            given.check(pairs, config)
+            if config.allocation == "adaptive":
+                budget = adaptive_budget(budget, pairs, given.sensitivity, config)
+            found = PruningReport.of_budget(budget, self.config.to_dict())
+            PruningRound(session, model, pairs, config, budget, found).prune(given)
+            report = report.followed_by(found)
+            batches = given.batches
+        report.seconds = {**session.clock.seconds, "total": time.perf_counter() - start}
+        report.peak_memory = peak_memory(session.device)
         model.fasp_report = report.to_dict()  # type: ignore[assignment]  # saved along
         return report
 
@@ -100,102 +123,14 @@ class FASPPruner:
             FaspError: As :meth:`prune`.
             RuntimeError: If another process raised an error.
         """
-        return _Work.of(model, self.config, progress, processes).prepare(batches)
-
-
-@dataclass(frozen=True)
-class _Work:
-    """What one call computes with, all of it checked."""
-
-    model: PreTrainedModel
-    config: PruningConfig
-    widths: WidthPlan
-    pairs: list[list[ResolvedPair]]
-    device: torch.device
-    processes: Processes
-    watch: Stopwatch
-    meter: Meter
-
-    @classmethod
-    def of(
-        cls, model: PreTrainedModel, config: PruningConfig, progress: Progress | None, processes: Processes | None
-    ) -> _Work:
-        widths = plan_widths(model, config)
-        pairs = resolve_pruned(model, kv_groups=widths.attention == "kv_groups")
+        pairs = self._pairs(model)
+        decide_budget(model, self.config, pairs)  # refuses what could not be pruned afterwards
         _require_weights(model)
-        device = torch.device(config.device) if config.device else _device_of(pairs)
-        meter = Meter(progress, len(pairs))
-        return cls(model, config, widths, pairs, device, processes or Processes(), Stopwatch(device), meter)
+        session = Session.start(self.config, pairs, progress, processes)
+        return prepare(session, model, pairs, batches, self.config)
 
-    def prune_in_rounds(self, batches: Iterable[Any] | Prepared) -> PruningReport:
-        """Each round with sensitivity and statistics of what the last one left; own text is the original's."""
-        report: PruningReport | None = None
-        steps = self._rounds()
-        for index, sparsity in enumerate(steps):
-            work = self._towards(sparsity, report is None)
-            if not work.widths.changes:
-                continue  # rounded to the widths that are there
-            self.meter.rounds_left = len(steps) - 1 - index
-            if not isinstance(batches, Prepared):
-                batches = work.prepare(batches, passes_over(work.widths.pairs))
-            batches.check(work.pairs, work.config)
-            found = work.prune(batches)
-            report = found if report is None else report.followed_by(found)
-            batches = batches.batches
-        assert report is not None
-        report.config = self.config.to_dict()
-        return report
-
-    def _rounds(self) -> list[float]:
-        """Sparsities from the present one to the one asked for, in even steps."""
-        widths, last = self.widths, self.config.sparsity
-        present = (widths.original_parameters - widths.parameters_before) / widths.linear_parameters
-        rounds = self.config.rounds
-        return [*(present + (last - present) * done / rounds for done in range(1, rounds)), last]
-
-    def _towards(self, sparsity: float, first: bool) -> _Work:
-        """The same work with another sparsity, on the model as it is now."""
-        own = self.config.own_text if first else None
-        config = replace(self.config, sparsity=sparsity, own_text=own)
-        widths = widths_towards(self.model, config)
-        pairs = resolve_pruned(self.model, kv_groups=widths.attention == "kv_groups")
-        return replace(self, config=config, widths=widths, pairs=pairs)
-
-    def prepare(self, batches: Iterable[Any], passes: int = 0) -> Prepared:
-        with TensorStore(self.config.offload, self.device) as store:
-            return prepare(
-                self.model,
-                self.pairs,
-                batches,
-                self.config,
-                store,
-                processes=self.processes,
-                watch=self.watch,
-                meter=self.meter,
-                passes=passes,
-            )
-
-    def prune(self, prepared: Prepared) -> PruningReport:
-        config, widths, spec = self.config, self.widths, spec_for(self.model)
-        if config.allocation == "adaptive":
-            assert prepared.sensitivity is not None
-            widths = adaptive_widths(widths, self.pairs, prepared.sensitivity, config)
-        report = PruningReport.of_widths(widths, config.to_dict())
-        run = PruningRun(config, self.device, report, self.processes, self.watch, self.meter)
-        with evaluating(self.model), TensorStore(config.offload, self.device) as store:
-            with self.processes.together(), self.watch.phase("capture"):
-                samples = capture(self.model, spec, prepared.batches, config.micro_batch_size, store)
-            if config.damping == "auto":
-                hold_back(samples)
-            try:
-                run.prune_blocks(self.pairs, widths.pairs, prepared.sensitivity, samples, store, spec.attention)
-            finally:
-                record_plan(self.model, self.pairs)
-        return report
-
-
-def _device_of(pairs: list[list[ResolvedPair]]) -> torch.device:
-    return next(pairs[0][0].block.parameters()).device
+    def _pairs(self, model: PreTrainedModel) -> list[list[ResolvedPair]]:
+        return resolve_pruned(model, kv_groups=self.config.attention == "kv_groups")
 
 
 def _require_weights(model: PreTrainedModel) -> None:

@@ -6,7 +6,7 @@ import math
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from fasp_lightning.pruning.budget.widths import WidthPlan
+from fasp_lightning.pruning.budget.budget import Budget
 from fasp_lightning.pruning.perplexity import PerplexityResult
 
 SAME = 0.005
@@ -68,25 +68,23 @@ class TextReport:
 
 
 def restoration_warning(texts: list[TextReport]) -> str | None:
-    """What to tell the user if restoration raised the perplexity of a text; where it lowered one, that is said too.
+    """The warning where restoration raised the perplexity of a text; what it lowered is named beside it.
 
     Args:
         texts: Those that were measured.
     """
-    hurt = [_step(text) for text in texts if text.restoration_effect > 0]
-    helped = [_step(text) for text in texts if text.restoration_effect < 0]
-    if not hurt:
+    steps: dict[int, list[str]] = {-1: [], 0: [], 1: []}  # by the effect of restoration
+    for text in texts:
+        if text.unrestored is not None:
+            step = f"{text.name} from {text.unrestored.perplexity:.2f} to {text.after.perplexity:.2f}"
+            steps[text.restoration_effect].append(step)
+    if not steps[1]:
         return None
-    lowered = f"; it lowered that of {', '.join(helped)}" if helped else ""
+    lowered = f"; it lowered that of {', '.join(steps[-1])}" if steps[-1] else ""
     return (
-        f"restoration raised the perplexity of {', '.join(hurt)}{lowered}: it fits the calibration text; mix "
+        f"restoration raised the perplexity of {', '.join(steps[1])}{lowered}: it fits the calibration text; mix "
         "other text or own text into the calibration, raise damping, or set restoration to none"
     )
-
-
-def _step(text: TextReport) -> str:
-    assert text.unrestored is not None
-    return f"{text.name} from {text.unrestored.perplexity:.2f} to {text.after.perplexity:.2f}"
 
 
 @dataclass
@@ -120,14 +118,18 @@ class PruningReport:
     evaluation: list[TextReport] = field(default_factory=list)
 
     @classmethod
-    def of_widths(cls, widths: WidthPlan, config: dict[str, Any]) -> PruningReport:
+    def of_budget(cls, budget: Budget, config: dict[str, Any]) -> PruningReport:
         """A report with the figures that are known in advance."""
         return cls(
-            widths.sparsity, widths.sparsity_total, widths.parameters_before, widths.parameters_after, config=config
+            budget.sparsity, budget.sparsity_total, budget.parameters_before, budget.parameters_after, config=config
         )
 
     def followed_by(self, later: PruningReport) -> PruningReport:
-        """This pruning and a later one of the same model as one: what came out last, from what was there first."""
+        """The report of two prunings of one model as if they were one.
+
+        Args:
+            later: Of the pruning that followed; its figures are those of the outcome.
+        """
         pairs, warnings = self.pairs + later.pairs, self.warnings + later.warnings
         return replace(later, parameters_before=self.parameters_before, pairs=pairs, warnings=warnings)
 

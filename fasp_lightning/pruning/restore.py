@@ -9,10 +9,16 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fasp_lightning.ops.least_squares import output_energy, refit_bias, residual_energy, restore_weight
+from fasp_lightning.ops.least_squares import (
+    Restoration,
+    output_energy,
+    refit_bias,
+    residual_energy,
+    restore_weight,
+)
 from fasp_lightning.ops.selection import complement
 from fasp_lightning.ops.statistics import GramStatistics, centre
-from fasp_lightning.pruning.budget.widths import PairWidth
+from fasp_lightning.pruning.budget.budget import PairWidth
 from fasp_lightning.pruning.config import PruningConfig
 from fasp_lightning.pruning.report import PairReport
 from fasp_lightning.structure.pair import ResolvedPair
@@ -65,16 +71,20 @@ def restore_pair(
         config: ``restoration``, ``ridge``, ``damping`` and ``refit_bias`` are read.
     """
     problem = _Problem.of(pair, kept, config)
-    asked = None if config.restoration == "none" else _damping(problem, statistics, held, config.damping)
+    damping = None if config.restoration == "none" else config.damping
+    if damping == "auto":
+        damping = _best_damping(problem, statistics, held)
     if held is not None:
-        statistics.add(held)
+        statistics.add(held)  # once the damping is chosen, every token serves
     gram = statistics.gram()
     energy, plain = output_energy(problem.weight, gram), problem.plain_error(gram)
     best = _Solution([factor[:, kept] for factor in problem.factors], None, 0.0, "none")
     error = plain
-    if asked is not None:
-        found = problem.solve(statistics, gram, asked)
+    if damping is not None:
+        rows, used = problem.system(statistics, gram)
+        found = problem.solution(restore_weight(rows, used, kept, damping=damping, ridge=config.ridge), statistics)
         found_error = problem.error(found, statistics, gram)
+        # A ridge towards zero shrinks the weights: with strong damping that does more harm than the columns that went.
         if found_error <= plain and not (held and problem.gain(found, held) < 0):
             best, error = found, found_error
     entry = PairReport(
@@ -88,22 +98,21 @@ def restore_pair(
         solver=best.solver,
         seconds=0.0,
     )
-    singular = best.solver == "eigh" or best.damping > (asked or 0.0)
+    singular = best.solver == "eigh" or best.damping > (damping or 0.0)
     return Restored(best.factors, problem.refitted(best), singular), entry
 
 
-def _damping(
-    problem: _Problem, fitted: GramStatistics, held: GramStatistics | None, damping: float | str
-) -> float | None:
-    """The damping to solve with: as given, or the best on the tokens held back; ``None`` if none gains there."""
-    if not isinstance(damping, str):
-        return damping
+def _best_damping(problem: _Problem, fitted: GramStatistics, held: GramStatistics | None) -> float | None:
+    """The damping that is best on the tokens held back; ``None`` if none gains anything there."""
     if held is None or not held.tokens or not fitted.tokens:
         return FALLBACK
-    gram = fitted.gram()
-    gains = [problem.gain(problem.solve(fitted, gram, damping), held) for damping in GRID]
-    best = max(range(len(GRID)), key=gains.__getitem__)
-    return GRID[best] if gains[best] > 0 else None
+    rows, used = problem.system(fitted, fitted.gram())
+    gains = {}
+    for damping in GRID:
+        found = restore_weight(rows, used, problem.kept, damping=damping, ridge=problem.ridge)
+        gains[damping] = problem.gain(problem.solution(found, fitted), held)
+    best = max(gains, key=gains.__getitem__)
+    return best if gains[best] > 0 else None
 
 
 class _Solution(NamedTuple):
@@ -148,14 +157,20 @@ class _Problem:
         bias = getattr(pair.consumer, "bias", None) if config.refit_bias else None
         return cls(pair, kept, factors, pair.effective(factors), None if bias is None else bias.detach(), config.ridge)
 
-    def solve(self, statistics: GramStatistics, gram: Tensor, damping: float) -> _Solution:
-        mean = None if self.bias is None else statistics.mean()
-        used = gram if mean is None else centre(gram, mean, statistics.tokens)
-        # The restoration is a linear map of the columns, the same for every row: to restore W and each A is to
-        # restore W + Σ scaling · B A, and the rank stays.
-        found = restore_weight(torch.cat(self.factors), used, self.kept, damping=damping, ridge=self.ridge)
+    def system(self, statistics: GramStatistics, gram: Tensor) -> tuple[Tensor, Tensor]:
+        """What :func:`~fasp_lightning.ops.least_squares.restore_weight` is given: rows to restore, and their gram.
+
+        The restoration is a linear map of the columns, the same for every row: to restore W and each A is to restore
+        W + Σ scaling · B A, and the rank stays. With a bias to refit, the inputs are centred: the bias then carries
+        their mean.
+        """
+        used = gram if self.bias is None else centre(gram, statistics.mean(), statistics.tokens)
+        return torch.cat(self.factors), used
+
+    def solution(self, found: Restoration, statistics: GramStatistics) -> _Solution:
+        """The restored rows, taken apart again."""
         rows = list(found.weight.split([factor.shape[0] for factor in self.factors]))
-        return _Solution(rows, mean, found.damping, found.solver)
+        return _Solution(rows, None if self.bias is None else statistics.mean(), found.damping, found.solver)
 
     def error(self, solution: _Solution, statistics: GramStatistics, gram: Tensor) -> float:
         """‖W X − Ŵ X_M‖² over the tokens of ``statistics``, with the refitted bias if there is one."""

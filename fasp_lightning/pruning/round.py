@@ -1,151 +1,197 @@
-"""One pass over the blocks: statistics, kept units, restoration and cut of each pair."""
+"""One round of a pruning: a pass over the blocks, with statistics, kept units, restoration and cut of each pair."""
 
 from __future__ import annotations
 
 import logging
+import os
+import sys
 import time
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from fasp_lightning.ops.statistics import GramStatistics
+from fasp_lightning.pruning.blocks.capture import capture
 from fasp_lightning.pruning.blocks.replay import BlockReplay
-from fasp_lightning.pruning.blocks.samples import Sample
-from fasp_lightning.pruning.blocks.store import TensorStore
-from fasp_lightning.pruning.budget.widths import PairWidth
+from fasp_lightning.pruning.blocks.samples import Sample, Stored, hold_back
+from fasp_lightning.pruning.blocks.session import Session
+from fasp_lightning.pruning.budget.budget import Budget, PairWidth
 from fasp_lightning.pruning.config import PruningConfig
 from fasp_lightning.pruning.finite import require_finite
-from fasp_lightning.pruning.processes import Processes
-from fasp_lightning.pruning.progress import Meter, Stopwatch
-from fasp_lightning.pruning.report import PairReport, PruningReport
-from fasp_lightning.pruning.restore import Restored, restore_pair
-from fasp_lightning.pruning.select import select_units
-from fasp_lightning.structure.modes import placed
+from fasp_lightning.pruning.prepare import Prepared
+from fasp_lightning.pruning.report import PruningReport
+from fasp_lightning.pruning.restore import restore_pair
+from fasp_lightning.pruning.select import activation_scores, select_units
+from fasp_lightning.structure.modes import evaluating, placed
 from fasp_lightning.structure.pair import ResolvedPair
+from fasp_lightning.structure.plan import record_plan
+from fasp_lightning.structure.registry import spec_for
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 log = logging.getLogger(__name__)
 
+PACKAGE = f"{Path(__file__).parents[1]}{os.sep}"
+"""Warnings point at the line outside this folder that asked for the pruning."""
+
+
+def round_configs(budget: Budget, config: PruningConfig) -> list[PruningConfig]:
+    """The settings of each round: sparsities in even steps from the present one to the one asked for.
+
+    Own text is written in the first round alone, by the original model; later rounds take it over.
+
+    Args:
+        budget: The present widths, and those asked for.
+        config: ``sparsity`` and ``rounds`` are read.
+    """
+    first = budget.sparsity_before
+    steps = [first + (config.sparsity - first) * done / config.rounds for done in range(1, config.rounds)]
+    own_texts = [config.own_text, *(None for _ in steps)]
+    return [
+        replace(config, sparsity=sparsity, own_text=own)
+        for sparsity, own in zip([*steps, config.sparsity], own_texts, strict=True)
+    ]
+
 
 @dataclass(frozen=True)
-class PruningRun:
-    """One pass of :meth:`fasp_lightning.FASPPruner.prune`: settings, clock, progress and report.
+class PruningRound:
+    """One pass over the blocks of a model.
 
     Attributes:
-        config: The settings.
-        device: The compute device.
+        session: Where to compute.
+        model: The causal LM.
+        pairs: Its pairs; those that are cut know afterwards what is left of them.
+        config: The settings of this round.
+        budget: The widths to reach.
         report: Filled as pairs are cut.
-        processes: Those that prune together.
-        watch: Counts seconds by phase.
-        meter: Counts units of work.
     """
 
+    session: Session
+    model: PreTrainedModel
+    pairs: list[list[ResolvedPair]]
     config: PruningConfig
-    device: torch.device
+    budget: Budget
     report: PruningReport
-    processes: Processes
-    watch: Stopwatch
-    meter: Meter
 
-    def prune_blocks(
-        self,
-        pairs: list[list[ResolvedPair]],
-        widths: tuple[tuple[PairWidth, ...], ...],
-        sensitivity: list[list[Tensor]] | None,
-        samples: list[Sample],
-        store: TensorStore,
-        attention: str | None,
-    ) -> None:
+    def prune(self, prepared: Prepared) -> None:
         """Prune block after block, later ones seeing what is left of the earlier ones.
 
-        Args:
-            pairs: The pairs of each block.
-            widths: Their widths.
-            sensitivity: Their loss sensitivity, if it was measured.
-            samples: The calibration set.
-            store: Where its tensors are kept.
-            attention: Path of the attention module in a block.
-        """
-        self._start(samples, widths)
-        for index, block in enumerate(pairs):
-            replay = BlockReplay(block[0].block, index, block, attention, store, self.watch)
-            with placed(block[0].block, self.device):
-                for place, (pair, width) in enumerate(zip(block, widths[index], strict=True)):
-                    if width.after < width.before:
-                        scores = None if sensitivity is None else sensitivity[index][place]
-                        self._prune_pair(replay, pair, width, scores, samples)
-                with self.processes.together():
-                    for sample in samples:
-                        replay.advance(sample)
-                        self.meter.tick(index, "apply")
+        If this raises half-way, the blocks done so far stay pruned and the model's plan says so.
 
-    def _start(self, samples: list[Sample], widths: tuple[tuple[PairWidth, ...], ...]) -> None:
-        """Count the work, and warn if the calibration set is small."""
-        cut = cut_pairs(widths)
-        self.meter.expect(len(samples) * passes_over(widths))
-        self.report.tokens = int(self.processes.total(sum(sample.tokens for sample in samples))[0])
-        widest = max((pair.columns for pair in cut), default=0)
-        if self.report.tokens < widest:
+        Args:
+            prepared: The calibration set, and the loss sensitivity where the settings ask for it.
+        """
+        config, session, budget = self.config, self.session, self.budget
+        with evaluating(self.model), session.store:
+            with session.processes.together(), session.clock.phase("capture"):
+                samples, hidden = capture(self.model, prepared.batches, config.micro_batch_size, session.store)
+            if config.damping == "auto":
+                samples = hold_back(samples)
+            session.progress.expect(len(samples) * passes_over(budget))
+            self._count_tokens(samples, budget)
+            by_sensitivity = prepared.sensitivity if config.scores_by_sensitivity else None
+            try:
+                for index in range(len(self.pairs)):
+                    scores = None if by_sensitivity is None else by_sensitivity[index]
+                    self._prune_block(index, scores, samples, hidden)
+            finally:
+                record_plan(self.model, self.pairs)
+
+    def _count_tokens(self, samples: list[Sample], budget: Budget) -> None:
+        """Note the size of the calibration set, and warn if it is small."""
+        tokens = int(self.session.processes.total(sum(sample.tokens for sample in samples))[0])
+        widest = max((width.columns for width in budget.cut), default=0)
+        self.report.tokens = tokens
+        if tokens < widest:
             self._warn(
-                f"{self.report.tokens} calibration tokens are fewer than the {widest} columns of the widest pair: the "
-                "restoration will fit them and little else; give more text or raise damping"
+                f"{tokens} calibration tokens are fewer than the {widest} columns of the widest pair: the restoration "
+                "will fit them and little else; give more text or raise damping"
             )
 
-    def _warn(self, message: str) -> None:
-        """Tell the user now, and in the report."""
-        self.report.warnings.append(message)
-        warnings.warn(message, stacklevel=7)
-
-    def _prune_pair(
+    def _prune_block(
         self,
-        replay: BlockReplay,
-        pair: ResolvedPair,
-        width: PairWidth,
-        sensitivity: Tensor | None,
+        index: int,
+        scores: list[Tensor] | None,
         samples: list[Sample],
+        hidden: list[Stored],
     ) -> None:
+        """Prune the pairs of one block; what it returns then takes the place of its inputs in ``hidden``."""
+        pairs, attention = self.pairs[index], spec_for(self.model).attention
+        replay = BlockReplay(self.session, index, pairs, attention, samples, hidden)
+        with placed(replay.block, self.session.device):
+            for place, (pair, width) in enumerate(zip(pairs, self.budget.pairs[index], strict=True)):
+                if width.after < width.before:
+                    self._prune_pair(replay, pair, width, None if scores is None else scores[place])
+            with self.session.processes.together():
+                for sample in samples:
+                    replay.advance(sample.number)
+                    self.session.progress.count(index, "apply")
+
+    def _prune_pair(self, replay: BlockReplay, pair: ResolvedPair, width: PairWidth, scores: Tensor | None) -> None:
         """Statistics, selection, restoration and cut of one pair."""
-        start = time.perf_counter()
-        fitted = GramStatistics(pair.columns, self.device)
-        held = GramStatistics(pair.columns, self.device) if self.config.damping == "auto" else None
-        with self.processes.together():
-            for sample in samples:
-                replay.record(pair, sample, held if held and sample.held_back else fitted)
-                self.meter.tick(replay.index, "statistics")
-        for statistics in filter(None, (fitted, held)):
-            statistics.join(self.processes.add)
-            require_finite("activations", statistics.is_finite(), width.layer)
-
-        def decide() -> tuple[Tensor, Restored, PairReport]:
-            units = select_units(pair, width, fitted, sensitivity, self.config)
-            restored, entry = restore_pair(pair, width, self._columns(pair, units), fitted, held, self.config)
-            return units, restored.like(pair.consumer.weight), entry
-
-        with self.watch.phase("solve"):
-            units, restored, entry = self.processes.first(decide)
+        start, processes, clock = time.perf_counter(), self.session.processes, self.session.clock
+        inputs, fitted, held = self._statistics(replay, pair)
+        decided = None
+        with processes.together(), clock.phase("solve"):
+            if processes.is_first:
+                found = activation_scores(pair, fitted, self.config) if scores is None else scores
+                units = select_units(pair, width, found, self.config)
+                columns = self._columns(pair, units)
+                restored, entry = restore_pair(pair, width, columns, fitted, held, self.config)
+                decided = units, columns, restored.like(pair.consumer.weight), entry
+        units, columns, restored, entry = processes.from_first(decided)
         if restored.singular:
             self._warn(f"{width.layer}: the gram was singular; solved by {entry.solver} with damping {entry.damping:g}")
-        columns = self._columns(pair, units)
-        with self.watch.phase("cut"):
+        with clock.phase("cut"):
             pair.cut(units)
             pair.assign(restored.factors, restored.bias)
         log.debug("%s: %d -> %d, error %.4f", width.layer, width.before, width.after, entry.error_after)
         entry.seconds = time.perf_counter() - start
         self.report.pairs.append(entry)
-        with self.processes.together():
-            replay.finish(pair, columns, samples)
+        with processes.together():
+            replay.finish(pair, columns.to(self.session.device), inputs)
+
+    def _statistics(
+        self, replay: BlockReplay, pair: ResolvedPair
+    ) -> tuple[list[Stored], GramStatistics, GramStatistics | None]:
+        """Recorded consumer inputs, their statistics, and those of the samples held back; sums over all processes."""
+        session = self.session
+        fitted = GramStatistics(pair.columns, session.device)
+        held = GramStatistics(pair.columns, session.device) if self.config.damping == "auto" else None
+        inputs = []
+        with session.processes.together():
+            for sample in replay.samples:
+                statistics = held if held is not None and sample.held_back else fitted
+                inputs.append(replay.record(pair, sample.number, statistics))
+                session.progress.count(replay.index, "statistics")
+        for statistics in filter(None, (fitted, held)):
+            statistics.join(session.processes.add)
+            require_finite("activations", statistics.is_finite(), pair.layer)
+        return inputs, fitted, held
 
     def _columns(self, pair: ResolvedPair, units: Tensor) -> Tensor:
         """Where the units' columns are among those left."""
-        return torch.searchsorted(pair.layout.columns(pair.kept), pair.layout.columns(units)).to(self.device)
+        return torch.searchsorted(pair.layout.columns(pair.kept), pair.layout.columns(units)).to(self.session.device)
+
+    def _warn(self, message: str) -> None:
+        """Tell the user now, and in the report."""
+        self.report.warnings.append(message)
+        warnings.warn(message, stacklevel=_frames_inside())
 
 
-def passes_over(widths: tuple[tuple[PairWidth, ...], ...]) -> int:
+def passes_over(budget: Budget) -> int:
     """How often a pruning goes over its calibration set: for each pair that is cut, and for each block's outputs."""
-    return len(cut_pairs(widths)) + len(widths)
+    return len(budget.cut) + len(budget.pairs)
 
 
-def cut_pairs(widths: tuple[tuple[PairWidth, ...], ...]) -> list[PairWidth]:
-    """Those that lose something."""
-    return [pair for block in widths for pair in block if pair.after < pair.before]
+def _frames_inside() -> int:
+    """Stack level of the caller outside this package, seen from where this is called."""
+    frame, level = sys._getframe(1), 1
+    while frame is not None and frame.f_code.co_filename.startswith(PACKAGE):
+        frame, level = frame.f_back, level + 1  # type: ignore[assignment]
+    return level

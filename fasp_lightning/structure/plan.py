@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from fasp_lightning.errors import FaspError
+from fasp_lightning.structure.cuts import Cuts
 from fasp_lightning.structure.layout import PairLayout
 from fasp_lightning.structure.pair import ResolvedPair
 from fasp_lightning.structure.registry import spec_for
@@ -60,14 +61,10 @@ class PruningPlan:
         }
 
     @property
-    def kinds(self) -> set[str]:
-        """Kinds of the pairs that are cut, and ``"uneven"`` if blocks have different FFN widths.
-
-        Different numbers of KV groups count as well; they are left when a pruning fails half-way.
-        """
-        kinds = {layout.kind for layout, _ in self.widths.values()}
+    def cuts(self) -> Cuts:
+        """What is cut."""
         uneven = any(layout.kind != "value" and len(set(units)) > 1 for layout, units in self.widths.values())
-        return kinds | {"uneven"} if uneven else kinds
+        return Cuts(frozenset(layout.kind for layout, _ in self.widths.values()), uneven)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain dictionaries and lists."""
@@ -107,7 +104,7 @@ class PruningPlan:
             raise FaspError(f"a plan must be JSON, got {text[:60]!r}: {error}") from None
         return cls.from_dict(data)
 
-    def cuts(self) -> list[Kept]:
+    def kept(self) -> list[Kept]:
         """The plan as :func:`~fasp_lightning.structure.resolve.resolve` takes it."""
         return [
             {path: (pair.layout, torch.tensor(pair.kept, dtype=torch.long)) for path, pair in block.items()}
@@ -142,13 +139,13 @@ def resolve_pruned(model: PreTrainedModel, *, kv_groups: bool = False) -> list[l
         FaspError: If a path or shape does not fit, or value dims are cut where KV groups are asked for.
     """
     plan, spec = plan_of(model), spec_for(model)
-    kinds = plan.kinds if plan else set()
+    kinds = plan.cuts.kinds if plan else frozenset()
     if kv_groups:
         _require_groups(model, spec, kinds)
-    return resolve(model, spec, plan.cuts() if plan else None, kv_groups or "groups" in kinds)
+    return resolve(model, spec, plan.kept() if plan else None, kv_groups or "groups" in kinds)
 
 
-def _require_groups(model: PreTrainedModel, spec: ArchitectureSpec, kinds: set[str]) -> None:
+def _require_groups(model: PreTrainedModel, spec: ArchitectureSpec, kinds: frozenset[str]) -> None:
     obstacle = groups_obstacle(spec, model.config)
     if obstacle:
         reason = f"attention='kv_groups' cannot be used with {model.config.model_type}: {obstacle}"
@@ -203,7 +200,7 @@ def apply_plan(model: PreTrainedModel, plan: PruningPlan, *, wrap: bool = True) 
     Raises:
         FaspError: If the plan belongs to another family or to other shapes, or keeps a unit that is gone.
     """
-    pairs = resolve_pruned(model, kv_groups="groups" in plan.kinds)
+    pairs = resolve_pruned(model, kv_groups="groups" in plan.cuts.kinds)
     wanted = targets(model, pairs, plan)
     for pair, kept in wanted:  # all are checked before the first is cut
         if not torch.isin(kept, pair.kept).all():
@@ -228,7 +225,7 @@ def conform(model: PreTrainedModel, plan: PruningPlan | None) -> PreTrainedModel
     """
     plan = plan or PruningPlan(model.config.model_type, tuple({} for _ in resolve_pruned(model)))
     _change_units(model, plan)
-    pairs = resolve_pruned(model, kv_groups="groups" in plan.kinds)
+    pairs = resolve_pruned(model, kv_groups="groups" in plan.cuts.kinds)
     for pair, kept in targets(model, pairs, plan):
         if not torch.isin(kept, pair.kept).all():
             pair.widen()
@@ -239,8 +236,8 @@ def conform(model: PreTrainedModel, plan: PruningPlan | None) -> PreTrainedModel
 
 def _change_units(model: PreTrainedModel, plan: PruningPlan) -> None:
     """Give a model its whole attention back, if it is cut in other units than the plan's."""
-    present, other = plan_of(model), "value" if "groups" in plan.kinds else "groups"
-    if present is None or other not in present.kinds:
+    present, other = plan_of(model), "value" if "groups" in plan.cuts.kinds else "groups"
+    if present is None or other not in present.cuts.kinds:
         return
     pairs = resolve_pruned(model)
     for pair in (pair for block in pairs for pair in block if pair.spec.inside_attention):

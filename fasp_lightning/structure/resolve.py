@@ -34,14 +34,14 @@ def find_blocks(model: nn.Module, spec: ArchitectureSpec) -> nn.ModuleList:
 
 
 def resolve(
-    model: nn.Module, spec: ArchitectureSpec, cuts: Sequence[Kept] | None = None, kv_groups: bool = False
+    model: nn.Module, spec: ArchitectureSpec, kept: Sequence[Kept] | None = None, kv_groups: bool = False
 ) -> list[list[ResolvedPair]]:
     """Find the pairs of every block, and check their shapes against the model's config.
 
     Args:
         model: A causal LM, on any device, ``meta`` included.
         spec: Its row.
-        cuts: What was cut before, one mapping a block.
+        kept: What is left of the pairs that were cut before, one mapping a block.
         kv_groups: Let whole KV groups be the units of the attention, instead of value dims.
 
     Returns:
@@ -56,7 +56,7 @@ def resolve(
     resolved = []
     for index, block in enumerate(blocks):
         name = f"{spec.layers}.{index}"
-        before = cuts[index] if cuts else {}
+        before = kept[index] if kept else {}
         resolved.append([_resolve_pair(block, name, pair, spec.transposed, heads, before) for pair in pairs])
     return resolved
 

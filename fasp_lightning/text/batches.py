@@ -1,9 +1,10 @@
-"""What a batch of token ids may look like, checked in one place."""
+"""What a user's batch may look like: read and checked in one place, for pruning, perplexity and training alike."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,64 +13,83 @@ from torch import Tensor
 from fasp_lightning.errors import FaspError, FaspTypeError
 from fasp_lightning.ops.likelihood import IGNORED
 
-INPUTS = ("input_ids", "attention_mask", "position_ids")
-"""Entries of a batch that the model gets."""
+CALIBRATION = "calibration"
+"""Source of a batch that names none."""
 
 
-def as_inputs(batch: Any) -> tuple[Tensor, Tensor | None]:
-    """Take the token ids and the attention mask out of a batch, whichever form it has.
+@dataclass(frozen=True)
+class TokenBatch:
+    """A batch of token ids, checked, whichever form it was given in.
+
+    Attributes:
+        input_ids: (batch, seq) int64 token ids.
+        attention_mask: (batch, seq), non-zero at tokens and zero at padding; ``None`` means no padding.
+        position_ids: (batch, seq) positions that the model is to use; ``None`` leaves them to the model.
+        given_labels: (batch, seq) int64 labels, −100 where nothing is predicted; ``None`` if the batch has none.
+        weight: How much each of its tokens counts in the calibration.
+        source: Name of the text it comes from.
+    """
+
+    input_ids: Tensor
+    attention_mask: Tensor | None = None
+    position_ids: Tensor | None = None
+    given_labels: Tensor | None = None
+    weight: float = 1.0
+    source: str = CALIBRATION
+
+    @property
+    def inputs(self) -> dict[str, Tensor]:
+        """What the model is called with."""
+        given = {"attention_mask": self.attention_mask, "position_ids": self.position_ids}
+        return {"input_ids": self.input_ids} | {name: value for name, value in given.items() if value is not None}
+
+    @property
+    def labels(self) -> Tensor:
+        """(batch, seq) int64 labels; where the batch has none, every token but padding is predicted."""
+        if self.given_labels is not None:
+            return self.given_labels
+        if self.attention_mask is None:
+            return self.input_ids
+        return self.input_ids.masked_fill(self.attention_mask == 0, IGNORED)
+
+    @property
+    def tokens(self) -> int:
+        """Number of tokens, padding left out."""
+        return self.input_ids.numel() if self.attention_mask is None else int(self.attention_mask.bool().sum())
+
+
+def read_batch(batch: Any, what: str = "a batch", remedy: str = "") -> TokenBatch:
+    """Read a user's batch, and refuse what is none.
 
     Args:
-        batch: (batch, seq) int64 token ids, or a mapping that has them as `input_ids` and may have an
-            `attention_mask`; its other keys are passed over.
-
-    Returns:
-        (batch, seq) int64 token ids, and the (batch, seq) mask, non-zero at tokens, or None.
+        batch: (batch, seq) int64 token ids; or a mapping that has them as ``input_ids``, and may have
+            ``attention_mask``, ``position_ids``, ``labels`` (−100 where nothing is predicted), ``weight`` (how much
+            each token counts in the calibration) and ``source`` (the name of the text), other keys being passed over;
+            or a list or tuple whose first entry is one of both, as a ``TensorDataset`` gives it.
+        what: What the batch is, for messages.
+        remedy: What to do where it is none, for messages.
 
     Raises:
-        FaspTypeError: If the batch, its ids or its mask are something else than that.
-        FaspError: If their dtype or shape is wrong, or the batch is empty.
+        FaspTypeError: If the batch, or an entry of it, is of another type.
+        FaspError: If a dtype or shape is wrong, the batch is empty, or its weight is not positive and finite.
     """
-    if isinstance(batch, Mapping):
-        if "input_ids" not in batch:
-            raise FaspError(f"a mapping must have 'input_ids' to be a batch, got keys {list(batch)}")
-        input_ids, mask = batch["input_ids"], batch.get("attention_mask")
-    else:
-        input_ids, mask = batch, None
-    _check_ids(input_ids)
-    if mask is not None:
-        _check_mask(mask, input_ids)
-    return input_ids, mask
+    try:
+        return _read(batch, what)
+    except FaspError as error:
+        if remedy:
+            raise type(error)(f"{error}; {remedy}") from None
+        raise
 
 
-def weight_of(batch: Any) -> float:
-    """How much each token of a calibration batch counts: its `weight` if it is a mapping that has one, else 1.
+def labelled(batches: list[Tensor], source: str, weight: float = 1.0) -> list[dict[str, Any]]:
+    """Batches of one text that say which text it is, and how much each of its tokens counts.
 
     Args:
-        batch: As in :func:`as_inputs`.
-
-    Raises:
-        FaspTypeError: If the weight is not one number.
-        FaspError: If it is not positive, or not finite.
+        batches: (batch, seq) token ids.
+        source: Name of the text.
+        weight: Weight of each token.
     """
-    weight = batch.get("weight") if isinstance(batch, Mapping) else None
-    if weight is None:
-        return 1.0
-    if not isinstance(weight, (int, float)) or isinstance(weight, bool):
-        raise FaspTypeError(
-            f"weight of a batch must be one number, got {type(weight).__name__}; "
-            "put sequences of different weights into batches of their own"
-        )
-    if not 0 < weight < math.inf:
-        raise FaspError(
-            f"weight of a batch must be positive and finite, got {weight}; leave a batch out that should not count"
-        )
-    return float(weight)
-
-
-def weighted(batches: list[Tensor], weight: float) -> list[Any]:
-    """Batches of token ids of which each token counts ``weight`` times; as they are for a weight of 1."""
-    return list(batches) if weight == 1 else [{"input_ids": ids, "weight": weight} for ids in batches]
+    return [{"input_ids": ids, "source": source, "weight": weight} for ids in batches]
 
 
 def check_vocabulary(input_ids: Tensor, vocab_size: int) -> None:
@@ -80,7 +100,7 @@ def check_vocabulary(input_ids: Tensor, vocab_size: int) -> None:
         vocab_size: Number of embeddings of the model.
 
     Raises:
-        FaspError: If an id is negative, or `vocab_size` or more.
+        FaspError: If an id is negative, or ``vocab_size`` or more.
     """
     outside = input_ids[(input_ids < 0) | (input_ids >= vocab_size)]
     if outside.numel():
@@ -90,12 +110,33 @@ def check_vocabulary(input_ids: Tensor, vocab_size: int) -> None:
         )
 
 
+def _read(batch: Any, what: str) -> TokenBatch:
+    if isinstance(batch, (list, tuple)) and batch and isinstance(batch[0], (Tensor, Mapping)):
+        batch = batch[0]
+    fields = {"input_ids": batch} if isinstance(batch, Tensor) else batch
+    if not isinstance(fields, Mapping) or "input_ids" not in fields:
+        wrong = FaspError if isinstance(fields, Mapping) else FaspTypeError
+        got = f"keys {list(fields)}" if isinstance(fields, Mapping) else type(batch).__name__
+        raise wrong(f"{what} must be a tensor of token ids or a mapping with 'input_ids', got {got}")
+    input_ids, mask = fields["input_ids"], fields.get("attention_mask")
+    _check_ids(input_ids)
+    if mask is not None:
+        _check_mask(mask, input_ids)
+    for name in ("position_ids", "labels"):
+        _check_like_ids(name, fields.get(name), input_ids)
+    return TokenBatch(
+        input_ids,
+        mask,
+        fields.get("position_ids"),
+        fields.get("labels"),
+        _weight(fields.get("weight")),
+        str(fields.get("source") or CALIBRATION),
+    )
+
+
 def _check_ids(input_ids: Any) -> None:
     if not isinstance(input_ids, Tensor):
-        raise FaspTypeError(
-            "a batch must be a tensor of token ids or a mapping with 'input_ids' that is one, "
-            f"got {type(input_ids).__name__}"
-        )
+        raise FaspTypeError(f"input_ids must be a tensor of token ids, got {type(input_ids).__name__}")
     if input_ids.dtype != torch.int64:
         raise FaspError(f"input_ids must be int64, got {input_ids.dtype}; convert them with .long()")
     if input_ids.ndim != 2:
@@ -113,43 +154,27 @@ def _check_mask(mask: Any, input_ids: Tensor) -> None:
         raise FaspError(f"attention_mask must be 0 and 1 in an integer or boolean dtype, got {mask.dtype}")
 
 
-def read_tokens(batch: Any, what: str, remedy: str) -> tuple[dict[str, Tensor], Tensor]:
-    """What :func:`~fasp_lightning.text.batches.read_batch` makes of a user's batch, or of its first entry.
-
-    Args:
-        batch: Token ids, a mapping with ``input_ids``, or a sequence whose first entry is one of both.
-        what: Name of the data, for the message.
-        remedy: What to do if it is none of these, likewise.
-
-    Raises:
-        FaspError: If it is none of these.
-    """
-    try:
-        return read_batch(batch[0] if isinstance(batch, Sequence) and batch else batch)
-    except FaspError as error:
-        raise FaspError(f"{what}: {error}; {remedy}") from error
+def _check_like_ids(name: str, value: Any, input_ids: Tensor) -> None:
+    if value is None:
+        return
+    if not isinstance(value, Tensor):
+        raise FaspTypeError(f"{name} must be a tensor, got {type(value).__name__}")
+    if value.dtype != torch.int64:
+        raise FaspError(f"{name} must be int64, got {value.dtype}; convert them with .long()")
+    if value.shape != input_ids.shape:
+        raise FaspError(f"{name} must have input_ids' shape, {tuple(input_ids.shape)}, got {tuple(value.shape)}")
 
 
-def read_batch(batch: Any) -> tuple[dict[str, Tensor], Tensor]:
-    """A batch as what the model gets, and labels.
-
-    Args:
-        batch: (batch, seq) token ids, or a mapping with ``input_ids`` and optionally ``attention_mask``,
-            ``position_ids`` and ``labels`` (-100 where ignored). Without labels every token but padding is predicted.
-
-    Raises:
-        FaspError: If it is neither.
-    """
-    if isinstance(batch, Tensor):
-        batch = {"input_ids": batch}
-    if not isinstance(batch, Mapping) or "input_ids" not in batch:
-        raise FaspError(
-            "a batch must be a tensor of token ids or a mapping with input_ids, "
-            f"got {sorted(batch) if isinstance(batch, Mapping) else type(batch).__name__}"
+def _weight(weight: Any) -> float:
+    if weight is None:
+        return 1.0
+    if not isinstance(weight, (int, float)) or isinstance(weight, bool):
+        raise FaspTypeError(
+            f"weight of a batch must be one number, got {type(weight).__name__}; "
+            "put sequences of different weights into batches of their own"
         )
-    inputs = {name: batch[name] for name in INPUTS if batch.get(name) is not None}
-    labels = batch.get("labels")
-    if labels is None:
-        labels, mask = inputs["input_ids"], inputs.get("attention_mask")
-        labels = labels if mask is None else labels.masked_fill(mask == 0, IGNORED)
-    return inputs, labels
+    if not 0 < weight < math.inf:
+        raise FaspError(
+            f"weight of a batch must be positive and finite, got {weight}; leave a batch out that should not count"
+        )
+    return float(weight)

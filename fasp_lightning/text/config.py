@@ -1,4 +1,4 @@
-"""Which text, and how much of it."""
+"""Which text, and how much of it: the one description of a text, in the commands and in a data module."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal, NamedTuple
 
 from fasp_lightning.errors import FaspError
 from fasp_lightning.text.corpora import BUILTIN
@@ -16,9 +17,28 @@ from fasp_lightning.text.splits import SHARES
 SPLITS = tuple(SHARES)
 """The splits of built-in and local text."""
 
+SEQUENCES, SEQ_LEN, BATCH_SIZE, SEED = 64, 512, 1, 0
+"""What a text that leaves these open means outside a data module, which has values of its own."""
+
 _HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?")
 
 _HUB_SPLITS = {"calibration": "train"}  # no data set on the hub has a calibration split
+
+
+class Extent(NamedTuple):
+    """How much of a text is read and how it is cut, with nothing left open.
+
+    Attributes:
+        sequences: Number of sequences; ``None`` is the whole text.
+        seq_len: Tokens of a sequence.
+        batch_size: Sequences of a batch.
+        seed: Seed of the drawing of sequences.
+    """
+
+    sequences: int | None
+    seq_len: int
+    batch_size: int
+    seed: int
 
 
 @dataclass(frozen=True)
@@ -31,44 +51,56 @@ class TextConfig:
             set on the hub.
         subset: The configuration of a data set on the hub, where it has several.
         split: For built-in and local text one of calibration, train, test, validation, which share no
-            document; None is all of a local text. For the hub a split of the data set.
+            document; for the hub a split of the data set. None is the split of the role that the text serves in
+            (calibration reads the hub's train), but all of a local text. What several roles of a data module read
+            is divided among them by document.
         column: The column or key of a .jsonl file, .parquet file or data set that holds the text.
-        seq_len: Tokens of a sequence.
-        sequences: Number of sequences, drawn at random where the text has more; None takes the whole text.
-        seed: Seed of that drawing.
-        batch_size: Sequences of a batch.
         separator: Text between two documents; None puts the tokenizer's end-of-text token there. WikiText,
             whose rows on the hub are paragraphs, is commonly joined with two line feeds.
-        weight: How much each token of this text counts beside other calibration texts; for calibration alone.
+        sequences: Number of sequences, drawn at random by the seed where the text has more: from its first 1024, or
+            from 16 times as many as are asked for, if that is more. None is the whole text. "auto" is 64 in the
+            commands; in a data module it is the whole text, but of calibration text, and of validation and test
+            text beside a streamed training text, the first 1024 sequences.
+        seed: Seed of that drawing; None is that of the data module, and 0 outside one.
+        seq_len: Tokens of a sequence; None is that of the data module, and 512 outside one.
+        batch_size: Sequences of a batch; None is that of the data module, and 1 outside one.
+        epoch_weight: Share of the sequences of a training epoch, relative to the other texts' weights; None on all of
+            them gives each the share of its length. For training text alone.
+        token_weight: How much each token of this text counts in the statistics beside those of other calibration
+            texts. For calibration text alone, outside a data module.
 
     Raises:
-        FaspError: If a field is outside its range, or the source is neither of those above.
+        FaspError: If a field is outside its range, or the source is none of those above.
     """
 
     source: str = "builtin:topics"
     subset: str | None = None
     split: str | None = None
     column: str = "text"
-    seq_len: int = 512
-    sequences: int | None = 64
-    seed: int = 0
-    batch_size: int = 1
     separator: str | None = None
-    weight: float = 1.0
+    sequences: int | Literal["auto"] | None = "auto"
+    seed: int | None = None
+    seq_len: int | None = None
+    batch_size: int | None = None
+    epoch_weight: float | None = None
+    token_weight: float = 1.0
 
     def __post_init__(self) -> None:
         kind = self.kind  # refuses an unknown source
         if kind != "hub" and self.split is not None and self.split not in SPLITS:
-            raise FaspError(_bad_split(self))
+            raise FaspError(unknown_split(self))
         if kind != "hub" and self.subset is not None:
             raise FaspError(f"subset is for the hub alone, got {self.subset!r} with source {self.source!r}")
-        if self.seq_len < 2:
+        if self.seq_len is not None and self.seq_len < 2:
             raise FaspError(f"seq_len must be 2 or more, got {self.seq_len}: one token predicts nothing")
-        for name, value in (("sequences", self.sequences), ("batch_size", self.batch_size)):
+        if isinstance(self.sequences, str) and self.sequences != "auto":
+            raise FaspError(f"sequences must be a number, None or 'auto', got {self.sequences!r}")
+        for name, value in (("sequences", self.number), ("batch_size", self.batch_size)):
             if value is not None and value < 1:
                 raise FaspError(f"{name} must be 1 or more, got {value}")
-        if not 0 < self.weight < math.inf:
-            raise FaspError(f"weight must be positive and finite, got {self.weight}")
+        for name, weight in (("epoch_weight", self.epoch_weight), ("token_weight", self.token_weight)):
+            if weight is not None and not 0 < weight < math.inf:
+                raise FaspError(f"{name} must be positive and finite, got {weight} for source {self.source!r}")
 
     @property
     def kind(self) -> str:
@@ -85,27 +117,59 @@ class TextConfig:
             f"pattern of them, or a data set on the hub, got {self.source!r}"
         )
 
+    @property
+    def number(self) -> int | None:
+        """``sequences`` where it is a number."""
+        return None if isinstance(self.sequences, str) else self.sequences
+
+    def extent(
+        self,
+        sequences: int | None = SEQUENCES,
+        seq_len: int = SEQ_LEN,
+        batch_size: int = BATCH_SIZE,
+        seed: int = SEED,
+    ) -> Extent:
+        """Fill in what the text leaves to the run that it is part of.
+
+        Args:
+            sequences: What "auto" means there.
+            seq_len: Tokens of a sequence, where the text sets none; likewise the others.
+            batch_size: Sequences of a batch.
+            seed: Seed of the drawing.
+        """
+        return Extent(
+            sequences if self.sequences == "auto" else self.number,
+            seq_len if self.seq_len is None else self.seq_len,
+            batch_size if self.batch_size is None else self.batch_size,
+            seed if self.seed is None else self.seed,
+        )
+
 
 def for_role(config: TextConfig, role: str) -> TextConfig:
     """Fill in the split that a text in some role should come from, where the config leaves it open.
 
     Args:
         config: The text.
-        role: What it serves for, one of `SPLITS`.
+        role: What it serves for, one of ``SPLITS``.
 
     Returns:
         The config with that split (of the hub: "train" for calibration); unchanged where a split is set, and
         for local text, all of which is meant unless a split is named.
 
     Raises:
-        FaspError: If there is no such role, or a text has a weight that does not serve for calibration.
+        FaspError: If there is no such role, or the text has a weight that means nothing in it.
     """
     if role not in SPLITS:
         raise FaspError(f"role must be one of {', '.join(SPLITS)}, got {role!r}")
-    if role != "calibration" and config.weight != 1:
+    if role != "calibration" and config.token_weight != 1:
         raise FaspError(
-            f"weight must be 1 for all but calibration text, got {config.weight} for {describe(config)}: each token of "
-            "a text counts alike in its perplexity"
+            f"token_weight must be 1 for all but calibration text, got {config.token_weight} for {describe(config)}: "
+            "each token of a text counts alike in its perplexity and in training; leave it out"
+        )
+    if role != "train" and config.epoch_weight is not None:
+        raise FaspError(
+            f"epoch_weight must be None for all but training text, got {config.epoch_weight} for {describe(config)}: "
+            f"only a training epoch is divided by it; leave it out{' or set token_weight' * (role == 'calibration')}"
         )
     if config.split is not None or config.kind == "local":
         return config
@@ -122,6 +186,6 @@ def describe(config: TextConfig) -> str:
     return f"{name}{subset}{split}"
 
 
-def _bad_split(config: TextConfig) -> str:
-    """Say which splits there are."""
+def unknown_split(config: TextConfig) -> str:
+    """Say which splits built-in and local text has, as an error's message."""
     return f"split of source {config.source!r} must be one of {', '.join(SPLITS)}, got {config.split!r}"

@@ -1,4 +1,4 @@
-"""The two built-in corpora, read from the running Python itself, and the rule that deals documents to splits.
+"""The two built-in corpora, read from the running Python itself.
 
 ``builtin:topics`` is the language reference behind ``help()`` (``pydoc_data.topics``); ``builtin:docstrings``
 are the docstrings of the standard library's modules. Both differ between Python versions (and the second also
@@ -20,9 +20,9 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from fasp_lightning.errors import FaspError
-from fasp_lightning.text.splits import SHARES, deal, digest
+from fasp_lightning.text.splits import deal_corpus
 
-_log = logging.getLogger(__name__)
+log = logging.getLogger(__name__)
 
 
 REPEAT_LENGTH = 80
@@ -39,29 +39,6 @@ _Documented = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
 
 _HEADING = re.compile(r"^(?=\S.*\n([*=~^\"-])\1{3,}$)", re.MULTILINE)  # empty, before an underlined line
 _BLANK_LINE = re.compile(r"\n\s*\n")
-
-
-def deal_corpus(documents: Iterable[tuple[str, str]]) -> dict[str, list[str]]:
-    """Deal a whole corpus, so that each split gets its share of the characters to within half a document.
-
-    The documents are put into the order of the hashes of their names and cut where the shares end. Few and
-    unequal documents would miss the shares by a quarter if each were dealt by its own hash.
-
-    Args:
-        documents: Pairs of name and text.
-
-    Returns:
-        Split → texts. A document is in exactly one split; which one depends on the names and sizes, not on
-        positions.
-    """
-    ordered = sorted(documents, key=lambda item: (digest(item[0]), item[1]))
-    total = sum(len(text) for _, text in ordered)
-    dealt: dict[str, list[str]] = {name: [] for name in SHARES}
-    before = 0
-    for _, text in ordered:
-        dealt[deal((before + len(text) / 2) / total)].append(text)
-        before += len(text)
-    return dealt
 
 
 def without_repeats(documents: Iterable[tuple[str, str]]) -> Iterator[tuple[str, str]]:
@@ -138,7 +115,7 @@ def _docstrings(path: Path) -> Iterator[str]:
         with tokenize.open(path) as file:  # honours the file's coding line
             tree = ast.parse(file.read())
     except (SyntaxError, UnicodeDecodeError, OSError) as error:
-        _log.debug("builtin:docstrings leaves out %s: %s", path, error)
+        log.debug("builtin:docstrings leaves out %s: %s", path, error)
         return
     for node in _definitions(tree):
         text = ast.get_docstring(node, clean=False)
@@ -147,7 +124,7 @@ def _docstrings(path: Path) -> Iterator[str]:
 
 
 def _definitions(node: ast.AST) -> Iterator[_Documented]:
-    """Yield a tree's module, classes and functions in the order of the source, which `ast.walk` hasn't."""
+    """Yield a tree's module, classes and functions in the order of the source, which ``ast.walk`` has not."""
     if isinstance(node, _Documented):
         yield node
     for child in ast.iter_child_nodes(node):
@@ -167,6 +144,6 @@ def builtin_splits(source: str) -> dict[str, list[str]]:
     """Split → documents of a built-in corpus, read once a process.
 
     Args:
-        source: One of `BUILTIN`.
+        source: One of ``BUILTIN``.
     """
     return deal_corpus(without_repeats(BUILTIN[source]()))

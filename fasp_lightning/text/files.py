@@ -1,4 +1,4 @@
-"""Documents from local files and from the hub, one at a time. `datasets` is imported only where it reads."""
+"""Documents from local files and from the hub, one at a time. ``datasets`` is imported only where it reads."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from fasp_lightning.errors import FaspError, FaspFileNotFoundError
+from fasp_lightning.errors import FaspError, FaspFileNotFoundError, one_line
 
 READERS = {".txt": "text", ".jsonl": "json", ".parquet": "parquet"}
-"""Suffix of a text file → name of the `datasets` builder (.txt is read without it)."""
+"""Suffix of a text file → name of the ``datasets`` builder (.txt is read without it)."""
 
 PIECE_LENGTH = 4000
 """Characters, at least, of the pieces into which a .txt file is cut when a split of it is asked for."""
@@ -33,7 +33,7 @@ def local_files(source: str) -> list[Path]:
 
     Raises:
         FaspFileNotFoundError: If there is none.
-        FaspError: If the one file named has another suffix than those of `READERS`.
+        FaspError: If the one file named has another suffix than those of ``READERS``.
     """
     path = Path(source).expanduser()
     if path.is_file():
@@ -63,7 +63,7 @@ def local_documents(source: str, column: str, in_pieces: bool) -> Iterator[str]:
         if file.suffix != ".txt":
             yield from _texts(_file_rows(file), column, str(file))
         elif in_pieces:
-            yield from _pieces(file)
+            yield from _cut_at_lines(file)
         else:
             yield _read(file)
 
@@ -90,10 +90,6 @@ def _suffixes() -> str:
     return ", ".join(READERS)
 
 
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())
-
-
 def _read(file: Path) -> str:
     """Read one UTF-8 text file."""
     try:
@@ -102,8 +98,8 @@ def _read(file: Path) -> str:
         raise FaspError(f"source {str(file)!r} is not UTF-8 text ({error}); convert it to UTF-8") from error
 
 
-def _pieces(file: Path) -> Iterator[str]:
-    """Cut a .txt file at line ends into pieces of `PIECE_LENGTH` characters or a little more."""
+def _cut_at_lines(file: Path) -> Iterator[str]:
+    """Cut a .txt file at line ends into pieces of ``PIECE_LENGTH`` characters or a little more."""
     piece: list[str] = []
     length = 0
     for line in _read(file).splitlines(keepends=True):
@@ -133,23 +129,23 @@ def _file_rows(file: Path) -> Iterator[dict[str, Any]]:
     from datasets import load_dataset
     from datasets.exceptions import DatasetsError
 
-    if file.stat().st_size == 0:  # `datasets` ends in a bare StopIteration on an empty file
+    if file.stat().st_size == 0:  # ``datasets`` ends in a bare StopIteration on an empty file
         return
     try:
         yield from _rows(load_dataset(READERS[file.suffix], data_files=str(file), split="train", streaming=True))
     except (DatasetsError, ValueError, OSError) as error:
-        fault = _fault(file) or _one_line(error)
+        fault = _fault(file) or one_line(error)
         raise FaspError(f"source {str(file)!r} is corrupt: {fault}; repair or remove it") from error
 
 
 def _rows(dataset: Any) -> Iterator[dict[str, Any]]:
-    """Yield the rows of a data set, all of them also in a DataLoader's worker, where `iter` would give a share."""
+    """Yield the rows of a data set, all of them also in a DataLoader's worker, where ``iter`` would give a share."""
     for batch in dataset.iter(batch_size=1):
         yield {column: values[0] for column, values in batch.items()}
 
 
 def _fault(file: Path) -> str | None:
-    """Describe the first line of a .jsonl file that isn't a JSON object; `datasets` counts within chunks."""
+    """Describe the first line of a .jsonl file that isn't a JSON object; ``datasets`` counts within chunks."""
     if file.suffix != ".jsonl":
         return None
     with file.open("rb") as lines:
@@ -172,6 +168,6 @@ def _hub_rows(source: str, subset: str | None, split: str) -> Iterator[dict[str,
     except (DatasetsError, ValueError, OSError) as error:
         raise FaspError(
             f"source {source!r} (subset {subset!r}, split {split!r}) is neither a built-in corpus, nor a "
-            f"local file, nor a data set that the hub gave: {_one_line(error)}; check the names, or give "
+            f"local file, nor a data set that the hub gave: {one_line(error)}; check the names, or give "
             "a local file"
         ) from error

@@ -1,4 +1,4 @@
-"""How the sequences of an epoch are divided among several texts."""
+"""How several texts are mixed by weight: the sequences of a cached epoch, and which text of a stream comes next."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ def shares_of(lengths: Sequence[int], weights: Sequence[float] | None, total: in
 
     Args:
         lengths: Sequences of each text.
-        weights: Weight of each text; None takes their lengths.
+        weights: Weight of each text; ``None`` takes their lengths.
         total: Sequences of an epoch.
 
     Returns:
-        Sequences of each text in an epoch, `total` together: the exact shares rounded down, what is left
+        Sequences of each text in an epoch, ``total`` together: the exact shares rounded down, what is left
         given to the largest remainders.
 
     Raises:
@@ -30,7 +30,22 @@ def shares_of(lengths: Sequence[int], weights: Sequence[float] | None, total: in
         counts[text] += 1
     if not all(counts):
         raise FaspError(
-            f"weights {weights} must give each text a sequence of an epoch of {total}, got {counts}; raise the "
-            "smallest weight or sequences_per_epoch"
+            f"epoch_weight of each text, {weights}, must give it a sequence of an epoch of {total}, got {counts}; "
+            "raise the smallest weight or sequences_per_epoch"
         )
     return counts
+
+
+def next_text(weights: Sequence[float], counts: Sequence[int]) -> int:
+    """Choose the text that is furthest behind its share, which mixes a window of any length in proportion.
+
+    Args:
+        weights: Weight of each text.
+        counts: How often each was chosen.
+
+    Returns:
+        Index of the text, the first one of several that are equally far behind.
+    """
+    total, chosen = sum(weights), sum(counts) + 1
+    behind = [chosen * weight / total - count for weight, count in zip(weights, counts, strict=True)]
+    return behind.index(max(behind))

@@ -1,27 +1,32 @@
-"""Tokenised text in a cache: packed sequences in an Arrow file, memory-mapped by `datasets`."""
+"""Tokenised text in a cache: packed sequences in an Arrow file, memory-mapped by ``datasets``."""
 
 from __future__ import annotations
 
 import hashlib
-import json
+import logging
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Set
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from fasp_lightning.errors import FaspError
-from fasp_lightning.staging import place
-from fasp_lightning.text.roles import distinct
-from fasp_lightning.text.tokens import document_groups, encode_documents
+from fasp_lightning.errors import FaspError, FaspOSError
+from fasp_lightning.staging import fingerprint, place, read_json, staged, write_json
+from fasp_lightning.text.splits import distinct
+from fasp_lightning.text.tokens import document_groups, draw, encode_documents
 
-FORMAT = 2
+FORMAT = 3
 """Goes into every key: a change of the packing makes old files unused."""
+
+SEQUENCES_FILE, ABOUT_FILE = "sequences.arrow", "about.json"
+"""What a text's folder in the cache holds: its sequences, and what they are."""
+
+log = logging.getLogger(__name__)
 
 
 class TooShort(FaspError):
-    """A text has not one sequence."""
+    """A text has not one sequence, or fewer than are asked for."""
 
 
 @dataclass(frozen=True)
@@ -30,8 +35,8 @@ class Tokenised:
 
     Attributes:
         key: What it was made of, hashed.
-        sequences: A `datasets.Dataset` with the column input_ids, `seq_len` ids a row, memory-mapped.
-        documents: What :func:`distinct` says of its documents.
+        sequences: A ``datasets.Dataset`` with the column input_ids, ``seq_len`` ids a row, memory-mapped.
+        documents: Marks of the documents that were read, as :func:`~fasp_lightning.text.splits.distinct` gives them.
         content: Hash of the sequences themselves, the same wherever and whenever the text's files were copied.
     """
 
@@ -42,15 +47,10 @@ class Tokenised:
 
 
 def default_cache() -> Path:
-    """Folder beside the data sets that `datasets` caches; HF_HOME and HF_DATASETS_CACHE move it."""
+    """Folder beside the data sets that ``datasets`` caches; HF_HOME and HF_DATASETS_CACHE move it."""
     from datasets import config
 
     return Path(config.HF_DATASETS_CACHE) / "fasp_lightning"
-
-
-def key_of(**parts: Any) -> str:
-    """Hash plain data that decides on a cached text."""
-    return hashlib.sha256(json.dumps([FORMAT, parts], sort_keys=True).encode()).hexdigest()[:32]
 
 
 def tokenised(
@@ -64,29 +64,78 @@ def tokenised(
 ) -> Tokenised:
     """Load a text's sequences from the cache, or tokenise it and put them there.
 
+    An entry that is damaged is made anew, and the log says so.
+
     Args:
         folder: The cache.
         key: Name of the text in it, which tells apart whatever gives other sequences.
         documents: Opens the text; called only if the cache hasn't it.
         tokenizer: A tokenizer of transformers.
         seq_len: Tokens of a sequence.
-        separator: Text between two documents; None puts the tokenizer's end-of-text token there.
-        limit: Number of sequences to stop at; None takes all.
+        separator: Text between two documents; ``None`` puts the tokenizer's end-of-text token there.
+        limit: Number of sequences to stop at; ``None`` takes all.
 
     Returns:
         The sequences: the documents end to end, cut without overlap; the rest at the end is left out.
 
     Raises:
         TooShort: If the text is shorter than one sequence.
+        FaspOSError: If what was just written cannot be read.
     """
-    from datasets import Dataset
-
     entry = folder / key
+
+    def write(part: Path) -> None:
+        _write(part, documents(), tokenizer, seq_len, separator, limit)
+
     if not entry.is_dir():
-        place(entry, lambda part: _write(part, documents(), tokenizer, seq_len, separator, limit))
-    about = json.loads((entry / "about.json").read_text("utf-8"))
-    rows = Dataset.from_file(str(entry / "sequences.arrow")).with_format("torch")
-    return Tokenised(key, rows, frozenset(about["documents"]), about["content"])
+        place(entry, write)
+    elif (found := _read(entry)) is not None:
+        return found
+    else:
+        with staged(entry) as part:
+            write(part)
+    found = _read(entry)
+    if found is None:
+        raise FaspOSError(f"{entry} must be readable once it is written, and is damaged again; check the disk")
+    return found
+
+
+def drawn(text: Tokenised, wanted: int, seed: int) -> Tokenised:
+    """Draw sequences of a text, by :func:`fasp_lightning.text.tokens.draw`.
+
+    Args:
+        text: The text, or as much of its start as they are drawn from.
+        wanted: Number of sequences.
+        seed: What they depend on.
+
+    Raises:
+        TooShort: If the text has fewer.
+    """
+    available = len(text.sequences)
+    if available < wanted:
+        raise TooShort(f"it has {available} sequences, and sequences={wanted} are asked for")
+    if available == wanted:
+        return text
+    sequences = text.sequences.select(draw(available, wanted, seed).tolist())
+    return replace(text, sequences=sequences, content=fingerprint(text.content, wanted, seed))
+
+
+def _read(entry: Path) -> Tokenised | None:
+    """What an entry holds; ``None``, and a line in the log, if it is damaged."""
+    from datasets import Dataset
+    from pyarrow import ArrowException  # type: ignore[import-untyped]
+
+    file = entry / SEQUENCES_FILE
+    try:
+        about = read_json(entry / ABOUT_FILE)
+        if file.stat().st_size != about["bytes"]:
+            raise FaspError(f"{file.name} must have {about['bytes']} bytes, got {file.stat().st_size}")
+        rows = Dataset.from_file(str(file)).with_format("torch")
+        return Tokenised(entry.name, rows, frozenset(about["documents"]), about["content"])
+    except (OSError, ValueError, KeyError, TypeError, ArrowException) as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        log.warning("the cached text %s is damaged (%s): it is tokenised anew", entry, reason)
+        return None
 
 
 def _write(
@@ -99,13 +148,13 @@ def _write(
     seen: dict[str, None] = {}
     content = hashlib.sha256()
     features = Features({"input_ids": Sequence(Value("int32"), length=seq_len)})
-    with ArrowWriter(path=str(part / "sequences.arrow"), features=features) as writer:
+    with ArrowWriter(path=str(part / SEQUENCES_FILE), features=features) as writer:
         for blocks in pack(_noting(documents, seen), tokenizer, seq_len, separator, limit):
             content.update(array("q", chain.from_iterable(blocks)).tobytes())
             writer.write_batch({"input_ids": blocks})
         writer.finalize()
-    about = {"documents": list(seen), "content": content.hexdigest()}
-    (part / "about.json").write_text(json.dumps(about), "utf-8")
+    size = (part / SEQUENCES_FILE).stat().st_size
+    write_json(part / ABOUT_FILE, {"documents": list(seen), "content": content.hexdigest(), "bytes": size})
 
 
 def _noting(documents: Iterable[str], seen: dict[str, None]) -> Iterator[str]:
@@ -119,7 +168,17 @@ def _noting(documents: Iterable[str], seen: dict[str, None]) -> Iterator[str]:
 def pack(
     documents: Iterable[str], tokenizer: Any, seq_len: int, separator: str | None = None, limit: int | None = None
 ) -> Iterator[list[list[int]]]:
-    """Cut documents, put end to end, into sequences of `seq_len` ids; yields some at a time.
+    """Cut documents, put end to end, into sequences; yields some at a time.
+
+    Args:
+        documents: The text.
+        tokenizer: A tokenizer of transformers.
+        seq_len: Tokens of a sequence.
+        separator: Text between two documents; ``None`` puts the tokenizer's end-of-text token there.
+        limit: Number of sequences to stop at; ``None`` takes all.
+
+    Yields:
+        One or more sequences, each a list of ``seq_len`` ids; what is left at the end of the text is left out.
 
     Raises:
         TooShort: At the end, if there was not one.
@@ -142,5 +201,5 @@ def pack(
 
 
 def without(documents: Iterable[str], taken: Set[str]) -> Iterator[str]:
-    """The documents that another role hasn't."""
+    """Documents without those that another role has, of which ``taken`` holds the marks."""
     return (document for document in documents if not taken or distinct(document) not in taken)

@@ -8,42 +8,51 @@ from pathlib import Path
 from typing import Any
 
 from fasp_lightning.errors import FaspError
-from fasp_lightning.text.packed_cache import Tokenised, TooShort, key_of, tokenised, without
-from fasp_lightning.text.roles import ROLES, RoleTexts, TextSource
-from fasp_lightning.text.tokenizer import fingerprint
-from fasp_lightning.text.tokens import POOL_BLOCKS
+from fasp_lightning.staging import fingerprint
+from fasp_lightning.text.config import TextConfig, describe
+from fasp_lightning.text.packed_cache import FORMAT, Tokenised, TooShort, drawn, tokenised, without
+from fasp_lightning.text.roles import ROLES, RoleTexts
+from fasp_lightning.text.tokenizer import tokenizer_digest
+from fasp_lightning.text.tokens import POOL_BLOCKS, pool_size
 
-_log = logging.getLogger(__name__)
+log = logging.getLogger(__name__)
 
 Unreadable = (FaspError, OSError)
+"""What says that a text cannot be read."""
 
 
 class RoleCache:
     """Tokenises the texts of roles, once.
 
-    A role leaves out the documents of those before it in `ROLES`, so these are read first. One of them that
+    A role leaves out the documents of those before it in ``ROLES``, so these are read first. One of them that
     can't be read (a data set may have no test split) is an error only where it is asked for itself.
 
     Args:
         roles: Which texts.
         tokenizer: A tokenizer of transformers.
         seq_len: Tokens of a sequence.
+        seed: Seed of the drawing of sequences, of texts that set none.
         folder: The cache.
-        short: Roles of which the first `POOL_BLOCKS` sequences suffice, where their texts set no number.
+        short: Roles of which "auto" sequences are the first ``POOL_BLOCKS``, instead of all.
     """
 
-    def __init__(self, roles: RoleTexts, tokenizer: Any, seq_len: int, folder: Path, short: tuple[str, ...]) -> None:
-        self.roles, self.tokenizer, self.seq_len = roles, tokenizer, seq_len
+    def __init__(
+        self, roles: RoleTexts, tokenizer: Any, seq_len: int, seed: int, folder: Path, short: tuple[str, ...]
+    ) -> None:
+        self.roles, self.tokenizer, self.seq_len, self.seed = roles, tokenizer, seq_len, seed
         self.folder, self.short = folder, short
-        self._fingerprint = fingerprint(tokenizer)
+        self._digest = tokenizer_digest(tokenizer)
         self._found: dict[str, list[Tokenised] | Exception] = {}
 
     def get(self, role: str) -> list[Tokenised]:
-        """The texts of a role.
+        """The texts of a role, tokenised.
+
+        Args:
+            role: One of ``ROLES``.
 
         Raises:
             FaspFileNotFoundError: If a local file isn't there.
-            FaspError: If a text can't be read, or has not one sequence.
+            FaspError: If a text can't be read, or has not one sequence or fewer than it is to give.
         """
         if role not in self._found:
             try:
@@ -62,7 +71,7 @@ class RoleCache:
             self.get(role)
         except Unreadable as error:
             if not known:
-                _log.warning("there is no %s text, which matters only if it is asked for: %s", role, error)
+                log.warning("there is no %s text, which matters only if it is asked for: %s", role, error)
             return False
         return True
 
@@ -72,22 +81,31 @@ class RoleCache:
         return [text for name in earlier for text in self.get(name)]
 
     def taken(self, role: str) -> frozenset[str]:
-        """The documents that a role leaves out, as :func:`sources.distinct` marks them."""
+        """Marks of the documents that a role leaves out, by :func:`~fasp_lightning.text.splits.distinct`."""
         return frozenset().union(*(text.documents for text in self.before(role)))
 
     def key(self, role: str, index: int, limit: int | None) -> str:
-        """Name of one text of a role in the cache."""
+        """Name of one text of a role in the cache.
+
+        Args:
+            role: One of ``ROLES``.
+            index: Which of its texts.
+            limit: Number of sequences that are tokenised at most.
+        """
         earlier = [text.key for text in self.before(role)]
         parts = {"text": self.roles.identity(role, index), "limit": limit, "without": earlier}
-        return key_of(tokenizer=self._fingerprint, seq_len=self.seq_len, **parts)
+        return fingerprint(FORMAT, self._digest, self.seq_len, parts)
 
     def _text(self, role: str, index: int) -> Tokenised:
         text = self.roles.texts[role][index]
-        limit = text.sequences or (POOL_BLOCKS if role in self.short else None)
+        limit = POOL_BLOCKS if text.sequences == "auto" and role in self.short else None
+        if text.number is not None:
+            limit = pool_size(text.number)
         opened = partial(self._documents, role, index)
         key = self.key(role, index, limit)
         try:
-            return tokenised(self.folder, key, opened, self.tokenizer, self.seq_len, text.separator, limit)
+            found = tokenised(self.folder, key, opened, self.tokenizer, self.seq_len, text.separator, limit)
+            return found if text.number is None else drawn(found, text.number, text.extent(seed=self.seed).seed)
         except TooShort as error:
             raise FaspError(_shortage(text, role, self.roles.sharing(text), error)) from error
 
@@ -95,9 +113,9 @@ class RoleCache:
         return without(self.roles.documents(role, index), self.taken(role))
 
 
-def _shortage(text: TextSource, role: str, sharing: list[str], error: Exception) -> str:
+def _shortage(text: TextConfig, role: str, sharing: list[str], error: Exception) -> str:
     divided = f" (what falls to {role}, as {', '.join(sharing)} divide it)" if len(sharing) > 1 else ""
     return (
-        f"the {role} text {text.describe()!r}{divided} is too short: {error}; give more text, or lower seq_len, "
-        f"or give {role} a text of its own"
+        f"the {role} text {describe(text)!r}{divided} is too short: {error}; give more text, or lower seq_len "
+        f"or sequences, or give {role} a text of its own"
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import dataclasses
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -12,86 +12,43 @@ from typing import Any
 from fasp_lightning.errors import FaspError
 from fasp_lightning.text.config import TextConfig, describe, for_role
 from fasp_lightning.text.files import local_documents, local_files
-from fasp_lightning.text.splits import SHARES, digest, split_of
+from fasp_lightning.text.splits import HUB_SHARES, SHARES, Claim, claimant, meet, owner
 from fasp_lightning.text.tokens import documents
 
 ROLES = ("test", "validation", "calibration", "train")
 """In the order of their precedence: a document that stands in the texts of several is kept for the first."""
 
-HUB_SHARES = {"train": 0.90, "calibration": 0.06, "test": 0.02, "validation": 0.02}
-"""How roles divide a split of a data set on the hub that they share: that is commonly large, and calibration
-needs little. Built-in and local text is divided by `corpora.SHARES`, like the splits of `TextConfig`."""
 
-Claim = tuple[str, str | None]
-"""A role, and the split of a local file that it reads; None is all of it."""
+def as_texts(texts: Iterable[TextConfig | Mapping[str, Any] | str] | None) -> tuple[TextConfig, ...] | None:
+    """Read a list of texts, each given as a :class:`TextConfig`, its fields, or a bare source.
 
-DISTINCT_LENGTH = 80
-"""A document of fewer characters (a heading, a lone sentence) recurs by nature and may stand in two texts."""
-
-
-@dataclass(frozen=True)
-class TextSource:
-    """One text of a training run.
-
-    Attributes:
-        source: builtin:topics, builtin:docstrings, a local .txt, .jsonl or .parquet file, a folder or glob
-            pattern of such files, or the id of a data set on the hub.
-        subset: The configuration of a data set on the hub, where it has several.
-        split: The split to read, as in `TextConfig`; None is the split of the role (calibration reads the
-            hub's train), or all of a local text. What several roles read is divided among them by document.
-        column: The column or key of a .jsonl file, .parquet file or data set that holds the text.
-        separator: Text between two documents; None puts the tokenizer's end-of-text token there.
-        weight: Share of the sequences of a training epoch, relative to the other texts' weights; None on all of
-            them gives each the share of its length. It counts for training alone.
-        sequences: Number of sequences to take from the start of the text; None takes all of it.
+    Args:
+        texts: The list, or a single text; ``None`` stays.
 
     Raises:
-        FaspError: If a field is outside its range, or the source is none of the above.
-    """
-
-    source: str
-    subset: str | None = None
-    split: str | None = None
-    column: str = "text"
-    separator: str | None = None
-    weight: float | None = None
-    sequences: int | None = None
-
-    def __post_init__(self) -> None:
-        self.config()  # refuses an unknown source or split
-        if self.weight is not None and not (self.weight > 0 and math.isfinite(self.weight)):
-            raise FaspError(f"weight of source {self.source!r} must be greater than 0, got {self.weight}")
-        if self.sequences is not None and self.sequences < 1:
-            raise FaspError(f"sequences of source {self.source!r} must be 1 or more, got {self.sequences}")
-
-    def config(self) -> TextConfig:
-        """The same text for the engine's readers."""
-        return TextConfig(self.source, self.subset, self.split, self.column, separator=self.separator)
-
-    def describe(self) -> str:
-        """Name it for a message: "topics (test)"."""
-        return describe(self.config())
-
-
-def as_sources(texts: Iterable[TextSource | Mapping[str, Any] | str] | None) -> tuple[TextSource, ...] | None:
-    """Read a list of texts, each given as a `TextSource`, its fields, or a bare source.
-
-    Raises:
-        FaspError: If the list is empty, or only some of its texts have a weight.
+        FaspError: If the list is empty, a field is not known, or only some of the texts have an ``epoch_weight``.
     """
     if texts is None:
         return None
-    texts = [texts] if isinstance(texts, str | TextSource) else texts
-    found = tuple(
-        TextSource(text) if isinstance(text, str) else TextSource(**text) if isinstance(text, Mapping) else text
-        for text in texts
-    )
+    texts = [texts] if isinstance(texts, str | TextConfig) else texts
+    found = tuple(_as_text(text) for text in texts)
     if not found:
         raise FaspError("a list of texts must hold one at least, got an empty one; leave it out for the default")
-    if len({text.weight is None for text in found}) > 1:
-        without = [text.source for text in found if text.weight is None]
-        raise FaspError(f"weight must be set for all texts or for none, got none for {', '.join(without)}")
+    if len({text.epoch_weight is None for text in found}) > 1:
+        without = [text.source for text in found if text.epoch_weight is None]
+        raise FaspError(f"epoch_weight must be set for all texts or for none, got none for {', '.join(without)}")
     return found
+
+
+def _as_text(text: TextConfig | Mapping[str, Any] | str) -> TextConfig:
+    if isinstance(text, str):
+        return TextConfig(text)
+    if isinstance(text, TextConfig):
+        return text
+    known = [one.name for one in dataclasses.fields(TextConfig)]
+    if unknown := [name for name in text if name not in known]:
+        raise FaspError(f"a text must have the fields {', '.join(known)}, got {', '.join(map(str, unknown))}")
+    return TextConfig(**text)
 
 
 @dataclass(frozen=True)
@@ -102,30 +59,31 @@ class RoleTexts:
         texts: Role → its texts, with the split filled in that they are read from.
     """
 
-    texts: dict[str, tuple[TextSource, ...]] = field(default_factory=dict)
+    texts: dict[str, tuple[TextConfig, ...]] = field(default_factory=dict)
 
     @classmethod
-    def resolve(cls, source: str | None, given: Mapping[str, Sequence[TextSource] | None]) -> RoleTexts:
-        """Fill in the texts of the roles that have none of their own: `source`, else those of training.
+    def resolve(cls, source: str | None, given: Mapping[str, Sequence[TextConfig] | None]) -> RoleTexts:
+        """Fill in the texts of the roles that have none of their own: ``source``, else those of training.
+
+        What training takes of its texts, ``sequences`` and ``epoch_weight``, is not handed on with them.
 
         Args:
-            source: The text of all roles that have none of their own; None is training's, and failing that
+            source: The text of all roles that have none of their own; ``None`` is training's, and failing that
                 builtin:topics.
-            given: Role → its own texts, or None.
+            given: Role → its own texts, or ``None``.
+
+        Raises:
+            FaspError: If a text has a weight that means nothing in its role.
         """
-        train = given.get("train")
-        default = (TextSource(source),) if source is not None else train or (TextSource("builtin:topics"),)
-        found = {}
-        for role in ROLES:
-            texts = given.get(role) or default
-            found[role] = tuple(replace(text, split=for_role(text.config(), role).split) for text in texts)
-        return cls(found)
+        train = [replace(text, sequences="auto", epoch_weight=None) for text in given.get("train") or ()]
+        default = [TextConfig(source)] if source is not None else train or [TextConfig()]
+        return cls({role: tuple(_in_role(text, role) for text in given.get(role) or default) for role in ROLES})
 
     def documents(self, role: str, index: int) -> Iterator[str]:
         """Yield the documents of one text of a role, without those that fall to another role.
 
         Args:
-            role: One of `ROLES`.
+            role: One of ``ROLES``.
             index: Which of the role's texts.
 
         Raises:
@@ -133,9 +91,9 @@ class RoleTexts:
             FaspError: If the text can't be read.
         """
         text = self.texts[role][index]
-        if text.config().kind != "local":
-            sharing, shares = self.sharing(text), HUB_SHARES if text.config().kind == "hub" else SHARES
-            yield from (one for one in documents(text.config()) if owner(one, sharing, shares) == role)
+        if text.kind != "local":
+            sharing, shares = self.sharing(text), HUB_SHARES if text.kind == "hub" else SHARES
+            yield from (one for one in documents(text) if owner(one, sharing, shares) == role)
             return
         claims = self._claims()
         for file in local_files(text.source):
@@ -146,18 +104,18 @@ class RoleTexts:
         text = self.texts[role][index]
         found = {"role": role, "source": text.source, "subset": text.subset, "split": text.split}
         found |= {"column": text.column, "separator": text.separator}
-        if text.config().kind == "local":
+        if text.kind == "local":
             files, claims = local_files(text.source), self._claims()
             stats = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
             return found | {"files": stats, "claims": [sorted(map(str, claims[file.resolve()])) for file in files]}
-        python = sys.version if text.config().kind == "builtin" else ""  # built-in text is the running Python's
+        python = sys.version if text.kind == "builtin" else ""  # built-in text is the running Python's
         return found | {"python": python, "sharing": self.sharing(text)}
 
-    def sharing(self, text: TextSource) -> list[str]:
-        """The roles that read a text, some file of a local one at least, in the order of `corpora.SHARES`."""
-        if text.config().kind == "local":
+    def sharing(self, text: TextConfig) -> list[str]:
+        """The roles that read a text (of a local one, some file at least), in the order of ``SHARES``."""
+        if text.kind == "local":
             files, claims = _files(text.source), self._claims()
-            found = {role for file in files for role, split in claims[file] if _meet(split, text.split)}
+            found = {role for file in files for role, split in claims[file] if meet(split, text.split)}
         else:
             key = (text.source, text.subset, text.split)
             found = {
@@ -172,9 +130,19 @@ class RoleTexts:
         claims: dict[Path, set[Claim]] = {}
         for role, texts in self.texts.items():
             for text in texts:
-                for file in _files(text.source) if text.config().kind == "local" else ():
+                for file in _files(text.source) if text.kind == "local" else ():
                     claims.setdefault(file, set()).add((role, text.split))
         return claims
+
+
+def _in_role(text: TextConfig, role: str) -> TextConfig:
+    """A text with its split filled in, and refused if it weighs tokens, which a data module does not."""
+    if role == "calibration" and text.token_weight != 1:
+        raise FaspError(
+            f"token_weight must be 1 in a data module, got {text.token_weight} for {describe(text)}: its calibration "
+            "tokens count alike; set sequences of each calibration text instead"
+        )
+    return for_role(text, role)
 
 
 def _files(source: str) -> list[Path]:
@@ -185,47 +153,10 @@ def _files(source: str) -> list[Path]:
         return []
 
 
-def _meet(one: str | None, other: str | None) -> bool:
-    """Tell whether two splits of a file have documents in common."""
-    return one is None or other is None or one == other
-
-
-def _local(file: Path, text: TextSource, role: str, claims: set[Claim]) -> Iterator[str]:
+def _local(file: Path, text: TextConfig, role: str, claims: set[Claim]) -> Iterator[str]:
     """The documents of a local file that are of the split of a text, and fall to its role."""
-    split_up = any(split is not None for _, split in claims)
-    in_pieces = split_up or len(claims) > 1  # else there is nothing to divide
-    for document in local_documents(str(file), text.column, in_pieces=in_pieces):
-        split = split_of(document) if split_up else None
-        if not _meet(split, text.split):
-            continue
-        reading = {name for name, claimed in claims if _meet(claimed, split)}
-        # the place that gave the split would give all of a split to the same role
-        salt = "role " if split_up else ""
-        if owner(document, [name for name in SHARES if name in reading], SHARES, salt) == role:
+    divided = len(claims) > 1 or any(split is not None for _, split in claims)
+    for document in local_documents(str(file), text.column, in_pieces=divided):
+        found = claimant(document, claims)
+        if found is not None and found[0] == role and meet(found[1], text.split):
             yield document
-
-
-def owner(document: str, sharing: Sequence[str], shares: Mapping[str, float], salt: str = "") -> str:
-    """Name the role that a document falls to: by content alone, in the proportion of the roles' shares.
-
-    Args:
-        document: The document.
-        sharing: The roles that read it, in the order of `corpora.SHARES`. If they are all, and without salt,
-            the role is the split that the document is in.
-        shares: Role → share.
-        salt: Makes the choice independent of other ones.
-    """
-    if len(sharing) == 1:
-        return sharing[0]
-    place = int(digest(salt + document)[:12], 16) / 16**12 * sum(shares[name] for name in sharing)
-    end = 0.0
-    for name in sharing:
-        end += shares[name]
-        if place < end:
-            break
-    return name
-
-
-def distinct(document: str) -> str | None:
-    """What two equal documents have in common, 64 bits; None for one so short that it recurs by nature."""
-    return digest(document)[:16] if len(document) >= DISTINCT_LENGTH else None

@@ -14,7 +14,7 @@ GROUP_LENGTH = 50_000
 
 
 class ShardReader:
-    """One worker's part of one text, packed: every `shards`-th document, over and over.
+    """One worker's part of one text, packed: every ``shards``-th document, over and over.
 
     Args:
         documents: Opens the text at its start.
@@ -79,11 +79,17 @@ class ShardReader:
             turn, first = turn + 1, 0
 
 
-class _Encode:
-    """A tokenizer and a separator as one function that can be sent to a worker."""
+class Encoder:
+    """A tokenizer and a separator as one function that can be sent to a worker.
+
+    Args:
+        tokenizer: A tokenizer of transformers.
+        separator: Text between two documents; ``None`` puts the tokenizer's end-of-text token there.
+    """
 
     def __init__(self, tokenizer: Any, separator: str | None) -> None:
         self.tokenizer, self.separator = tokenizer, separator
 
     def __call__(self, group: list[str]) -> list[int]:
+        """Token ids of documents end to end."""
         return encode_documents(group, self.tokenizer, self.separator)

@@ -23,8 +23,8 @@ def generator(*key: int | str) -> torch.Generator:
 def epoch_order(lengths: Sequence[int], counts: Sequence[int], seed: int, epoch: int) -> Tensor:
     """Order in which an epoch takes the sequences of several texts.
 
-    Each text is an endless row of permutations of its sequences, of which every epoch takes the next `count`:
-    with `count` equal to the length each sequence comes once an epoch, with a smaller one all have come after
+    Each text is an endless row of permutations of its sequences, of which every epoch takes the next ``count``:
+    with ``count`` equal to the length each sequence comes once an epoch, with a smaller one all have come after
     as many epochs as it takes, with a larger one none is repeated before all others have come.
 
     Args:
@@ -45,7 +45,7 @@ def epoch_order(lengths: Sequence[int], counts: Sequence[int], seed: int, epoch:
 
 
 def _stretch(length: int, start: int, end: int, key: tuple[int | str, ...]) -> Tensor:
-    """Positions `start` to `end` of an endless row of permutations of `length`."""
+    """Positions ``start`` to ``end`` of an endless row of permutations of ``length``."""
     passes = range(start // length, -(-end // length))
     row = torch.cat([torch.randperm(length, generator=generator(*key, number)) for number in passes])
     return row[start - passes.start * length : end - passes.start * length]
@@ -56,7 +56,7 @@ class TrainingSampler(DistributedSampler[Any]):
 
     Batch by batch, all processes together take what a single one with the joint batch size would take; the
     rest of an epoch that fills no batch on every process is left out, another one in each epoch. It is a
-    `DistributedSampler` so that Lightning puts none in its place.
+    ``DistributedSampler`` so that Lightning puts none in its place.
 
     Args:
         lengths: Sequences of each text.
@@ -79,7 +79,7 @@ class TrainingSampler(DistributedSampler[Any]):
     def begin(self, epoch: int, batches: int) -> None:
         """Let the next iteration be of that epoch, without so many of its first batches.
 
-        Otherwise it is of the whole epoch that `set_epoch` told.
+        Otherwise it is of the whole epoch that ``set_epoch`` told.
         """
         self._next = (epoch, batches)
 

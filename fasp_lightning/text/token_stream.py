@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 
-from fasp_lightning.text.shard_reading import ShardReader, _Encode
+from fasp_lightning.text.mixing import next_text
+from fasp_lightning.text.shard_reading import Encoder, ShardReader
 from fasp_lightning.text.shuffling import generator
 
 WINDOW = 256
@@ -22,15 +23,15 @@ State = dict[str, Any]
 class TokenStream(IterableDataset[dict[str, Any]]):
     """Endless batches of packed, mixed and shuffled sequences.
 
-    Worker w of a process reads part `rank · workers + w` of every text. The texts are mixed in the exact
+    Worker w of a process reads part ``rank · workers + w`` of every text. The texts are mixed in the exact
     proportion of their weights, and shuffled within windows. Everything depends on the seed, the part and the
     number of parts alone.
 
     Args:
         texts: Pairs of name and opener of each text.
-        weights: Weight of each text; None weighs them alike.
+        weights: Weight of each text; ``None`` weighs them alike.
         tokenizer: A tokenizer of transformers.
-        separators: Text between two documents of each text; None puts the end-of-text token there.
+        separators: Text between two documents of each text; ``None`` puts the end-of-text token there.
         seq_len: Tokens of a sequence.
         batch_size: Sequences of a batch.
         seed: Seed of the shuffling.
@@ -92,15 +93,13 @@ class TokenStream(IterableDataset[dict[str, Any]]):
         """A reader of each text."""
         readers = []
         for (name, documents), separator, cursor in zip(self.texts, self.separators, cursors, strict=True):
-            encode = _Encode(self.tokenizer, separator)
+            encode = Encoder(self.tokenizer, separator)
             readers.append(ShardReader(documents, name, encode, self.seq_len, shard, self.shards, cursor))
         return readers
 
     def _next_text(self, counts: list[int]) -> int:
-        """Choose the text that is furthest behind its share, and count it."""
-        total, given = sum(self.weights), sum(counts) + 1
-        behind = [given * weight / total - count for weight, count in zip(self.weights, counts, strict=True)]
-        text = behind.index(max(behind))
+        """Choose a text, and count it."""
+        text = next_text(self.weights, counts)
         counts[text] += 1
         return text
 

@@ -54,7 +54,7 @@ def train_tokenizer(documents: Iterable[str], settings: TokenizerTraining) -> An
         settings: Size of the vocabulary and the like.
 
     Returns:
-        A fast tokenizer of transformers with `SPECIALS` as padding, beginning and end of a text.
+        A fast tokenizer of transformers with ``SPECIALS`` as padding, beginning and end of a text.
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
@@ -90,8 +90,8 @@ def trained_tokenizer(folder: Path, documents: Iterable[str], settings: Tokenize
     return PreTrainedTokenizerFast.from_pretrained(str(folder))
 
 
-def fingerprint(tokenizer: Any) -> str:
-    """Hash of everything that decides on a tokenizer's ids."""
+def tokenizer_digest(tokenizer: Any) -> str:
+    """Hash all that decides on a tokenizer's ids, as 64 hex digits."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     rules = backend.to_str() if backend is not None else f"{type(tokenizer)}{sorted(tokenizer.get_vocab().items())}"
     return hashlib.sha256(f"{rules}{tokenizer.eos_token_id}".encode()).hexdigest()

@@ -9,15 +9,15 @@ import torch
 from torch import Tensor
 
 from fasp_lightning.errors import FaspError
-from fasp_lightning.text.batches import weighted
-from fasp_lightning.text.config import TextConfig, _bad_split
+from fasp_lightning.text.batches import labelled
+from fasp_lightning.text.config import TextConfig, describe, unknown_split
 from fasp_lightning.text.corpora import builtin_splits
 from fasp_lightning.text.files import hub_documents, local_documents
 from fasp_lightning.text.splits import split_of
 
 POOL_BLOCKS, POOL_FACTOR = 1024, 16
-"""A sample of n sequences is drawn from the first max(`POOL_BLOCKS`, `POOL_FACTOR` · n) blocks; what lies
-beyond is not read, so that a data set of any size costs little."""
+"""n sequences are drawn from the first max(``POOL_BLOCKS``, ``POOL_FACTOR`` · n); what lies beyond is not read, so
+that a data set of any size costs little."""
 
 GROUP_LENGTH = 1_000_000
 """Characters, at least, tokenized by one call: tokenizers are fast on many texts at once."""
@@ -41,63 +41,94 @@ def documents(config: TextConfig) -> Iterator[str]:
         found = local_documents(config.source, config.column, in_pieces=split is not None)
         yield from (document for document in found if split is None or split_of(document) == split)
     elif split is None:
-        raise FaspError(_bad_split(config))
+        raise FaspError(unknown_split(config))
     else:
         yield from builtin_splits(config.source)[split]
+
+
+def pool_size(wanted: int) -> int:
+    """Number of sequences from a text's start of which ``wanted`` are drawn."""
+    return max(POOL_BLOCKS, POOL_FACTOR * wanted)
+
+
+def draw(available: int, wanted: int, seed: int) -> Tensor:
+    """Draw sequences of a text without replacement: the same for the engine and for a data module.
+
+    Args:
+        available: Number of sequences to draw from.
+        wanted: Number of sequences to draw, no more than there are.
+        seed: What alone decides on them; the global random state is not used.
+
+    Returns:
+        (wanted,) int64 places in [0, available), rising: drawn sequences keep the order of the text.
+    """
+    if wanted == available:
+        return torch.arange(available)
+    order = torch.randperm(available, generator=torch.Generator().manual_seed(seed))
+    return order[:wanted].sort().values
 
 
 def token_batches(config: TextConfig, tokenizer: Any) -> list[Tensor]:
     """Turn a text into batches of token ids: the documents end to end, cut into sequences without overlap.
 
     Args:
-        config: The text.
+        config: The text; what it leaves open are 64 sequences of 512 tokens, one a batch, drawn by seed 0.
         tokenizer: A tokenizer of transformers. It adds no special tokens; its end-of-text token, or two line
-            feeds where it has none, stand between documents, unless `config.separator` says otherwise.
+            feeds where it has none, stand between documents, unless ``config.separator`` says otherwise.
 
     Returns:
         Batches of (batch_size, seq_len) int64 token ids, the last one possibly smaller: every full sequence
-        of the text, or a sample of `config.sequences`, in the order of the text, that depends on
-        `config.seed` alone. `config.weight` is not in them; see :func:`calibration_batches`.
+        of the text, or a sample of ``config.sequences``, in the order of the text, that depends on
+        ``config.seed`` alone. ``config.token_weight`` is not in them; see :func:`calibration_batches`.
 
     Raises:
         FaspFileNotFoundError: If a local file isn't there.
-        FaspError: If the source can't be read, or has fewer tokens than `sequences` (without it: one)
+        FaspError: If the source can't be read, or has fewer tokens than ``sequences`` (without it: one)
             sequences.
     """
-    wanted = config.sequences
-    limit = None if wanted is None else max(POOL_BLOCKS, POOL_FACTOR * wanted) * config.seq_len
+    wanted, seq_len, batch_size, seed = config.extent()
+    limit = None if wanted is None else pool_size(wanted) * seq_len
     tokens = _tokens(config, tokenizer, limit)
-    blocks = tokens[: len(tokens) // config.seq_len * config.seq_len].view(-1, config.seq_len)
+    blocks = tokens[: len(tokens) // seq_len * seq_len].view(-1, seq_len)
     if len(blocks) < (wanted or 1):
         raise FaspError(_shortage(config, len(tokens)))
-    if wanted is not None and len(blocks) > wanted:
-        order = torch.randperm(len(blocks), generator=torch.Generator().manual_seed(config.seed))
-        blocks = blocks[order[:wanted].sort().values]
-    return list(blocks.split(config.batch_size))
+    if wanted is not None:
+        blocks = blocks[draw(len(blocks), wanted, seed)]
+    return list(blocks.split(batch_size))
 
 
 def calibration_batches(texts: Iterable[TextConfig], tokenizer: Any) -> list[Any]:
-    """The batches of several texts, each of its weight, as :meth:`FASPPruner.prune` takes them.
+    """The batches of several texts, each of its ``token_weight``, as :meth:`FASPPruner.prune` takes them.
 
     Args:
         texts: The texts.
-        tokenizer: As for :func:`token_batches`, which also says what is refused.
+        tokenizer: As for :func:`token_batches`.
+
+    Returns:
+        Mappings with (batch_size, seq_len) int64 token ids as ``input_ids``, the ``weight`` of each token, and the
+        name of the text as ``source``.
+
+    Raises:
+        FaspFileNotFoundError: If a local file isn't there.
+        FaspError: As in :func:`token_batches`.
     """
-    return [batch for text in texts for batch in weighted(token_batches(text, tokenizer), text.weight)]
+    return [
+        batch for text in texts for batch in labelled(token_batches(text, tokenizer), describe(text), text.token_weight)
+    ]
 
 
 def _shortage(config: TextConfig, found: int) -> str:
     """Say what is missing of a text that is too short."""
-    wanted = config.sequences or 1
+    sequences, seq_len = config.extent().sequences or 1, config.extent().seq_len
     split = f" (split {config.split!r})" if config.split else ""
     return (
-        f"source {config.source!r}{split} is too short: it has {found} tokens, and sequences={wanted} of "
-        f"seq_len={config.seq_len} need {wanted * config.seq_len}; give more text, or lower one of the two"
+        f"source {config.source!r}{split} is too short: it has {found} tokens, and sequences={sequences} of "
+        f"seq_len={seq_len} need {sequences * seq_len}; give more text, or lower one of the two"
     )
 
 
 def _tokens(config: TextConfig, tokenizer: Any, limit: int | None) -> Tensor:
-    """Tokenize documents until there are `limit` tokens (None: all of them), giving (tokens,) int64."""
+    """Tokenize documents until there are ``limit`` tokens (``None``: all of them), giving (tokens,) int64."""
     tokens: list[int] = []
     for group in document_groups(documents(config)):
         tokens += encode_documents(group, tokenizer, config.separator)
@@ -112,7 +143,7 @@ def encode_documents(group: list[str], tokenizer: Any, separator: str | None = N
     Args:
         group: The documents; blank ones are passed over, unless a separator is given.
         tokenizer: A tokenizer of transformers. It adds no special tokens.
-        separator: Text between two documents; None puts the tokenizer's end-of-text token there, or two line
+        separator: Text between two documents; ``None`` puts the tokenizer's end-of-text token there, or two line
             feeds where it has none.
     """
     end = tokenizer.eos_token_id
@@ -127,14 +158,14 @@ def encode_documents(group: list[str], tokenizer: Any, separator: str | None = N
 
 
 def _encode(tokenizer: Any, texts: list[str]) -> list[list[int]]:
-    """Token ids of each text. `verbose` would warn that a document is longer than the model's context."""
+    """Token ids of each text. ``verbose`` would warn that a document is longer than the model's context."""
     if not texts:
         return []
     return tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
 
 
 def document_groups(texts: Iterable[str], characters: int | None = None) -> Iterator[list[str]]:
-    """Gather texts into lists of `characters` (None: of `GROUP_LENGTH`) characters or a little more."""
+    """Gather texts into lists of ``characters`` (``None``: of ``GROUP_LENGTH``) characters or a little more."""
     characters = GROUP_LENGTH if characters is None else characters
     group: list[str] = []
     length = 0

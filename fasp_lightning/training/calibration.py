@@ -13,7 +13,7 @@ from lightning.pytorch import LightningModule, Trainer
 from torch.utils.data import DataLoader, IterableDataset
 
 from fasp_lightning.errors import FaspError
-from fasp_lightning.text.batches import read_tokens
+from fasp_lightning.text.batches import read_batch
 from fasp_lightning.training.trainer.surgery import training_loader
 
 
@@ -78,9 +78,9 @@ class Draw:
         """
         left = -(-self.sequences // count)
         for batch in self._read(rank, count):
-            inputs, _ = read_tokens(batch, "calibration data", "give the datamodule a calibration_dataloader()")
-            yield inputs
-            left -= len(inputs["input_ids"])
+            given = read_batch(batch, "calibration data", "give the datamodule a calibration_dataloader()")
+            yield given.inputs
+            left -= len(given.input_ids)
             if left <= 0:
                 return
         if left == -(-self.sequences // count):

@@ -10,7 +10,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 
 from fasp_lightning.errors import FaspError
-from fasp_lightning.pruning.budget.widths import is_reached, plan_widths, present_widths
+from fasp_lightning.pruning.budget.widths import decide_budget, is_reached, present_budget
 from fasp_lightning.pruning.config import PruningConfig
 from fasp_lightning.pruning.processes import Processes
 from fasp_lightning.structure.adapters import has_adapters
@@ -124,12 +124,12 @@ class FASPPruning(Callback):
             )
         if not has_calibration_loader(trainer, pl_module):
             surgery.check_training_source(trainer)
-        kinds = present_widths(model).kinds
+        cuts = present_budget(model).cuts
         for event in self.schedule:
             if not is_reached(model, self._config(event)):
-                kinds |= plan_widths(model, self._config(event)).kinds
+                cuts |= decide_budget(model, self._config(event)).cuts
         if self.export_to is not None:
-            check_export(model, self.export_to, self.form, self.overwrite, kinds)
+            check_export(model, self.export_to, self.form, self.overwrite, cuts)
         self._set_up_recovery(trainer, model)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

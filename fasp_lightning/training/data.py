@@ -13,9 +13,11 @@ from transformers import PreTrainedTokenizerBase
 
 from fasp_lightning.checkpoints.loading import load_tokenizer
 from fasp_lightning.errors import FaspError
-from fasp_lightning.text.packed_cache import default_cache, key_of
+from fasp_lightning.staging import fingerprint
+from fasp_lightning.text.config import TextConfig, describe
+from fasp_lightning.text.packed_cache import FORMAT, default_cache
 from fasp_lightning.text.role_cache import RoleCache
-from fasp_lightning.text.roles import ROLES, RoleTexts, TextSource, as_sources
+from fasp_lightning.text.roles import ROLES, RoleTexts, as_texts
 from fasp_lightning.text.shuffling import EvaluationSampler
 from fasp_lightning.text.tokenizer import TokenizerTraining, check_vocabulary_size, trained_tokenizer
 from fasp_lightning.training.loaders.build import TrainingOptions, cached_loader, stream_loader
@@ -27,7 +29,7 @@ from fasp_lightning.training.trainer.resuming import BatchProgress
 class CausalLMDataModule(L.LightningDataModule):
     """Text for training, calibration, validation and testing of a causal language model.
 
-    Documents are put end to end, tokenised once into a memory-mapped cache, and cut into sequences of `seq_len`
+    Documents are put end to end, tokenised once into a memory-mapped cache, and cut into sequences of ``seq_len``
     tokens. Roles that read the same text divide its documents among themselves; no document of 80 characters
     or more serves two roles, wherever it stands. A training run stopped at any batch goes on, resumed, with the
     very next one. Batches are {"input_ids", "labels"}, (batch, seq_len) int64; no label counts where it is −100.
@@ -35,7 +37,7 @@ class CausalLMDataModule(L.LightningDataModule):
     Args:
         tokenizer: The model's name, folder or GGUF file, a tokenizer of transformers, or settings by which one
             is trained on the training text.
-        source: The text of all roles that have none of their own, as `TextSource.source`. None is training's,
+        source: The text of all roles that have none of their own, as ``TextConfig.source``. None is training's,
             and failing that builtin:topics.
         train: Texts to train on.
         validation: Texts to validate on.
@@ -46,25 +48,37 @@ class CausalLMDataModule(L.LightningDataModule):
         sequences_per_epoch: Sequences of a training epoch, of all processes together; None takes as many as
             there are.
         streaming: Read the training text on the fly, without caching it, for text that is large. An epoch is
-            then the next `sequences_per_epoch`, which must be set, and texts without weights count alike;
+            then the next ``sequences_per_epoch``, which must be set, and texts without an ``epoch_weight`` count alike;
             validation and test are the first 1024 sequences, where their texts set no number.
         num_workers: Worker processes of a loader; 0 reads in the process itself.
-        seed: Seed of the order of the training sequences, which depends on it and the epoch alone.
-        cache_dir: Folder for tokenised text; None is one beside the data sets that `datasets` caches. Text of the
+        seed: Seed of the order of the training sequences, which depends on it and the epoch alone, and of the
+            drawing of the sequences of texts that set a number of them and no seed.
+        cache_dir: Folder for tokenised text; None is one beside the data sets that ``datasets`` caches. Text of the
             hub stays there as it was read first; remove the folder to read it anew.
 
     Raises:
-        FaspError: If an argument is outside its range.
+        FaspError: If an argument is outside its range, or a text sets a seq_len or batch_size of its own, or a weight
+            that means nothing in its role.
+
+    Example::
+
+        from fasp_lightning import CausalLMDataModule
+
+        data = CausalLMDataModule(tokenizer, source=text_file, seq_len=16, batch_size=2, cache_dir=folder)
+        data.prepare_data()
+        data.setup("fit")
+        batch = next(iter(data.train_dataloader()))
+        assert batch["input_ids"].shape == batch["labels"].shape == (2, 16)
     """
 
     def __init__(
         self,
         tokenizer: str | TokenizerTraining | PreTrainedTokenizerBase | None = None,
         source: str | None = None,
-        train: list[TextSource] | None = None,
-        validation: list[TextSource] | None = None,
-        calibration: list[TextSource] | None = None,
-        test: list[TextSource] | None = None,
+        train: list[TextConfig] | None = None,
+        validation: list[TextConfig] | None = None,
+        calibration: list[TextConfig] | None = None,
+        test: list[TextConfig] | None = None,
         seq_len: int = 512,
         batch_size: int = 8,
         sequences_per_epoch: int | None = None,
@@ -75,7 +89,7 @@ class CausalLMDataModule(L.LightningDataModule):
     ) -> None:
         super().__init__()
         given = {"train": train, "validation": validation, "calibration": calibration, "test": test}
-        self.roles = RoleTexts.resolve(source, {role: as_sources(texts) for role, texts in given.items()})
+        self.roles = RoleTexts.resolve(source, {role: as_texts(texts) for role, texts in given.items()})
         self.seq_len, self.batch_size, self.seed = seq_len, batch_size, seed
         self.sequences_per_epoch, self.streaming = sequences_per_epoch, streaming
         self.num_workers, self.cache_dir = num_workers, cache_dir
@@ -177,16 +191,29 @@ class CausalLMDataModule(L.LightningDataModule):
             value = getattr(self, name)
             if value is not None and value < least:
                 raise FaspError(f"{name} must be {least} or more, got {value}")
+        self._check_own_sizes()
         if not self.streaming:
             return
         if self.sequences_per_epoch is None:
             raise FaspError("sequences_per_epoch must be set with streaming, got None: a stream has no end")
-        cut = [text.source for text in self.roles.texts["train"] if text.sequences is not None]
+        cut = [text.source for text in self.roles.texts["train"] if text.number is not None]
         if cut:
             raise FaspError(
                 f"sequences must be None for a training text that is streamed, got a number for {', '.join(cut)}; "
-                "set sequences_per_epoch, and weight where there are several texts"
+                "set sequences_per_epoch, and epoch_weight where there are several texts"
             )
+
+    def _check_own_sizes(self) -> None:
+        """Refuse texts that want other sequences or batches than the rest: a loader has those of one size."""
+        for role, texts in self.roles.texts.items():
+            for text in texts:
+                for name in ("seq_len", "batch_size"):
+                    own, common = getattr(text, name), getattr(self, name)
+                    if own not in (None, common):
+                        raise FaspError(
+                            f"{name} of the {role} text {describe(text)!r} must be that of the data module, {common}, "
+                            f"got {own}; leave it out of the text, or set {name} of the data module"
+                        )
 
     def _folder(self) -> Path:
         return default_cache() if self.cache_dir is None else Path(self.cache_dir).expanduser()
@@ -196,14 +223,14 @@ class CausalLMDataModule(L.LightningDataModule):
         assert isinstance(self._given, TokenizerTraining)
         texts = range(len(self.roles.texts["train"]))
         identities = [self.roles.identity("train", index) for index in texts]
-        key = key_of(texts=identities, settings=vars(self._given))
+        key = fingerprint(FORMAT, identities, vars(self._given))
         documents = (document for index in texts for document in self.roles.documents("train", index))
         return trained_tokenizer(self._folder() / f"tokenizer-{key}", documents, self._given)
 
     def _texts(self) -> RoleCache:
         if self._cache is None:
             short = ("calibration", "validation", "test") if self.streaming else ("calibration",)
-            self._cache = RoleCache(self.roles, self.tokenizer, self.seq_len, self._folder(), short)
+            self._cache = RoleCache(self.roles, self.tokenizer, self.seq_len, self.seed, self._folder(), short)
         return self._cache
 
     def _sequences(self, role: str) -> PackedSequences:

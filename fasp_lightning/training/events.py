@@ -15,7 +15,7 @@ from fasp_lightning.pruning.processes import Processes
 from fasp_lightning.pruning.pruner import FASPPruner
 from fasp_lightning.pruning.report import PruningReport
 from fasp_lightning.structure.modes import evaluating
-from fasp_lightning.text.batches import read_tokens
+from fasp_lightning.text.batches import read_batch
 from fasp_lightning.training.calibration import Draw
 from fasp_lightning.training.metrics import Perplexity
 from fasp_lightning.training.progress_bar import pruning_bar
@@ -46,7 +46,7 @@ def check_data(trainer: Trainer, draw: Draw, validation_batches: int) -> None:
             next(draw.batches(processes.rank, processes.count))
             for loader in validation_loaders(trainer) if validation_batches else ():
                 for batch in islice(loader, 1):
-                    read_tokens(batch, *VALIDATION)
+                    read_batch(batch, *VALIDATION)
 
 
 def prune_model(
@@ -102,8 +102,8 @@ def validation_perplexity(trainer: Trainer, model: PreTrainedModel, batches: int
 
 
 def _update(metric: Perplexity, model: PreTrainedModel, batch: Any) -> None:
-    inputs, labels = read_tokens(batch, *VALIDATION)
+    given = read_batch(batch, *VALIDATION)
     embeddings: Any = model.get_input_embeddings()
     device = embeddings.weight.device
-    logits = model(**{name: value.to(device) for name, value in inputs.items()}, use_cache=False).logits
-    metric.to(logits.device).update(logits, labels.to(logits.device))
+    logits = model(**{name: value.to(device) for name, value in given.inputs.items()}, use_cache=False).logits
+    metric.to(logits.device).update(logits, given.labels.to(logits.device))

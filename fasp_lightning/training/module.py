@@ -141,9 +141,9 @@ class CausalLMModule(L.LightningModule):
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Mean NLL of the batch's predicted tokens."""
-        inputs, labels = read_batch(batch)
-        loss = next_token_loss(self(**inputs), labels)
-        self.log("train_loss", loss, prog_bar=True, batch_size=len(labels))
+        given = read_batch(batch)
+        loss = next_token_loss(self(**given.inputs), given.labels)
+        self.log("train_loss", loss, prog_bar=True, batch_size=len(given.input_ids))
         return loss
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
@@ -156,8 +156,8 @@ class CausalLMModule(L.LightningModule):
 
     def predict_step(self, batch: Any, batch_idx: int = 0) -> dict[str, Tensor]:
         """Likelihood of each sequence: ``nll`` in nats, summed over its predicted ``tokens``; both (batch,)."""
-        inputs, labels = read_batch(batch)
-        nll, tokens = sequence_nll(self(**inputs), labels)
+        given = read_batch(batch)
+        nll, tokens = sequence_nll(self(**given.inputs), given.labels)
         return {"nll": nll, "tokens": tokens}
 
     def on_validation_epoch_end(self) -> None:
@@ -169,8 +169,8 @@ class CausalLMModule(L.LightningModule):
         self._log("test", self.test_perplexity)
 
     def _evaluate(self, batch: Any, metric: Perplexity) -> None:
-        inputs, labels = read_batch(batch)
-        metric.update(self(**inputs), labels)
+        given = read_batch(batch)
+        metric.update(self(**given.inputs), given.labels)
 
     def _log(self, stage: str, metric: Perplexity) -> None:
         """The loss is the logarithm of the perplexity: over all tokens of all processes, not a mean of means."""

@@ -11,7 +11,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
-from fasp_lightning.pruning.budget.widths import present_widths
+from fasp_lightning.pruning.budget.widths import present_budget
 from fasp_lightning.pruning.report import PruningReport
 from fasp_lightning.training.schedule import PruningSchedule
 from fasp_lightning.training.trainer.surgery import publish
@@ -87,7 +87,7 @@ def tell_structure(trainer: Trainer, model: PreTrainedModel, perplexity: float |
     """
     if before and trainer.global_step == 0:
         return
-    widths = present_widths(model)
+    widths = present_budget(model)
     scalars = {
         "fasp/sparsity": widths.sparsity,
         "fasp/sparsity_total": widths.sparsity_total,

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from fasp_lightning.errors import FaspError, FaspFileNotFoundError
+from fasp_lightning.errors import FaspError, FaspFileNotFoundError, one_line
 
 DIGITS = 12
 """Decimals of a computed sparsity, so that a third of 0.3 is written as 0.1."""
@@ -150,7 +150,7 @@ class PruningSchedule:
         try:
             data = yaml.safe_load(path.read_text(encoding="utf-8"))
         except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise FaspError(f"schedule {str(path)!r} is not valid YAML: {' '.join(str(error).split())}") from error
+            raise FaspError(f"schedule {str(path)!r} is not valid YAML: {one_line(error)}") from error
         if not isinstance(data, (list, dict)):
             raise FaspError(f"schedule {str(path)!r} must hold a list or a mapping, got {data!r}")
         return cls.parse(data)

@@ -15,7 +15,8 @@ from transformers import AutoModelForCausalLM
 
 from fasp_lightning import FASPPruner, PruningPlan, apply_plan, load_pruned, save_pruned, spec_for
 from fasp_lightning.checkpoints.forms import loaders_for
-from fasp_lightning.pruning.budget.widths import plan_widths
+from fasp_lightning.pruning.budget.widths import decide_budget
+from fasp_lightning.structure.cuts import Cuts
 from fasp_lightning.structure.plan import PairPlan, resolve_pruned
 
 REASON = "blocks have different FFN widths"
@@ -127,28 +128,28 @@ def test_uneven_model_is_pruned_further_to_the_sparsity_that_was_asked(form: str
 
 
 def test_plans_name_what_a_form_must_hold() -> None:
-    assert uneven().fasp_plan.kinds == {"ffn", "uneven"}
-    assert uneven("llama", FFN, 40).fasp_plan.kinds == {"ffn", "uneven"}
-    assert uneven("llama", 40).fasp_plan.kinds == {"ffn"}
+    assert uneven().fasp_plan.cuts == Cuts(frozenset({"ffn"}), uneven=True)
+    assert uneven("llama", FFN, 40).fasp_plan.cuts == Cuts(frozenset({"ffn"}), uneven=True)
+    assert uneven("llama", 40).fasp_plan.cuts == Cuts(frozenset({"ffn"}))
     model = tiny_model("llama")
-    assert plan_keeping(model, "value", 8, 9).kinds == {"value"}  # no config knows value dims anyway
+    assert plan_keeping(model, "value", 8, 9).cuts == Cuts(frozenset({"value"}))  # no config knows value dims anyway
 
 
-@pytest.mark.parametrize(("allocation", "kinds"), [("uniform", {"ffn"}), ("adaptive", {"ffn", "uneven"})])
-def test_widths_foretell_what_a_form_must_hold(allocation: str, kinds: set[str]) -> None:
+@pytest.mark.parametrize(("allocation", "uneven"), [("uniform", False), ("adaptive", True)])
+def test_widths_foretell_what_a_form_must_hold(allocation: str, uneven: bool) -> None:
     config = basic(0.2, attention="none", allocation=allocation)
-    assert plan_widths(tiny_model("llama"), config).kinds == kinds
+    assert decide_budget(tiny_model("llama"), config).cuts == Cuts(frozenset({"ffn"}), uneven)
 
 
 def test_loaders_say_how_the_shapes_are_built() -> None:
     spec, fixed = spec_for(tiny_model("llama")), spec_for(tiny_model("bloom"))
     stock = {
-        loaders_for(form, row, kinds)[-1].reason.partition("; a plain checkpoint")[0]
-        for form, row, kinds in (
-            ("stock", spec, {"ffn"}),
-            ("zero_filled", spec, {"ffn", "value"}),
-            ("zero_filled", spec, {"ffn", "uneven"}),
-            ("zero_filled", fixed, {"ffn", "uneven"}),
+        loaders_for(form, row, cuts)[-1].reason.partition("; a plain checkpoint")[0]
+        for form, row, cuts in (
+            ("stock", spec, Cuts(frozenset({"ffn"}))),
+            ("zero_filled", spec, Cuts(frozenset({"ffn", "value"}))),
+            ("zero_filled", spec, Cuts(frozenset({"ffn"}), uneven=True)),
+            ("zero_filled", fixed, Cuts(frozenset({"ffn"}), uneven=True)),
         )
     }
     assert stock == {

@@ -22,6 +22,7 @@ from transformers import (
 )
 
 from fasp_lightning.checkpoints import loading
+from fasp_lightning.checkpoints.devices import parse_dtype
 from fasp_lightning.checkpoints.loading import load_config, load_model, load_tokenizer
 
 Folder = Callable[..., Path]
@@ -53,7 +54,7 @@ def test_folder_loads_as_it_was_saved(tiny_folder: Folder) -> None:
 @pytest.mark.parametrize("dtype", ["bf16", "float64"])
 def test_requested_dtype(tiny_folder: Folder, dtype: str) -> None:
     parameters = load_model(tiny_folder("opt"), dtype=dtype).parameters()
-    assert {parameter.dtype for parameter in parameters} == {loading.parse_dtype(dtype)}
+    assert {parameter.dtype for parameter in parameters} == {parse_dtype(dtype)}
 
 
 def test_dtype_comes_from_the_weights_where_the_config_has_none(tiny_folder: Folder) -> None:

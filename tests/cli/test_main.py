@@ -11,7 +11,7 @@ from fasp_lightning import FaspError, __version__, errors
 from fasp_lightning.cli.commands import evaluate
 from fasp_lightning.cli.main import COMMANDS
 from fasp_lightning.structure import plan
-from fasp_lightning.text.batches import as_inputs
+from fasp_lightning.text.batches import read_batch
 
 
 def test_help_names_every_command(fasp) -> None:
@@ -78,7 +78,7 @@ def test_broken_invariant_inside_the_package_is_a_bug(prune, tiny_folder, monkey
 
 @pytest.mark.parametrize("given", [{}, "text"])
 def test_refusal_of_the_package_is_one_line(fasp, monkeypatch: pytest.MonkeyPatch, given: object) -> None:
-    monkeypatch.setattr(evaluate, "run", lambda job: as_inputs(given))
+    monkeypatch.setattr(evaluate, "run", lambda job: read_batch(given))
     outcome = fasp("evaluate", "--model.name_or_path", "x")
     assert (outcome.code, outcome.err.count("\n")) == (2, 1)
 

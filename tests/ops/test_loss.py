@@ -10,7 +10,6 @@ from torch.nn import functional
 
 from fasp_lightning.ops import loss
 from fasp_lightning.ops.loss import next_token_loss, sequence_nll
-from fasp_lightning.text.batches import read_batch
 
 VOCAB = 11
 
@@ -66,22 +65,3 @@ def test_a_sequence_counts_its_own_tokens() -> None:
     expected = [reference(logits[i : i + 1], labels[i : i + 1]).item() for i in range(2)]
     assert tokens.tolist() == [4, 5]
     assert all(math.isclose(nll[i] / tokens[i], expected[i], rel_tol=1e-6) for i in range(2))
-
-
-def test_without_labels_every_token_but_padding_is_predicted() -> None:
-    ids, mask = torch.arange(6).reshape(2, 3), torch.tensor([[0, 1, 1], [1, 1, 1]])
-    assert read_batch(ids)[1] is ids
-    inputs, labels = read_batch({"input_ids": ids, "attention_mask": mask, "text": ["a", "b"]})
-    assert labels.tolist() == [[-100, 1, 2], [3, 4, 5]]
-    assert set(inputs) == {"input_ids", "attention_mask"}
-
-
-def test_labels_of_the_batch_are_taken() -> None:
-    ids = torch.arange(6).reshape(2, 3)
-    assert torch.equal(read_batch({"input_ids": ids, "labels": ids + 1})[1], ids + 1)
-
-
-@pytest.mark.parametrize("wrong", [[1, 2], {"text": "a"}])
-def test_another_batch_is_refused(wrong: object) -> None:
-    with pytest.raises(ValueError, match="a batch must be"):
-        read_batch(wrong)

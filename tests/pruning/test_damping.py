@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import warnings
-from collections import Counter
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -17,8 +16,7 @@ from torch import Tensor
 from fasp_lightning import FASPPruner, PruningConfig
 from fasp_lightning.ops.statistics import GramStatistics
 from fasp_lightning.pruning import round
-from fasp_lightning.pruning.blocks.samples import Sample, hold_back
-from fasp_lightning.pruning.budget.widths import plan_widths
+from fasp_lightning.pruning.budget.widths import decide_budget
 from fasp_lightning.pruning.report import PairReport
 from fasp_lightning.pruning.restore import FALLBACK, GRID, Restored, restore_pair
 from fasp_lightning.structure.plan import resolve_pruned
@@ -42,7 +40,7 @@ class Problem(NamedTuple):
         """Inputs that hang together, and have means; those held back are ``noise`` different ones."""
         model = tiny_model(family)
         place = ["value", "ffn"].index(kind)
-        pair, width = resolve_pruned(model)[0][place], plan_widths(model, AUTO).pairs[0][place]
+        pair, width = resolve_pruned(model)[0][place], decide_budget(model, AUTO).pairs[0][place]
         generator = torch.Generator().manual_seed(seed)
 
         def draw(*shape: int) -> Tensor:
@@ -197,15 +195,6 @@ def test_engine_never_makes_tokens_held_back_worse(family: str, monkeypatch: pyt
     assert set(tokens) == {(7 * 80, 2 * 80, 9 * 80)}  # the fourth and the eighth batch are held back
     assert {pair.damping for pair in report.pairs} <= {0.0, *GRID}
     assert report.tokens == 9 * 80
-
-
-def test_one_sample_in_four_of_each_kind_is_held_back() -> None:
-    samples = [Sample(5, None, random_tokens(1, 5), weight=1.0 + (index % 3 == 0)) for index in range(30)]
-    hold_back(samples)
-    held = Counter(sample.weight for sample in samples if sample.held_back)
-    assert held == {1.0: 20 // 4, 2.0: 10 // 4}
-    light = [sample.held_back for sample in samples if sample.weight == 1.0]
-    assert [index for index, one in enumerate(light) if one] == [3, 7, 11, 15, 19]
 
 
 def test_nothing_is_held_back_for_a_given_damping(monkeypatch: pytest.MonkeyPatch) -> None:

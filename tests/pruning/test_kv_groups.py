@@ -16,7 +16,8 @@ from transformers import AutoModelForCausalLM, DynamicCache
 
 from fasp_lightning import FASPPruner, PruningConfig, PruningPlan, apply_plan, load_pruned, save_pruned, spec_for
 from fasp_lightning.pruning.budget.footprint import footprints
-from fasp_lightning.pruning.budget.widths import WidthPlan, plan_widths
+from fasp_lightning.pruning.budget.widths import Budget, decide_budget
+from fasp_lightning.structure.cuts import Cuts
 from fasp_lightning.structure.linears import linear_parameters
 from fasp_lightning.structure.plan import conform, plan_of, resolve_pruned
 from fasp_lightning.training.modeling.lora import LoRAConfig, attach_lora, merge_lora
@@ -41,7 +42,7 @@ def logits(model: nn.Module, **options: Any) -> Tensor:
         return model(**({"input_ids": random_tokens(), "use_cache": False} | options)).logits
 
 
-def groups_of(widths: WidthPlan) -> set[int]:
+def groups_of(widths: Budget) -> set[int]:
     """KV groups left, over all blocks."""
     return {pair.after for block in widths.pairs for pair in block if pair.kind == "groups"}
 
@@ -109,7 +110,7 @@ def test_generation_with_a_cache_equals_generation_without(name: str) -> None:
 @able
 def test_kv_cache_shrinks_as_foretold(name: str) -> None:
     model = tiny_model(name)
-    before, after = footprints(model, plan_widths(model, HALF), 4)
+    before, after = footprints(model, decide_budget(model, HALF), 4)
     FASPPruner(HALF).prune(model, calibration(4))
     cache = DynamicCache()
     model(random_tokens(1, 5), past_key_values=cache, use_cache=True)
@@ -145,7 +146,7 @@ def test_restoration_never_raises_the_error(name: str) -> None:
 def test_removed_parameters_are_what_was_asked_within_half_a_column_a_block(name: str, sparsity: float) -> None:
     model = tiny_model(name)
     linear = linear_parameters(model, spec_for(model))
-    widths = plan_widths(model, basic(sparsity, attention="kv_groups"))
+    widths = decide_budget(model, basic(sparsity, attention="kv_groups"))
     report = FASPPruner(basic(sparsity, attention="kv_groups")).prune(model, calibration(4))
     removed = linear - linear_parameters(model, spec_for(model))
     assert report.sparsity == widths.sparsity == removed / linear
@@ -160,20 +161,20 @@ def test_removed_parameters_are_what_was_asked_within_half_a_column_a_block(name
 def test_number_of_groups_is_the_nearest_that_the_config_takes(name: str, left: list[int]) -> None:
     """Llama's config wants the heads to divide the hidden size of 32; Phi's does not."""
     configs = [basic(sparsity, attention="kv_groups") for sparsity in (0.1, 0.3, 0.4)]
-    assert [groups_of(plan_widths(tiny_model(name), config)) for config in configs] == [{count} for count in left]
+    assert [groups_of(decide_budget(tiny_model(name), config)) for config in configs] == [{count} for count in left]
 
 
 def test_last_kv_group_stays() -> None:
-    widths = plan_widths(tiny_model("gemma"), basic(0.3, attention="kv_groups"))
+    widths = decide_budget(tiny_model("gemma"), basic(0.3, attention="kv_groups"))
     assert groups_of(widths) == {1}
-    assert widths.kinds == {"ffn"}
+    assert widths.cuts == Cuts(frozenset({"ffn"}))
     assert widths.sparsity == pytest.approx(0.3, abs=0.006)
 
 
 def test_highest_sparsity_leaves_what_the_config_takes() -> None:
     model = tiny_model("llama")
     with pytest.raises(ValueError, match=r"sparsity must be at most 0\.8713 with 1 KV groups kept, got 0\.95"):
-        plan_widths(model, basic(0.95, attention="kv_groups"))
+        decide_budget(model, basic(0.95, attention="kv_groups"))
     FASPPruner(basic(0.8713, attention="kv_groups")).prune(model, calibration())
     assert heads(model.config) == (1, 1, 8)
     assert logits(model).isfinite().all()
@@ -260,7 +261,7 @@ def test_norms_of_the_head_size_are_refused() -> None:
     model = tiny_model("phi")
     model.config.qk_layernorm = True
     with pytest.raises(ValueError, match="'kv_groups' cannot be used with phi: qk_layernorm"):
-        plan_widths(model, HALF)
+        decide_budget(model, HALF)
 
 
 @pytest.mark.parametrize("order", [("value_dims", "kv_groups"), ("kv_groups", "value_dims")])
@@ -276,7 +277,7 @@ def test_heads_are_not_cut_in_both_ways(order: tuple[str, str]) -> None:
 
 def test_auto_leaves_a_model_without_some_groups_its_attention() -> None:
     model = pruned("llama")
-    assert plan_widths(model, basic(0.5)).attention == "none"
+    assert decide_budget(model, basic(0.5)).attention == "none"
 
 
 def test_failed_pruning_leaves_a_model_that_can_be_saved(tmp_path: Path) -> None:
@@ -289,7 +290,7 @@ def test_failed_pruning_leaves_a_model_that_can_be_saved(tmp_path: Path) -> None
         FASPPruner(HALF).prune(model, calibration())
     model.model.layers[1].self_attn.v_proj.weight.data.fill_(0.1)
     spoiled.weight.data.copy_(weight)
-    assert model.fasp_plan.kinds == {"groups", "ffn", "uneven"}
+    assert model.fasp_plan.cuts == Cuts(frozenset({"groups", "ffn"}), uneven=True)
     assert save_pruned(model, tmp_path / "p").form == "zero_filled"
     assert load_pruned(tmp_path / "p").fasp_plan == model.fasp_plan
     assert heads(model.config) == (4, 2, 8)

@@ -13,7 +13,7 @@ from tiny_pruning import assert_same, assert_unchanged, basic, calibration
 from fasp_lightning import FASPPruner, PruningConfig
 from fasp_lightning.pruning import prepare as preparing
 from fasp_lightning.pruning import pruner
-from fasp_lightning.pruning.config import OwnTextConfig, needs_sensitivity
+from fasp_lightning.pruning.config import OwnTextConfig
 from fasp_lightning.pruning.prepare import Prepared
 from fasp_lightning.pruning.progress import ProgressEvent
 
@@ -75,15 +75,15 @@ def test_nothing_is_measured_twice(monkeypatch: pytest.MonkeyPatch) -> None:
 )
 def test_sensitivity_is_measured_where_a_setting_reads_it(settings: dict[str, Any], needed: bool) -> None:
     chosen = basic(**settings)
-    assert needs_sensitivity(chosen) == needed
+    assert chosen.needs_sensitivity == needed
     prepared = FASPPruner(chosen).prepare(tiny_model("llama"), calibration())
-    assert (prepared.sensitivity is not None) == needed
+    assert bool(prepared.sensitivity) == needed
     assert len(prepared.batches) == 3
 
 
 def test_sensitivity_is_of_each_pair_and_unit() -> None:
     prepared = FASPPruner(FISHER).prepare(tiny_model("llama-gqa"), calibration())
-    assert [[tuple(score.shape) for score in block] for block in prepared.sensitivity or []] == [[(16,), (48,)]] * 2
+    assert [[tuple(score.shape) for score in block] for block in prepared.sensitivity] == [[(16,), (48,)]] * 2
 
 
 def prepared_with(**options: Any) -> Prepared:
@@ -134,7 +134,7 @@ def test_progress_ends_at_its_total(settings: str) -> None:
     if config(settings, 0.2).allocation == "uniform":  # else a pair that is small may lose nothing in the end
         assert {event.total for event in events} == {len(events)}  # sensitivity is a part of it
     phases = [event.phase for event in events]
-    assert ("sensitivity" in phases) == needs_sensitivity(config(settings, 0.2))
+    assert ("sensitivity" in phases) == config(settings, 0.2).needs_sensitivity
 
 
 def test_seconds_of_own_text_and_sensitivity_are_told() -> None:

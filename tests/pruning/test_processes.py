@@ -131,6 +131,7 @@ def test_a_single_process_asks_nobody() -> None:
     processes = Processes.everyone()
     assert (processes.count, processes.rank) == (1, 0)
     assert processes.total(1.5, 2) == [1.5, 2.0]
-    assert processes.first(lambda: "own") == "own"
+    assert processes.is_first
+    assert processes.from_first("own") == "own"
     with pytest.raises(KeyError), processes.together():
         raise KeyError("as it is")

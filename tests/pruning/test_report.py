@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import pytest
+from tiny import HIDDEN, LAYERS, tiny_model
+from tiny_pruning import BOTH, calibration
 
+from fasp_lightning import FASPPruner
 from fasp_lightning.pruning.perplexity import PerplexityResult
 from fasp_lightning.pruning.report import TextReport, restoration_warning
 
@@ -31,3 +34,18 @@ def test_harm_alone_is_said_too() -> None:
 @pytest.mark.parametrize("unrestored", [12.1, 12.0, 11.97, None])
 def test_help_a_hair_and_nothing_measured_are_no_harm(unrestored: float | None) -> None:
     assert restoration_warning([text("wiki", 12.0, unrestored)]) is None
+
+
+def test_report_holds_widths_errors_and_seconds() -> None:
+    model = tiny_model("llama")
+    report = FASPPruner(BOTH).prune(model, calibration())
+    assert [pair.kind for pair in report.pairs] == ["value", "ffn"] * LAYERS
+    assert [pair.width_before for pair in report.pairs] == [HIDDEN, 48] * LAYERS
+    assert report.parameters_after == sum(parameter.numel() for parameter in model.parameters())
+    assert {"capture", "forward", "gram", "solve", "cut", "apply", "total"} <= set(report.seconds)
+    parts = sum(seconds for phase, seconds in report.seconds.items() if phase != "total")
+    assert 0 < parts <= report.seconds["total"]
+    assert report.peak_memory["rss"] > 1e7
+    plain = report.to_dict()
+    assert plain["pairs"][0]["width_after"] == report.pairs[0].width_after
+    assert model.fasp_report == plain

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from fasp_lightning import FASPPruner, PruningConfig, load_pruned, save_pruned
 from fasp_lightning.ops.statistics import GramStatistics
-from fasp_lightning.pruning.budget.widths import plan_widths
-from fasp_lightning.pruning.select import select_units
+from fasp_lightning.pruning.budget.widths import decide_budget
+from fasp_lightning.pruning.select import activation_scores, select_units
 from fasp_lightning.structure.plan import resolve_pruned
 
 FISHER = basic(0.3, attention="value_dims", score="fisher", restoration="none")
@@ -32,8 +32,10 @@ def pruned(name: str, config: PruningConfig) -> Any:
 def selected(place: int, sensitivity: Tensor, config: PruningConfig) -> list[int]:
     """Of one pair of a tiny llama, whose statistics say nothing."""
     model = tiny_model("llama")
-    pair, width = resolve_pruned(model)[0][place], plan_widths(model, config).pairs[0][place]
-    return select_units(pair, width, GramStatistics(pair.columns, "cpu"), sensitivity, config).tolist()
+    pair, width = resolve_pruned(model)[0][place], decide_budget(model, config).pairs[0][place]
+    by_activations = activation_scores(pair, GramStatistics(pair.columns, "cpu"), config)
+    scores = sensitivity if config.scores_by_sensitivity else by_activations
+    return select_units(pair, width, scores, config).tolist()
 
 
 @pytest.mark.parametrize("name", ["opt", "llama", "llama-gqa", "phi3"])

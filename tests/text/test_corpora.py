@@ -15,12 +15,11 @@ from fasp_lightning.text import corpora
 from fasp_lightning.text.corpora import (
     BUILTIN,
     builtin_splits,
-    deal_corpus,
     module_docstrings,
     topic_sections,
     without_repeats,
 )
-from fasp_lightning.text.splits import SHARES, split_of
+from fasp_lightning.text.splits import SHARES, digest
 
 READ_ALL = """
 import json, sys
@@ -101,7 +100,7 @@ def test_each_split_of_the_topics_has_enough_tokens_of_smollm2(smollm2_tokenizer
 def test_splits_are_the_same_in_every_process(
     source: str, another_process: tuple[dict[str, list[str]], list[str]]
 ) -> None:
-    assert another_process[0][source] == [corpora.digest(text) for text in builtin_splits(source)["test"]]
+    assert another_process[0][source] == [digest(text) for text in builtin_splits(source)["test"]]
 
 
 def test_reading_imports_none_of_the_modules_read(
@@ -162,26 +161,3 @@ def test_a_repeated_paragraph_stays_where_it_comes_first() -> None:
     long, other = "a long paragraph " * 9, "another paragraph " * 9
     found = dict(without_repeats([("a", f"{long}\n\nshort"), ("b", f"short\n\n {long}\n\n{other}"), ("c", long)]))
     assert found == {"a": f"{long.strip()}\n\nshort", "b": f"short\n\n{other.strip()}"}
-
-
-def test_dealing_does_not_depend_on_positions() -> None:
-    corpus = [(f"name {number}", "text " * (number + 1)) for number in range(40)]
-    assert deal_corpus(corpus) == deal_corpus(reversed(corpus))
-
-
-def test_every_document_is_dealt_once() -> None:
-    corpus = [(f"name {number}", f"text {number}") for number in range(100)]
-    dealt = [text for texts in deal_corpus(corpus).values() for text in texts]
-    assert sorted(dealt) == sorted(text for _, text in corpus)
-
-
-def test_a_documents_split_is_fixed_for_ever() -> None:
-    """Another hash would move documents between splits, and make published perplexities wrong."""
-    found = [split_of(text) for text in ("", "a", "b", "Grüße", "\ud800")]
-    assert found == ["test", "test", "calibration", "validation", "train"]
-
-
-def test_documents_of_a_stream_are_dealt_by_the_shares() -> None:
-    dealt = [split_of(f"document {number}") for number in range(4000)]
-    for name, share in SHARES.items():
-        assert dealt.count(name) / len(dealt) == pytest.approx(share, abs=0.03)

@@ -11,7 +11,7 @@ from tiny_text import words, write_rows
 
 from fasp_lightning.text import roles
 from fasp_lightning.text.config import TextConfig
-from fasp_lightning.text.roles import ROLES, RoleTexts, TextSource, as_sources
+from fasp_lightning.text.roles import ROLES, RoleTexts, as_texts
 from fasp_lightning.text.tokens import documents
 
 Given = dict[str, Any]
@@ -19,7 +19,7 @@ Given = dict[str, Any]
 
 def read(source: str | None = None, **given: Any) -> dict[str, list[str]]:
     """Role → its documents."""
-    roles = RoleTexts.resolve(source, {role: as_sources(texts) for role, texts in given.items()})
+    roles = RoleTexts.resolve(source, {role: as_texts(texts) for role, texts in given.items()})
     return {
         role: [text for index in range(len(roles.texts[role])) for text in roles.documents(role, index)]
         for role in ROLES
@@ -53,7 +53,7 @@ def test_built_in_text_has_a_split_for_each_role() -> None:
 
 
 def test_roles_that_name_the_same_split_divide_it() -> None:
-    split = TextSource("builtin:topics", split="train")
+    split = TextConfig("builtin:topics", split="train")
     found = read(train=[split], validation=[split])
     assert disjoint(found)
     assert sorted(found["train"] + found["validation"] + found["calibration"] + found["test"]) == sorted(
@@ -71,12 +71,12 @@ def test_a_file_that_two_patterns_mean_is_divided(tmp_path: Path) -> None:
 
 
 def test_splits_of_a_file_may_overlap_with_the_whole(rows: str) -> None:
-    whole, train, test = (TextSource(rows, split=split) for split in (None, "train", "test"))
+    whole, train, test = (TextConfig(rows, split=split) for split in (None, "train", "test"))
     found = read("builtin:topics", train=[train], validation=[test], calibration=[whole])
     assert disjoint(found)
     assert all(found.values())
-    assert set(found["train"]) < set(documents(train.config()))
-    assert set(found["validation"]) < set(documents(test.config()))
+    assert set(found["train"]) < set(documents(train))
+    assert set(found["validation"]) < set(documents(test))
     assert sum(len(found[role]) for role in ("train", "validation", "calibration")) == 300
 
 
@@ -109,23 +109,23 @@ def test_calibration_takes_little_of_the_training_split_of_the_hub(monkeypatch: 
     ("fields", "message"),
     [
         ({"source": "no such thing"}, "source must be one of builtin:topics"),
-        ({"source": "builtin:topics", "weight": 0}, r"weight of source 'builtin:topics' must be greater than 0, got 0"),
-        ({"source": "builtin:topics", "weight": float("nan")}, "must be greater than 0, got nan"),
+        ({"epoch_weight": 0}, "epoch_weight must be positive and finite, got 0 for source 'builtin:topics'"),
+        ({"epoch_weight": float("nan")}, "must be positive and finite, got nan"),
         ({"source": "builtin:topics", "sequences": 0}, "must be 1 or more, got 0"),
         ({"source": "builtin:topics", "split": "tset"}, "got 'tset'"),
     ],
 )
 def test_a_bad_text_is_refused(fields: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        TextSource(**fields)
+        TextConfig(**fields)
 
 
 def test_weights_are_for_all_texts_or_for_none() -> None:
-    texts = [TextSource("builtin:topics", weight=1), TextSource("builtin:docstrings")]
+    texts = [TextConfig("builtin:topics", epoch_weight=1), TextConfig("builtin:docstrings")]
     with pytest.raises(ValueError, match="for all texts or for none, got none for builtin:docstrings"):
-        as_sources(texts)
+        as_texts(texts)
 
 
 def test_an_empty_list_is_refused() -> None:
     with pytest.raises(ValueError, match="must hold one at least"):
-        as_sources([])
+        as_texts([])

@@ -61,11 +61,6 @@ def test_a_weight_is_the_share_of_an_epoch(
     assert torch.bincount(torch.bucketize(order, edges, right=True)).tolist() == counts
 
 
-def test_a_weight_too_small_for_one_sequence_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"a sequence of an epoch of 10, got \[10, 0\]; raise the smallest weight"):
-        shares_of([10, 10], [1, 0.001], 10)
-
-
 def test_processes_take_together_what_one_would_take() -> None:
     ranks = [torch.tensor(indices(2, 3, rank)).view(-1, 3) for rank in (0, 1)]
     alone = torch.tensor(indices(1, 6)).view(-1, 6)

@@ -10,16 +10,11 @@ from typing import Any
 import pytest
 import torch
 from tiny_text import words
-from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from fasp_lightning.text import shard_reading, token_stream
 from fasp_lightning.text.packed_cache import pack
-from fasp_lightning.text.shard_reading import ShardReader
-from fasp_lightning.text.token_stream import TokenStream
-from fasp_lightning.training.data import CausalLMDataModule
-from fasp_lightning.training.loaders.cached import ResumableLoader
-from fasp_lightning.training.loaders.streamed import StreamLoader
+from fasp_lightning.text.token_stream import TokenStream, as_batch
 
 
 @pytest.fixture(autouse=True)
@@ -36,35 +31,6 @@ def stream(
 ) -> TokenStream:
     opened = [(f"text {number}", partial(list, text)) for number, text in enumerate(texts)]
     return TokenStream(opened, weights, tokenizer, [None] * len(texts), 16, 2, 0, **options)
-
-
-def reader(tokenizer: PreTrainedTokenizerFast, text: list[str], shard: int = 0, shards: int = 1, **options: Any):
-    encode = shard_reading._Encode(tokenizer, None)
-    return ShardReader(partial(list, text), "text", encode, 16, shard, shards, **options)
-
-
-def test_a_part_is_packed_like_a_cached_text(tiny_tokenizer: PreTrainedTokenizerFast) -> None:
-    (packed,) = pack(words(40), tiny_tokenizer, 16)
-    assert list(islice(reader(tiny_tokenizer, words(40)), len(packed))) == packed
-
-
-def test_parts_hold_each_document_once(tiny_tokenizer: PreTrainedTokenizerFast) -> None:
-    text = words(9)
-    for shard in range(3):
-        (packed,) = pack(text[shard::3], tiny_tokenizer, 16)
-        assert list(islice(reader(tiny_tokenizer, text, shard, 3), len(packed))) == packed
-
-
-def test_a_cursor_continues_at_any_sequence_and_over_the_end(tiny_tokenizer: PreTrainedTokenizerFast) -> None:
-    whole = reader(tiny_tokenizer, words(12))
-    cursors, sequences = [], []
-    for sequence in islice(whole, 250):  # more than two passes
-        sequences.append(sequence)
-        cursors.append(list(whole.cursor))
-    assert cursors[-1][0] >= 2
-    for place, cursor in enumerate(cursors[:-5]):
-        again = reader(tiny_tokenizer, words(12), cursor=cursor)
-        assert list(islice(again, 5)) == sequences[place + 1 : place + 6]
 
 
 @pytest.mark.parametrize(("weights", "share"), [(None, 1 / 2), ([3, 1], 3 / 4)])
@@ -86,36 +52,24 @@ def test_sequences_are_shuffled(tiny_tokenizer: PreTrainedTokenizerFast) -> None
     assert sorted(window) == sorted(packed[:6])
 
 
-def test_workers_of_all_processes_read_different_parts(tiny_tokenizer: PreTrainedTokenizerFast) -> None:
-    def first(rank: int, workers: int) -> list[Tensor]:
-        loader = StreamLoader(
-            stream(tiny_tokenizer, [words(60)], rank=rank, world_size=2, workers=workers), 6, num_workers=workers
-        )
-        return [batch["input_ids"] for batch in loader]
-
-    rows = [tuple(row) for rank in (0, 1) for batch in first(rank, 2) for row in batch.tolist()]
-    assert len(set(rows)) == len(rows) == 24
-
-
 def test_a_part_without_a_sequence_is_refused(tiny_tokenizer: PreTrainedTokenizerFast) -> None:
     with pytest.raises(ValueError, match="text 0 is too short to stream: its part 2 of 2 has 0 tokens"):
         next(iter(stream(tiny_tokenizer, [words(1)], rank=1, world_size=2)))
 
 
-def test_a_stream_leaves_out_what_other_roles_have(tiny_tokenizer: PreTrainedTokenizerFast, tmp_path: Any) -> None:
-    def new(streamed: bool) -> StreamLoader | ResumableLoader:
-        data = CausalLMDataModule(
-            tiny_tokenizer,
-            seq_len=16,
-            batch_size=2,
-            sequences_per_epoch=12,
-            streaming=streamed,
-            cache_dir=str(tmp_path),
-            seed=1,
-        )
-        data.prepare_data()
-        return data.train_dataloader()
+@pytest.mark.parametrize("given", [1, 3, 4, 7])
+def test_a_state_goes_on_with_the_next_batch(given: int, tiny_tokenizer: PreTrainedTokenizerFast) -> None:
+    texts = [words(20), words(20, seed=1)]
+    whole = list(islice(stream(tiny_tokenizer, texts, [2, 1]), 12))
+    resumed = stream(tiny_tokenizer, texts, [2, 1])
+    resumed.states = [whole[given - 1]["state"]]
+    for one, other in zip(islice(resumed, 5), whole[given:], strict=False):
+        assert torch.equal(one["input_ids"], other["input_ids"])
 
-    cached = {tuple(row["input_ids"].tolist()) for row in map(new(False).dataset.__getitem__, range(12))}
-    streamed = {tuple(row) for batch in new(True) for row in batch["input_ids"].tolist()}
-    assert streamed == cached  # of the training split, from its start
+
+def test_a_batch_is_of_ids_and_equal_labels() -> None:
+    ids = torch.arange(6).view(2, 3)
+    batch = as_batch(ids)
+    assert torch.equal(batch["input_ids"], ids)
+    assert torch.equal(batch["labels"], ids)
+    assert batch["labels"] is not ids

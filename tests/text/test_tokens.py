@@ -1,4 +1,4 @@
-"""Text configurations, and how documents become batches of token ids."""
+"""How documents become batches of token ids."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from fasp_lightning.text import tokens
-from fasp_lightning.text.config import SPLITS, TextConfig, describe, for_role
-from fasp_lightning.text.tokens import calibration_batches, documents, token_batches
+from fasp_lightning.text.config import SPLITS, TextConfig, describe
+from fasp_lightning.text.tokens import calibration_batches, documents, draw, pool_size, token_batches
 
 EOS = 1
 
@@ -92,12 +93,14 @@ def test_a_sample_is_of_different_sequences_in_the_order_of_the_text(numbers: st
 
 
 def test_calibration_batches_have_the_weights_of_their_texts(numbers: str) -> None:
-    plain, heavy = (TextConfig(numbers, seq_len=10, sequences=4, batch_size=2, weight=weight) for weight in (1, 0.5))
-    first, second, *weighted = calibration_batches([plain, heavy], word_tokenizer())
-    expected = token_batches(plain, word_tokenizer())
-    assert torch.equal(torch.cat([first, second]), torch.cat(expected))
-    assert [batch["weight"] for batch in weighted] == [0.5, 0.5]
-    assert torch.equal(torch.cat([batch["input_ids"] for batch in weighted]), torch.cat(expected))
+    plain = TextConfig(numbers, seq_len=10, sequences=4, batch_size=2)
+    heavy = replace(plain, token_weight=0.5)
+    batches = calibration_batches([plain, heavy], word_tokenizer())
+    expected = torch.cat(token_batches(plain, word_tokenizer()))
+    assert [batch["weight"] for batch in batches] == [1.0, 1.0, 0.5, 0.5]
+    assert {batch["source"] for batch in batches} == {describe(plain)}
+    for part in (batches[:2], batches[2:]):
+        assert torch.equal(torch.cat([batch["input_ids"] for batch in part]), expected)
 
 
 def test_the_seed_alone_decides_on_the_sample(numbers: str) -> None:
@@ -108,6 +111,24 @@ def test_the_seed_alone_decides_on_the_sample(numbers: str) -> None:
 
     assert sample(0) == sample(0)
     assert sample(0) != sample(1)
+
+
+@pytest.mark.parametrize(("available", "wanted"), [(1, 1), (7, 7), (7, 3), (5000, 100)])
+def test_a_draw_is_of_different_places_that_rise(available: int, wanted: int) -> None:
+    places = draw(available, wanted, seed=1).tolist()
+    assert places == sorted(set(places))
+    assert len(places) == wanted
+    assert set(places) <= set(range(available))
+
+
+def test_every_place_is_drawn_as_often() -> None:
+    counts = torch.bincount(torch.cat([draw(10, 4, seed) for seed in range(1000)]), minlength=10)
+    assert ((counts - 400).abs() < 80).all()  # five standard deviations
+
+
+@pytest.mark.parametrize(("wanted", "size"), [(1, 1024), (64, 1024), (65, 1040)])
+def test_a_pool_is_much_larger_than_what_is_drawn_from_it(wanted: int, size: int) -> None:
+    assert pool_size(wanted) == size
 
 
 def test_no_more_is_read_than_the_sample_is_drawn_from(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -200,63 +221,6 @@ def test_builtin_text_needs_a_split(source: str) -> None:
 def test_builtin_text_gives_batches(split: str, tiny_tokenizer: PreTrainedTokenizerFast) -> None:
     config = TextConfig(split=split, sequences=3, seq_len=16, batch_size=2)
     assert [len(batch) for batch in token_batches(config, tiny_tokenizer)] == [2, 1]
-
-
-@pytest.mark.parametrize(
-    ("fields", "message"),
-    [
-        ({"source": "builtin:poems"}, "builtin:topics, builtin:docstrings, .*got 'builtin:poems'"),
-        ({"source": "my corpus"}, "source must be one of .*got 'my corpus'"),
-        ({"source": ""}, "source must be one of .*got ''"),
-        ({"split": "dev"}, "must be one of calibration, train, test, validation, got 'dev'"),
-        ({"source": "a.txt", "split": "dev"}, "split of source 'a.txt' must be one of .*got 'dev'"),
-        ({"subset": "en"}, "subset is for the hub alone, got 'en'"),
-        ({"seq_len": 1}, "seq_len must be 2 or more, got 1"),
-        ({"sequences": 0}, "sequences must be 1 or more, got 0"),
-        ({"batch_size": -1}, "batch_size must be 1 or more, got -1"),
-    ],
-)
-def test_bad_fields_are_refused_at_once(fields: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        TextConfig(**fields)
-
-
-@pytest.mark.parametrize(
-    ("config", "name"),
-    [
-        (TextConfig(split="test"), "topics (test)"),
-        (TextConfig("builtin:docstrings", split="validation"), "docstrings (validation)"),
-        (TextConfig("far/away/articles.jsonl"), "articles.jsonl"),
-        (TextConfig("far/away/articles.jsonl", split="train"), "articles.jsonl (train)"),
-        (
-            TextConfig("Salesforce/wikitext", "wikitext-2-raw-v1", "test"),
-            "wikitext, wikitext-2-raw-v1 (test)",
-        ),
-    ],
-)
-def test_a_text_is_named_for_a_table(config: TextConfig, name: str) -> None:
-    assert describe(config) == name
-
-
-@pytest.mark.parametrize(
-    ("source", "split", "role", "expected"),
-    [
-        ("builtin:topics", None, "calibration", "calibration"),
-        ("builtin:topics", None, "test", "test"),
-        ("builtin:topics", "train", "test", "train"),
-        ("a.txt", None, "calibration", None),
-        ("some/set", None, "calibration", "train"),
-        ("some/set", None, "test", "test"),
-        ("some/set", "dev", "test", "dev"),
-    ],
-)
-def test_a_role_gives_the_split_left_open(source: str, split: str | None, role: str, expected: str | None) -> None:
-    assert for_role(TextConfig(source, split=split), role).split == expected
-
-
-def test_an_unknown_role_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"role must be one of .*got 'dev'"):
-        for_role(TextConfig(), "dev")
 
 
 def test_builtin_and_txt_load_neither_datasets_nor_transformers(numbers: str) -> None:

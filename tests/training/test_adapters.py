@@ -12,7 +12,7 @@ from tiny_pruning import basic
 from torch import nn
 
 from fasp_lightning import FASPPruner, PruningConfig, save_pruned
-from fasp_lightning.pruning.budget.widths import plan_widths
+from fasp_lightning.pruning.budget.widths import decide_budget
 from fasp_lightning.structure.adapters import has_adapters
 from fasp_lightning.structure.plan import conform, plan_of
 from fasp_lightning.training.modeling.lora import LoRAConfig, attach_lora, merge_lora
@@ -55,7 +55,7 @@ def test_pruned_then_merged_equals_merged_then_pruned(family: str, settings: str
 
 def test_adapters_do_not_count_as_parameters_of_the_model(family: str) -> None:
     config = basic(0.2, attention="value_dims")
-    assert plan_widths(adapted(family), config) == plan_widths(tiny_model(family), config)
+    assert decide_budget(adapted(family), config) == decide_budget(tiny_model(family), config)
 
 
 def test_adapted_model_can_be_pruned_twice(family: str) -> None:

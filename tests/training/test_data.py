@@ -17,16 +17,12 @@ from tiny_text import words, write_rows
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-from fasp_lightning.ops.likelihood import IGNORED
 from fasp_lightning.pruning.perplexity import perplexity
 from fasp_lightning.text import packed_cache
 from fasp_lightning.text.config import TextConfig
-from fasp_lightning.text.roles import TextSource
-from fasp_lightning.text.shuffling import BLANK
 from fasp_lightning.text.tokenizer import TokenizerTraining
 from fasp_lightning.text.tokens import token_batches
 from fasp_lightning.training.data import CausalLMDataModule
-from fasp_lightning.training.loaders.cached import PackedSequences
 from fasp_lightning.training.metrics import Perplexity
 
 LOADERS = {"train": "train", "calibration": "calibration", "validation": "val", "test": "test"}
@@ -88,10 +84,35 @@ def test_sequences_are_those_that_the_engine_evaluates(make: Any, tiny_tokenizer
     assert torch.equal(sequences(make(), "test"), torch.cat(token_batches(config, tiny_tokenizer)))
 
 
+@pytest.mark.parametrize(("own", "seed"), [(None, 3), (5, 5)])
+def test_drawn_sequences_are_those_that_the_engine_draws(
+    own: int | None, seed: int, make: Any, tiny_tokenizer: PreTrainedTokenizerFast
+) -> None:
+    found = sequences(make(seed=3, test=[TextConfig(sequences=13, seed=own)]), "test")
+    config = TextConfig(split="test", seq_len=16, sequences=13, seed=seed)
+    assert torch.equal(found, torch.cat(token_batches(config, tiny_tokenizer)))
+
+
+def test_what_training_takes_of_its_text_is_not_handed_on(make: Any, rows: str) -> None:
+    data, whole = make(train=[TextConfig(rows, sequences=8, epoch_weight=2)]), make(source=rows)
+    assert len(loader(data, "train").dataset) == 8
+    assert torch.equal(sequences(data, "validation"), sequences(whole, "validation"))
+
+
+def test_a_text_may_repeat_the_sizes_of_the_data_module(make: Any, rows: str) -> None:
+    same = make(source="builtin:topics", test=[TextConfig(rows, seq_len=16, batch_size=4)])
+    assert torch.equal(sequences(same, "test"), sequences(make(source="builtin:topics", test=[rows]), "test"))
+
+
+def test_texts_are_read_from_their_fields(make: Any, rows: str) -> None:
+    fields = {"source": rows, "split": "test", "sequences": 5}
+    assert make(test=[fields]).roles == make(test=[TextConfig(**fields)]).roles
+
+
 def test_no_document_stands_in_the_tokens_of_two_roles(make: Any, tmp_path: Path) -> None:
     """Also where equal documents stand in different files. One token a character: documents can be read back."""
     shared, own = words(20, seed=9), {role: words(30, seed) for seed, role in enumerate(LOADERS)}
-    texts = {role: [TextSource(write_rows(tmp_path / f"{role}.jsonl", own[role] + shared))] for role in LOADERS}
+    texts = {role: [TextConfig(write_rows(tmp_path / f"{role}.jsonl", own[role] + shared))] for role in LOADERS}
     data = make(seq_len=8, batch_size=1, **texts)
     text = {role: text_of(data, role) for role in LOADERS}
     found = {role: {one for one in [*shared, *chain(*own.values())] if one in text[role]} for role in LOADERS}
@@ -137,7 +158,7 @@ def test_what_changes_the_sequences_is_tokenised_anew(change: str, make: Any, ro
     elif change == "tokenizer":
         options["tokenizer"] = TokenizerTraining(vocab_size=300)
     else:
-        options["test"] = [TextSource(rows, split="train")]
+        options["test"] = [TextConfig(rows, split="train")]
     after = sequences(make(**options), "test")
     assert before.shape != after.shape or not torch.equal(before, after)
 
@@ -174,7 +195,7 @@ def test_processes_train_on_what_one_would_train_on(make: Any) -> None:
 
 @pytest.mark.parametrize("role", ["validation", "test"])
 def test_perplexity_over_processes_is_exact_and_all_have_as_many_batches(role: str, make: Any) -> None:
-    model, texts = tiny_model("llama"), [TextSource("builtin:topics", sequences=13)]
+    model, texts = tiny_model("llama"), [TextConfig("builtin:topics", sequences=13)]
     ranks = [list(loader(on_rank(make(**{role: texts}), rank, 3), role)) for rank in range(3)]
     assert len({len(batches) for batches in ranks}) == 1
     metric = Perplexity()
@@ -184,13 +205,6 @@ def test_perplexity_over_processes_is_exact_and_all_have_as_many_batches(role: s
     alone = [batch["input_ids"] for batch in loader(make(**{role: texts}), role)]
     assert int(metric.tokens) == 13 * 15
     assert float(metric.compute()) == pytest.approx(perplexity(model, alone), rel=1e-6)
-
-
-def test_a_blank_sequence_has_no_label() -> None:
-    packed = PackedSequences([[{"input_ids": torch.arange(4)}]])
-    assert packed[BLANK]["labels"].tolist() == [IGNORED] * 4
-    with pytest.raises(IndexError):
-        packed[1]
 
 
 def test_a_tokenizer_is_trained_on_the_training_text(make: Any, tmp_path: Path) -> None:
@@ -226,7 +240,7 @@ def test_a_missing_test_text_does_not_hinder_training(make: Any, rows: str) -> N
 
 
 def test_init_reads_no_file(tmp_path: Path) -> None:
-    CausalLMDataModule("no/such-tokenizer", train=[TextSource(str(tmp_path / "missing.jsonl"))])
+    CausalLMDataModule("no/such-tokenizer", train=[TextConfig(str(tmp_path / "missing.jsonl"))])
 
 
 def test_a_datamodule_without_a_tokenizer_says_so(make: Any) -> None:
@@ -250,9 +264,18 @@ def test_a_tokenizer_with_too_many_tokens_is_refused(make: Any) -> None:
         ({"streaming": True}, "sequences_per_epoch must be set with streaming, got None"),
         ({"source": "no such thing"}, "source must be one of builtin:topics"),
         (
-            {"streaming": True, "sequences_per_epoch": 8, "train": [TextSource("builtin:topics", sequences=9)]},
+            {"streaming": True, "sequences_per_epoch": 8, "train": [TextConfig("builtin:topics", sequences=9)]},
             "sequences must be None for a training text that is streamed, got a number for builtin:topics",
         ),
+        (
+            {"test": [TextConfig(seq_len=32)]},
+            r"seq_len of the test text 'topics \(test\)' must be that of the data module, 16, got 32; leave it out",
+        ),
+        ({"train": [{"source": "a.txt", "batch_size": 2}]}, r"batch_size of the .* text 'a\.txt' must be .*, 4, got 2"),
+        ({"calibration": [TextConfig(token_weight=2)]}, "token_weight must be 1 in a data module, got 2 for topics"),
+        ({"train": [TextConfig(token_weight=2)]}, "token_weight must be 1 for all but calibration text, got 2"),
+        ({"validation": [TextConfig(epoch_weight=2)]}, "epoch_weight must be None for all but training text, got 2"),
+        ({"train": [{"weight": 2}]}, "a text must have the fields source, .*epoch_weight, token_weight, got weight"),
     ],
 )
 def test_bad_arguments_are_refused(options: dict[str, Any], message: str, make: Any) -> None:
@@ -264,11 +287,3 @@ def test_too_little_text_for_a_sequence_is_refused(make: Any, tmp_path: Path) ->
     short = write_rows(tmp_path / "short.jsonl", ["short"])
     with pytest.raises(ValueError, match=r"the train text 'short.jsonl' is too short: it has 6 tokens, and one"):
         make(source="builtin:topics", train=[short]).setup("fit")
-
-
-def test_too_little_text_for_a_batch_is_refused(make: Any, tmp_path: Path) -> None:
-    short = write_rows(tmp_path / "short.jsonl", words(1))
-    with pytest.raises(
-        ValueError, match=r"must fill a batch on every process: it has .* got batch_size=100 on 1 processes"
-    ):
-        make(source="builtin:topics", train=[short], batch_size=100).train_dataloader()

@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM
 
 from fasp_lightning import PruningConfig, load_pruned
 from fasp_lightning.pruning.config import OwnTextConfig
+from fasp_lightning.structure.cuts import Cuts
 from fasp_lightning.structure.plan import resolve_pruned
 from fasp_lightning.training.callback import FASPPruning
 from fasp_lightning.training.modeling.lora import LoRAConfig, attach_lora
@@ -264,4 +265,4 @@ def test_second_event_goes_on_where_blocks_differ(tmp_path: Any) -> None:
     module = UserModule(tiny_model("llama").train())
     trainer(tmp_path, callback).fit(module, loader(), loader(4))
     assert [record.sparsity for record in callback.records] == pytest.approx([0.1, 0.25], abs=0.004)
-    assert module.lm.fasp_plan.kinds == {"value", "ffn", "uneven"}
+    assert module.lm.fasp_plan.cuts == Cuts(frozenset({"value", "ffn"}), uneven=True)

@@ -11,10 +11,11 @@ from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCL
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 import fasp_lightning.training.callback  # noqa: F401  # its callback is then known by its bare name
-from fasp_lightning.cli.errors import is_user_error, one_line, reworded
+from fasp_lightning.cli.checks import tokenizer_name
+from fasp_lightning.cli.errors import is_user_error, reworded
 from fasp_lightning.cli.parsing import with_paths
 from fasp_lightning.cli.quiet import quiet_libraries, quiet_lightning
-from fasp_lightning.errors import FaspError
+from fasp_lightning.errors import FaspError, one_line
 from fasp_lightning.training.data import CausalLMDataModule
 from fasp_lightning.training.module import CausalLMModule
 
@@ -91,7 +92,7 @@ class TrainingCLI(LightningCLI):
         try:
             self.config = parser.parse_args(args)  # type: ignore[arg-type]
         except (argparse.ArgumentError, TypeError, KeyError) as error:
-            raise FaspError(f"{reworded(str(error))}; see {self.program} --help") from error
+            raise FaspError(f"{reworded(error)}; see {self.program} --help") from error
 
     def before_instantiate_classes(self) -> None:
         """The tokenizer is the model's where no other is named, and a checkpoint must be there.
@@ -100,8 +101,7 @@ class TrainingCLI(LightningCLI):
             FaspError: If ``ckpt_path`` is no file.
         """
         settings = self.config[self.command]
-        if settings.data.tokenizer is None:
-            settings.data.tokenizer = settings.model.name_or_path
+        settings.data.tokenizer = tokenizer_name(settings.data.tokenizer, settings.model.name_or_path)
         _check_checkpoint(settings.get("ckpt_path"))
 
     def instantiate_classes(self) -> None:

@@ -30,7 +30,7 @@ def run(job: PruneJob) -> int:
     _print_sizes(job, setup)
     _print_widths(setup)
     _print_memory(job, setup)
-    loaders_table(loaders_for(setup.form, setup.spec, setup.kinds))
+    loaders_table(loaders_for(setup.form, setup.spec, setup.cuts))
     return 0
 
 
@@ -72,7 +72,7 @@ def _print_widths(setup: Setup) -> None:
         for (consumer, kind, before, after), blocks in counts.items()
     ]
     title = "widths"
-    if any(map(setup.widths.decided_later, setup.kinds)):
+    if any(map(setup.widths.decided_later, setup.cuts.kinds)):
         title += "; those of single blocks are more or less, as loss sensitivity decides"
     table(title, ("consumer", "kind", "blocks", "before", "after", "change"), rows)
 
@@ -81,10 +81,11 @@ def _print_memory(job: PruneJob, setup: Setup) -> None:
     calibration, own = texts_of(job)[0], job.pruning.own_text
     tokens = own_tokens(own and within_positions(setup.model, own))
     for text in calibration:
-        if text.sequences is None:
+        extent = text.extent()
+        if extent.sequences is None:
             note("calibration.sequences is null: the peak memory depends on the length of the whole text")
             return
-        tokens += text.sequences * text.seq_len
+        tokens += extent.sequences * extent.seq_len
     memory = memory_of(setup, job, tokens)
     rows = [(name, gibibytes(size), place) for name, size, place in _parts(memory, setup)]
     rows.append(("peak, if all of it is in one place", gibibytes(memory.total), ""))

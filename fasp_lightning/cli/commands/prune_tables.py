@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fasp_lightning.checkpoints.forms import Loader
+from fasp_lightning.checkpoints.forms import LoaderSupport
 from fasp_lightning.checkpoints.saving import SavedModel
 from fasp_lightning.cli.console import change, dtype_name, gibibytes, megabytes, percent, results, table
 from fasp_lightning.cli.jobs import PruneJob
@@ -90,7 +90,7 @@ def print_loaders(saved: SavedModel) -> None:
     loaders_table(saved.loaders)
 
 
-def loaders_table(loaders: list[Loader]) -> None:
+def loaders_table(loaders: list[LoaderSupport]) -> None:
     """Which loaders take a model, and why."""
     verdict = {True: "yes", False: "no", None: "not tried"}
     table("loaders", ("loader", "takes it", "because"), [(name, verdict[ok], why) for name, ok, why in loaders])

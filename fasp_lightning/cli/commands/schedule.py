@@ -18,7 +18,8 @@ from fasp_lightning.cli.commands.lightning import TrainingCLI
 from fasp_lightning.cli.console import note, percent
 from fasp_lightning.cli.quiet import one_thread, quiet_libraries
 from fasp_lightning.errors import FaspError
-from fasp_lightning.pruning.budget.widths import WidthPlan, plan_widths
+from fasp_lightning.pruning.budget.budget import Budget
+from fasp_lightning.pruning.budget.widths import decide_budget
 from fasp_lightning.pruning.config import PruningConfig
 from fasp_lightning.structure.plan import record_plan, resolve_pruned
 from fasp_lightning.training.callback import FASPPruning
@@ -128,14 +129,14 @@ def _entries(model: Any, schedule: PruningSchedule, pruning: PruningConfig) -> I
     """One YAML list entry an event, with what it leaves as a comment."""
     for index, event in enumerate(schedule):
         try:
-            widths = plan_widths(model, dataclasses.replace(pruning, sparsity=event.sparsity))
+            widths = decide_budget(model, dataclasses.replace(pruning, sparsity=event.sparsity))
         except FaspError as error:
             raise FaspError(f"schedule entry {index}, {event.to_dict()!r}: {error}") from error
         yield from _entry(index, event, widths)
         _cut(model, widths)
 
 
-def _entry(index: int, event: ScheduledPruning, widths: WidthPlan) -> Iterator[str]:
+def _entry(index: int, event: ScheduledPruning, widths: Budget) -> Iterator[str]:
     original, left = widths.original_parameters, widths.parameters_after
     yield f"\n# event {index}: {left:,} of {original:,} parameters left ({percent(left / original)})\n"
     yield from (f"#   {line}\n" for line in _widths(widths))
@@ -144,7 +145,7 @@ def _entry(index: int, event: ScheduledPruning, widths: WidthPlan) -> Iterator[s
     yield from (f"  {line}\n" for line in rest)
 
 
-def _widths(widths: WidthPlan) -> Iterator[str]:
+def _widths(widths: Budget) -> Iterator[str]:
     """One line for each kind of pair: its width in all blocks, or in each where they differ."""
     kinds = {pair.kind: pair.layer.rpartition(".")[2] for block in widths.pairs for pair in block}
     for kind, layer in kinds.items():
@@ -155,7 +156,7 @@ def _widths(widths: WidthPlan) -> Iterator[str]:
         yield f"{kind} width ({layer}): {shown}, of {pairs[0].original}"
 
 
-def _cut(model: Any, widths: WidthPlan) -> None:
+def _cut(model: Any, widths: Budget) -> None:
     """Give the model the widths; which units stay does not matter, but that heads are even."""
     pairs = resolve_pruned(model, kv_groups=widths.attention == "kv_groups")
     for block, planned in zip(pairs, widths.pairs, strict=True):

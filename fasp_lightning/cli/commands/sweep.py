@@ -15,23 +15,23 @@ import fasp_lightning
 from fasp_lightning.checkpoints.forms import choose_form
 from fasp_lightning.checkpoints.pruned_folder import REPORT_FILE, read_plan
 from fasp_lightning.checkpoints.source import PLAN_FILE
-from fasp_lightning.cli.checks import check_output_dir, check_room, texts_of, tokenizer_of
+from fasp_lightning.cli.checks import check_output_dir, texts_of, tokenizer_of
 from fasp_lightning.cli.commands.sweep_tables import Finished, print_sweep, write_sweep
 from fasp_lightning.cli.console import PruningProgress, dtype_name, gibibytes, note, percent, shown_warnings
 from fasp_lightning.cli.generation import continuation
 from fasp_lightning.cli.jobs import PruneJob
-from fasp_lightning.cli.measured import domains_of, home, measure, prune_measured, save
+from fasp_lightning.cli.measured import domains_of, measure, place, prune_measured, save
 from fasp_lightning.cli.model_setup import Setup, already_pruned, load, memory_of, set_up
 from fasp_lightning.cli.quiet import quiet_libraries
 from fasp_lightning.cli.texts import Calibration, Text, load_calibration, load_text, missing_domain, single_source
 from fasp_lightning.errors import FaspError, FaspFileExistsError
-from fasp_lightning.pruning.budget.widths import plan_widths
+from fasp_lightning.pruning.budget.widths import decide_budget
 from fasp_lightning.pruning.config import PruningConfig
-from fasp_lightning.pruning.own_text.cache import digest_of, fingerprint
+from fasp_lightning.pruning.own_text.cache import digest_of, weights_digest
 from fasp_lightning.pruning.perplexity import PerplexityResult
 from fasp_lightning.pruning.prepare import Prepared
 from fasp_lightning.pruning.pruner import FASPPruner
-from fasp_lightning.staging import read_json
+from fasp_lightning.staging import read_json, require_space
 
 Settings = dict[str, Any]
 
@@ -93,7 +93,7 @@ def run(job: SweepJob) -> int:
     calibration_configs, evaluation_configs = texts_of(job)
     points = _set_up(job.points())
     setup = points[0][1]
-    check_room(job.folder / "sweep", max(setup.stored_bytes for _, setup in points))
+    require_space(job.folder / "sweep", max(setup.stored_bytes for _, setup in points))
     tokenizer = tokenizer_of(job.model)
     calibration = load_calibration(calibration_configs, setup.pruning.own_text, tokenizer, setup.model)
     evaluation = [load_text(text, tokenizer, setup.model, "evaluation") for text in evaluation_configs]
@@ -126,9 +126,9 @@ def _set_up(jobs: list[PruneJob]) -> list[tuple[PruneJob, Setup]]:
 
     def at(job: PruneJob) -> Setup:
         pruning = dataclasses.replace(first.pruning, sparsity=job.pruning.sparsity)
-        widths = plan_widths(first.model, pruning)
-        form = choose_form(job.form, first.spec, widths.kinds)
-        return dataclasses.replace(first, pruning=pruning, widths=widths, kinds=widths.kinds, form=form)
+        widths = decide_budget(first.model, pruning)
+        form = choose_form(job.form, first.spec, widths.cuts)
+        return dataclasses.replace(first, pruning=pruning, widths=widths, cuts=widths.cuts, form=form)
 
     return [(job, at(job)) for job in jobs]
 
@@ -141,7 +141,7 @@ class _Sweep:
     ) -> None:
         self.job, self.dense, self.tokenizer = job, dense, tokenizer
         self.calibration, self.evaluation = calibration, evaluation
-        self._model = fingerprint(dense)
+        self._model = weights_digest(dense)
         self._shared: tuple[list[PerplexityResult], Prepared] | None = None
 
     def settings(self, job: PruneJob) -> Settings:
@@ -150,7 +150,7 @@ class _Sweep:
             "version": fasp_lightning.__version__,
             "model": self._model,
             "pruning": job.pruning.to_dict(),
-            "calibration": [[text.config.weight, _digest(text)] for text in self.calibration.texts],
+            "calibration": [[text.config.token_weight, _digest(text)] for text in self.calibration.texts],
             "evaluation": [_digest(text) for text in self.evaluation],
             "form": job.form,
             "compare_unrestored": job.compares,
@@ -198,7 +198,7 @@ class _Sweep:
 
     def prune(self, job: PruneJob, setup: Setup) -> None:
         """Prune a copy to one sparsity, measure it and save it."""
-        fresh = self._copies(home(setup))
+        fresh = self._copies(place(setup))
         before, prepared = self._shared = self._shared or self._share(fresh(), setup)
         note(f"sparsity {percent(setup.widths.sparsity)}")
         model = fresh()

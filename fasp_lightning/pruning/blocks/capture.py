@@ -5,14 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from fasp_lightning.errors import FaspError
-from fasp_lightning.pruning.blocks.samples import Sample
+from fasp_lightning.pruning.blocks.samples import Call, Sample, Stored
 from fasp_lightning.pruning.blocks.standins import BlockTap, stand_ins
 from fasp_lightning.pruning.blocks.store import TensorStore
-from fasp_lightning.structure.spec import ArchitectureSpec
-from fasp_lightning.text.batches import as_inputs, check_vocabulary, weight_of
+from fasp_lightning.structure.registry import spec_for
+from fasp_lightning.structure.resolve import find_blocks
+from fasp_lightning.text.batches import check_vocabulary, read_batch
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -20,28 +21,32 @@ if TYPE_CHECKING:
 
 def micro_batches(
     batches: Iterable[Any], size: int | None, vocabulary: int | None
-) -> Iterator[tuple[Tensor, Tensor | None, float]]:
-    """Batches in pieces of ``size`` sequences, checked: (input_ids, attention_mask or ``None``, weight)."""
-    for batch in batches:
-        input_ids, mask = as_inputs(batch)
-        weight = weight_of(batch)
+) -> Iterator[tuple[dict[str, Tensor], float, str]]:
+    """Batches in pieces of ``size`` sequences, checked.
+
+    Args:
+        batches: As :meth:`FASPPruner.prune` takes them.
+        size: Sequences of a piece; ``None`` leaves the batches as they are.
+        vocabulary: Number of embeddings; ``None`` checks no token id.
+
+    Yields:
+        What the model is called with, the weight of each token, and the source.
+    """
+    for given in batches:
+        batch = read_batch(given)
         if vocabulary is not None:
-            check_vocabulary(input_ids, vocabulary)
-        if mask is not None and bool(mask.bool().all()):
-            mask = None
-        step = size or input_ids.shape[0]
-        for start in range(0, input_ids.shape[0], step):
-            piece = slice(start, start + step)
-            yield input_ids[piece], None if mask is None else mask[piece], weight
+            check_vocabulary(batch.input_ids, vocabulary)
+        inputs = batch.inputs
+        if batch.attention_mask is not None and bool(batch.attention_mask.bool().all()):
+            del inputs["attention_mask"]  # so that the blocks are called as without padding
+        step = size or len(batch.input_ids)
+        for start in range(0, len(batch.input_ids), step):
+            yield {name: value[start : start + step] for name, value in inputs.items()}, batch.weight, batch.source
 
 
 def capture(
-    model: PreTrainedModel,
-    spec: ArchitectureSpec,
-    batches: Iterable[Any],
-    micro_batch_size: int | None,
-    store: TensorStore,
-) -> list[Sample]:
+    model: PreTrainedModel, batches: Iterable[Any], micro_batch_size: int | None, store: TensorStore
+) -> tuple[list[Sample], list[Stored]]:
     """Run everything around the blocks once a batch, and note what each block is called with.
 
     The model's own forward runs with a stand-in for every block, so that masks, rotary embeddings, position ids and
@@ -49,37 +54,37 @@ def capture(
 
     Args:
         model: The causal LM.
-        spec: Its row.
-        batches: Read once; a mapping's ``weight`` says how much each of its tokens counts.
-        micro_batch_size: Sequences in a piece.
+        batches: Read once; see :func:`~fasp_lightning.text.batches.read_batch`.
+        micro_batch_size: Sequences of a sample.
         store: Where hidden states are kept.
 
+    Returns:
+        The samples, and for each of them the (batch, seq, hidden) input of the first block.
+
     Raises:
-        FaspError: If there is no batch, a token id lies outside the vocabulary, or a weight is not positive.
+        FaspError: If there is no batch, a token id lies outside the vocabulary, or a batch is refused.
     """
     samples: list[Sample] = []
+    hidden: list[Stored] = []
+    calls: list[Call] = []
     shape: list[Any] = []
-    blocks = model.get_submodule(spec.layers)
-    assert isinstance(blocks, nn.ModuleList)
+    blocks = find_blocks(model, spec_for(model))
 
     def note(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        sample = samples[-1]
-        if not sample.calls:
-            sample.named_hidden = not args
-            sample.hidden = store.put(kwargs["hidden_states"] if sample.named_hidden else args[0])
+        if not calls:
+            hidden.append(store.put(args[0] if args else kwargs["hidden_states"]))
         named = {name: value for name, value in kwargs.items() if name != "hidden_states"}
-        sample.calls.append((store.share(args[1:]), store.share(named)))
+        calls.append(Call(store.share(args[1:]), store.share(named), named_hidden=not args))
 
     replacements = {str(index): BlockTap(block, note, shape) for index, block in enumerate(blocks)}
     embeddings: Any = model.get_input_embeddings()
     device = embeddings.weight.device
     with stand_ins(blocks, replacements):
-        for input_ids, mask, weight in micro_batches(batches, micro_batch_size, embeddings.num_embeddings):
-            real = None if mask is None else mask.bool().reshape(-1)
-            tokens = input_ids.numel() if real is None else int(real.sum())
-            samples.append(Sample(tokens, real, input_ids.cpu(), weight))
-            on_device = None if mask is None else mask.to(device)
-            model.base_model(input_ids=input_ids.to(device), attention_mask=on_device, use_cache=False)
+        for inputs, weight, source in micro_batches(batches, micro_batch_size, embeddings.num_embeddings):
+            calls.clear()
+            model.base_model(**{name: value.to(device) for name, value in inputs.items()}, use_cache=False)
+            on_cpu = {name: value.cpu() for name, value in inputs.items()}
+            samples.append(Sample(len(samples), source, on_cpu, weight, tuple(calls)))
     if not samples:
         raise FaspError("batches must hold at least one calibration batch, got none")
-    return samples
+    return samples, hidden

@@ -1,159 +1,235 @@
-"""Replaying one block, so that each part of it is computed once a calibration batch."""
+"""Replaying one block, so that each part of it is computed once a calibration sample.
+
+A block is a chain of parts: the attention up to its consumer, that consumer, the FFN up to its consumer, that consumer.
+Pruning needs the inputs of each consumer twice: for its statistics before it is cut, and to apply it afterwards. To run
+the whole block for each would compute the attention three times. Instead the parts that are finished are replayed by
+stand-ins, and the parts that are not wanted yet are skipped; see :mod:`fasp_lightning.pruning.blocks.standins`.
+"""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from fasp_lightning.errors import FaspError
 from fasp_lightning.ops.statistics import GramStatistics
-from fasp_lightning.pruning.blocks.samples import Sample
+from fasp_lightning.pruning.blocks.samples import Call, Sample, Stored
+from fasp_lightning.pruning.blocks.session import Session
 from fasp_lightning.pruning.blocks.standins import Fixed, Narrow, Recorder, Tap, first, form, stand_ins, with_first
 from fasp_lightning.pruning.blocks.store import TensorStore
-from fasp_lightning.pruning.progress import Stopwatch
 from fasp_lightning.structure.pair import ResolvedPair
+
+
+class _Attended(NamedTuple):
+    """What the attention module returns on one sample.
+
+    Attributes:
+        form: Form of the output (a tensor or a tuple).
+        hidden: The hidden states in it.
+    """
+
+    form: Any
+    hidden: Stored
+
+
+class _Own(NamedTuple):
+    """What the attention module returns on one sample if nothing comes from its consumer.
+
+    Attributes:
+        form: Form of the output.
+        hidden: The hidden states in it, such as Bloom's residual; ``None`` where they are zero, as for most families.
+    """
+
+    form: Any
+    hidden: Stored | None
+
+
+class _Recorded(NamedTuple):
+    """A pair that is cut, whose consumer is still to be applied.
+
+    Attributes:
+        pair: The pair.
+        kept: (m,) which of the recorded columns are left.
+        inputs: (…, columns) inputs of the consumer, one a sample.
+    """
+
+    pair: ResolvedPair
+    kept: Tensor
+    inputs: list[Stored]
 
 
 class BlockReplay:
     """Calls of one block on the calibration set.
 
-    The forward of the block is spread over its pairs. ``record`` runs the block up to a consumer's input and stops
-    there in effect: the consumer is a recorder, later pairs are skipped, and a finished attention output is replayed.
-    ``finish`` applies the cut consumer to the inputs that were recorded; ``advance`` puts the parts together.
+    For each pair in turn, ``record`` is called on every sample and ``finish`` once, after the cut; at last ``advance``
+    on every sample.
 
     Args:
-        block: The decoder block, on the compute device.
-        index: Its number.
+        session: Where to compute, and where tensors are kept.
+        index: Number of the block, which is on the compute device.
         pairs: Its pairs, in the order of the forward pass.
         attention: Path of its attention module, if known.
-        store: Where recorded tensors are kept.
-        watch: Counts seconds by phase.
+        samples: The calibration set.
+        hidden: (batch, seq, hidden) inputs of the block, one a sample; :meth:`advance` puts its outputs in their place.
     """
 
     def __init__(
         self,
-        block: nn.Module,
+        session: Session,
         index: int,
         pairs: list[ResolvedPair],
         attention: str | None,
-        store: TensorStore,
-        watch: Stopwatch,
+        samples: list[Sample],
+        hidden: list[Stored],
     ) -> None:
-        self.block = block
+        self.session = session
         self.index = index
+        self.block = pairs[0].block
         self.pairs = pairs
-        self.attention = attention
-        self.store = store
-        self.watch = watch
-        self._ffn: ResolvedPair | None = None  # recorded and cut; its output is the last part to be applied
-        self._ffn_kept: Tensor | None = None
+        self.samples = samples
+        self.hidden = hidden
+        self._attention_path = attention
+        self._own: dict[int, _Own] = {}  # by sample, between ``record`` and ``finish`` of a pair of the attention
+        self._attention: dict[int, _Attended] = {}  # by sample, once the attention is finished
+        self._ffn: _Recorded | None = None  # its output is the last part of the block, so ``advance`` applies it
 
-    def record(self, pair: ResolvedPair, sample: Sample, statistics: GramStatistics) -> None:
-        """Run the block up to the input of ``pair``'s consumer, which goes to the statistics and to the store."""
+    def record(self, pair: ResolvedPair, number: int, statistics: GramStatistics) -> Stored:
+        """Run the block on one sample up to the input of a pair's consumer.
+
+        Args:
+            pair: The pair.
+            number: The sample's number.
+            statistics: Takes in the rows of the input that are real tokens.
+
+        Returns:
+            The input, for :meth:`finish`.
+
+        Raises:
+            FaspError: If the block does not call the consumer exactly once.
+        """
+        sample, recorded = self.samples[number], []
 
         def sink(inputs: Tensor) -> None:
-            with self.watch.phase("gram"):
-                rows = inputs.reshape(-1, inputs.shape[-1])
-                real = rows if sample.mask is None else rows[sample.mask.to(rows.device)]
+            with self.session.clock.phase("gram"):
+                rows, mask = inputs.reshape(-1, inputs.shape[-1]), sample.mask
+                real = rows if mask is None else rows[mask.reshape(-1).to(rows.device)]
                 statistics.update(real, sample.weight)
-            sample.inputs = self.store.put(inputs)
+            recorded.append(self.session.store.put(inputs))
 
-        outputs = pair.outputs
-        consumer = self.block.get_submodule(pair.spec.consumer)
-        replacements: dict[str, nn.Module] = {pair.spec.consumer: Recorder(consumer, outputs, sink)}
-        tap = self._attention_stand_in(sample)
-        if tap is not None:
-            assert self.attention is not None
-            if pair.spec.inside_attention:  # the recorder must stand inside the tapped original
-                replacements |= self._skipped(pair)
-            replacements[self.attention] = tap
-        with self.watch.phase("forward"):
-            self._run(sample, replacements)
-        if isinstance(tap, Tap):
-            output = first(tap.value)
-            sample.form = form(tap.value)
-            # zero almost everywhere: most attention modules add nothing to what their consumer returns
-            empty = pair.spec.inside_attention and not output.any()
-            sample.attention = None if empty else self.store.put(output)
-            tap.value = None
+        replacements: dict[str, nn.Module] = {pair.spec.consumer: self._recorder(pair, sink)}
+        if self._attention_path is None:
+            self._run(number, replacements, "forward")
+        elif number in self._attention:
+            self._run(number, {**replacements, **self._finished_attention(number)}, "forward")
+        else:
+            self._run_tapped(pair, number, replacements)
+        if len(recorded) != 1:  # what was recorded would not be what the consumer is called with in the model
+            raise FaspError(
+                f"{pair.layer} must be called once by its block's forward, got {len(recorded)} calls; correct the row "
+                "of this model_type"
+            )
+        return recorded[0]
+
+    def _run_tapped(self, pair: ResolvedPair, number: int, replacements: dict[str, nn.Module]) -> None:
+        """Run the block and keep what its attention module returns: all of it, or what is not its consumer's."""
+        path = str(self._attention_path)
+        tap = Tap(self.block.get_submodule(path))
+        if pair.spec.inside_attention:
+            # The recorder stands inside the original that the tap runs, so it is put in first. What comes behind the
+            # attention is not wanted in this call.
+            self._run(number, {**replacements, **self._skipped(pair), path: tap}, "forward")
+        else:
+            self._run(number, {**replacements, path: tap}, "forward")
+        output = first(tap.value)
+        if not pair.spec.inside_attention:
+            self._attention[number] = _Attended(form(tap.value), self.session.store.put(output))
+            return
+        # the consumer returned zeros: what is not zero is the module's own
+        kept = self.session.store.put(output) if output.any() else None
+        self._own[number] = _Own(form(tap.value), kept)
+
+    def _recorder(self, pair: ResolvedPair, sink: Any) -> Recorder:
+        return Recorder(self.block.get_submodule(pair.spec.consumer), pair.outputs, sink)
 
     def _skipped(self, recorded: ResolvedPair) -> dict[str, nn.Module]:
         """Stand-ins that keep the pairs behind ``recorded`` from being computed."""
         found: dict[str, nn.Module] = {}
         for pair in self.pairs[self.pairs.index(recorded) + 1 :]:
-            found |= self._idle(pair)
-            outputs = pair.outputs
-            consumer = self.block.get_submodule(pair.spec.consumer)
-            found[pair.spec.consumer] = Recorder(consumer, outputs, lambda inputs: None)
+            found |= self._idle_producers(pair)
+            found[pair.spec.consumer] = self._recorder(pair, lambda inputs: None)
         return found
 
-    def _idle(self, pair: ResolvedPair) -> dict[str, nn.Module]:
+    def _idle_producers(self, pair: ResolvedPair) -> dict[str, nn.Module]:
         return {path: Narrow(self.block.get_submodule(path)) for path in pair.spec.producers}
 
-    def _attention_stand_in(self, sample: Sample) -> Fixed | Tap | None:
-        """Replays the attention's output if it is at hand, taps it otherwise; nothing if its path is not known."""
-        if self.attention is None:
-            return None
-        original = self.block.get_submodule(self.attention)
-        if sample.form is None and sample.attention is None:
-            return Tap(original)
-        fixed = Fixed(original)
-        assert sample.attention is not None
-        fixed.value = with_first(sample.form, self.store.get(sample.attention))
-        return fixed
+    def _finished_attention(self, number: int) -> dict[str, nn.Module]:
+        """A stand-in that returns the attention's finished output; none before the attention is finished."""
+        if number not in self._attention:
+            return {}
+        path, output = str(self._attention_path), self._attention[number]
+        fixed = Fixed(self.block.get_submodule(path))
+        fixed.value = with_first(output.form, self.session.store.get(output.hidden))
+        return {path: fixed}
 
-    def finish(self, pair: ResolvedPair, kept: Tensor, samples: list[Sample]) -> None:
-        """After the cut: apply the consumer to what was recorded (an attention's now, an FFN's in ``advance``)."""
+    def finish(self, pair: ResolvedPair, kept: Tensor, inputs: list[Stored]) -> None:
+        """After the cut: apply the consumer to what was recorded (an attention's now, an FFN's in :meth:`advance`).
+
+        Args:
+            pair: The pair.
+            kept: (m,) which of the recorded columns are left.
+            inputs: What :meth:`record` returned, one a sample.
+        """
+        recorded = _Recorded(pair, kept, inputs)
         if not pair.spec.inside_attention:
-            self._ffn, self._ffn_kept = pair, kept
+            self._ffn = recorded
             return
-        for sample in samples:
-            with self.watch.phase("apply"):
-                output = self._consume(pair, kept, sample)
-                if sample.attention is not None:  # what the module itself adds, such as Bloom's residual
-                    output = self.store.get(sample.attention) + output
-                    self.store.drop(sample.attention)
-                sample.attention = self.store.put(output)
+        store = self.session.store
+        for number in range(len(self.samples)):
+            with self.session.clock.phase("apply"):
+                output = self._consume(recorded, number)
+                own = self._own.pop(number)
+                if own.hidden is not None:
+                    output = store.get(own.hidden) + output
+                    store.drop(own.hidden)
+                self._attention[number] = _Attended(own.form, store.put(output))
 
-    def _consume(self, pair: ResolvedPair, kept: Tensor, sample: Sample) -> Tensor:
-        assert sample.inputs is not None
-        inputs = self.store.get(sample.inputs).index_select(-1, kept)
-        self.store.drop(sample.inputs)
-        sample.inputs = None
-        output: Tensor = pair.consumer(inputs)
+    def _consume(self, recorded: _Recorded, number: int) -> Tensor:
+        """Output of a cut consumer on its recorded inputs, which are dropped: they are the largest thing in memory."""
+        store, stored = self.session.store, recorded.inputs[number]
+        inputs = store.get(stored).index_select(-1, recorded.kept)
+        store.drop(stored)
+        recorded.inputs[number] = torch.empty(0)  # the last reference of a tensor in memory
+        output: Tensor = recorded.pair.consumer(inputs)
         return output
 
-    def advance(self, sample: Sample) -> None:
-        """Output of the pruned block, from the finished parts; it becomes the next block's input."""
-        replacements: dict[str, nn.Module] = {}
-        if sample.attention is not None and self.attention is not None:
-            stand_in = self._attention_stand_in(sample)
-            assert stand_in is not None
-            replacements[self.attention] = stand_in
-        with self.watch.phase("apply"):
+    def advance(self, number: int) -> None:
+        """Put the finished parts together: the output of the pruned block takes the place of its input."""
+        replacements = self._finished_attention(number)
+        with self.session.clock.phase("apply"):
             if self._ffn is not None:
-                assert self._ffn_kept is not None
-                fixed = Fixed(self.block.get_submodule(self._ffn.spec.consumer))
-                fixed.value = self._consume(self._ffn, self._ffn_kept, sample)
-                replacements |= {**self._idle(self._ffn), self._ffn.spec.consumer: fixed}
-            output = self._run(sample, replacements)
-            for old in (sample.hidden, sample.attention):
-                self.store.drop(old)
-            sample.hidden = self.store.put(output)
-        sample.attention = sample.form = None
+                consumer = self._ffn.pair.spec.consumer
+                fixed = Fixed(self.block.get_submodule(consumer))
+                fixed.value = self._consume(self._ffn, number)
+                replacements |= {**self._idle_producers(self._ffn.pair), consumer: fixed}
+            output = self._run(number, replacements, "apply")
+            if number in self._attention:
+                self.session.store.drop(self._attention.pop(number).hidden)
+            self.session.store.drop(self.hidden[number])
+            self.hidden[number] = self.session.store.put(output)
 
-    def _run(self, sample: Sample, replacements: dict[str, nn.Module]) -> Tensor:
+    def _run(self, number: int, replacements: dict[str, nn.Module], phase: str) -> Tensor:
         """One call of the block, with what the model called it with."""
-        assert sample.hidden is not None
-        hidden = self.store.get(sample.hidden)
-        with stand_ins(self.block, replacements), torch.no_grad():
-            return first(call_block(self.block, self.index, sample, hidden, self.store))
+        store = self.session.store
+        hidden, call = store.get(self.hidden[number]), self.samples[number].calls[self.index]
+        with self.session.clock.phase(phase), stand_ins(self.block, replacements), torch.no_grad():
+            return first(call_block(self.block, call, hidden, store))
 
 
-def call_block(block: nn.Module, index: int, sample: Sample, hidden: Tensor, store: TensorStore) -> Any:
+def call_block(block: nn.Module, call: Call, hidden: Tensor, store: TensorStore) -> Any:
     """What a block returns for hidden states, called with all else that the model called it with."""
-    args, kwargs = store.load(sample.calls[index])
-    if sample.named_hidden:
+    args, kwargs = store.load(call.args), store.load(call.kwargs)
+    if call.named_hidden:
         return block(hidden_states=hidden, **kwargs)
     return block(hidden, *args, **kwargs)

@@ -1,106 +1,143 @@
-"""A part of the calibration set that stands for all of it."""
+"""The calibration set on its way through the engine: samples, the part held back, and a part that stands for all."""
 
 from __future__ import annotations
 
-from collections import defaultdict
-from dataclasses import dataclass, field, replace
+from collections import Counter, defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
 from fasp_lightning.pruning.processes import Processes
 
-EVERY = 4
+HELD_BACK_EVERY = 4
 """One sample in so many is held back: few enough to estimate an error, many enough to choose by it."""
 
 Stored = Tensor | Path
+"""What a :class:`~fasp_lightning.pruning.blocks.store.TensorStore` made of a tensor."""
 
 
-@dataclass
-class Sample:
-    """One (micro-)batch on its way through the blocks.
+class Call(NamedTuple):
+    """How the model calls one block, hidden states aside.
 
     Attributes:
-        tokens: Real tokens in it.
-        mask: (batch · seq,) true where a token is real, or ``None`` if all are.
-        input_ids: (batch, seq) int64 token ids, on the CPU.
-        weight: How much each of its tokens counts.
-        held_back: It serves to choose the damping by, and is no part of the first gram.
-        calls: For each block, the arguments it was called with: positional ones after the hidden states, and named.
-        hidden: (batch, seq, hidden) input of the next block.
-        attention: Finished output of the attention module in the present block.
-        form: Form of that output (a tensor or a tuple).
-        inputs: (…, columns) recorded consumer inputs in the present block.
+        args: Positional arguments after the hidden states.
+        kwargs: Named arguments.
         named_hidden: The hidden states are passed by name.
     """
 
-    tokens: int
-    mask: Tensor | None
-    input_ids: Tensor
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    named_hidden: bool
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One (micro-)batch of the calibration set. What becomes of its hidden states is kept apart, by its ``number``.
+
+    Attributes:
+        number: Its place in the calibration set of this process.
+        source: Name of the text it comes from: calibration texts are told apart by it, and own text from them.
+        inputs: What the model is called with, on the CPU: (batch, seq) ``input_ids`` (int64), and ``attention_mask``
+            and ``position_ids`` where they are given.
+        weight: How much each of its tokens counts.
+        calls: How each block is called on it.
+        held_back: Whether it serves to choose the damping by, and enters the first gram not at all.
+    """
+
+    number: int
+    source: str
+    inputs: dict[str, Tensor]
     weight: float = 1.0
+    calls: tuple[Call, ...] = ()
     held_back: bool = False
-    calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = field(default_factory=list)
-    hidden: Stored | None = None
-    attention: Stored | None = None
-    form: Any = None
-    inputs: Stored | None = None
-    named_hidden: bool = False
+
+    @property
+    def input_ids(self) -> Tensor:
+        """(batch, seq) int64 token ids."""
+        return self.inputs["input_ids"]
+
+    @property
+    def mask(self) -> Tensor | None:
+        """(batch, seq) true where a token is real; ``None`` if all are."""
+        mask = self.inputs.get("attention_mask")
+        return None if mask is None else mask.bool()
+
+    @property
+    def tokens(self) -> int:
+        """Number of real tokens."""
+        mask = self.mask
+        return self.input_ids.numel() if mask is None else int(mask.sum())
+
+
+def hold_back(samples: Iterable[Sample]) -> list[Sample]:
+    """Mark one sample in ``HELD_BACK_EVERY`` of each source, evenly spread.
+
+    Args:
+        samples: The calibration set. A source with fewer samples than that enters the gram as a whole.
+    """
+    seen: Counter[str] = Counter()
+    marked = []
+    for sample in samples:
+        seen[sample.source] += 1
+        marked.append(replace(sample, held_back=seen[sample.source] % HELD_BACK_EVERY == 0))
+    return marked
 
 
 def spread_samples(samples: list[Sample], tokens: int, processes: Processes | None = None) -> list[Sample]:
-    """Take whole samples, evenly spread, of each kind the same fraction, and at least one of each kind.
+    """Take whole samples, evenly spread, the same fraction of each source, and at least one of each.
 
-    A kind is what has the same weight, such as calibration text or own text. The weights of those taken grow so that
-    each kind counts as much as all of it did.
+    The weights of those taken grow so that each source counts as much as all of it did: a token of the part stands for
+    (tokens of the source / tokens taken of it) tokens.
 
     Args:
         samples: The calibration set in this process; it stays as it is.
-        tokens: How many tokens to take in all, over all processes; the last sample of a kind may go beyond.
+        tokens: How many tokens to take in all, over all processes; the last sample of a source may go beyond.
         processes: Those that call this together; by default this process alone.
 
     Returns:
         Samples in the order of the set, sharing their tensors.
     """
     processes = processes or Processes()
-    kinds: dict[float, list[int]] = defaultdict(list)
-    for index, sample in enumerate(samples):
-        kinds[sample.weight].append(index)
-    whole = _tokens_by_kind(samples, processes)
-    total = max(1, sum(whole.values()))
-    taken = sorted(index for kind in kinds.values() for index in _spread(kind, -(-len(kind) * tokens // total)))
-    chosen = [samples[index] for index in taken]
-    part = _tokens_by_kind(chosen, processes)
-    return [
-        replace(sample, weight=sample.weight * whole[sample.weight] / max(1, part[sample.weight])) for sample in chosen
-    ]
-
-
-def _tokens_by_kind(samples: list[Sample], processes: Processes) -> dict[float, int]:
-    """Weight → tokens of that weight, over all processes."""
-    counted: dict[float, int] = defaultdict(int)
+    by_source: dict[str, list[Sample]] = defaultdict(list)
     for sample in samples:
-        counted[sample.weight] += sample.tokens
-    total: dict[float, int] = defaultdict(int)
-    for counts in processes.gather(dict(counted)):
-        for weight, count in counts.items():
-            total[weight] += count
+        by_source[sample.source].append(sample)
+    whole = _mass_by_source(samples, processes)
+    total = max(1, sum(count for count, _ in whole.values()))
+    chosen = [one for group in by_source.values() for one in _spread(group, -(-len(group) * tokens // total))]
+    part = _mass_by_source(chosen, processes)
+    chosen.sort(key=lambda sample: sample.number)
+    return [replace(one, weight=one.weight * _growth(whole[one.source], part[one.source])) for one in chosen]
+
+
+Mass = tuple[int, float]
+"""Tokens, and Σ weight over them."""
+
+
+def _mass_by_source(samples: list[Sample], processes: Processes) -> dict[str, Mass]:
+    """What each source has, over all processes."""
+    mine: dict[str, Mass] = {}
+    for sample in samples:
+        count, weight = mine.get(sample.source, (0, 0.0))
+        mine[sample.source] = count + sample.tokens, weight + sample.weight * sample.tokens
+    total: dict[str, Mass] = {}
+    for found in processes.gather(mine):
+        for source, (count, weight) in found.items():
+            before = total.get(source, (0, 0.0))
+            total[source] = before[0] + count, before[1] + weight
     return total
 
 
-def _spread(indices: list[int], number: int) -> list[int]:
-    """So many of some indices, each from the middle of an equal share."""
-    count, number = len(indices), min(number, len(indices))
-    return [indices[(2 * place + 1) * count // (2 * number)] for place in range(number)]
+def _growth(whole: Mass, part: Mass) -> float:
+    """By how much the weights of a part grow to count as much as the whole; 1 where nothing is left out."""
+    if whole[0] == part[0] or not part[1]:
+        return 1.0
+    return whole[1] / part[1]
 
 
-def hold_back(samples: list[Sample]) -> None:
-    """Mark one sample in ``EVERY`` of each kind, evenly spread; a kind, as own text, is what has the same weight.
-
-    Args:
-        samples: The calibration set. A kind with fewer samples than that goes into the gram as a whole.
-    """
-    seen: dict[float, int] = defaultdict(int)
-    for sample in samples:
-        seen[sample.weight] += 1
-        sample.held_back = seen[sample.weight] % EVERY == 0
+def _spread(samples: list[Sample], number: int) -> list[Sample]:
+    """So many of some samples, each from the middle of an equal share."""
+    count, number = len(samples), min(number, len(samples))
+    return [samples[(2 * place + 1) * count // (2 * number)] for place in range(number)]

@@ -7,7 +7,7 @@ stand-in       takes the place of
 =============  ==================================================================================
 ``Recorder``   a consumer: hands its input to the statistics, and returns zeros
 ``Narrow``     a producer whose pair is skipped: two columns instead of thousands
-``Fixed``      a consumer (or attention module) whose finished output is at hand
+``Fixed``      a consumer (or attention module) whose output is known already
 ``Tap``        the attention module: runs it, and hands its output on
 ``BlockTap``   a whole block: notes what it was called with, and lets the hidden states through
 =============  ==================================================================================
@@ -90,7 +90,12 @@ class Tap(StandIn):
 class BlockTap(StandIn):
     """Stands in for a block while the model's own forward runs: ``sink`` gets its call; the input goes through.
 
-    The first block is run once, to learn whether a block returns a tensor or a tuple; see ``structure``.
+    The first block is run once, to learn whether a block returns a tensor or a tuple.
+
+    Args:
+        original: The block.
+        sink: Called with the positional and the named arguments of each call.
+        shape: Shared by the stand-ins of all blocks: empty, or the form of a block's output once it is known.
     """
 
     def __init__(self, original: nn.Module, sink: Callable[[tuple[Any, ...], dict[str, Any]], None], shape: list[Any]):

@@ -17,8 +17,8 @@ ALIKE = 8
 class TensorStore:
     """Keeps tensors on the CPU, on the accelerator, or on disk, and hands them back on the compute device.
 
-    Use it as a context manager: the files of ``"disk"`` go when it ends. They are put in the directory for
-    temporary files (``TMPDIR``).
+    It is used inside a ``with`` block of itself, and is empty again when the block ends: what lay on disk, in the
+    directory for temporary files (``TMPDIR``), is removed. One store serves several blocks, one after the other.
 
     Args:
         place: ``"cpu"``, ``"accelerator"`` or ``"disk"``.
@@ -41,6 +41,7 @@ class TensorStore:
         self._shared.clear()
         if self._folder is not None:
             shutil.rmtree(self._folder, ignore_errors=True)
+            self._folder = None
 
     def put(self, tensor: Tensor) -> Tensor | Path:
         """Store a tensor; the result is what :meth:`get` and :meth:`drop` take."""
@@ -56,7 +57,7 @@ class TensorStore:
         tensor = torch.load(stored, mmap=True, weights_only=True) if isinstance(stored, Path) else stored
         return tensor.to(self.device, non_blocking=True)
 
-    def drop(self, stored: Tensor | Path | None) -> None:
+    def drop(self, stored: Tensor | Path) -> None:
         """Free what a file takes up; memory goes with the last reference."""
         if isinstance(stored, Path):
             stored.unlink(missing_ok=True)

@@ -7,7 +7,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from fasp_lightning.pruning.budget.widths import PRUNED, SHARED, PairWidth, WidthPlan, step_units
+from fasp_lightning.pruning.budget.budget import SHARED, Budget, PairWidth
+from fasp_lightning.pruning.budget.widths import PRUNED, step_units
 from fasp_lightning.pruning.config import PruningConfig
 from fasp_lightning.structure.pair import ResolvedPair
 
@@ -25,54 +26,51 @@ class _Steps:
 
     Attributes:
         units: (k,) units that go with each step.
-        density: (k,) loss sensitivity of the step, for each parameter that goes; ascending by nature.
+        density: (k,) loss sensitivity of the step for each parameter that goes; ascending, as the scores are sorted.
     """
 
     units: Tensor
     density: Tensor
 
 
-def adaptive_widths(
-    plan: WidthPlan, pairs: list[list[ResolvedPair]], sensitivity: list[list[Tensor]], config: PruningConfig
-) -> WidthPlan:
-    """Widths that remove the least sensitive parameters of all pairs of a plan, to the plan's total.
+def adaptive_budget(
+    budget: Budget, pairs: list[list[ResolvedPair]], sensitivity: list[list[Tensor]], config: PruningConfig
+) -> Budget:
+    """Widths that remove the least sensitive parameters of all pairs of a budget, to the budget's total.
 
     All steps (a unit, or ``multiple_of`` of them, or one value dim of every head) of all pairs are put in the order of
-    their sensitivity for each parameter; the first ones go, until as many parameters are gone as in the plan, to
+    their sensitivity for each parameter; the first ones go, until as many parameters are gone as in the budget, to
     within half a step.
 
     Args:
-        plan: The uniform widths.
+        budget: The uniform widths.
         pairs: The pairs they belong to.
         sensitivity: (units left,) scores of each pair, from ``blocks.sensitivity.fisher_scores``.
         config: ``head_balance`` and ``multiple_of`` are read.
 
     Returns:
-        The plan with other widths.
+        The budget with other widths.
     """
     chosen = [
         (block, place)
-        for block, widths in enumerate(plan.pairs)
+        for block, widths in enumerate(budget.pairs)
         for place, width in enumerate(widths)
-        if width.kind in PRUNED[plan.attention] - {SHARED}
+        if width.kind in PRUNED[budget.attention] - {SHARED}
     ]
-    widths = [plan.pairs[block][place] for block, place in chosen]
+    widths = [budget.pairs[block][place] for block, place in chosen]
     steps = [
         _steps(pairs[block][place], width, sensitivity[block][place], config)
         for (block, place), width in zip(chosen, widths, strict=True)
     ]
-    found = [list(block) for block in plan.pairs]
-    wanted = plan.parameters_before - plan.parameters_after
-    wanted -= sum(_newly(width) for block in found for width in block if width not in widths)
+    found = [list(block) for block in budget.pairs]
+    wanted = budget.parameters_before - budget.parameters_after
+    wanted -= sum(width.removed for block in found for width in block if width not in widths)
     for (block, place), width, units in zip(chosen, widths, _take(steps, widths, wanted), strict=True):
         found[block][place] = replace(width, after=width.before - units)
-    newly = sum(_newly(width) for block in found for width in block)
-    return replace(plan, pairs=tuple(tuple(block) for block in found), parameters_after=plan.parameters_before - newly)
-
-
-def _newly(width: PairWidth) -> int:
-    """Parameters that this pruning removes."""
-    return (width.before - width.after) * width.cost
+    newly = sum(width.removed for block in found for width in block)
+    return replace(
+        budget, pairs=tuple(tuple(block) for block in found), parameters_after=budget.parameters_before - newly
+    )
 
 
 def _steps(pair: ResolvedPair, width: PairWidth, scores: Tensor, config: PruningConfig) -> _Steps:

@@ -7,8 +7,8 @@ from typing import Any
 
 from fasp_lightning.ops.statistics import DOUBLE_LIMIT
 from fasp_lightning.pruning.blocks.sensitivity import PIECE_TOKENS
-from fasp_lightning.pruning.budget.widths import WidthPlan
-from fasp_lightning.pruning.config import PruningConfig, needs_sensitivity
+from fasp_lightning.pruning.budget.budget import Budget
+from fasp_lightning.pruning.config import PruningConfig
 
 GRAM_BYTES = 44
 """Bytes per entry of an n × n gram, up to ``DOUBLE_LIMIT`` columns: sums in fp32 and fp64 (12), the mirrored
@@ -72,30 +72,30 @@ class PeakMemory:
         )
 
 
-def footprints(model: Any, widths: WidthPlan, bytes_per_value: int) -> tuple[Footprint, Footprint]:
+def footprints(model: Any, budget: Budget, bytes_per_value: int) -> tuple[Footprint, Footprint]:
     """Footprint before and after.
 
     Args:
         model: The causal LM, on any device, ``meta`` included; as it is before this pruning.
-        widths: Its widths.
+        budget: Its widths.
         bytes_per_value: Of the model's dtype.
     """
     head = model.get_output_embeddings()
     head_parameters = 0 if head is None else head.weight.numel()
-    pairs = [pair for block in widths.pairs for pair in block]
+    pairs = [pair for block in budget.pairs for pair in block]
 
     def of(parameters: int, cached: int) -> Footprint:
-        linear = widths.linear_parameters - (widths.original_parameters - parameters)
+        linear = budget.linear_parameters - (budget.original_parameters - parameters)
         flops = 2 * (linear + head_parameters)
         return Footprint(parameters, parameters * bytes_per_value, flops, cached * bytes_per_value or None)
 
-    before = of(widths.parameters_before, sum(pair.cached(pair.before) for pair in pairs))
-    return before, of(widths.parameters_after, sum(pair.cached(pair.after) for pair in pairs))
+    before = of(budget.parameters_before, sum(pair.cached(pair.before) for pair in pairs))
+    return before, of(budget.parameters_after, sum(pair.cached(pair.after) for pair in pairs))
 
 
 def peak_memory_estimate(
     model: Any,
-    widths: WidthPlan,
+    budget: Budget,
     config: PruningConfig,
     *,
     tokens: int,
@@ -110,15 +110,15 @@ def peak_memory_estimate(
 
     Args:
         model: The causal LM, on any device.
-        widths: Its widths.
+        budget: Its widths.
         config: ``restoration``, ``damping``, ``score``, ``allocation`` and ``sensitivity_tokens`` are read.
         tokens: Calibration tokens.
         evaluated_tokens: Tokens of the largest batch of which logits are computed; 0 for none.
         bytes_per_value: Of the model's dtype.
         verify: Whether a second model is loaded afterwards, to check what was saved or to compare with.
     """
-    before, after = footprints(model, widths, bytes_per_value)
-    columns = [pair.columns for block in widths.pairs for pair in block if pair.after < pair.before]
+    before, after = footprints(model, budget, bytes_per_value)
+    columns = [pair.columns for block in budget.pairs for pair in block if pair.after < pair.before]
     widest = max(columns, default=0)
     hidden = model.get_input_embeddings().weight.shape[1]
     states = (2 * hidden + widest) * tokens * bytes_per_value  # hidden states, attention outputs, consumer inputs
@@ -129,10 +129,10 @@ def peak_memory_estimate(
     elif config.damping == "auto":
         entry += HELD_BYTES
     sensitivity = 0
-    if needs_sensitivity(config):
+    if config.needs_sensitivity:
         piece = min(tokens, config.sensitivity_tokens, PIECE_TOKENS)
         # about what autograd keeps of a block whose weights are frozen: measured 0.5 to 1.3 times this, by family
-        kept = len(widths.pairs) * (7 * hidden + 4 * widest)
+        kept = len(budget.pairs) * (7 * hidden + 4 * widest)
         sensitivity = bytes_per_value * (tokens * hidden + piece * (kept + 3 * vocabulary))
     return PeakMemory(
         weights=before.weight_bytes,

@@ -1,15 +1,17 @@
-"""How many units each pair keeps: exact arithmetic before any computing."""
+"""How many units each pair keeps: decided, and rounded, from shapes alone before anything is computed."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
 
 from fasp_lightning.errors import FaspError
-from fasp_lightning.pruning.budget.shares import removed, units_left
+from fasp_lightning.pruning.budget.budget import SHARED, Budget, PairWidth
+from fasp_lightning.pruning.budget.shares import level, removed, share_to_remove, size_of
 from fasp_lightning.pruning.config import PruningConfig
+from fasp_lightning.structure.layout import PairLayout
 from fasp_lightning.structure.linears import linear_parameters, parameter_count
 from fasp_lightning.structure.pair import ResolvedPair
 from fasp_lightning.structure.plan import resolve_pruned
@@ -19,100 +21,14 @@ from fasp_lightning.structure.stock_fields import accepts, stock_fields
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+Pairs = list[list[ResolvedPair]]
+"""The pairs of each block."""
+
 PRUNED = {"value_dims": {"ffn", "value"}, "kv_groups": {"ffn", "groups"}, "none": {"ffn"}}
 """Kinds of pairs that are cut, by what is done with the attention."""
 
-SHARED = "groups"
-"""The kind that never differs between blocks: the number of KV groups stands in the config once for all."""
 
-
-@dataclass(frozen=True)
-class PairWidth:
-    """Width of one pair, in units (hidden units of the FFN, value dims over all KV heads, or KV groups).
-
-    Attributes:
-        layer: Path of the consumer, from the causal LM.
-        kind: ``"ffn"``, ``"value"`` or ``"groups"``.
-        original: Units of the original model.
-        before: Units before this pruning.
-        after: Units after it.
-        columns: Columns of the consumer before this pruning: the size of its gram matrix.
-        cost: Parameters that go with one unit.
-        head_size: Size of the attention heads, 0 for an FFN.
-    """
-
-    layer: str
-    kind: str
-    original: int
-    before: int
-    after: int
-    columns: int
-    cost: int
-    head_size: int
-
-    @property
-    def dims_left(self) -> int:
-        """Hidden units or value dims after it, also where whole KV groups are cut."""
-        return self.after * self.head_size if self.kind == "groups" else self.after
-
-    def cached(self, units: int) -> int:
-        """Entries of one token in the KV cache when so many units are left."""
-        if self.kind == "value":  # cut values are scattered to their full width, which is that of the keys
-            return 2 * self.original
-        return 2 * units * self.head_size
-
-
-@dataclass(frozen=True)
-class WidthPlan:
-    """Widths of a whole model and what they amount to.
-
-    Attributes:
-        pairs: One tuple a block.
-        linear_parameters: P_all, the linear parameters in the blocks of the original model.
-        original_parameters: All parameters of the original model; tied ones count once.
-        parameters_before: All parameters before this pruning.
-        parameters_after: All parameters after it.
-        attention: ``"value_dims"``, ``"kv_groups"`` or ``"none"``, as decided.
-        allocation: As asked. With ``"adaptive"`` the widths of single blocks are not known before calibration:
-            ``pairs`` are the uniform ones, the sum is exact.
-    """
-
-    pairs: tuple[tuple[PairWidth, ...], ...]
-    linear_parameters: int
-    original_parameters: int
-    parameters_before: int
-    parameters_after: int
-    attention: str
-    allocation: str = "uniform"
-
-    def decided_later(self, kind: str) -> bool:
-        """Whether the widths of a kind of pair differ between blocks by what calibration will tell."""
-        return self.allocation == "adaptive" and kind != SHARED and self.changes
-
-    @property
-    def changes(self) -> bool:
-        """Whether anything is to be cut: nothing is where all widths are rounded to what they are."""
-        return self.parameters_after < self.parameters_before
-
-    @property
-    def sparsity(self) -> float:
-        """Fraction of the original blocks' linear parameters that is removed."""
-        return (self.original_parameters - self.parameters_after) / self.linear_parameters
-
-    @property
-    def kinds(self) -> set[str]:
-        """Kinds of the pairs that are, or will be, cut, and ``"uneven"`` if blocks have different FFN widths."""
-        kinds = {pair.kind for block in self.pairs for pair in block if pair.after < pair.original}
-        ffns = {pair.after for block in self.pairs for pair in block if pair.kind == "ffn"}
-        return kinds | {"uneven"} if self.decided_later("ffn") or len(ffns) > 1 else kinds
-
-    @property
-    def sparsity_total(self) -> float:
-        """Fraction of all original parameters that is removed."""
-        return 1 - self.parameters_after / self.original_parameters
-
-
-def plan_widths(model: PreTrainedModel, config: PruningConfig) -> WidthPlan:
+def decide_budget(model: PreTrainedModel, config: PruningConfig, pairs: Pairs | None = None) -> Budget:
     """Decide the widths; needs shapes only, so the model may be on the ``meta`` device.
 
     P_all counts the blocks' linear parameters, c_p the parameters of one unit of pair p. R = sparsity · P_all and
@@ -123,46 +39,48 @@ def plan_widths(model: PreTrainedModel, config: PruningConfig) -> WidthPlan:
     Args:
         model: A causal LM, pruned before or not; sparsity counts from the original.
         config: ``sparsity``, ``attention``, ``head_balance``, ``allocation`` and ``multiple_of`` are read.
+        pairs: The model's pairs, if they are resolved already.
 
     Raises:
         FaspError: If the sparsity cannot be reached with what is to be kept (the message gives the highest that
             can), lies below what is pruned already, ``multiple_of`` exceeds the FFN width, or ``attention`` or
             ``head_balance`` do not fit the family or what was cut before.
     """
-    plan = widths_towards(model, config)
-    gone = plan.original_parameters > plan.parameters_before
-    if not gone and not plan.changes and config.sparsity and config.multiple_of > 1:
+    budget = budget_towards(model, config, pairs)
+    gone = budget.original_parameters > budget.parameters_before
+    if not gone and not budget.changes and config.sparsity and config.multiple_of > 1:
         raise FaspError(
             f"multiple_of must be small enough for a cut of {config.sparsity}, got {config.multiple_of}: "
             "rounded to it, no width changes"
         )
-    if gone and not plan.changes:
-        raise FaspError(f"sparsity must exceed {plan.sparsity:.4f}, which is pruned already, got {config.sparsity}")
-    return plan
+    if gone and not budget.changes:
+        raise FaspError(f"sparsity must exceed {budget.sparsity:.4f}, which is pruned already, got {config.sparsity}")
+    return budget
 
 
 def is_reached(model: PreTrainedModel, config: PruningConfig) -> bool:
-    """Whether a model is pruned that far already, so that :func:`plan_widths` would refuse to prune it further."""
-    plan = widths_towards(model, config)
-    return plan.original_parameters > plan.parameters_before and not plan.changes
+    """Whether a model is pruned that far already, so that :func:`decide_budget` would refuse to prune it further."""
+    budget = budget_towards(model, config)
+    return budget.original_parameters > budget.parameters_before and not budget.changes
 
 
-def present_widths(model: PreTrainedModel) -> WidthPlan:
+def present_budget(model: PreTrainedModel) -> Budget:
     """The widths of a model as it is: nothing is to be cut."""
-    return widths_towards(model, PruningConfig(sparsity=0.0, attention="none"))
+    return budget_towards(model, PruningConfig(sparsity=0.0, attention="none"))
 
 
-def widths_towards(model: PreTrainedModel, config: PruningConfig) -> WidthPlan:
-    """As :func:`plan_widths`, but a plan that changes nothing is no error: it may be one of several steps.
+def budget_towards(model: PreTrainedModel, config: PruningConfig, pairs: Pairs | None = None) -> Budget:
+    """As :func:`decide_budget`, but a budget that changes nothing is no error: it may be one of several rounds.
 
     Args:
         model: As there.
         config: As there.
+        pairs: As there.
 
     Raises:
         FaspError: As there, but for that.
     """
-    pairs = resolve_pruned(model, kv_groups=config.attention == "kv_groups")
+    pairs = pairs or resolve_pruned(model, kv_groups=config.attention == "kv_groups")
     attention = _decide_attention(pairs, config.attention)
     if attention == "value_dims" and config.head_balance == "even":
         _require_even(pairs)
@@ -170,16 +88,134 @@ def widths_towards(model: PreTrainedModel, config: PruningConfig) -> WidthPlan:
     counts = _group_counts(model, pairs) if attention == "kv_groups" else []
     gone = sum(removed(pair) for block in pairs for pair in block)
     total = linear_parameters(model, spec_for(model)) + gone
-    left = units_left(pairs, pruned, config, total, counts)
+    left = _units_left(pairs, pruned, config, total, counts)
     widths = tuple(tuple(map(_width, block, units)) for block, units in zip(pairs, left, strict=True))
     parameters = parameter_count(model)
-    newly = sum((pair.before - pair.after) * pair.cost for block in widths for pair in block)
+    newly = sum(width.removed for block in widths for width in block)
     if config.allocation == "adaptive":  # the sum alone is known: what the uniform widths are rounded to is not
         decided = [pair for block in pairs for pair in block if pair.spec.kind in pruned - {SHARED}]
         newly = round(config.sparsity * total) - gone
         if newly <= max(step_units(pair, config) * pair.column_cost for pair in decided) / 2:
-            newly, widths = 0, tuple(tuple(replace(pair, after=pair.before) for pair in block) for block in widths)
-    return WidthPlan(widths, total, parameters + gone, parameters, parameters - newly, attention, config.allocation)
+            newly, widths = 0, tuple(tuple(replace(width, after=width.before) for width in block) for block in widths)
+    return Budget(widths, total, parameters + gone, parameters, parameters - newly, attention, config.allocation)
+
+
+def step_units(pair: ResolvedPair, config: PruningConfig) -> int:
+    """Units of a pair that go at a time: one value dim of every head that is kept even, ``multiple_of`` FFN units.
+
+    Args:
+        pair: The pair.
+        config: ``head_balance`` and ``multiple_of`` are read.
+    """
+    if pair.spec.kind == "ffn":
+        return config.multiple_of
+    return pair.layout.groups if config.head_balance == "even" else 1
+
+
+def _units_left(
+    pairs: Pairs, pruned: set[str], config: PruningConfig, total: int, counts: list[int]
+) -> list[list[int]]:
+    """Units that each pair of each block keeps.
+
+    Args:
+        pairs: The pairs of each block, an FFN last: it takes up what is left of the block's share.
+        pruned: Kinds of the pairs that are cut.
+        config: ``sparsity``, ``head_balance`` and ``multiple_of`` are read.
+        total: P_all, the linear parameters in the blocks of the original model.
+        counts: Numbers of KV groups that can be left, ascending, the present one last; none where value dims are cut.
+
+    Raises:
+        FaspError: If the sparsity cannot be reached with what is to be kept, or ``multiple_of`` exceeds the FFN width.
+    """
+    least = [[_least(pair, config, counts) if pair.spec.kind in pruned else None for pair in block] for block in pairs]
+    kept = "queries and keys" if "value" in pruned else f"{counts[0]} KV groups" if counts else "the attention"
+    share = share_to_remove(pairs, least, config.sparsity, total, kept)
+    if counts:
+        return _with_groups(pairs, _groups_left(pairs, counts, share, total, config), total, config)
+    return [_block_units(block, pruned, share, config) for block in pairs]
+
+
+def _least(pair: ResolvedPair, config: PruningConfig, counts: list[int]) -> int:
+    """Fewest units that are left: one value dim in each KV head, one step of the FFN width."""
+    if pair.spec.kind == "value":
+        return pair.layout.groups
+    if pair.spec.kind == "groups":
+        return counts[0]
+    if config.multiple_of > pair.layout.width:
+        raise FaspError(f"multiple_of must be at most the FFN width {pair.layout.width}, got {config.multiple_of}")
+    return config.multiple_of
+
+
+def _block_units(block: list[ResolvedPair], pruned: set[str], share: float, config: PruningConfig) -> list[int]:
+    """What the pairs of a block keep where value dims and FFN lose the same share, or the FFN alone loses it."""
+    sizes = [size_of(pair) if pair.spec.kind in pruned else 0 for pair in block]
+    wanted = share * sum(sizes)
+    share = level(wanted, sizes, list(map(removed, block)))
+    units = []
+    for pair in block:
+        left = pair.layout.width
+        if pair.spec.kind == "ffn":
+            left = _ffn_width(pair, wanted, config.multiple_of)
+        elif pair.spec.kind in pruned:
+            left -= _value_dims(pair.layout, share, config.head_balance)
+        left = min(left, pair.kept.numel())
+        wanted -= (pair.layout.width - left) * pair.column_cost
+        units.append(left)
+    return units
+
+
+def _value_dims(layout: PairLayout, share: float, head_balance: str) -> int:
+    """How many value dims go; at least one a KV head is left."""
+    heads = layout.groups if head_balance == "even" else 1
+    return min(heads * round(share * layout.width / heads), layout.width - layout.groups)
+
+
+def _ffn_width(pair: ResolvedPair, wanted: float, multiple_of: int) -> int:
+    """Width at which about ``wanted`` parameters are gone, to the nearest column, then to the nearest multiple."""
+    width = pair.layout.width
+    left = width - round(max(wanted, 0.0) / pair.column_cost)
+    if left < width:
+        left = max(multiple_of, round(left / multiple_of) * multiple_of)
+    return max(1, min(left, width))
+
+
+def _groups_left(pairs: Pairs, counts: list[int], share: float, total: int, config: PruningConfig) -> int:
+    """The number of KV groups nearest to their share with which the FFNs can take up the rest."""
+    layout = next(pair.layout for pair in pairs[0] if pair.spec.kind == "groups")
+    ffns = [pair for block in pairs for pair in block if pair.spec.kind == "ffn"]
+    lowest = sum(removed(pair) - pair.column_cost / 2 for pair in ffns)
+    highest = sum((pair.layout.width - config.multiple_of) * pair.column_cost for pair in ffns)
+    found = []
+    for count in counts:
+        rest = _beside_groups(pairs, count, total, config)
+        if not ffns or (rest <= highest and (rest >= lowest or count == counts[-1])):
+            found.append(count)
+    if not found:
+        raise FaspError(
+            f"sparsity must be one that whole KV groups and the FFN make up together, got {config.sparsity}: stock "
+            f"code can hold {', '.join(map(str, counts))} of {layout.width} groups; use 'value_dims' or 'none'"
+        )
+    return min(found, key=lambda count: (abs(count - (1 - share) * layout.width), -count))
+
+
+def _beside_groups(pairs: Pairs, count: int, total: int, config: PruningConfig) -> float:
+    """Parameters that are to go from elsewhere when so many KV groups are left."""
+    groups = [pair for block in pairs for pair in block if pair.spec.kind == "groups"]
+    left = [min(count, pair.kept.numel()) for pair in groups]
+    gone = sum((pair.layout.width - units) * pair.column_cost for pair, units in zip(groups, left, strict=True))
+    return config.sparsity * total - gone
+
+
+def _with_groups(pairs: Pairs, count: int, total: int, config: PruningConfig) -> list[list[int]]:
+    """What each pair keeps when so many KV groups are left, and all FFNs lose the same share of the rest."""
+    ffns = [pair for block in pairs for pair in block if pair.spec.kind == "ffn"]
+    rest = _beside_groups(pairs, count, total, config)
+    share = level(rest, [size_of(pair) for pair in ffns], [removed(pair) for pair in ffns])
+
+    def left(pair: ResolvedPair) -> int:
+        return count if pair.spec.kind == "groups" else _ffn_width(pair, share * size_of(pair), config.multiple_of)
+
+    return [[min(left(pair), pair.kept.numel()) for pair in block] for block in pairs]
 
 
 def _width(pair: ResolvedPair, left: int) -> PairWidth:
@@ -195,7 +231,7 @@ def _width(pair: ResolvedPair, left: int) -> PairWidth:
     )
 
 
-def _decide_attention(pairs: list[list[ResolvedPair]], attention: str) -> str:
+def _decide_attention(pairs: Pairs, attention: str) -> str:
     value = [pair for block in pairs for pair in block if pair.spec.kind == "value"]
     if attention == "value_dims" and any(pair.spec.kind == "groups" for pair in pairs[0]):
         raise FaspError(
@@ -211,7 +247,7 @@ def _decide_attention(pairs: list[list[ResolvedPair]], attention: str) -> str:
     return attention
 
 
-def _require_even(pairs: list[list[ResolvedPair]]) -> None:
+def _require_even(pairs: Pairs) -> None:
     for pair in (pair for block in pairs for pair in block if pair.spec.kind == "value"):
         dims = torch.bincount(pair.kept // pair.layout.size, minlength=pair.layout.groups)
         if dims.min() < dims.max():
@@ -221,21 +257,9 @@ def _require_even(pairs: list[list[ResolvedPair]]) -> None:
             )
 
 
-def _group_counts(model: PreTrainedModel, pairs: list[list[ResolvedPair]]) -> list[int]:
+def _group_counts(model: PreTrainedModel, pairs: Pairs) -> list[int]:
     """Numbers of KV groups that the model's config can hold, ascending, the present one last."""
     spec, attention = spec_for(model), [pair for block in pairs for pair in block if pair.spec.kind == "groups"]
     layout, left = attention[0].layout, max(pair.kept.numel() for pair in attention)
     fewer = [count for count in range(1, left) if accepts(model.config, stock_fields(spec, layout, count))]
     return [*fewer, left]
-
-
-def step_units(pair: ResolvedPair, config: PruningConfig) -> int:
-    """Units of a pair that go at a time: one value dim of every head that is kept even, ``multiple_of`` FFN units.
-
-    Args:
-        pair: The pair.
-        config: ``head_balance`` and ``multiple_of`` are read.
-    """
-    if pair.spec.kind == "ffn":
-        return config.multiple_of
-    return pair.layout.groups if config.head_balance == "even" else 1

@@ -7,7 +7,7 @@ import json
 import logging
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -30,11 +30,11 @@ _IDLE = ("_name_or_path", "transformers_version", "architectures", "use_cache")
 _ADAPTER = ("scaling", "active_adapters", "disable_adapters", "merged_adapters")
 """What decides on an adapted layer's output beside its weights."""
 
-_log = logging.getLogger(__name__)
+log = logging.getLogger(__name__)
 
 
-def fingerprint(model: PreTrainedModel) -> str:
-    """Hash all that decides on a model's logits.
+def weights_digest(model: PreTrainedModel) -> str:
+    """Hash all that decides on a model's logits, as 64 hex digits.
 
     Every byte of every weight is read (about a second a GB): a fine-tuned model differs in few digits.
 
@@ -64,11 +64,6 @@ def _tensors(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
             yield name, module.positions
 
 
-def key_of(model: str, settings: dict[str, Any]) -> str:
-    """Name of a file for what a model with this fingerprint sampled with these settings."""
-    return hashlib.sha256(json.dumps([FORMAT, model, settings], sort_keys=True).encode()).hexdigest()[:32]
-
-
 def digest_of(batches: Iterable[Tensor]) -> str:
     """Hash token ids: what stands for a text, its length, its tokenizer and its sequences.
 
@@ -89,18 +84,18 @@ def read_ids(path: Path, shape: tuple[int, int]) -> Tensor | None:
         shape: What they must have.
 
     Returns:
-        (sequences, seq_len) int64, or None if there is no such file, or it is damaged.
+        (sequences, seq_len) int64, or ``None`` if there is no such file, or it is damaged.
     """
     try:
         content = path.read_bytes()
     except FileNotFoundError:
         return None
     except OSError as error:
-        _log.warning("%s cannot be read (%s): own text is sampled anew", path, error)
+        log.warning("%s cannot be read (%s): own text is sampled anew", path, error)
         return None
     body = content[DIGEST:]
     if len(body) != 4 * shape[0] * shape[1] or content[:DIGEST] != hashlib.sha256(body).digest():
-        _log.warning("%s is damaged: own text is sampled anew", path)
+        log.warning("%s is damaged: own text is sampled anew", path)
         return None
     return torch.frombuffer(bytearray(body), dtype=torch.int32).long().view(shape)
 
@@ -118,4 +113,4 @@ def write_ids(path: Path, ids: Tensor) -> None:
     try:
         write_beside(path, hashlib.sha256(body).digest() + body)
     except OSError as error:
-        _log.warning("own text cannot be kept in %s: %s", path.parent, error)
+        log.warning("own text cannot be kept in %s: %s", path.parent, error)

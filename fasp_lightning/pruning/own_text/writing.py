@@ -12,13 +12,17 @@ from torch import Tensor
 
 from fasp_lightning.errors import FaspError
 from fasp_lightning.pruning.config import OwnTextConfig
-from fasp_lightning.pruning.own_text.cache import fingerprint, key_of, read_ids, write_ids
+from fasp_lightning.pruning.own_text.cache import FORMAT, read_ids, weights_digest, write_ids
 from fasp_lightning.pruning.own_text.generation import first_tokens, sample
 from fasp_lightning.pruning.processes import Processes
-from fasp_lightning.text.batches import as_inputs, check_vocabulary, weight_of, weighted
+from fasp_lightning.staging import fingerprint
+from fasp_lightning.text.batches import check_vocabulary, labelled, read_batch
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+OWN_TEXT = "own text"
+"""Name of this text among the sources of a calibration set."""
 
 BATCH_TOKENS = 1024
 """Tokens of a returned batch: enough to keep matrix products busy, little enough for any memory."""
@@ -111,12 +115,12 @@ def _sampled(text: _Text, processes: Processes) -> Tensor:
 
 def _kept(text: _Text, processes: Processes, folder: Path) -> Tensor:
     """The same, from a file of the first process's if there is one; else they are put there."""
-
-    def look() -> tuple[Path, Tensor | None]:
-        path = folder / f"{key_of(fingerprint(text.model), text.settings())}.ids"
-        return path, read_ids(path, text.shape)
-
-    path, ids = processes.first(look)
+    found = None
+    with processes.together():
+        if processes.is_first:
+            path = folder / f"{fingerprint(FORMAT, weights_digest(text.model), text.settings())}.ids"
+            found = path, read_ids(path, text.shape)
+    path, ids = processes.from_first(found)
     if ids is not None:
         return ids[processes.rank :: processes.count]
     mine = _sampled(text, processes)
@@ -143,8 +147,7 @@ def calibration_starts(batches: list[Any], processes: Processes | None = None) -
         (sequences of all processes,) int64, sorted, so that their order decides nothing; ``None`` if there are none.
 
     Raises:
-        FaspTypeError: If a batch is none.
-        FaspError: If a batch is none.
+        FaspError: If a batch is refused; see :func:`~fasp_lightning.text.batches.read_batch`.
         RuntimeError: If another process raised an error.
     """
     processes = processes or Processes()
@@ -156,10 +159,11 @@ def calibration_starts(batches: list[Any], processes: Processes | None = None) -
 
 def _starts(batch: Any) -> list[int]:
     """The first real token of each sequence that has one."""
-    input_ids, mask = as_inputs(batch)
-    real = torch.ones_like(input_ids, dtype=torch.bool) if mask is None else mask.bool()
+    given = read_batch(batch)
+    mask = given.attention_mask
+    real = torch.ones_like(given.input_ids, dtype=torch.bool) if mask is None else mask.bool()
     rows = real.any(1)
-    return input_ids.gather(1, real.int().argmax(1, keepdim=True))[rows, 0].tolist()
+    return given.input_ids.gather(1, real.int().argmax(1, keepdim=True))[rows, 0].tolist()
 
 
 def share_weight(share: float, calibration: float, tokens: int) -> float:
@@ -185,26 +189,19 @@ def mixed(batches: Iterable[Any], own: list[Tensor], share: float, processes: Pr
         processes: As in :func:`own_text`; weights are summed over all of them.
 
     Raises:
-        FaspTypeError: If a batch is none.
-        FaspError: If a batch is none, or there is no token of calibration text, but it should have a share.
+        FaspError: If a batch is refused, or there is no token of calibration text, but it should have a share.
         RuntimeError: If another process raised an error.
     """
     if share == 1:
-        return list(own)
+        return labelled(own, OWN_TEXT)
     processes = processes or Processes()
     with processes.together():
         given = list(batches)
-        weight = sum(weight_of(batch) * _tokens(batch) for batch in given)
+        weight = sum(batch.weight * batch.tokens for batch in map(read_batch, given))
     calibration, tokens = processes.total(weight, sum(ids.numel() for ids in own))
     if calibration == 0:
         raise FaspError(
             "batches must hold at least one calibration token, got none; "
             "set own_text.share to 1 to calibrate on own text alone"
         )
-    return [*given, *weighted(own, share_weight(share, calibration, int(tokens)))]
-
-
-def _tokens(batch: Any) -> int:
-    """Real tokens of a batch."""
-    input_ids, mask = as_inputs(batch)
-    return input_ids.numel() if mask is None else int(mask.bool().sum())
+    return [*given, *labelled(own, OWN_TEXT, share_weight(share, calibration, int(tokens)))]

@@ -9,8 +9,10 @@ from typing import Any
 
 from fasp_lightning.errors import FaspError
 from fasp_lightning.pruning.processes import Processes
+from fasp_lightning.staging import fingerprint
+from fasp_lightning.text.config import describe
 from fasp_lightning.text.mixing import shares_of
-from fasp_lightning.text.packed_cache import key_of, without
+from fasp_lightning.text.packed_cache import without
 from fasp_lightning.text.role_cache import RoleCache
 from fasp_lightning.text.roles import RoleTexts
 from fasp_lightning.text.shuffling import TrainingSampler
@@ -76,7 +78,7 @@ def stream_loader(cache: RoleCache, options: TrainingOptions) -> StreamLoader:
     total = options.sequences_per_epoch or 0
     _check_batches(total, cache.seq_len, options)
     stream = TokenStream(
-        [(text.describe(), partial(_open, cache.roles, index, taken)) for index, text in enumerate(texts)],
+        [(describe(text), partial(_open, cache.roles, index, taken)) for index, text in enumerate(texts)],
         _weights(cache.roles),
         cache.tokenizer,
         [text.separator for text in texts],
@@ -103,13 +105,13 @@ def _check_batches(total: int, seq_len: int, options: TrainingOptions) -> None:
 
 
 def _weights(roles: RoleTexts) -> list[float] | None:
-    """The weights of the training texts, if they have any."""
-    return [text.weight for text in roles.texts["train"] if text.weight is not None] or None
+    """The ``epoch_weight`` of each training text, if they have any."""
+    return [text.epoch_weight for text in roles.texts["train"] if text.epoch_weight is not None] or None
 
 
 def _order(options: TrainingOptions, **parts: Any) -> str:
     """Name everything that decides on the order of the training sequences."""
-    return key_of(seed=options.seed, batch=options.batch_size, world_size=options.world_size, **parts)
+    return fingerprint(options.seed, options.batch_size, options.world_size, parts)
 
 
 def _open(roles: RoleTexts, index: int, taken: frozenset[str]) -> Iterator[str]:

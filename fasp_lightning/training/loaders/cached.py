@@ -20,7 +20,7 @@ from fasp_lightning.training.trainer.resuming import BatchProgress
 class PackedSequences(Dataset[dict[str, Tensor]]):
     """Sequences of several texts end to end, each {"input_ids": (seq_len,), "labels": (seq_len,)}, int64.
 
-    Index `BLANK` is a sequence that no loss and no metric counts.
+    Index ``BLANK`` is a sequence that no loss and no metric counts.
 
     Args:
         texts: Data sets with the column input_ids.
@@ -46,11 +46,11 @@ class PackedSequences(Dataset[dict[str, Tensor]]):
 
 
 class ResumableLoader(DataLoader[dict[str, Tensor]]):
-    """A loader of training batches whose `state_dict` is the place in the epoch.
+    """A loader of training batches whose ``state_dict`` is the place in the epoch.
 
     Loaded into a loader of the same data, seed and batch size, it goes on with the very next batch. Batches
     that workers have prepared are not counted before they are given out. One iteration counts at a time: for
-    another purpose than training, make a loader of its own from `dataset`. No random state but its own is
+    another purpose than training, make a loader of its own from ``dataset``. No random state but its own is
     drawn from.
 
     Args:
@@ -59,7 +59,7 @@ class ResumableLoader(DataLoader[dict[str, Tensor]]):
         sampler: Order of the sequences; it is asked for the epoch.
         progress: See :class:`Position`.
         order: Names what decides on the order; resuming with another one is warned of.
-        options: Of the `DataLoader`; Lightning, which makes it anew for `overfit_batches`, gives all of them.
+        options: Of the ``DataLoader``; Lightning, which makes it anew for ``overfit_batches``, gives all of them.
     """
 
     def __init__(
@@ -80,7 +80,7 @@ class ResumableLoader(DataLoader[dict[str, Tensor]]):
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
         """Yield what is left of the epoch.
 
-        As a generator it begins at the first `next`: Lightning makes the iterator before it tells the epoch.
+        As a generator it begins at the first ``next``: Lightning makes the iterator before it tells the epoch.
         """
         if not self.position.begin(getattr(self.sampler, "epoch", 0), len(self)):
             return

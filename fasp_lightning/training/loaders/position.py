@@ -12,7 +12,7 @@ from fasp_lightning.training.trainer.resuming import BatchProgress
 class Position:
     """Where in which epoch a loader is.
 
-    It counts epochs by itself as soon as it was resumed: Lightning 2.6, run by `max_steps` and resumed from the
+    It counts epochs by itself as soon as it was resumed: Lightning 2.6, run by ``max_steps`` and resumed from the
     end of an epoch, passes over a number.
 
     Args:

@@ -20,7 +20,7 @@ class StreamLoader:
     """Cuts an endless stream into epochs of equal length; its state travels with the batches.
 
     An epoch begins where the last one ended. Every process gives the same number of batches, so none waits for
-    another at the end. It has the `sampler` by which Lightning tells a loader the epoch.
+    another at the end. It has the ``sampler`` by which Lightning tells a loader the epoch.
 
     Args:
         stream: The batches.
@@ -60,7 +60,7 @@ class StreamLoader:
         return self.batches
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
-        """Yield what is left of the epoch; as a generator it begins at the first `next`."""
+        """Yield what is left of the epoch; as a generator it begins at the first ``next``."""
         if not self.position.begin(self.epoch, self.batches):
             return
         self.stream.states, self.stream.turn = list(self._states), self._turn
@@ -85,7 +85,7 @@ class StreamLoader:
     def state_dict(self) -> dict[str, Any]:
         """The place in the epoch and in the text, of all processes, as plain data.
 
-        All processes must call it, as they must `Trainer.save_checkpoint`.
+        All processes must call it, as they must ``Trainer.save_checkpoint``.
         """
         states, turn = list(self._states), self._turn
         if self._undo is not None and self.position.progress.in_flight:

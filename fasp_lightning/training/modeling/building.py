@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
-from fasp_lightning.checkpoints.devices import parse_dtype
+from fasp_lightning.checkpoints.devices import choose_dtype
 from fasp_lightning.checkpoints.loading import load_config, load_model
-from fasp_lightning.checkpoints.refused_models import check_supported
-from fasp_lightning.errors import FaspError
+from fasp_lightning.checkpoints.refused_models import require_prunable
+from fasp_lightning.errors import FaspError, one_line
 from fasp_lightning.structure.registry import known_architectures, spec_for
 
 if TYPE_CHECKING:
@@ -56,14 +56,14 @@ def new_model(
     from transformers import AutoModelForCausalLM
 
     settings = _config(config)
-    attention = {"attn_implementation": attn_implementation} if attn_implementation else {}
+    options: dict[str, Any] = {"dtype": choose_dtype(dtype, torch.float32, torch.device("cpu"))}
+    if attn_implementation:
+        options["attn_implementation"] = attn_implementation
     with seeded(seed):
         try:
-            model = AutoModelForCausalLM.from_config(
-                settings, dtype=parse_dtype("float32" if dtype == "auto" else dtype), **attention
-            )
+            model = AutoModelForCausalLM.from_config(settings, **options)
         except (RuntimeError, TypeError, ValueError, ZeroDivisionError) as error:
-            raise FaspError(f"config makes no {settings.model_type} model: {' '.join(str(error).split())}") from error
+            raise FaspError(f"config makes no {settings.model_type} model: {one_line(error)}") from error
     return cast("PreTrainedModel", model)
 
 
@@ -101,6 +101,6 @@ def _config(config: Mapping[str, Any]) -> Any:
     try:
         settings = AutoConfig.for_model(model_type, **fields)
     except Exception as error:  # config classes raise whatever their validators do
-        raise FaspError(f"config makes no {model_type} config: {' '.join(str(error).split())}") from error
-    check_supported(settings, f"a new {model_type}")
+        raise FaspError(f"config makes no {model_type} config: {one_line(error)}") from error
+    require_prunable(settings, f"a new {model_type}")
     return settings

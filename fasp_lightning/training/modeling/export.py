@@ -6,11 +6,12 @@ import copy
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fasp_lightning.checkpoints.forms import FORMS, choose_form
+from fasp_lightning.checkpoints.forms import choose_form, require_form
 from fasp_lightning.checkpoints.saving import check_output, save_pruned
 from fasp_lightning.errors import FaspError
 from fasp_lightning.staging import require_space, staged
 from fasp_lightning.structure.adapters import has_adapters
+from fasp_lightning.structure.cuts import Cuts
 from fasp_lightning.structure.plan import plan_of
 from fasp_lightning.structure.registry import spec_for
 from fasp_lightning.training.modeling.lora import merge_lora
@@ -48,8 +49,7 @@ def export_model(
     """
     path = Path(path)
     check_output(path, overwrite)
-    if form not in ("auto", *FORMS):
-        raise FaspError(f"form must be 'auto' or one of {', '.join(map(repr, FORMS))}, got {form!r}")
+    require_form(form)
     if is_sharded(model):
         raise FaspError(
             "model must be whole to be exported, got one that is sharded over processes; save a checkpoint with "
@@ -64,7 +64,7 @@ def export_model(
     return _save_dense(model, path, tokenizer, form)
 
 
-def check_export(model: PreTrainedModel, path: str | Path, form: str, overwrite: bool, kinds: set[str]) -> None:
+def check_export(model: PreTrainedModel, path: str | Path, form: str, overwrite: bool, cuts: Cuts) -> None:
     """Refuse, before a run, what could not be exported after it.
 
     Args:
@@ -72,7 +72,7 @@ def check_export(model: PreTrainedModel, path: str | Path, form: str, overwrite:
         path: See :func:`export_model`.
         form: Likewise.
         overwrite: Likewise.
-        kinds: Kinds of the pairs that will be cut by then.
+        cuts: What will be cut by then.
 
     Raises:
         FaspFileExistsError: If ``path`` is not empty and ``overwrite`` is false, or is no pruned model.
@@ -80,7 +80,7 @@ def check_export(model: PreTrainedModel, path: str | Path, form: str, overwrite:
             (``modules_to_save`` of peft).
     """
     check_output(Path(path), overwrite)
-    choose_form(form, spec_for(model), kinds)
+    choose_form(form, spec_for(model), cuts)
     kept = [name for name, module in model.named_modules() if hasattr(module, "modules_to_save")]
     if kept:
         raise FaspError(f"model must have no modules_to_save to be exported, got {kept[0]}; leave out one of them")
@@ -89,7 +89,7 @@ def check_export(model: PreTrainedModel, path: str | Path, form: str, overwrite:
 def _save_dense(model: PreTrainedModel, path: Path, tokenizer: Any, form: str) -> Path:
     if form not in ("auto", "stock"):
         raise FaspError(f"form must be 'auto' or 'stock' for a model that was never pruned, got {form!r}")
-    require_space(path, model.parameters())
+    require_space(path, sum(parameter.nbytes for parameter in model.parameters()))
     with staged(path) as stage:
         model.save_pretrained(stage)
         if tokenizer is not None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from fasp_lightning.errors import FaspError
+from fasp_lightning.errors import FaspError, one_line
 
 PROBE_SHAPE = (64, 129)
 """Of the weight on which an optimizer is tried: odd, and large enough for 8-bit optimizers to use 8 bits."""
@@ -33,7 +33,7 @@ def check_optimizer(optimizer: Optimizer) -> None:
     try:
         state = _state_of_probe(optimizer)
     except Exception as error:  # whatever a class raises that needs a closure, sparse gradients, a process group
-        reason = " ".join(str(error).split())[:120]
+        reason = one_line(error)[:120]
         raise FaspError(f"optimizer {name} cannot be tried on one weight ({reason}); {remedy}") from error
     for key, value in state.items():
         if not _follows_rule(value):

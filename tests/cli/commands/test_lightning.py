@@ -14,6 +14,7 @@ import yaml
 
 from fasp_lightning import load_pruned
 from fasp_lightning.cli.commands.lightning import TrainingCLI
+from fasp_lightning.structure.cuts import Cuts
 from fasp_lightning.structure.plan import plan_of
 
 QUIET = {
@@ -97,8 +98,9 @@ def test_settings_of_the_engine_are_taken_from_yaml(fasp, config, tmp_path: Path
     outcome = fasp("fit", "-c", config(trainer={"callbacks": [callback]}))
     assert outcome.code == 0, outcome.err
     model = load_pruned(exported)
-    kinds = {"value", "ffn", "uneven"} if "allocation" in settings else {"groups", "ffn"}
-    assert model.fasp_plan.kinds == kinds
+    uneven = "allocation" in settings
+    kinds = frozenset({"value", "ffn"} if uneven else {"groups", "ffn"})
+    assert model.fasp_plan.cuts == Cuts(kinds, uneven)
     told = model.fasp_report["config"]
     assert {name: told[name] for name in settings if name != "own_text"} == {
         name: value for name, value in settings.items() if name != "own_text"

@@ -11,7 +11,7 @@ import yaml
 from tiny import FFN, HIDDEN, tiny_model
 
 from fasp_lightning import PruningConfig, PruningSchedule, load_pruned
-from fasp_lightning.pruning.budget.widths import plan_widths
+from fasp_lightning.pruning.budget.widths import decide_budget
 from fasp_lightning.structure.plan import plan_of
 
 EVENTS = [{"step": 0, "sparsity": 0.1}, {"step": 1, "sparsity": 0.2}, {"epoch": 1, "sparsity": 0.3}]
@@ -50,7 +50,7 @@ def test_comments_say_what_is_left(fasp, config, model: str) -> None:
     out = fasp("schedule", "-c", config(model=model, pruning={"attention": "value_dims"})).out
     left = [int(found.replace(",", "")) for found in re.findall(r"event \d: ([\d,]+) of", out)]
     plans = [
-        plan_widths(tiny_model(model), PruningConfig(event["sparsity"], attention="value_dims")) for event in EVENTS
+        decide_budget(tiny_model(model), PruningConfig(event["sparsity"], attention="value_dims")) for event in EVENTS
     ]
     assert left == [plan.parameters_after for plan in plans]
     widths = [int(found) for found in re.findall(r"ffn width \(\w+\): (\d+) in each block, of 48", out)]
@@ -64,7 +64,7 @@ def test_comments_say_where_sensitivity_decides(fasp, config, balance: str) -> N
     outcome = fasp("schedule", "-c", config(model="opt", pruning=settings))
     assert outcome.code == 0, outcome.err
     left = [int(found.replace(",", "")) for found in re.findall(r"event \d: ([\d,]+) of", outcome.out)]
-    linear = plan_widths(tiny_model("opt"), PruningConfig(0.1)).linear_parameters
+    linear = decide_budget(tiny_model("opt"), PruningConfig(0.1)).linear_parameters
     total = sum(parameter.numel() for parameter in tiny_model("opt").parameters())
     assert left == [pytest.approx(total - event["sparsity"] * linear, abs=0.5) for event in EVENTS]
     assert outcome.out.count(", more or less as loss sensitivity decides, of ") == 2 * len(EVENTS)
@@ -105,7 +105,7 @@ def test_edited_file_is_run(fasp, config, tmp_path: Path, text: Path) -> None:
     assert outcome.code == 0, outcome.err
     pruned = load_pruned(exported)
     kept = plan_of(pruned).blocks[0]["fc2"].kept
-    assert len(kept) == plan_widths(tiny_model("opt"), PruningConfig(0.4)).pairs[0][1].after
+    assert len(kept) == decide_budget(tiny_model("opt"), PruningConfig(0.4)).pairs[0][1].after
 
 
 BAD = {

@@ -13,14 +13,14 @@ from tiny_pruning import basic, calibration
 from torch import Tensor
 
 from fasp_lightning import FASPPruner, PruningConfig, spec_for
-from fasp_lightning.pruning.budget.allocation import LEAST, MOST, adaptive_widths
+from fasp_lightning.pruning.budget.allocation import LEAST, MOST, adaptive_budget
 from fasp_lightning.pruning.budget.widths import (
     PRUNED,
     SHARED,
+    Budget,
     PairWidth,
-    WidthPlan,
+    decide_budget,
     is_reached,
-    plan_widths,
     step_units,
 )
 from fasp_lightning.structure.linears import linear_parameters
@@ -55,21 +55,21 @@ def drawn(pairs: list[list[Any]], spread: float = 1.0, seed: int = 0) -> list[li
     return [[scores(pair.kept.numel()) for pair in block] for block in pairs]
 
 
-def allocated(model: Any, config: PruningConfig, spread: float = 1.0, seed: int = 0) -> tuple[WidthPlan, Any]:
+def allocated(model: Any, config: PruningConfig, spread: float = 1.0, seed: int = 0) -> tuple[Budget, Any]:
     """Uniform and adaptive widths from random sensitivity."""
-    uniform = plan_widths(model, config)
+    uniform = decide_budget(model, config)
     pairs = resolve_pruned(model, kv_groups=uniform.attention == "kv_groups")
-    return uniform, adaptive_widths(uniform, pairs, drawn(pairs, spread, seed), config)
+    return uniform, adaptive_budget(uniform, pairs, drawn(pairs, spread, seed), config)
 
 
-def flat(plan: WidthPlan) -> list[PairWidth]:
+def flat(plan: Budget) -> list[PairWidth]:
     return [pair for block in plan.pairs for pair in block]
 
 
 def half_step(model: Any, config: PruningConfig) -> float:
     """Half the parameters of the largest step that is decided upon, and half of one for the rounding."""
     groups = config.attention == "kv_groups"
-    kinds = PRUNED[plan_widths(model, config).attention] - {SHARED}
+    kinds = PRUNED[decide_budget(model, config).attention] - {SHARED}
     pairs = chain.from_iterable(resolve_pruned(model, kv_groups=groups))
     return max(step_units(pair, config) * pair.column_cost for pair in pairs if pair.spec.kind in kinds) / 2 + 0.5
 
@@ -105,11 +105,11 @@ def test_every_pair_loses_something_and_none_all(name: str, cut: str, seed: int)
 @pytest.mark.parametrize("sensitive", [0, 1])
 def test_block_that_the_loss_depends_on_loses_the_least_it_may(sensitive: int) -> None:
     model, config = tiny_model("llama"), settings("ffn", 0.15)
-    uniform, pairs = plan_widths(model, config), resolve_pruned(model)
+    uniform, pairs = decide_budget(model, config), resolve_pruned(model)
     level = [1e-6, 1e-6]
     level[sensitive] = 1e6
     scores = [[factor * score for score in block] for factor, block in zip(level, drawn(pairs, 0.0), strict=True)]
-    lost = [block[-1].before - block[-1].after for block in adaptive_widths(uniform, pairs, scores, config).pairs]
+    lost = [block[-1].before - block[-1].after for block in adaptive_budget(uniform, pairs, scores, config).pairs]
     evenly = uniform.pairs[0][-1].before - uniform.pairs[0][-1].after
     assert lost[sensitive] == int(LEAST * evenly)
     assert abs(sum(lost) - 2 * evenly) <= 1
@@ -124,9 +124,9 @@ def test_block_that_has_lost_its_least_share_is_not_forced_again() -> None:
         block[-1].cut(torch.arange(widths[-1].after))
     record_plan(model, pairs)
     further = settings("ffn", 0.25)
-    uniform, scores = plan_widths(model, further), drawn(pairs, spread=0.0)
+    uniform, scores = decide_budget(model, further), drawn(pairs, spread=0.0)
     scores[most] = [1e6 * score for score in scores[most]]
-    found = adaptive_widths(uniform, pairs, scores, further)
+    found = adaptive_budget(uniform, pairs, scores, further)
     assert LEAST * (uniform.pairs[most][-1].before - uniform.pairs[most][-1].after) >= 1
     assert found.pairs[most][-1].after == found.pairs[most][-1].before
     assert found.pairs[1 - most][-1].after < found.pairs[1 - most][-1].before
@@ -135,10 +135,10 @@ def test_block_that_has_lost_its_least_share_is_not_forced_again() -> None:
 def test_what_goes_is_less_sensitive_for_its_size_than_what_stays() -> None:
     """But for what each pair loses at least, and keeps at least."""
     model, config = tiny_model("llama"), settings("free", 0.25)
-    uniform, pairs = plan_widths(model, config), resolve_pruned(model)
+    uniform, pairs = decide_budget(model, config), resolve_pruned(model)
     scores = drawn(pairs, spread=0.2)
     gone, left = [], []
-    found = adaptive_widths(uniform, pairs, scores, config)
+    found = adaptive_budget(uniform, pairs, scores, config)
     for pair, even, score in zip(flat(found), flat(uniform), chain(*scores), strict=True):
         density = (score / pair.cost).sort().values
         lost = pair.before - pair.after
@@ -151,11 +151,11 @@ def test_what_goes_is_less_sensitive_for_its_size_than_what_stays() -> None:
 def test_one_dim_of_every_head_goes_at_a_time_where_heads_are_even() -> None:
     """Head 0 needs none of its dims, the others all: an even cut must not take a dim of head 0 alone."""
     model, config = tiny_model("llama"), settings("even", 0.1)
-    uniform, pairs = plan_widths(model, config), resolve_pruned(model)
+    uniform, pairs = decide_budget(model, config), resolve_pruned(model)
     scores = [[torch.ones(pair.kept.numel(), dtype=torch.float64) for pair in block] for block in pairs]
     for block in scores:
         block[0][8:] = 1e6
-    found = adaptive_widths(uniform, pairs, scores, config)
+    found = adaptive_budget(uniform, pairs, scores, config)
     for pair, even in zip(flat(found), flat(uniform), strict=True):
         if pair.kind == "value":
             assert pair.before - pair.after == 4 * int(LEAST * (even.before - even.after) / 4)
@@ -222,14 +222,14 @@ def test_model_is_pruned_further_to_the_sparsity_that_was_asked(name: str, cut: 
 def test_uniform_allocation_gives_all_blocks_one_ffn_width(name: str) -> None:
     model = pruned(name, settings("even", 0.25, allocation="uniform"))
     assert len({len(block[spec_for(model).pairs[-1].consumer].kept) for block in model.fasp_plan.blocks}) == 1
-    assert "uneven" not in model.fasp_plan.kinds
+    assert not model.fasp_plan.cuts.uneven
 
 
 @pytest.mark.parametrize("name", ["llama", "llama-gqa", "phi3", "gemma3"])
 def test_all_blocks_keep_one_number_of_kv_groups(name: str) -> None:
     model = pruned(name, settings("groups", 0.4))
     assert len({len(block["self_attn.o_proj"].kept) for block in model.fasp_plan.blocks}) == 1
-    assert "uneven" in model.fasp_plan.kinds
+    assert model.fasp_plan.cuts.uneven
     assert model.config.num_key_value_heads == len(model.fasp_plan.blocks[0]["self_attn.o_proj"].kept)
 
 

@@ -16,7 +16,7 @@ from transformers import DynamicCache
 from fasp_lightning import FASPPruner, PruningConfig
 from fasp_lightning.pruning.blocks.store import TensorStore
 from fasp_lightning.pruning.budget.footprint import PeakMemory, footprints, peak_memory_estimate
-from fasp_lightning.pruning.budget.widths import plan_widths
+from fasp_lightning.pruning.budget.widths import decide_budget
 from fasp_lightning.structure.linears import linear_parameters
 from fasp_lightning.structure.modes import frozen, requiring_gradients
 from fasp_lightning.structure.registry import spec_for
@@ -26,7 +26,7 @@ CONFIG = basic(0.25, attention="value_dims")
 
 @pytest.mark.parametrize("family", TINY)
 def test_sizes_and_flops_are_those_of_the_pruned_model(tiny: nn.Module) -> None:
-    before, after = footprints(tiny, plan_widths(tiny, CONFIG), 4)
+    before, after = footprints(tiny, decide_budget(tiny, CONFIG), 4)
     head = tiny.get_output_embeddings().weight.numel()
     for foretold in (before, after):
         assert foretold.parameters == tiny.num_parameters()
@@ -38,7 +38,7 @@ def test_sizes_and_flops_are_those_of_the_pruned_model(tiny: nn.Module) -> None:
 
 @pytest.mark.parametrize("family", ["opt", "llama", "llama-gqa", "gemma", "phi3", "gpt2", "gpt_neox"])
 def test_kv_cache_is_that_of_the_model_before_and_after(tiny: nn.Module) -> None:
-    before, after = footprints(tiny, plan_widths(tiny, CONFIG), 4)
+    before, after = footprints(tiny, decide_budget(tiny, CONFIG), 4)
     for foretold in (before, after):
         cache = DynamicCache()
         tiny(random_tokens(1, 12), past_key_values=cache, use_cache=True)
@@ -51,8 +51,8 @@ def test_kv_cache_is_that_of_the_model_before_and_after(tiny: nn.Module) -> None
 def test_shapes_are_enough() -> None:
     with torch.device("meta"):
         meta = type(tiny_model("llama"))(TINY["llama"].config())
-    assert footprints(meta, plan_widths(meta, CONFIG), 4) == footprints(
-        tiny_model("llama"), plan_widths(tiny_model("llama"), CONFIG), 4
+    assert footprints(meta, decide_budget(meta, CONFIG), 4) == footprints(
+        tiny_model("llama"), decide_budget(tiny_model("llama"), CONFIG), 4
     )
 
 
@@ -80,7 +80,7 @@ class Gauge:
 def test_memory_of_the_calibration_set(tiny: nn.Module, attention: str, monkeypatch: pytest.MonkeyPatch) -> None:
     config = basic(0.25, attention=attention)
     options = {"evaluated_tokens": 0, "bytes_per_value": 4, "verify": False}
-    estimate = peak_memory_estimate(tiny, plan_widths(tiny, config), config, tokens=16 * 12, **options)
+    estimate = peak_memory_estimate(tiny, decide_budget(tiny, config), config, tokens=16 * 12, **options)
     gauge = Gauge(monkeypatch)
     FASPPruner(config).prune(tiny, [random_tokens(1, seed=seed) for seed in range(16)])
     assert 0.75 * estimate.calibration <= gauge.peak <= 1.1 * estimate.calibration
@@ -98,7 +98,7 @@ def test_memory_of_the_loss_sensitivity(tiny: nn.Module, family: str) -> None:
         return tensor
 
     options = {"evaluated_tokens": 0, "bytes_per_value": 4, "verify": False}
-    estimate = peak_memory_estimate(tiny, plan_widths(tiny, config), config, tokens=2 * 60, **options)
+    estimate = peak_memory_estimate(tiny, decide_budget(tiny, config), config, tokens=2 * 60, **options)
     saved = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
     with frozen(tiny), requiring_gradients(tiny.get_input_embeddings()), saved:
         keep(tiny(random_tokens(2, 60), use_cache=False).logits)
@@ -108,7 +108,7 @@ def test_memory_of_the_loss_sensitivity(tiny: nn.Module, family: str) -> None:
 
 def test_settings_take_the_memory_that_they_need() -> None:
     model = tiny_model("llama")
-    widths, options = plan_widths(model, CONFIG), {"tokens": 10**4, "evaluated_tokens": 0, "bytes_per_value": 4}
+    widths, options = decide_budget(model, CONFIG), {"tokens": 10**4, "evaluated_tokens": 0, "bytes_per_value": 4}
 
     def estimate(**changes: Any) -> PeakMemory:
         return peak_memory_estimate(model, widths, replace(CONFIG, **changes), verify=False, **options)
@@ -123,7 +123,7 @@ def test_settings_take_the_memory_that_they_need() -> None:
 def test_later_parts_do_not_add_up() -> None:
     model = tiny_model("llama")
     options = {"tokens": 100, "bytes_per_value": 4}
-    widths = plan_widths(model, CONFIG)
+    widths = decide_budget(model, CONFIG)
     base = peak_memory_estimate(model, widths, CONFIG, evaluated_tokens=0, verify=False, **options)
     more = peak_memory_estimate(model, widths, CONFIG, evaluated_tokens=1, verify=True, **options)
     assert more.reload > 0 < more.logits

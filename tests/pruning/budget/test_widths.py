@@ -12,7 +12,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from fasp_lightning import FASPPruner, spec_for
-from fasp_lightning.pruning.budget.widths import WidthPlan, plan_widths
+from fasp_lightning.pruning.budget.widths import Budget, decide_budget
 from fasp_lightning.structure.plan import record_plan, resolve_pruned
 from fasp_lightning.structure.resolve import find_blocks
 
@@ -26,14 +26,14 @@ def linear_weights(model: nn.Module) -> int:
     return sum(parameter.numel() for linear in linears for parameter in linear.parameters())
 
 
-def ffn_cost(widths: WidthPlan) -> int:
+def ffn_cost(widths: Budget) -> int:
     return widths.pairs[0][-1].cost
 
 
 def highest_sparsity(model: nn.Module, attention: str) -> float:
     """What the refusal of an impossible sparsity says."""
     with pytest.raises(ValueError, match="sparsity must be at most") as caught:
-        plan_widths(model, basic(0.9999, attention=attention))
+        decide_budget(model, basic(0.9999, attention=attention))
     return float(re.search(r"at most (\d\.\d+)", str(caught.value)).group(1))
 
 
@@ -45,7 +45,7 @@ def test_removed_parameters_are_what_was_asked_within_half_a_column_a_block(
     family: str, attention: str, sparsity: float
 ) -> None:
     model = tiny_model(family)
-    widths = plan_widths(model, basic(sparsity, attention=attention))
+    widths = decide_budget(model, basic(sparsity, attention=attention))
     assert widths.linear_parameters == linear_weights(model)
     removed = [sum((pair.before - pair.after) * pair.cost for pair in block) for block in widths.pairs]
     share = sparsity * widths.linear_parameters / len(removed)  # tiny blocks are all alike
@@ -59,7 +59,7 @@ def test_removed_parameters_are_what_was_asked_within_half_a_column_a_block(
 def test_pruned_model_has_the_widths_and_parameters_that_were_planned(family: str, attention: str) -> None:
     model = tiny_model(family)
     config = basic(0.3, attention=attention)
-    widths, before = plan_widths(model, config), sum(p.numel() for p in model.parameters())
+    widths, before = decide_budget(model, config), sum(p.numel() for p in model.parameters())
     linear = linear_weights(model)
     report = FASPPruner(config).prune(model, calibration(4))
     after = sum(p.numel() for p in model.parameters())
@@ -75,7 +75,7 @@ def test_pruned_model_has_the_widths_and_parameters_that_were_planned(family: st
 @pytest.mark.parametrize("family", TINY)
 def test_every_kv_head_keeps_the_same_number_of_value_dims(family: str) -> None:
     model = tiny_model(family)
-    share = plan_widths(model, basic(0.3, attention="value_dims"))
+    share = decide_budget(model, basic(0.3, attention="value_dims"))
     FASPPruner(basic(0.3, attention="value_dims")).prune(model, calibration(4))
     for widths, block in zip(share.pairs, model.fasp_plan.blocks, strict=True):
         pair = block[spec_for(model).pairs[0].consumer]
@@ -94,13 +94,13 @@ def test_cost_of_a_unit_is_its_column_and_rows() -> None:
         "gpt2": [HIDDEN + (HIDDEN + 1), HIDDEN + (HIDDEN + 1)],
     }
     for name, expected in costs.items():
-        widths = plan_widths(tiny_model(name), basic(0.2))
+        widths = decide_budget(tiny_model(name), basic(0.2))
         assert [pair.cost for pair in widths.pairs[0]] == expected, name
 
 
 def test_widths_of_a_llama_by_hand() -> None:
     """P_all 17,408; 20 % of it is 3,481.6; r = 3481.6 / 13312 = 0.2615: 2 of 8 value dims, 16 of 48 FFN columns."""
-    widths = plan_widths(tiny_model("llama"), basic(0.2, attention="value_dims"))
+    widths = decide_budget(tiny_model("llama"), basic(0.2, attention="value_dims"))
     assert widths.linear_parameters == LAYERS * (4 * HIDDEN**2 + 3 * HIDDEN * FFN) == 17408
     # a block's share 1740.8 − 4 heads · 2 dims · 64 = 1228.8 = 12.8 columns of 96
     assert [(pair.kind, pair.after) for pair in widths.pairs[0]] == [("value", HEADS * 6), ("ffn", FFN - 13)]
@@ -114,7 +114,7 @@ def test_auto_leaves_grouped_query_attention_alone(family: str) -> None:
         or (getattr(config, "num_kv_heads", None) or getattr(config, "num_key_value_heads", None) or HEADS) < HEADS
     )
     expected = "none" if grouped else "value_dims"
-    assert plan_widths(tiny_model(family), basic()).attention == expected
+    assert decide_budget(tiny_model(family), basic()).attention == expected
 
 
 @ATTENTION
@@ -123,7 +123,7 @@ def test_unreachable_sparsity_names_the_highest_that_works(family: str, attentio
     model = tiny_model(family)
     highest = highest_sparsity(model, attention)
     with pytest.raises(ValueError, match=f"sparsity must be at most {highest}"):
-        plan_widths(model, basic(highest + 1e-4, attention=attention))
+        decide_budget(model, basic(highest + 1e-4, attention=attention))
     config = basic(highest, attention=attention)
     report = FASPPruner(config).prune(model, calibration(4))
     assert all(1 <= pair.width_after < pair.width_before for pair in report.pairs)
@@ -135,7 +135,7 @@ def test_unreachable_sparsity_names_the_highest_that_works(family: str, attentio
 @pytest.mark.parametrize("sparsity", [0.1, 0.3])
 def test_ffn_width_is_a_multiple_within_the_original(sparsity: float, multiple_of: int) -> None:
     config = basic(sparsity, attention="none", multiple_of=multiple_of)
-    for block in plan_widths(tiny_model("llama"), config).pairs:
+    for block in decide_budget(tiny_model("llama"), config).pairs:
         exact = FFN - sparsity * (4 * HIDDEN**2 + 3 * HIDDEN * FFN) / (3 * HIDDEN)
         after = block[-1].after
         assert multiple_of <= after <= FFN
@@ -145,31 +145,31 @@ def test_ffn_width_is_a_multiple_within_the_original(sparsity: float, multiple_o
 
 def test_value_dims_know_no_multiple() -> None:
     config = basic(0.2, attention="value_dims", multiple_of=16)
-    assert plan_widths(tiny_model("llama"), config).pairs[0][0].after == HEADS * 6
+    assert decide_budget(tiny_model("llama"), config).pairs[0][0].after == HEADS * 6
 
 
 @pytest.mark.parametrize(("sparsity", "multiple_of"), [(0.01, 8), (0.02, 4)])
 def test_multiple_that_rounds_the_cut_away_is_refused(sparsity: float, multiple_of: int) -> None:
     with pytest.raises(ValueError, match=f"multiple_of must be small enough.*got {multiple_of}.*no width changes"):
-        plan_widths(tiny_model("llama"), basic(sparsity, attention="none", multiple_of=multiple_of))
+        decide_budget(tiny_model("llama"), basic(sparsity, attention="none", multiple_of=multiple_of))
 
 
 @pytest.mark.parametrize("multiple_of", [FFN + 1, 4096])
 def test_multiple_larger_than_the_width_is_refused(multiple_of: int) -> None:
     with pytest.raises(ValueError, match=f"multiple_of must be at most the FFN width {FFN}, got {multiple_of}"):
-        plan_widths(tiny_model("llama"), basic(multiple_of=multiple_of))
+        decide_budget(tiny_model("llama"), basic(multiple_of=multiple_of))
 
 
 def test_widths_need_no_weights() -> None:
     with torch.device("meta"):
         model = type(tiny_model("llama"))(TINY["llama"].config())
-    assert plan_widths(model, basic()) == plan_widths(tiny_model("llama"), basic())
+    assert decide_budget(model, basic()) == decide_budget(tiny_model("llama"), basic())
 
 
 def test_free_head_balance_takes_its_share_of_all_dims() -> None:
     """r = 0.3008 of 32 value dims are 9.6: 10 of them instead of 2 in each of 4 heads; the FFN takes up the rest."""
     config = basic(0.23, attention="value_dims", head_balance="free")
-    widths = plan_widths(tiny_model("llama"), config)
+    widths = decide_budget(tiny_model("llama"), config)
     assert widths.pairs[0][0].after == HEADS * 8 - 10
     assert widths.sparsity == pytest.approx(0.23, abs=96 / 2 * LAYERS / widths.linear_parameters)
 
@@ -180,6 +180,6 @@ def test_even_cut_of_heads_that_are_uneven_already_is_refused() -> None:
     pairs[0][0].cut(torch.arange(2, HEADS * 8))
     record_plan(model, pairs)
     with pytest.raises(ValueError, match=r"head_balance must be 'free' .* those of model\.layers\.0 keep 6, 8, 8, 8"):
-        plan_widths(model, basic(0.3, attention="value_dims"))
-    plan_widths(model, basic(0.3, attention="value_dims", head_balance="free"))
-    plan_widths(model, basic(0.3, attention="none"))
+        decide_budget(model, basic(0.3, attention="value_dims"))
+    decide_budget(model, basic(0.3, attention="value_dims", head_balance="free"))
+    decide_budget(model, basic(0.3, attention="none"))

@@ -16,7 +16,7 @@ from torch import Tensor
 from fasp_lightning import FASPPruner
 from fasp_lightning.pruning.config import OwnTextConfig
 from fasp_lightning.pruning.own_text import writing as module
-from fasp_lightning.pruning.own_text.cache import fingerprint
+from fasp_lightning.pruning.own_text.cache import weights_digest
 from fasp_lightning.pruning.own_text.writing import own_text
 from fasp_lightning.training.modeling.lora import LoRAConfig, attach_lora
 
@@ -117,7 +117,7 @@ def test_whatever_changes_the_logits_changes_the_fingerprint() -> None:
         torch.manual_seed(0)  # of the adapters' initial values
         model = tiny_model("llama")
         change(model)
-        found.add(fingerprint(model))
+        found.add(weights_digest(model))
     assert len(found) == len(changes)
 
 
@@ -125,8 +125,8 @@ def test_path_and_modes_do_not_change_the_fingerprint() -> None:
     first, second = tiny_model("llama"), tiny_model("llama").train()
     second.config._name_or_path = "elsewhere"
     second.config.use_cache = False
-    assert fingerprint(first) == fingerprint(second)
-    assert fingerprint(first) != fingerprint(tiny_model("llama", dtype=torch.bfloat16))
+    assert weights_digest(first) == weights_digest(second)
+    assert weights_digest(first) != weights_digest(tiny_model("llama", dtype=torch.bfloat16))
 
 
 def shorten(content: bytes) -> bytes:

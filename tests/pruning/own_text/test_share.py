@@ -12,7 +12,7 @@ from tiny_pruning import BOTH, calibration
 
 from fasp_lightning import FASPPruner
 from fasp_lightning.pruning.config import OwnTextConfig
-from fasp_lightning.pruning.own_text.writing import mixed, own_text, share_weight
+from fasp_lightning.pruning.own_text.writing import OWN_TEXT, mixed, own_text, share_weight
 
 CONFIG = OwnTextConfig(tokens=5 * 20, seq_len=20)
 
@@ -49,7 +49,9 @@ def test_own_text_alone_reads_no_other() -> None:
         yield
 
     own = [random_tokens(3, 8)]
-    assert mixed(unread(), own, 1.0) == own
+    (alone,) = mixed(unread(), own, 1.0)
+    assert alone["input_ids"] is own[0]
+    assert (alone["weight"], alone["source"]) == (1.0, OWN_TEXT)
 
 
 @pytest.mark.parametrize("batches", [[], [{"input_ids": random_tokens(), "attention_mask": torch.zeros(2, 12).long()}]])

@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from fasp_lightning.text import shard_reading, token_stream
-from fasp_lightning.text.roles import TextSource
+from fasp_lightning.text.config import TextConfig
 from fasp_lightning.training.data import CausalLMDataModule
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*(workers|logging interval|eval mode|val_dataloader|treespec).*")
@@ -65,16 +65,16 @@ class Saver(L.Callback):
 
 
 @pytest.fixture
-def texts(tmp_path: Path) -> list[TextSource]:
+def texts(tmp_path: Path) -> list[TextConfig]:
     """Two corpora."""
     return [
-        TextSource(write_rows(tmp_path / "one.jsonl", words(60)), weight=2),
-        TextSource(write_rows(tmp_path / "two.jsonl", words(30, seed=1)), weight=1),
+        TextConfig(write_rows(tmp_path / "one.jsonl", words(60)), epoch_weight=2),
+        TextConfig(write_rows(tmp_path / "two.jsonl", words(30, seed=1)), epoch_weight=1),
     ]
 
 
 @pytest.fixture
-def make(texts: list[TextSource], tiny_tokenizer: PreTrainedTokenizerFast, tmp_path: Path, monkeypatch: Any) -> Any:
+def make(texts: list[TextConfig], tiny_tokenizer: PreTrainedTokenizerFast, tmp_path: Path, monkeypatch: Any) -> Any:
     """A new datamodule, of the same text each time."""
     monkeypatch.setattr(token_stream, "WINDOW", 6)
     monkeypatch.setattr(shard_reading, "GROUP_LENGTH", 200)

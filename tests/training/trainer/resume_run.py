@@ -23,7 +23,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from fasp_lightning import CausalLMDataModule, CausalLMModule, FASPPruning, LoRAConfig, PruningConfig
 from fasp_lightning.pruning.config import OwnTextConfig
-from fasp_lightning.text.roles import TextSource
+from fasp_lightning.text.config import TextConfig
 
 EVENTS = [{"step": 2, "sparsity": 0.15}, {"epoch": 2, "sparsity": 0.3}]
 DROPOUT = 0.2
@@ -166,10 +166,10 @@ def new_own(run: Run, folder: Path) -> tuple[L.LightningModule, dict[str, Any]]:
     text = folder.parent / "text"
     data = CausalLMDataModule(
         str(text / "tokenizer"),
-        train=[TextSource(str(text / "train.jsonl"))],
-        validation=[TextSource(str(text / "validation.jsonl"), sequences=6)],
-        calibration=[TextSource(str(text / "calibration.jsonl"), sequences=12)],
-        test=[TextSource(str(text / "validation.jsonl"))],
+        train=[TextConfig(str(text / "train.jsonl"))],
+        validation=[TextConfig(str(text / "validation.jsonl"), sequences=6)],
+        calibration=[TextConfig(str(text / "calibration.jsonl"), sequences=12)],
+        test=[TextConfig(str(text / "validation.jsonl"))],
         seq_len=12,
         batch_size=2,
         sequences_per_epoch=2 * BATCHES,

@@ -1,43 +1,18 @@
-"""How the engine goes about it: passes, stand-ins, and what is put back."""
+"""Stand-ins act for parts of a block, and leave nothing behind, whatever happens."""
 
 from __future__ import annotations
 
-from collections import Counter
 from typing import Any
 
 import pytest
 import torch
-from tiny import TINY, random_tokens, tiny_model
-from tiny_pruning import BOTH, assert_same, assert_unchanged, basic, calibration, leftovers, pruned
+from tiny import random_tokens, tiny_model
+from tiny_pruning import BOTH, assert_unchanged, calibration, leftovers
 from torch import Tensor, nn
 
-from fasp_lightning import FASPPruner, apply_plan, spec_for
-from fasp_lightning.structure.compact import inner
-from fasp_lightning.structure.resolve import find_blocks
-
-
-@pytest.mark.sampled
-@pytest.mark.parametrize("attention", ["value_dims", "none"])
-@pytest.mark.parametrize("family", TINY)
-def test_every_projection_runs_once_a_calibration_batch(family: str, attention: str) -> None:
-    model, calls = tiny_model(family), Counter()
-    spec, batches = spec_for(model), calibration()
-    blocks = find_blocks(model, spec)
-    for index, block in enumerate(blocks):
-        for name, module in block.named_modules():
-            if isinstance(getattr(module, "weight", None), Tensor) and module.weight.ndim == 2:
-                module.register_forward_pre_hook(lambda m, args, key=(index, name): calls.update([key]))
-    FASPPruner(basic(0.2, attention=attention)).prune(model, batches)
-    # one call more in block 0: the form of a block's output is learned by running it once
-    runs = {key: count - (key[0] == 0) for key, count in calls.items()}
-    assert len(runs) == len(blocks) * len({name for _, name in runs})
-    assert runs == dict.fromkeys(runs, len(batches))
-
-
-def test_batches_are_read_once() -> None:
-    batches = iter(calibration())
-    assert_same(pruned(batches=batches), pruned())
-    assert next(batches, None) is None
+from fasp_lightning import FASPPruner, apply_plan
+from fasp_lightning.pruning.blocks.standins import Fixed, Narrow, Recorder, Tap, first, form, stand_ins, with_first
+from fasp_lightning.structure.compact import GatherColumns, inner
 
 
 def test_nothing_temporary_is_left_after_pruning() -> None:
@@ -97,15 +72,54 @@ def test_stand_ins_are_gone_after_a_failing_batch() -> None:
     assert_unchanged(model)
 
 
-@pytest.mark.parametrize(
-    ("broken", "named"),
-    [("self_attn.v_proj", "model.layers.1.self_attn.o_proj"), ("mlp.up_proj", "model.layers.1.mlp.down_proj")],
-)
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_activation_that_is_not_finite_names_the_layer(broken: str, named: str, value: float) -> None:
-    model = tiny_model("llama")
-    with torch.no_grad():
-        model.get_submodule(f"model.layers.1.{broken}").weight[0, 0] = value
-    with pytest.raises(ValueError, match=rf"activations must be finite.*{named}"):
-        FASPPruner(BOTH).prune(model, calibration())
-    assert leftovers(model) == []
+def test_a_stand_in_answers_for_the_original() -> None:
+    linear = nn.Linear(3, 5)
+    narrow = Narrow(linear)
+    assert narrow.in_features == 3
+    assert narrow.weight is linear.weight
+    assert list(narrow.parameters()) == []  # they stay the model's
+    assert narrow(torch.ones(2, 3)).shape == (2, 2)
+
+
+def test_a_recorder_hands_on_its_inputs_and_returns_zeros() -> None:
+    seen: list[Tensor] = []
+    inputs = torch.randn(2, 4, 3)
+    output = Recorder(nn.Linear(3, 5), 5, seen.append)(inputs)
+    assert seen == [inputs]
+    assert output.shape == (2, 4, 5)
+    assert not output.any()
+
+
+def test_a_recorder_of_a_cut_consumer_sees_the_columns_left() -> None:
+    seen: list[Tensor] = []
+    inputs = torch.randn(2, 6)
+    Recorder(GatherColumns(nn.Linear(2, 5), torch.tensor([1, 4])), 5, seen.append)(inputs)
+    assert torch.equal(seen[0], inputs[:, [1, 4]])
+
+
+def test_a_fixed_output_is_given_once() -> None:
+    fixed = Fixed(nn.Identity())
+    fixed.value = torch.ones(2)
+    assert torch.equal(fixed("anything"), torch.ones(2))
+    assert fixed("anything") is None
+
+
+@pytest.mark.parametrize("output", [torch.zeros(2), (torch.zeros(2),), (torch.zeros(2), torch.ones(3), None)])
+def test_an_output_keeps_its_form_with_other_hidden_states(output: Any) -> None:
+    value = torch.full((2,), 7.0)
+    found = with_first(form(output), value)
+    assert first(found) is value
+    assert isinstance(found, tuple) == isinstance(output, tuple)
+    if isinstance(output, tuple):
+        assert len(found) == len(output)
+        assert all(other is None for other in found[1:])
+
+
+def test_nested_stand_ins_are_put_back_in_order() -> None:
+    outer = nn.Sequential(nn.Sequential(nn.Linear(2, 2)))
+    inside, linear = outer[0], outer[0][0]
+    with stand_ins(outer, {"0.0": Narrow(linear), "0": Tap(inside)}):
+        assert isinstance(outer[0], Tap)
+        assert isinstance(inside[0], Narrow)
+    assert outer[0] is inside
+    assert inside[0] is linear

@@ -9,15 +9,14 @@ from typing import Any
 import pytest
 import torch
 from tiny import TINY, random_tokens, tiny_model
-from tiny_pruning import calibration, leftovers
+from tiny_pruning import basic, calibration, leftovers
 from tiny_sensitivity import WAYS, assert_close, scores
 from torch import Tensor, nn
 
-from fasp_lightning import spec_for
 from fasp_lightning.pruning.blocks import sensitivity
 from fasp_lightning.pruning.blocks.capture import capture
 from fasp_lightning.pruning.blocks.sensitivity import fisher_scores
-from fasp_lightning.pruning.blocks.store import TensorStore
+from fasp_lightning.pruning.blocks.session import Session
 from fasp_lightning.pruning.processes import Processes
 from fasp_lightning.structure.modes import evaluating
 from fasp_lightning.structure.plan import resolve_pruned
@@ -35,7 +34,7 @@ def test_sums_are_over_all_processes() -> None:
 @pytest.mark.parametrize("whole", [True, False, None])
 def test_every_block_and_sample_is_told(whole: bool | None) -> None:
     told: list[int] = []
-    scores(tiny_model("gemma3"), calibration(3), whole=whole, tick=told.append)
+    scores(tiny_model("gemma3"), calibration(3), whole=whole, progress=lambda event: told.append(event.block))
     assert sorted(told) == [0, 0, 0, 1, 1, 1, 2, 2, 2, 3, 3, 3]
 
 
@@ -52,7 +51,9 @@ def test_what_does_not_fit_at_once_goes_block_by_block(monkeypatch: pytest.Monke
 
     monkeypatch.setattr(sensitivity, "PIECE_TOKENS", 1)  # two pieces a sample
     monkeypatch.setattr(sensitivity._Passes, "_backward", limited)
-    assert_close(scores(tiny_model("opt"), calibration(3), whole=True, tick=told.append), expected)
+    assert_close(
+        scores(tiny_model("opt"), calibration(3), whole=True, progress=lambda event: told.append(event.block)), expected
+    )
     assert sorted(told) == [0, 0, 0, 1, 1, 1]
     assert len(calls) == 4 + 4
 
@@ -96,11 +97,13 @@ def states(model: nn.Module) -> dict[str, tuple[bool, int, list[Tensor]]]:
 
 @WAYS
 def test_model_is_as_before(state_kept: Any, whole: bool) -> None:
-    with TensorStore("cpu", torch.device("cpu")) as store:
+    pairs = resolve_pruned(state_kept)
+    session = Session.start(basic(), pairs)
+    with session.store:
         with evaluating(state_kept):
-            samples = capture(state_kept, spec_for(state_kept), calibration(2), None, store)
+            samples, hidden = capture(state_kept, calibration(2), None, session.store)
         with pytest.raises(ArithmeticError) if state_kept.breaks else nullcontext():
-            fisher_scores(state_kept, resolve_pruned(state_kept), samples, store, whole=whole)
+            fisher_scores(session, state_kept, pairs, samples, hidden, whole=whole)
 
 
 @WAYS
@@ -108,15 +111,16 @@ def test_samples_go_on_to_the_engine(whole: bool, tmp_path: Any, monkeypatch: py
     """On disk nothing is lost, and nothing is left but the samples' own."""
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     model = tiny_model("opt")
-    with evaluating(model), TensorStore("disk", torch.device("cpu")) as store:
-        samples = capture(model, spec_for(model), calibration(3), None, store)
-        before = [(sample.hidden, store.get(sample.hidden).clone()) for sample in samples]
-        fisher_scores(model, resolve_pruned(model), samples, store, whole=whole)
-        assert [(sample.hidden, sample.attention, sample.inputs) for sample in samples] == [
-            (path, None, None) for path, _ in before
-        ]
+    pairs = resolve_pruned(model)
+    session = Session.start(basic(offload="disk"), pairs)
+    with evaluating(model), session.store as store:
+        samples, hidden = capture(model, calibration(3), None, store)
+        before = [(path, store.get(path).clone()) for path in hidden]
+        fisher_scores(session, model, pairs, samples, hidden, whole=whole)
+        assert hidden == [path for path, _ in before]
         assert all(torch.equal(store.get(path), value) for path, value in before)
         assert sorted(tmp_path.rglob("*.pt")) == sorted(path for path, _ in before)
+    assert not list(tmp_path.iterdir())
 
 
 @WAYS

@@ -1,0 +1,44 @@
+"""The public call: what it refuses, and when."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from tiny import TINY, tiny_model
+from tiny_pruning import BOTH, assert_unchanged, calibration
+
+from fasp_lightning import FASPPruner, PruningConfig
+
+
+@pytest.mark.parametrize(
+    ("batches", "error"),
+    [([], "at least one calibration batch"), ([torch.tensor([[1, 97]])], r"input_ids must be in \[0, 97\).* got 97")],
+    ids=["none", "outside-the-vocabulary"],
+)
+def test_bad_batches_leave_the_model_alone(batches: list[Any], error: str) -> None:
+    model = tiny_model("llama")
+    with pytest.raises(ValueError, match=error):
+        FASPPruner(BOTH).prune(model, batches)
+    assert_unchanged(model)
+
+
+def test_model_without_weights_is_refused() -> None:
+    with torch.device("meta"):
+        model = type(tiny_model("llama"))(TINY["llama"].config())
+    with pytest.raises(ValueError, match=r"weights in memory, got .* on the meta device"):
+        FASPPruner().prune(model, calibration())
+
+
+def test_refusals_come_before_the_first_batch() -> None:
+    def batches() -> Any:
+        pytest.fail("a batch was read")
+        yield
+
+    for config, error in (
+        (PruningConfig(0.99), "sparsity must be at most"),
+        (PruningConfig(multiple_of=99), "multiple_of"),
+    ):
+        with pytest.raises(ValueError, match=error):
+            FASPPruner(config).prune(tiny_model("llama"), batches())

@@ -1,0 +1,48 @@
+"""What a stock config can say of widths."""
+
+from __future__ import annotations
+
+import pytest
+from tiny import TINY, tiny_model
+
+from fasp_lightning import spec_for
+from fasp_lightning.structure.plan import resolve_pruned
+from fasp_lightning.structure.stock_fields import accepts, groups_obstacle, stock_fields
+
+
+@pytest.mark.parametrize("family", TINY)
+def test_config_with_its_own_fields_builds_the_same_model(family: str) -> None:
+    model, spec = tiny_model(family), spec_for(tiny_model(family))
+    ffn = resolve_pruned(model)[0][-1]
+    fields = stock_fields(spec, ffn.layout, ffn.layout.width)
+    assert fields == ({} if spec.width_field is None else {spec.width_field: ffn.layout.width})
+    assert accepts(model.config, fields)
+
+
+def test_value_dims_stand_in_no_stock_config() -> None:
+    model = tiny_model("llama")
+    assert stock_fields(spec_for(model), resolve_pruned(model)[0][0].layout, 8) == {}
+
+
+def test_kv_groups_name_both_head_counts_and_the_head_size() -> None:
+    model = tiny_model("llama-gqa")
+    layout = resolve_pruned(model, kv_groups=True)[0][0].layout
+    assert stock_fields(spec_for(model), layout, 1) == {
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "head_dim": 8,
+    }
+
+
+def test_what_a_config_class_refuses_is_not_accepted() -> None:
+    config = tiny_model("gemma3").config
+    assert not accepts(config, {"num_attention_heads": "three"})
+
+
+@pytest.mark.parametrize(
+    ("family", "obstacle"), [("llama", None), ("opt", "stock code ties"), ("gpt2", "stock code ties")]
+)
+def test_an_obstacle_to_fewer_groups_is_named(family: str, obstacle: str | None) -> None:
+    model = tiny_model(family)
+    found = groups_obstacle(spec_for(model), model.config)
+    assert found is None if obstacle is None else obstacle in (found or "")
