@@ -13,7 +13,7 @@ from typing import Any
 import lightning as L
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from fasp_lightning.pruning.progress import Meter
+from fasp_lightning.pruning.progress import WorkCounter
 
 BATCHES = 5
 """Of an epoch: an odd number, so that the last window of two accumulated batches is a short one."""
@@ -129,14 +129,14 @@ class Checkpoints(ModelCheckpoint):
 @contextmanager
 def watched_calibration(stopper: Stopper) -> Iterator[None]:
     """Let each unit of the pruner's work be a point to stop at."""
-    tick = Meter.tick
+    count = WorkCounter.count
 
     def watched(self: Any, *place: Any) -> None:
-        tick(self, *place)
+        count(self, *place)
         stopper.reach("calibration")
 
-    Meter.tick = watched  # type: ignore[method-assign]
+    WorkCounter.count = watched  # type: ignore[method-assign]
     try:
         yield
     finally:
-        Meter.tick = tick  # type: ignore[method-assign]
+        WorkCounter.count = count  # type: ignore[method-assign]
