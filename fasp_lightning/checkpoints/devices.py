@@ -34,7 +34,7 @@ def choose_device(requested: str | torch.device = "auto") -> torch.device:
         requested: ``"auto"`` (CUDA where there is one, else the CPU), or any torch device name.
 
     Raises:
-        FaspError: If torch does not know the name, or the machine lacks the device.
+        FaspError: If torch does not know the name, the machine lacks the device, or it holds no values (``meta``).
     """
     if requested == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -45,7 +45,7 @@ def choose_device(requested: str | torch.device = "auto") -> torch.device:
             f"device must be 'auto' or a torch device such as 'cpu' or 'cuda:0', got {requested!r}"
         ) from error
     try:
-        torch.empty(0, device=device)
+        torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise FaspError(f"device {requested!r} is not usable on this machine; use 'auto' or 'cpu'") from error
     return device

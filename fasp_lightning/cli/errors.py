@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from fasp_lightning.errors import FaspError, one_line
+from fasp_lightning.errors import FaspError, of_library, one_line
 
 _REWORDED = (
     (r"Parser key ", "option "),
@@ -39,6 +39,26 @@ def is_user_error(error: BaseException) -> bool:
         error: A caught error.
     """
     return isinstance(error, (FaspError, OSError)) or type(error).__name__ == "OutOfMemoryError"
+
+
+def refusal_in(error: BaseException) -> BaseException | None:
+    """The user's mistake in an error that a parser or a trainer raised, which wrap what they run into.
+
+    Args:
+        error: A caught error.
+
+    Returns:
+        The first error in the chain of causes that is the user's to mend, or, where libraries alone had a part in it,
+        a refusal that says what they say; ``None`` for a bug.
+    """
+    each: BaseException | None = error
+    while each is not None:
+        if is_user_error(each):
+            return each
+        if not of_library(each):
+            return None
+        each = each.__cause__ or (None if each.__suppress_context__ else each.__context__)
+    return FaspError(one_line(error))
 
 
 def told(error: BaseException) -> str:

@@ -12,6 +12,9 @@ from fasp_lightning.text.config import TextConfig
 
 EVALUATED_SEQUENCES = 16
 
+SEEDS = range(-(2**63), 2**64)
+"""What a torch generator takes."""
+
 
 @dataclass(frozen=True)
 class ModelConfig:
@@ -96,6 +99,8 @@ class PruneJob:
                 "calibration_mix must be empty where pruning.own_text.share is 1, got "
                 f"{len(self.calibration_mix)} texts that would not be read; lower the share"
             )
+        if self.seed is not None and self.seed not in SEEDS:
+            raise FaspError(f"seed must be from {SEEDS[0]} to {SEEDS[-1]}, got {self.seed}")
         require_form(self.form)
         require_dtype(self.dtype)
         if self.new_tokens < 1:
@@ -107,7 +112,7 @@ class PruneJob:
         return [] if own is not None and own.share == 1 else [self.calibration, *self.calibration_mix]
 
     def evaluated(self) -> list[TextConfig]:
-        """The texts of `evaluation`, and last the one that `other_text` names, in the size of the first of them."""
+        """The texts of ``evaluation``, and last the one that ``other_text`` names, in the size of the first of them."""
         if self.other_text is None:
             return self.evaluation
         like = (self.evaluation or default_evaluation())[0]

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from fasp_lightning.checkpoints.devices import home
-from fasp_lightning.checkpoints.saving import SavedModel, save_pruned
+from fasp_lightning.checkpoints.saving import SavedModel, require_plan, save_pruned
 from fasp_lightning.cli.console import PruningProgress, note, tracked
 from fasp_lightning.cli.jobs import PruneJob
 from fasp_lightning.cli.model_setup import Setup
@@ -18,7 +18,7 @@ from fasp_lightning.pruning.perplexity import PerplexityResult, measure_perplexi
 from fasp_lightning.pruning.prepare import Prepared
 from fasp_lightning.pruning.pruner import FASPPruner
 from fasp_lightning.pruning.report import PruningReport, TextReport, restoration_warning
-from fasp_lightning.structure.plan import apply_plan, plan_of
+from fasp_lightning.structure.plan import apply_plan
 
 
 def place(setup: Setup) -> torch.device:
@@ -87,13 +87,11 @@ def prune_measured(
 
 def _unrestored(pruned: Any, model: Any, texts: list[Text]) -> list[PerplexityResult]:
     """Perplexities with the same columns, chosen on restored activations, but the weights as they were."""
-    plan = plan_of(pruned)
-    assert plan is not None
-    return measure(apply_plan(model, plan), texts, "nothing restored")
+    return measure(apply_plan(model, require_plan(pruned)), texts, "nothing restored")
 
 
 def domains_of(job: PruneJob, calibration: Calibration, evaluation: list[Text]) -> list[str]:
-    """Whether each text comes from the calibration's source; the one that `other_text` names is not of its kind."""
+    """Whether each text comes from the calibration's source; the one that ``other_text`` names is not of its kind."""
     domains = [domain_of(text.config, calibration.configs) for text in evaluation]
     return domains if job.other_text is None else [*domains[:-1], OTHER]
 

@@ -79,6 +79,8 @@ def set_up(job: PruneJob) -> Setup:
         FaspOSError: If there is no such model.
     """
     device = choose_device(job.device)
+    if job.pruning.device is not None:
+        choose_device(job.pruning.device)  # refused where the machine lacks it
     source, config = resolve_source(job.model.name_or_path), config_of(job.model)
     spec = spec_for(config)
     model = model_shapes(source, config, job.model.trust_remote_code)

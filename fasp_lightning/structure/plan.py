@@ -120,6 +120,8 @@ def _plain(pair: PairPlan) -> dict[str, Any]:
 def _pair_plan(data: dict[str, Any]) -> PairPlan:
     layout = {**data, "producer_rows": tuple(data["producer_rows"])}
     kept = tuple(layout.pop("kept"))
+    if not all(type(unit) is int for unit in kept):  # a tensor of integers would round others, or not take them
+        raise FaspError(f"a plan must keep units by their number, got {kept!s:.60}")
     return PairPlan(PairLayout(**layout), kept)
 
 

@@ -12,6 +12,7 @@ from fasp_lightning.cli.console import change, dtype_name, gibibytes, megabytes,
 from fasp_lightning.cli.jobs import PruneJob
 from fasp_lightning.cli.model_setup import Setup, already_pruned, memory_of, set_up
 from fasp_lightning.cli.quiet import one_thread, quiet_libraries
+from fasp_lightning.cli.startup import without_collection
 from fasp_lightning.cli.texts import calibration_name, own_tokens
 from fasp_lightning.pruning.budget.footprint import PeakMemory, footprints
 from fasp_lightning.pruning.own_text.writing import within_positions
@@ -21,9 +22,9 @@ JOB = PruneJob
 
 def run(job: PruneJob) -> int:
     """Run the command; returns the exit code."""
-    quiet_libraries()
-    texts_of(job)
-    with one_thread():
+    with without_collection(), one_thread():
+        quiet_libraries()
+        texts_of(job)
         setup = set_up(job)
     if setup.already_pruned:
         note(already_pruned(setup))

@@ -53,8 +53,7 @@ class SweepJob(PruneJob):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.output_dir is None:
-            raise FaspError("output_dir must be a folder for a sweep, got null")
+        _ = self.folder  # refuses null
         if not self.sparsities or len(set(self.sparsities)) < len(self.sparsities):
             raise FaspError(f"sparsities must be one or more different numbers, got {self.sparsities}")
         for sparsity in self.sparsities:
@@ -63,9 +62,18 @@ class SweepJob(PruneJob):
 
     @property
     def folder(self) -> Path:
-        """The folder of the sweep."""
-        assert self.output_dir is not None
+        """The folder of the sweep.
+
+        Raises:
+            FaspError: If ``output_dir`` is null.
+        """
+        if self.output_dir is None:
+            raise FaspError("output_dir must be a folder for a sweep, got null")
         return Path(self.output_dir)
+
+    def folder_at(self, sparsity: float) -> Path:
+        """The folder of the model that is pruned to a sparsity."""
+        return self.folder / f"sparsity_{_digits(sparsity)}"
 
     def points(self) -> list[PruneJob]:
         """The job of each sparsity, in rising order. What one replaces is for :func:`_left` to decide."""
@@ -75,7 +83,7 @@ class SweepJob(PruneJob):
                 **shared
                 | {
                     "pruning": dataclasses.replace(self.pruning, sparsity=sparsity),
-                    "output_dir": str(self.folder / f"sparsity_{_digits(sparsity)}"),
+                    "output_dir": str(self.folder_at(sparsity)),
                     "overwrite": True,
                 }
             )
@@ -162,7 +170,7 @@ class _Sweep:
         Raises:
             FaspFileExistsError: If its folder was made with other settings, and may not be overwritten.
         """
-        report = _report(job)
+        report = _report(self.job.folder_at(job.pruning.sparsity))
         if report is None:
             return True
         made_with, wanted = report.get("made_with", {}), self.settings(job)
@@ -222,16 +230,15 @@ class _Sweep:
         """What is on disk of this sweep."""
         rows = []
         for job, _ in points:
-            report = _report(job)
+            folder = self.job.folder_at(job.pruning.sparsity)
+            report = _report(folder)
             if report is not None and report.get("made_with") == self.settings(job):
-                folder = Path(job.output_dir or "")
                 rows.append(Finished(job.pruning.sparsity, folder, read_plan(folder)[0], report))
         return rows
 
 
-def _report(job: PruneJob) -> dict[str, Any] | None:
+def _report(folder: Path) -> dict[str, Any] | None:
     """The report in the folder of a sparsity, if a model is there."""
-    folder = Path(job.output_dir or "")
     if not (folder / PLAN_FILE).is_file() or not (folder / REPORT_FILE).is_file():
         return None
     return read_json(folder / REPORT_FILE)

@@ -11,7 +11,7 @@ import torch
 from fasp_lightning.checkpoints.devices import choose_dtype
 from fasp_lightning.checkpoints.loading import load_config, load_model
 from fasp_lightning.checkpoints.refused_models import require_prunable
-from fasp_lightning.errors import FaspError, one_line
+from fasp_lightning.errors import FaspError, as_refusal, one_line
 from fasp_lightning.structure.registry import known_architectures, spec_for
 
 if TYPE_CHECKING:
@@ -59,11 +59,8 @@ def new_model(
     options: dict[str, Any] = {"dtype": choose_dtype(dtype, torch.float32, torch.device("cpu"))}
     if attn_implementation:
         options["attn_implementation"] = attn_implementation
-    with seeded(seed):
-        try:
-            model = AutoModelForCausalLM.from_config(settings, **options)
-        except (RuntimeError, TypeError, ValueError, ZeroDivisionError) as error:
-            raise FaspError(f"config makes no {settings.model_type} model: {one_line(error)}") from error
+    with seeded(seed), as_refusal(lambda error: _no_model(f"{settings.model_type} model", error)):
+        model = AutoModelForCausalLM.from_config(settings, **options)
     return cast("PreTrainedModel", model)
 
 
@@ -98,9 +95,11 @@ def _config(config: Mapping[str, Any]) -> Any:
     unknown = [name for name in fields if not hasattr(default, name)]
     if unknown:  # transformers would store it and build the default width
         raise FaspError(f"config must hold fields of a {model_type} model, got {', '.join(unknown)}")
-    try:
+    with as_refusal(lambda error: _no_model(f"{model_type} config", error)):
         settings = AutoConfig.for_model(model_type, **fields)
-    except Exception as error:  # config classes raise whatever their validators do
-        raise FaspError(f"config makes no {model_type} config: {one_line(error)}") from error
     require_prunable(settings, f"a new {model_type}")
     return settings
+
+
+def _no_model(what: str, error: Exception) -> FaspError:
+    return FaspError(f"config makes no {what}: {one_line(error)}")

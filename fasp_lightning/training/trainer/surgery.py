@@ -1,6 +1,7 @@
 """All that touches Lightning's internals, but for what ``resuming.py`` does.
 
-Tested with lightning 2.6.6; each function says what it relies on.
+Checked against lightning 2.6.6. Comments name the upstream code that is relied upon or repaired, relative to
+``lightning/pytorch``, and where something is changed its state before → after.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ import math
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from itertools import chain
+from itertools import chain, repeat
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -29,7 +30,7 @@ from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader
 
 from fasp_lightning.errors import FaspError
-from fasp_lightning.structure.plan import conform, plan_of, resolve_pruned
+from fasp_lightning.structure.plan import PruningPlan, conform, plan_of, resolve_pruned
 from fasp_lightning.training.modeling.locate import find_causal_lm
 from fasp_lightning.training.trainer.optimizer_state import slice_states
 
@@ -44,20 +45,24 @@ def check_trainer(trainer: Trainer) -> None:
     """Refuse what cannot follow a change of shapes in the middle of a run.
 
     Raises:
-        FaspError: For sharded strategies, PowerSGD (``_ddp_comm_state``), and ``StochasticWeightAveraging``.
+        FaspError: For sharded strategies, PowerSGD, and ``StochasticWeightAveraging``.
     """
     strategy = trainer.strategy
-    sharded = isinstance(strategy, DeepSpeedStrategy)  # though it derives from DDPStrategy
+    # DeepSpeedStrategy (strategies/deepspeed.py) derives from DDPStrategy, but holds its own copies of the weights.
+    sharded = isinstance(strategy, DeepSpeedStrategy)
     if sharded or not isinstance(strategy, (SingleDeviceStrategy, DDPStrategy)):
         raise FaspError(
             f"strategy must be a single device or ddp to prune during fit, got {type(strategy).__name__}; prune first "
             "(fasp prune, FASPPruner) and train the saved folder, sharding it in configure_model as CausalLMModule does"
         )
+    # DDPStrategy._register_ddp_hooks (strategies/ddp.py) hands the same state object to each new DDP wrapper; PowerSGD
+    # keeps in it errors of the shapes of the old gradient buckets.
     if type(getattr(strategy, "_ddp_comm_state", None)).__name__ == "PowerSGDState":
         raise FaspError(
             "strategy must have no PowerSGDState as ddp_comm_state beside FASPPruning, its errors would keep the old "
             "shapes; use a hook without such state, as bf16_compress_hook"
         )
+    # Its setup (callbacks/stochastic_weight_avg.py) deep-copies the module, and update_parameters zips the two.
     if any(isinstance(callback, StochasticWeightAveraging) for callback in trainer.callbacks):  # type: ignore[attr-defined]
         raise FaspError(
             "callbacks must not hold StochasticWeightAveraging beside FASPPruning, its copy would keep the old shapes; "
@@ -66,32 +71,41 @@ def check_trainer(trainer: Trainer) -> None:
 
 
 def starts_by_spawn(trainer: Trainer) -> bool:
-    """Whether workers are spawned or forked, and the main process loads their state (``strategy.launcher``)."""
+    """Whether workers are spawned or forked, and the main process loads their state."""
+    # _MultiProcessingLauncher._recover_results_in_main_process (strategies/launchers/multiprocessing.py) loads a
+    # worker's pruned state dict into the main process's module, which was never pruned.
     return isinstance(trainer.strategy.launcher, _MultiProcessingLauncher)
 
 
 def averages(trainer: Trainer) -> list[nn.Module]:
-    """Averaged copies of the LightningModule (``WeightAveraging._average_model``)."""
+    """The averaged copies of the LightningModule that ``WeightAveraging`` callbacks hold."""
     return [average.module for average in _average_models(trainer)]
 
 
 def _average_models(trainer: Trainer) -> list[AveragedModel]:
+    # None before WeightAveraging.setup (callbacks/weight_averaging.py) has made the copy.
     found = [callback for callback in trainer.callbacks if isinstance(callback, WeightAveraging)]  # type: ignore[attr-defined]
     return [callback._average_model for callback in found if callback._average_model is not None]
 
 
 @contextmanager
 def unwrapped(trainer: Trainer) -> Iterator[None]:
-    """Take DDP off while parameters change, and put it on anew (``strategy.model``, ``configure_ddp``).
+    """Take DDP off while parameters change, and put it on anew. Not inside a forward or backward.
 
-    Its reducer knows shapes and which parameters train from its construction. Not inside a forward or backward.
+    DDP's reducer knows from its construction which parameters there are, their shapes, and which of them train.
     """
+    # DDPStrategy.configure_ddp (strategies/ddp.py) wraps self.model. strategy.model: DistributedDataParallel → the
+    # module → a new DistributedDataParallel, whose constructor compares the new shapes over the processes.
     strategy: Any = trainer.strategy
     wrapped = isinstance(strategy.model, DistributedDataParallel)
     if wrapped:
-        strategy.model = trainer.lightning_module  # drops the reducer, which holds on to gradient accumulators
+        # This was the last reference to the old wrapper. Its reducer holds gradient accumulators of the old shapes,
+        # which would refuse the new gradients ("returned an invalid gradient").
+        strategy.model = trainer.lightning_module
     yield
     if wrapped:
+        # With static_graph and manual optimization DDPStrategy.post_backward launches the all-reduce of a wrapper's
+        # first backward, once: True → False, since the new wrapper has its first one still to come.
         strategy._pl_static_graph_delay_done = False
         strategy.configure_ddp()
 
@@ -111,21 +125,33 @@ def prune_attached(
     Returns:
         What ``prune`` returns.
     """
-    before = [pair.kept for block in resolve_pruned(model, kv_groups=kv_groups) for pair in block]
+    old = plan_of(model)
     with eagerly():
         result = prune()
-        after = [pair for block in resolve_pruned(model, kv_groups=kv_groups) for pair in block]
-        slices = chain.from_iterable(pair.slices(kept, pair.kept) for kept, pair in zip(before, after, strict=True))
-        slice_states(trainer.optimizers, slices)
+        slice_states(trainer.optimizers, _slices(model, old, kv_groups))
         for average in _average_models(trainer):
             _restart_average(average, trainer.lightning_module, model, attribute)
     if _compiles():
-        torch.compiler.reset()  # beyond 8 shapes dynamo would stop compiling, with a log line only
+        # Beyond 8 shapes (torch._dynamo.config.recompile_limit) dynamo would stop compiling, with a log line only.
+        torch.compiler.reset()
     return result
 
 
+def _slices(model: PreTrainedModel, old: PruningPlan | None, kv_groups: bool) -> Iterator[tuple[Tensor, int, Tensor]]:
+    """How each parameter of a pair changed from the units of its old plan: (parameter, dim, positions kept)."""
+    blocks = resolve_pruned(model, kv_groups=kv_groups)
+    planned = old.blocks if old else repeat({}, len(blocks))
+    for pairs, cut in zip(blocks, planned, strict=True):
+        for pair in pairs:
+            before = cut[pair.spec.consumer].kept if pair.spec.consumer in cut else range(pair.layout.width)
+            yield from pair.slices(torch.tensor(before), pair.kept)
+
+
 def _restart_average(average: Any, module: LightningModule, model: PreTrainedModel, attribute: str | None) -> None:
-    """An average of two structures means nothing: it starts again from the pruned weights (``n_averaged``)."""
+    """Let an average start again from the pruned weights: one of two structures means nothing."""
+    # WeightAveraging._swap_models (callbacks/weight_averaging.py) zips the parameters of both and copies: old shapes
+    # would fail there, or be broadcast. AveragedModel.n_averaged n → 0, so that update_parameters copies at its next
+    # call instead of averaging.
     conform(find_causal_lm(average.module, attribute), plan_of(model))
     current = chain(module.parameters(), module.buffers())
     with torch.no_grad():
@@ -149,9 +175,11 @@ def forget_best(trainer: Trainer) -> None:
     """Let what watches a metric start to compare anew: the model before the change is no rival.
 
     Files on disk stay. A monitored metric of the old model counts as the worst until it is logged again, so that a
-    checkpoint saved in between does not carry it (``ModelCheckpoint`` and ``EarlyStopping`` fields,
-    ``ReduceLROnPlateau._reset``, which would else cut the learning rate of a recovery).
+    checkpoint saved in between does not carry it.
     """
+    # _TrainingEpochLoop._update_learning_rates (loops/training_epoch_loop.py) steps a ReduceLROnPlateau with the loss
+    # of the pruned model: worse than the dense one's, it would lower the learning rate in recovery. After _reset: best
+    # inf (mode "min"), num_bad_epochs 0.
     for config in trainer.lr_scheduler_configs:
         if isinstance(config.scheduler, ReduceLROnPlateau):
             _outdate(trainer, config.monitor, config.scheduler.mode)
@@ -160,6 +188,10 @@ def forget_best(trainer: Trainer) -> None:
         if not isinstance(callback, (ModelCheckpoint, EarlyStopping)):
             continue
         worst = _outdate(trainer, callback.monitor, callback.mode)
+        # EarlyStopping._evaluate_stopping_criteria (callbacks/early_stopping.py) would count recovery as no
+        # improvement: wait_count n → 0, best_score → inf (mode "min"). ModelCheckpoint.check_monitor_top_k
+        # (callbacks/model_checkpoint.py) would save nothing as long as the dense model is better: best_k_models {file:
+        # score} → {}. Both are then as their __init__ makes them.
         if isinstance(callback, EarlyStopping):
             callback.wait_count, callback.best_score = 0, worst.sign() * torch.inf
         else:
@@ -177,37 +209,42 @@ def _outdate(trainer: Trainer, monitor: str | None, mode: str) -> Tensor:
 
 
 def publish(trainer: Trainer, metrics: dict[str, float], step: int | None = None) -> None:
-    """Metrics to every logger at ``trainer.global_step``, and to ``trainer.callback_metrics``.
-
-    ``LightningModule.log`` would wait for ``log_every_n_steps``.
+    """Give metrics to every logger at ``trainer.global_step``, and to ``trainer.callback_metrics``.
 
     Args:
         trainer: The Trainer.
         metrics: Name → value.
         step: Another step for the loggers.
     """
+    # LightningModule.log would keep them until _LoggerConnector.should_update_logs
+    # (trainer/connectors/logger_connector/logger_connector.py) allows it, every log_every_n_steps. Its
+    # callback_metrics is one dict, which training and validation only add to.
     for logger in trainer.loggers:
         logger.log_metrics(metrics, step=trainer.global_step if step is None else step)
     trainer.callback_metrics.update({name: torch.tensor(value) for name, value in metrics.items()})
 
 
 def check_training_source(trainer: Trainer) -> None:
-    """Refuse, before any loader is made, training data that calibration cannot be taken from (``_data_source``).
+    """Refuse, before any loader is made, training data that calibration cannot be taken from.
 
     Raises:
         FaspError: If ``fit`` was given something else than one DataLoader; loaders from hooks are seen later.
     """
+    # _DataConnector.attach_dataloaders (trainer/connectors/data_connector.py) keeps here what fit was given: loaders,
+    # or the module or datamodule whose train_dataloader() will be called.
     source = trainer.fit_loop._data_source.instance
     if not isinstance(source, (DataLoader, LightningModule, LightningDataModule)):
         raise FaspError(_no_source(type(source).__name__))
 
 
 def training_loader(trainer: Trainer) -> DataLoader:
-    """The one training DataLoader (``fit_loop._combined_loader``).
+    """The one training DataLoader.
 
     Raises:
-        FaspError: If there are several, or it is none.
+        FaspError: If there are several, or it is another kind of loader.
     """
+    # _FitLoop.setup_data (loops/fit_loop.py) makes it before on_train_start; trainer.train_dataloader would be a list
+    # or mapping where the user gave one.
     combined = trainer.fit_loop._combined_loader
     loaders = [] if combined is None else combined.flattened
     if len(loaders) != 1 or not isinstance(loaders[0], DataLoader):
@@ -223,7 +260,9 @@ def _no_source(got: str) -> str:
 
 
 def validation_loaders(trainer: Trainer) -> list[Any]:
-    """The validation loaders, requested if the run has not come to them yet (``val_loop``)."""
+    """The validation loaders, requested if the run has not come to them yet."""
+    # As _FitLoop.on_run_start (loops/fit_loop.py) does it: without a sanity check they are made only now. The stage is
+    # set because _EvaluationLoop.setup_data (loops/evaluation_loop.py) processes them for the trainer's stage.
     if not trainer.enable_validation:
         return []
     loop = trainer.fit_loop.epoch_loop.val_loop
@@ -236,6 +275,7 @@ def validation_loaders(trainer: Trainer) -> list[Any]:
 
 def on_boundary(trainer: Trainer, batch_idx: int) -> bool:
     """Whether no gradient is pending before this batch."""
+    # _TrainingEpochLoop._accumulated_batches_reached counts windows from the epoch's first batch.
     return batch_idx % trainer.accumulate_grad_batches == 0
 
 
@@ -244,5 +284,6 @@ def steps_per_epoch(trainer: Trainer) -> float:
 
     That is so where the loader has no length, and where the module steps its optimizers by itself.
     """
+    # ceil: _TrainingEpochLoop._should_accumulate steps on the epoch's last batch, whatever is left of its window.
     known = trainer.lightning_module.automatic_optimization and trainer.num_training_batches < math.inf
     return math.ceil(trainer.num_training_batches / trainer.accumulate_grad_batches) if known else math.inf
