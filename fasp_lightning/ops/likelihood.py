@@ -64,12 +64,38 @@ def next_token_nll_gradient(logits: Tensor, input_ids: Tensor, mask: Tensor | No
         FaspError: If the shapes don't match.
     """
     _check_shapes(logits, input_ids, mask)
-    gradient = torch.zeros_like(logits)
-    for row, positions, targets in _predictions(logits, input_ids, mask):
-        slopes = logits[row, positions].float().softmax(-1)
-        slopes[torch.arange(targets.numel(), device=targets.device), targets] -= 1
-        gradient[row, positions] = slopes.to(gradient.dtype)
+    gradient, targets, ignored = torch.empty_like(logits), input_ids[:, 1:], None
+    if mask is not None:
+        ignored = ~(mask[:, :-1].bool() & mask[:, 1:].bool())
+        targets = targets.masked_fill(ignored, IGNORED)
+    predicting = gradient[:, :-1]
+    for sequence in zip(logits[:, :-1], targets, predicting, strict=True):
+        for rows, goals, slopes in row_chunks(*sequence):
+            slopes.copy_(subtract_one_hot(rows.float().softmax(-1), goals))
+    gradient[:, -1:] = 0
+    if ignored is not None:
+        predicting.masked_fill_(ignored[..., None], 0)
     return gradient
+
+
+def subtract_one_hot(probabilities: Tensor, targets: Tensor) -> Tensor:
+    """The gradient of the NLL by the logits, from their softmax, in place: softmax − 1 at the target.
+
+    Args:
+        probabilities: (n, vocabulary) softmax of the logits.
+        targets: (n,) int64 token ids, or :data:`IGNORED`.
+
+    Returns:
+        ``probabilities``, changed. Rows whose target is :data:`IGNORED` hold no gradient and are the caller's to clear.
+    """
+    ones = torch.ones_like(probabilities[:, :1])
+    return probabilities.scatter_add_(1, targets.clamp(min=0)[:, None], -ones)
+
+
+def row_chunks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Cut tensors with the same number of rows into chunks of rows: views, at most ``CHUNK_ELEMENTS`` of the first."""
+    rows = max(1, CHUNK_ELEMENTS // max(1, tensors[0].shape[-1]))
+    return zip(*(tensor.split(rows) for tensor in tensors), strict=True)
 
 
 def _predictions(

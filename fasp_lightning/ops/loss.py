@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from fasp_lightning.ops.likelihood import CHUNK_ELEMENTS, IGNORED, next_token_nll
+from fasp_lightning.ops.likelihood import IGNORED, next_token_nll, row_chunks, subtract_one_hot
 
 
 def next_token_loss(logits: Tensor, labels: Tensor) -> Tensor:
@@ -46,20 +46,14 @@ class _MeanNLL(torch.autograd.Function):
     def forward(ctx: Any, logits: Tensor, targets: Tensor) -> Tensor:
         flat, goals = logits.reshape(-1, logits.shape[-1]), targets.reshape(-1)
         gradient = torch.empty_like(flat) if ctx.needs_input_grad[0] else None
-        counts = goals != IGNORED
+        # the softmax of 16-bit logits is computed in fp32
         total = torch.zeros((), dtype=torch.promote_types(logits.dtype, torch.float32), device=logits.device)
-        start = 0
-        for piece, goal in _pieces(flat, goals):
-            # the softmax of 16-bit logits is computed in fp32
-            log_probabilities = functional.log_softmax(piece.to(total.dtype), dim=-1)
+        for rows, goal, slopes in row_chunks(flat, goals, flat if gradient is None else gradient):
+            log_probabilities = functional.log_softmax(rows.to(total.dtype), dim=-1)
             total += functional.nll_loss(log_probabilities, goal, ignore_index=IGNORED, reduction="sum")
             if gradient is not None:
-                counted = counts[start : start + len(goal), None]
-                slope = log_probabilities.exp_()
-                slope.scatter_add_(1, goal.clamp(min=0)[:, None], -torch.ones_like(slope[:, :1]))
-                gradient[start : start + len(goal)] = slope.mul_(counted)
-            start += len(goal)
-        count = counts.sum().clamp(min=1)
+                slopes.copy_(subtract_one_hot(log_probabilities.exp_(), goal).mul_((goal != IGNORED)[:, None]))
+        count = (goals != IGNORED).sum().clamp(min=1)
         ctx.shape = logits.shape
         ctx.save_for_backward(gradient, count)
         return total / count
@@ -68,8 +62,7 @@ class _MeanNLL(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
         slopes, count = ctx.saved_tensors
         scale, result = gradients[0] / count, torch.empty_like(slopes)
-        rows = max(1, CHUNK_ELEMENTS // slopes.shape[-1])
-        for slope, piece in zip(slopes.split(rows), result.split(rows), strict=True):
+        for slope, piece in row_chunks(slopes, result):
             piece.copy_(slope.to(scale.dtype) * scale)  # the scale itself is not rounded to 16 bits
         return result.reshape(ctx.shape), None
 
@@ -77,9 +70,3 @@ class _MeanNLL(torch.autograd.Function):
 def _targets(labels: Tensor) -> Tensor:
     """(batch, seq): at each position the label that follows it."""
     return functional.pad(labels[:, 1:], (0, 1), value=IGNORED)
-
-
-def _pieces(logits: Tensor, targets: Tensor) -> list[tuple[Tensor, Tensor]]:
-    """Both in pieces of :data:`CHUNK_ELEMENTS` logits along the first dimension."""
-    rows = max(1, CHUNK_ELEMENTS // logits.shape[-1])
-    return list(zip(logits.split(rows), targets.split(rows), strict=True))

@@ -1,4 +1,4 @@
-"""FASP as a Lightning callback: decides and orders, nothing else."""
+"""FASP as a Lightning callback: it decides what happens when, and leaves the work to other modules."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from fasp_lightning.training.modeling.locate import find_causal_lm
 from fasp_lightning.training.modeling.lora import LoRAConfig, attach_lora, merge_lora
 from fasp_lightning.training.modeling.structure_state import carries_structure, carry_structure
 from fasp_lightning.training.recovery import MODES, Recovery, trained_names
-from fasp_lightning.training.reporting import EventRecord, tell_event, tell_history, tell_missed, tell_structure
+from fasp_lightning.training.reporting import EventRecord, report_event, report_history, report_missed, report_structure
 from fasp_lightning.training.schedule import PruningSchedule, ScheduledPruning
 from fasp_lightning.training.trainer import resuming, surgery
 from fasp_lightning.training.trainer.optimizer_state import check_optimizer
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 UNSAVED = "fasp_unsaved"
-"""Entry of a checkpoint: what Lightning leaves out of it."""
+"""Entry of a checkpoint that holds what Lightning leaves out: pending gradients and watched metrics."""
 
 
 class FASPPruning(Callback):
@@ -45,27 +45,28 @@ class FASPPruning(Callback):
     Supported are one device and ``ddp`` (statistics are summed over the processes, one solves).
 
     Args:
-        schedule: When, and how far: a :class:`~fasp_lightning.PruningSchedule`, its plain data
+        schedule: When to prune, and how far: a :class:`~fasp_lightning.PruningSchedule`, its plain data
             (``{kind: cubic, …}`` or a list of ``{step | epoch, sparsity}``), or the path of a YAML file that holds it.
-        pruning: How; its ``sparsity`` is that of the schedule's events.
-        recovery: What trains after the first event: "none", what the module trains; "full", every parameter of the
-            model; "lora", adapters alone. Until the first event the module trains what it trains.
-        lora: Settings of the adapters for recovery="lora", where the model has none; they are merged at the end of
-            the run.
-        attribute: Path of the model in the module, such as "model"; by default the one causal LM that is found.
+        pruning: How to prune; its ``sparsity`` is replaced by that of each event.
+        recovery: What trains after the first event: ``"none"``, what the module trains anyway; ``"full"``, every
+            parameter of the model; ``"lora"``, adapters alone. Until the first event it makes no difference.
+        lora: Settings of the adapters for ``recovery="lora"``, where the model has none; they are merged at the end
+            of the run.
+        attribute: Path of the model in the module, such as ``"model"``; by default the one causal LM that is found.
         calibration_sequences: Sequences of an event, in all processes together, drawn anew for each from
             ``calibration_dataloader()`` of the datamodule or module, else from the training data.
-        validation_batches: Batches of each validation loader, in each process, that perplexity is measured on; 0 for
-            none.
+        validation_batches: Batches of each validation loader, in each process, that perplexity is measured on; with 0
+            it is not measured.
         seed: Seed of the drawing of calibration sequences.
         export_to: Folder for the pruned model at the end of the run, adapters merged, with the datamodule's
             ``tokenizer`` if it has one; as :func:`~fasp_lightning.save_pruned` writes it.
-        form: Its form: "auto", "stock", "compact" or "zero_filled".
+        form: How it is written: ``"auto"``, ``"stock"``, ``"compact"`` or ``"zero_filled"``.
         overwrite: Replace a pruned model in ``export_to``.
 
     Raises:
-        FaspError: From ``setup``, ``on_fit_start`` and ``on_train_start`` on: if the model cannot be found, the
-            schedule not be reached, or strategy, optimizer or callbacks could not follow.
+        FaspError: If an argument is refused. And from ``setup``, ``on_fit_start`` and ``on_train_start``, before
+            anything is trained: if the model is not found, the run ends before the schedule does, data give no
+            calibration, or strategy, optimizer or other callbacks could not follow a change of shapes.
     """
 
     def __init__(
@@ -102,7 +103,7 @@ class FASPPruning(Callback):
         self.records: list[EventRecord] = []
         self._done = 0
         self._injected = self._ended = self._halfway = False
-        self._recovery: Recovery | None = None
+        self._recovery = Recovery(recovery)
         self._random: list[dict[str, Any]] | None = None
         self._unsaved: dict[str, dict[str, Tensor]] = {}
 
@@ -133,7 +134,7 @@ class FASPPruning(Callback):
         self._set_up_recovery(trainer, model)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Refuse optimizers that could not follow; take up a resumed run where its checkpoint left it."""
+        """Refuse optimizers that could not follow; set which parameters train; restore a resumed run's random state."""
         if self._halfway:
             raise FaspError(
                 "ckpt_path must not be written in the middle of a pruning, got one that was, on an error in it; "
@@ -141,9 +142,10 @@ class FASPPruning(Callback):
             )
         for optimizer in trainer.optimizers:
             check_optimizer(optimizer)
-        self._phases.check(trainer.optimizers)
+        model = self._model(pl_module)
+        self._recovery.check(model, trainer.optimizers)
         with surgery.unwrapped(trainer):
-            self._phases.apply(pruned=bool(self._done or self.records))
+            self._recovery.apply(model, pruned=bool(self._done or self.records))
         self._restore_random_state()
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -168,9 +170,11 @@ class FASPPruning(Callback):
         if not surgery.on_boundary(trainer, batch_idx):
             return
         while event := self.schedule.due(self._done, trainer.global_step, trainer.current_epoch):
-            if is_reached(self._model(pl_module), self._config(event)):  # the model came so, as from its weights alone
+            model = self._model(pl_module)
+            if is_reached(model, self._config(event)):
+                # it was pruned so far before this run, whose checkpoint may have brought the weights alone
                 with surgery.unwrapped(trainer):
-                    self._phases.apply(pruned=True)
+                    self._recovery.apply(model, pruned=True)
             else:
                 self._run(trainer, pl_module, event)
             self._done += 1
@@ -178,16 +182,16 @@ class FASPPruning(Callback):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Measure what recovery brought."""
         self._ended = True
-        tell_missed(self.schedule, self._done)
+        report_missed(self.schedule, self._done)
         if self.records:
             perplexity = self._perplexity(trainer, pl_module)
             self._close(trainer, perplexity)
-            tell_structure(trainer, self._model(pl_module), perplexity)
-            tell_history(trainer, self.records)
+            report_structure(trainer, self._model(pl_module), perplexity)
+            report_history(trainer, self.records)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Merge the adapters that are ours, and export; after the last checkpoint, which still has them."""
-        if not self._ended:  # resumed after its last step, so that Lightning trains nothing
+        """Merge the adapters that this callback attached, and export; after the last checkpoint, which has them."""
+        if not self._ended:  # resumed after its last step: Lightning trains nothing, and skips on_train_end
             self.on_train_end(trainer, pl_module)
         model = self._model(pl_module)
         if self._injected:
@@ -201,15 +205,15 @@ class FASPPruning(Callback):
             export_model(model, self.export_to, tokenizer, self.form, self.overwrite)
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Add what Lightning leaves out."""
+        """Add what Lightning leaves out, see :func:`~fasp_lightning.training.trainer.resuming.unsaved_state`."""
         checkpoint[UNSAVED] = resuming.unsaved_state(trainer, pl_module)
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Keep that until the run starts."""
+        """Keep what :meth:`on_save_checkpoint` added until the run starts."""
         self._unsaved = checkpoint.get(UNSAVED, {})
 
     def state_dict(self) -> dict[str, Any]:
-        """Events done and the random state of each process, asked by all: plain data and tensors."""
+        """Events done and the random state of each process, as plain data and tensors; called by all processes."""
         records = [dataclasses.asdict(record) for record in self.records]
         random = Processes.everyone().gather(random_state())
         state = {"done": self._done, "halfway": self._halfway, "records": records, "random": random}
@@ -218,7 +222,8 @@ class FASPPruning(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Inverse of :meth:`state_dict`; the random state is put back when the run starts."""
         same = state_dict["schedule"] == self.schedule.to_list()
-        self._done = state_dict["done"] if same else 0  # the shapes tell which events of another one are done
+        # of another schedule's events, on_train_batch_start finds those done whose sparsity the model has reached
+        self._done = state_dict["done"] if same else 0
         self._halfway = state_dict["halfway"]
         self.records = [EventRecord(**record) for record in state_dict["records"]]
         self._random = state_dict["random"]
@@ -229,16 +234,16 @@ class FASPPruning(Callback):
             restore_random_state(self._random[rank])
 
     def _run(self, trainer: Trainer, pl_module: LightningModule, event: ScheduledPruning) -> None:
-        """One event."""
+        """Run one event: measure, prune, measure, report."""
         model = self._model(pl_module)
         before = self._perplexity(trainer, pl_module)
         self._close(trainer, before)
-        tell_structure(trainer, model, before, before=True)
+        report_structure(trainer, model, before, before=True)
         draw = self._draw(trainer, pl_module)
         start, self._halfway = time.perf_counter(), True
         with surgery.unwrapped(trainer):
             report = prune_model(trainer, model, self._config(event), draw, self.attribute)
-            self._phases.apply(pruned=True)
+            self._recovery.apply(model, pruned=True)
         record = EventRecord(
             step=trainer.global_step,
             sparsity=report.sparsity,
@@ -251,12 +256,12 @@ class FASPPruning(Callback):
         self.records.append(record)
         self._halfway = False
         surgery.forget_best(trainer)
-        tell_event(trainer, record, report)
-        tell_structure(trainer, model, record.perplexity_pruned)
-        tell_history(trainer, self.records)
+        report_event(trainer, record, report)
+        report_structure(trainer, model, record.perplexity_pruned)
+        report_history(trainer, self.records)
 
     def _close(self, trainer: Trainer, perplexity: float | None) -> None:
-        """The last event's recovery ends here."""
+        """Note and log the perplexity that the recovery from the last event ends with."""
         if self.records and perplexity is not None:
             self.records[-1].perplexity_recovered = perplexity
             surgery.publish(trainer, {"fasp/perplexity_recovered": perplexity})
@@ -274,19 +279,14 @@ class FASPPruning(Callback):
     def _model(self, pl_module: nn.Module) -> PreTrainedModel:
         return find_causal_lm(pl_module, self.attribute)
 
-    @property
-    def _phases(self) -> Recovery:
-        assert self._recovery is not None, "setup comes first"
-        return self._recovery
-
     def _set_up_recovery(self, trainer: Trainer, model: PreTrainedModel) -> None:
         """Attach adapters where recovery needs them, and let all that will ever train go to the optimizers."""
-        if self._injected:  # a fit that an error ended has left them
+        if self._injected:  # an earlier fit ended with an error before it merged them
             merge_lora(model)
         own = trained_names(model)
         self._injected = self.recovery == "lora" and not has_adapters(model)
         if self._injected:
             for module in (trainer.lightning_module, *surgery.averages(trainer)):
                 attach_lora(self._model(module), self.lora or LoRAConfig())
-        self._recovery = Recovery(self.recovery, model, own)
-        self._recovery.prepare()
+        self._recovery = Recovery(self.recovery, own)
+        self._recovery.prepare(model)

@@ -1,4 +1,4 @@
-"""One pruning event: calibrate, prune, measure, and tell."""
+"""The work of one pruning event: check its data, prune the model, measure its perplexity."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from fasp_lightning.pruning.processes import Processes
 from fasp_lightning.pruning.pruner import FASPPruner
 from fasp_lightning.pruning.report import PruningReport
 from fasp_lightning.structure.modes import evaluating
-from fasp_lightning.text.batches import read_batch
+from fasp_lightning.text.batches import TokenBatch, read_batch
 from fasp_lightning.training.calibration import Draw
 from fasp_lightning.training.metrics import Perplexity
 from fasp_lightning.training.progress_bar import pruning_bar
@@ -25,20 +25,16 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-VALIDATION = ("validation data", "or set validation_batches=0")
-"""What cannot be measured on, and what to do then."""
-
-
 def check_data(trainer: Trainer, draw: Draw, validation_batches: int) -> None:
-    """Read one batch of each kind that events will read, so that a form they cannot take is refused at the start.
+    """Read a calibration batch and a batch of each validation loader, to refuse at the start what events cannot read.
 
     Args:
         trainer: In ``on_train_start``.
-        draw: Of the first event.
-        validation_batches: How many validation batches each measuring takes.
+        draw: The calibration sequences of the first event.
+        validation_batches: Batches of each validation loader that perplexity is measured on; with 0 none is read.
 
     Raises:
-        FaspError: If calibration or validation data are of a form that is not understood.
+        FaspError: If a batch holds no token ids.
     """
     with isolate_rng():
         processes = Processes.everyone()
@@ -46,21 +42,21 @@ def check_data(trainer: Trainer, draw: Draw, validation_batches: int) -> None:
             next(draw.batches(processes.rank, processes.count))
             for loader in validation_loaders(trainer) if validation_batches else ():
                 for batch in islice(loader, 1):
-                    read_batch(batch, *VALIDATION)
+                    _read_validation(batch)
 
 
 def prune_model(
     trainer: Trainer, model: PreTrainedModel, config: PruningConfig, draw: Draw, attribute: str | None
 ) -> PruningReport:
-    """Prune the model in a Trainer's run, with all that hangs on it.
+    """Prune the model in a Trainer's run; optimizer states and averaged weights follow.
 
     Args:
         trainer: Between two optimizer steps, its DDP taken off.
         model: The causal LM in its LightningModule.
         config: Settings, the sparsity of this event in it.
-        draw: Its calibration sequences. What their data set or collate function draws comes from the draw's seed; the
-            run's own random state stays.
-        attribute: Where the model is.
+        draw: The calibration sequences of the event. Where reading them draws random numbers (a data set, a collate
+            function), these depend on the draw's seed; the run's own random state stays.
+        attribute: Path of the model in its LightningModule, or ``None`` where it is the only one.
     """
     processes = Processes.everyone()
 
@@ -80,9 +76,9 @@ def validation_perplexity(trainer: Trainer, model: PreTrainedModel, batches: int
     """Perplexity on the first validation batches of every loader, over all processes.
 
     Args:
-        trainer: Its validation loaders are read, its run's random state stays.
+        trainer: Its validation loaders are read; the random state of its run stays.
         model: The causal LM.
-        batches: How many of each loader, in each process.
+        batches: How many batches of each loader, in each process.
 
     Returns:
         exp(Σ NLL / predicted tokens); ``None`` if there is no validation data.
@@ -102,8 +98,12 @@ def validation_perplexity(trainer: Trainer, model: PreTrainedModel, batches: int
 
 
 def _update(metric: Perplexity, model: PreTrainedModel, batch: Any) -> None:
-    given = read_batch(batch, *VALIDATION)
+    given = _read_validation(batch)
     embeddings: Any = model.get_input_embeddings()
     device = embeddings.weight.device
     logits = model(**{name: value.to(device) for name, value in given.inputs.items()}, use_cache=False).logits
     metric.to(logits.device).update(logits, given.labels.to(logits.device))
+
+
+def _read_validation(batch: Any) -> TokenBatch:
+    return read_batch(batch, "validation data", "or set validation_batches=0")

@@ -1,4 +1,4 @@
-"""A progress bar of a pruning, living with the Trainer's own."""
+"""A progress bar of a pruning, shown beside the Trainer's own."""
 
 from __future__ import annotations
 
@@ -15,11 +15,14 @@ from fasp_lightning.pruning.progress import Progress, ProgressEvent
 
 @contextmanager
 def pruning_bar(trainer: Trainer, description: str) -> Iterator[Progress | None]:
-    """What :meth:`~fasp_lightning.FASPPruner.prune` takes as ``progress``; nothing where the Trainer shows no bar.
+    """Show a progress bar for the time of a pruning.
 
     Args:
         trainer: Its progress bar decides the kind, and whether there is one in this process.
-        description: What stands before the bar.
+        description: Text before the bar.
+
+    Yields:
+        What :meth:`~fasp_lightning.FASPPruner.prune` takes as ``progress``; ``None`` where the Trainer shows no bar.
     """
     bar = trainer.progress_bar_callback
     if isinstance(bar, TQDMProgressBar) and bar.is_enabled:
@@ -28,7 +31,7 @@ def pruning_bar(trainer: Trainer, description: str) -> Iterator[Progress | None]
     elif isinstance(bar, RichProgressBar) and bar.is_enabled and bar.progress is not None:
         task = bar._add_task(1, description)
         try:
-            yield _to_rich(bar, task)
+            yield _to_rich(bar, bar.progress, task)
         finally:
             bar.progress.remove_task(task)
     else:
@@ -44,10 +47,9 @@ def _to_tqdm(line: Any) -> Callable[[ProgressEvent], None]:
     return show
 
 
-def _to_rich(bar: RichProgressBar, task: Any) -> Callable[[ProgressEvent], None]:
+def _to_rich(bar: RichProgressBar, tasks: Any, task: Any) -> Callable[[ProgressEvent], None]:
     def show(event: ProgressEvent) -> None:
-        assert bar.progress is not None
-        bar.progress.update(task, total=event.total, completed=event.done)
+        tasks.update(task, total=event.total, completed=event.done)
         bar.refresh()
 
     return show

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from typing import TYPE_CHECKING
 
 from torch import nn
@@ -24,58 +24,65 @@ class Recovery:
     Args:
         mode: ``"none"`` leaves all as the user's module has it; ``"full"`` trains every parameter after the first
             pruning; ``"lora"`` its adapters alone.
-        model: The causal LM, adapters attached.
-        own: What trains before the first pruning, as :func:`trained_names` gives it; adapters that are not in it are
-            idle until then.
+        own: Names of what trains before the first pruning, as :func:`trained_names` gives them. Adapters that are not
+            among them train only after it.
     """
 
-    def __init__(self, mode: str, model: PreTrainedModel, own: set[str]) -> None:
+    def __init__(self, mode: str, own: Collection[str] = ()) -> None:
         self.mode = mode
-        self._model = model
-        self._own = own
+        self._own = frozenset(own)
 
-    def prepare(self) -> None:
-        """Let all parameters that will ever train require gradients, so that optimizers are given them."""
+    def prepare(self, model: PreTrainedModel) -> None:
+        """Let all parameters that will ever train require gradients, so that optimizers are given them.
+
+        Args:
+            model: The causal LM, adapters attached.
+        """
         if self.mode != "none":
-            for name, parameter in self._model.named_parameters():
-                parameter.requires_grad_(self._is_own(name) or self._recovers(name))
+            for name, parameter in model.named_parameters():
+                parameter.requires_grad_(self._is_own(model, name) or self._recovers(name))
 
-    def apply(self, pruned: bool) -> None:
+    def apply(self, model: PreTrainedModel, pruned: bool) -> None:
         """Set the parameters for a phase of the run; a frozen one has no gradient, so that no optimizer moves it.
 
         Args:
+            model: The causal LM, adapters attached.
             pruned: Whether the first pruning is done.
         """
         if self.mode != "none":
-            for name, parameter in self._model.named_parameters():
-                trains = self._recovers(name) if pruned else self._is_own(name)
+            for name, parameter in model.named_parameters():
+                trains = self._recovers(name) if pruned else self._is_own(model, name)
                 parameter.requires_grad_(trains)
                 if not trains:
                     parameter.grad = None
 
-    def check(self, optimizers: Iterable[Optimizer]) -> None:
+    def check(self, model: PreTrainedModel, optimizers: Iterable[Optimizer]) -> None:
         """Refuse optimizers that lack a parameter that recovery will train.
+
+        Args:
+            model: The causal LM, adapters attached.
+            optimizers: All of the run.
 
         Raises:
             FaspError: Naming one such parameter.
         """
         held = {id(one) for optimizer in optimizers for group in optimizer.param_groups for one in group["params"]}
-        missing = [name for name, parameter in self._recovering() if id(parameter) not in held]
+        missing = [name for name, parameter in self._recovering(model) if id(parameter) not in held]
         if missing:
             raise FaspError(
                 f"recovery={self.mode!r} needs its parameters in the optimizer, which lacks {len(missing)} of them, "
                 f"such as {missing[0]}; give configure_optimizers all parameters that require gradients"
             )
 
-    def _recovering(self) -> Iterator[tuple[str, nn.Parameter]]:
+    def _recovering(self, model: PreTrainedModel) -> Iterator[tuple[str, nn.Parameter]]:
         if self.mode != "none":
-            yield from ((name, one) for name, one in self._model.named_parameters() if self._recovers(name))
+            yield from ((name, one) for name, one in model.named_parameters() if self._recovers(name))
 
     def _recovers(self, name: str) -> bool:
         return self.mode == "full" or is_adapter_parameter(name)
 
-    def _is_own(self, name: str) -> bool:
-        return stock_name(self._model, name) in self._own
+    def _is_own(self, model: PreTrainedModel, name: str) -> bool:
+        return stock_name(model, name) in self._own
 
 
 def trained_names(model: PreTrainedModel) -> set[str]:

@@ -1,4 +1,4 @@
-"""What a run's loggers and its console are told of a pruning."""
+"""What a run's loggers and its console show of a pruning."""
 
 from __future__ import annotations
 
@@ -29,6 +29,8 @@ COLUMNS = {
     "perplexity_recovered": "recovered",
     "seconds": "seconds",
 }
+"""Fields of :class:`EventRecord` that the table of events shows, and their titles."""
+
 LAYOUT = {
     "FASP": {
         "loss": ["Multiline", ["train_loss", "val_loss"]],
@@ -39,9 +41,10 @@ LAYOUT = {
         "relative error, not restored": ["Multiline", ["fasp_error_unrestored/.*"]],
     }
 }
-"""Charts of TensorBoard's "Custom Scalars": the run on one page, a line for each pair."""
+"""Charts on TensorBoard's page "Custom Scalars": all of a run, with a line for each pair."""
 
 FORMATS = {"step": "d", "parameters": ",d", "sparsity": ".3f", "sparsity_total": ".3f", "seconds": ".1f"}
+"""How the table writes numbers; others with two decimals."""
 
 
 @dataclass
@@ -49,14 +52,14 @@ class EventRecord:
     """What one event did; plain numbers.
 
     Attributes:
-        step: Optimizer steps before it.
+        step: Optimizer steps that were done before it.
         sparsity: Fraction of the original blocks' linear parameters that is gone.
         sparsity_total: Fraction of all original parameters that is gone.
         parameters: Parameters left, adapters not counted.
-        perplexity_before: On the validation batches, before; ``None`` without validation data.
-        perplexity_pruned: Right after.
-        perplexity_recovered: At the next event or the end of the run; ``None`` until then.
-        seconds: Of calibration and pruning.
+        seconds: Wall-clock time of calibration and pruning.
+        perplexity_before: On the validation batches, before the event; ``None`` without validation data.
+        perplexity_pruned: Likewise right after the event.
+        perplexity_recovered: Likewise at the next event or the end of the run; ``None`` until then.
     """
 
     step: int
@@ -69,24 +72,27 @@ class EventRecord:
     perplexity_recovered: float | None = None
 
     def metrics(self) -> dict[str, float]:
-        """Name → value for loggers; what was not measured is left out, and what the model itself shows."""
-        told = ("seconds", "perplexity_before", "perplexity_pruned")
-        return {f"fasp/{key}": value for key, value in asdict(self).items() if key in told and value is not None}
+        """Name → value for loggers, without what was not measured.
+
+        Sparsity and parameters are left to :func:`report_structure`, which reads them from the model.
+        """
+        own = ("seconds", "perplexity_before", "perplexity_pruned")
+        return {f"fasp/{key}": value for key, value in asdict(self).items() if key in own and value is not None}
 
 
-def tell_structure(trainer: Trainer, model: PreTrainedModel, perplexity: float | None, before: bool = False) -> None:
-    """How the model is: sparsity, parameters, the width of each pair, and its perplexity if that was measured.
+def report_structure(trainer: Trainer, model: PreTrainedModel, perplexity: float | None, before: bool = False) -> None:
+    """Log what the model is: sparsity, parameters, the width of each pair, and its perplexity if that was measured.
 
-    Told before and after each event and at the end of the run, so that charts are stairs.
+    To be called before and after each event and at the end of the run, so that charts show a stair at each event. What
+    was before an event stands at the last step that was trained with it, one to the left; an event at step 0 has both
+    values at step 0, which charts draw as a vertical line.
 
     Args:
         trainer: The Trainer.
         model: The causal LM.
         perplexity: On the validation batches.
-        before: An event comes: this belongs to the last step that was trained, of which there is none at the start.
+        before: Whether this is the model before an event.
     """
-    if before and trainer.global_step == 0:
-        return
     widths = present_budget(model)
     scalars = {
         "fasp/sparsity": widths.sparsity,
@@ -95,18 +101,23 @@ def tell_structure(trainer: Trainer, model: PreTrainedModel, perplexity: float |
     }
     pairs = {f"fasp_width/{pair.layer}": float(pair.dims_left) for block in widths.pairs for pair in block}
     measured = {} if perplexity is None else {"fasp/perplexity": perplexity}
-    publish(trainer, scalars | pairs | measured, trainer.global_step - before)
+    publish(trainer, scalars | pairs | measured, max(0, trainer.global_step - before))
 
 
-def tell_event(trainer: Trainer, record: EventRecord, report: PruningReport) -> None:
-    """Scalars to every logger: the event's own, then the relative error of each pair that was cut."""
+def report_event(trainer: Trainer, record: EventRecord, report: PruningReport) -> None:
+    """Log an event: its own numbers, then the relative error of each pair that was cut."""
     publish(trainer, record.metrics())
     errors = {f"fasp_error/{pair.layer}": pair.error_after for pair in report.pairs}
     publish(trainer, errors | {f"fasp_error_unrestored/{pair.layer}": pair.error_before for pair in report.pairs})
 
 
-def tell_missed(schedule: PruningSchedule, done: int) -> None:
-    """Warn of what did not happen: a run may end early, or its length be unknown when it starts."""
+def report_missed(schedule: PruningSchedule, done: int) -> None:
+    """Warn of the first event that did not happen: a run may end early, or its length be unknown when it starts.
+
+    Args:
+        schedule: All events.
+        done: How many of them happened.
+    """
     for event in list(schedule)[done:][:1]:
         rank_zero_warn(
             f"the run ended before schedule entry {done}, {event.to_dict()!r}: the model is less pruned than the "
@@ -114,8 +125,8 @@ def tell_missed(schedule: PruningSchedule, done: int) -> None:
         )
 
 
-def tell_history(trainer: Trainer, records: Iterable[EventRecord]) -> None:
-    """All events so far as one table: on the console, and as a text of TensorBoard, beside charts of the run."""
+def report_history(trainer: Trainer, records: Iterable[EventRecord]) -> None:
+    """Show all events so far as one table: on the console, and as a text in TensorBoard, where charts are laid out."""
     rows = [[_cell(record, name) for name in COLUMNS] for record in records]
     show_text(trainer, _table(rows))
     lines = [list(COLUMNS.values()), ["---"] * len(COLUMNS), *rows]

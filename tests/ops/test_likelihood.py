@@ -102,6 +102,17 @@ def test_gradient_is_that_of_the_sum(dtype: torch.dtype, elements: int, monkeypa
     assert not found[mask == 0].any()
 
 
+def test_gradient_is_zero_at_masked_positions_whatever_is_there() -> None:
+    """Attention over padding alone may leave NaN, and a padding id may lie outside the vocabulary."""
+    logits, input_ids = random_case()
+    mask = torch.ones_like(input_ids)
+    mask[:, 4:] = 0
+    expected = next_token_nll_gradient(logits, input_ids, mask)
+    logits[:, 4:] = torch.nan
+    input_ids[:, 4:] = VOCABULARY
+    assert torch.equal(next_token_nll_gradient(logits, input_ids, mask), expected)
+
+
 def test_gradient_of_one_token_is_zero() -> None:
     logits, input_ids = random_case()
     assert not next_token_nll_gradient(logits[:, :1], input_ids[:, :1]).any()

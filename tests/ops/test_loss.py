@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.nn import functional
 
-from fasp_lightning.ops import loss
+from fasp_lightning.ops import likelihood
 from fasp_lightning.ops.loss import next_token_loss, sequence_nll
 
 VOCAB = 11
@@ -30,7 +30,7 @@ def reference(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("rows", [1, 3, 1000])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_loss_and_gradient_equal_cross_entropy(rows: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loss, "CHUNK_ELEMENTS", rows * VOCAB)
+    monkeypatch.setattr(likelihood, "CHUNK_ELEMENTS", rows * VOCAB)
     logits, labels = batch(dtype)
     value = next_token_loss(logits, labels)
     (3 * value).backward()

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import csv
 import re
+from pathlib import Path
 from typing import Any
 
 from lightning.pytorch.callbacks import RichProgressBar, TQDMProgressBar
-from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from runs import FFN_ONLY, UserModule, half, loader, trainer
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny import tiny_model
@@ -50,6 +52,32 @@ def test_table_is_logged_where_there_is_no_bar(tmp_path: Any, caplog: Any) -> No
     with caplog.at_level("INFO"):
         fit(tmp_path, half(3), enable_progress_bar=False)
     assert all(title in caplog.text for title in TITLES)
+
+
+def scalars_of(logger: TensorBoardLogger, name: str) -> list[tuple[int, float]]:
+    """(step, value) of each point of a chart, in the order in which they were logged."""
+    events = EventAccumulator(logger.log_dir)
+    events.Reload()
+    return [(event.step, event.value) for event in events.Scalars(name)]
+
+
+def test_an_event_at_step_0_is_a_vertical_line_in_tensorboard(tmp_path: Any) -> None:
+    logger = TensorBoardLogger(tmp_path, name="run", version="0")
+    fit(tmp_path, half(0, validation_batches=1), logger=logger, enable_progress_bar=False)
+    (first, dense), (second, pruned), (last, end) = scalars_of(logger, "fasp/sparsity")
+    assert (first, second, last) == (0, 0, 10)
+    assert dense == 0 < pruned == end
+    assert [value for _, value in scalars_of(logger, "fasp_width/model.layers.0.mlp.down_proj")] == [48, 24, 24]
+    assert [step for step, _ in scalars_of(logger, "fasp/perplexity")] == [0, 0, 10]
+
+
+def test_an_event_at_step_0_has_both_structures_in_a_csv(tmp_path: Any) -> None:
+    logger = CSVLogger(tmp_path, name="run", version="0")
+    fit(tmp_path, half(0), logger=logger, enable_progress_bar=False)
+    with (Path(logger.log_dir) / "metrics.csv").open(newline="") as file:
+        rows = [row for row in csv.DictReader(file) if row["fasp/sparsity"]]
+    assert [row["step"] for row in rows] == ["0", "0", "10"]
+    assert [float(row["fasp_width/model.layers.1.mlp.down_proj"]) for row in rows] == [48, 24, 24]
 
 
 def test_tensorboard_has_the_whole_story(tmp_path: Any) -> None:
