@@ -46,6 +46,13 @@ class PruningPlan:
     Attributes:
         model_type: The family, ``config.model_type``.
         blocks: One mapping a decoder block: consumer path → :class:`PairPlan`. Pairs that were not cut are absent.
+
+    Example::
+
+        from fasp_lightning import FASPPruner, PruningConfig, PruningPlan
+
+        FASPPruner(PruningConfig(sparsity=0.2)).prune(model, batches)
+        assert PruningPlan.from_json(model.fasp_plan.to_json()) == model.fasp_plan
     """
 
     model_type: str
@@ -201,6 +208,15 @@ def apply_plan(model: PreTrainedModel, plan: PruningPlan, *, wrap: bool = True) 
 
     Raises:
         FaspError: If the plan belongs to another family or to other shapes, or keeps a unit that is gone.
+
+    Example::
+
+        import copy
+        from fasp_lightning import FASPPruner, PruningConfig, apply_plan
+
+        dense = copy.deepcopy(model)
+        FASPPruner(PruningConfig(sparsity=0.2)).prune(model, batches)
+        same_shapes = apply_plan(dense, model.fasp_plan)  # its own weights, nothing restored
     """
     pairs = resolve_pruned(model, kv_groups="groups" in plan.cuts.kinds)
     wanted = targets(model, pairs, plan)

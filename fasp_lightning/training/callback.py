@@ -66,6 +66,20 @@ class FASPPruning(Callback):
     Raises:
         FaspError: From ``setup``, ``on_fit_start`` and ``on_train_start`` on: if the model cannot be found, the
             schedule not be reached, or strategy, optimizer or callbacks could not follow.
+
+    Example::
+
+        import lightning as L
+        from fasp_lightning import CausalLMModule, FASPPruning, PruningSchedule
+
+        pruning = FASPPruning(
+            PruningSchedule.linear(0.3, every_n_steps=1, rounds=2), recovery="lora", calibration_sequences=16
+        )
+        trainer = L.Trainer(
+            callbacks=[pruning], max_steps=3, accelerator="cpu", logger=False, enable_checkpointing=False
+        )
+        trainer.fit(CausalLMModule(name), loader)
+        print([(record.step, record.sparsity, record.parameters) for record in pruning.records])
     """
 
     def __init__(

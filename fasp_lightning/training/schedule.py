@@ -65,6 +65,15 @@ class PruningSchedule:
     Raises:
         FaspError: If there is no event, one is malformed, or sparsity, steps or epochs fall or repeat. The
             message gives the entry's index and content.
+
+    Example::
+
+        from fasp_lightning import PruningSchedule
+
+        schedule = PruningSchedule.cubic(final_sparsity=0.4, every_n_steps=500, rounds=4)
+        for event in schedule:
+            print(event.when, event.sparsity)  # much at first: step 0 0.23125, step 500 0.35, ...
+        assert PruningSchedule.parse(schedule.to_list()) == schedule
     """
 
     events: Sequence[ScheduledPruning | Mapping[str, Any]]
