@@ -62,8 +62,8 @@ class CausalLMModule(L.LightningModule):
         from fasp_lightning import CausalLMModule, LoRAConfig
 
         module = CausalLMModule(name, lora=LoRAConfig(rank=4))
-        trainer = L.Trainer(max_steps=2, accelerator="cpu", logger=False, enable_checkpointing=False)
-        trainer.fit(module, loader)
+        quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+        L.Trainer(max_steps=2, accelerator="cpu", **quiet).fit(module, loader)
         module.export(folder, tokenizer)  # adapters merged; loads with AutoModelForCausalLM
     """
 
