@@ -15,13 +15,14 @@ from contextlib import contextmanager
 class FaspError(ValueError):
     """A check of this package failed: something given to it cannot be used.
 
-    Example:
-        >>> from fasp_lightning import FaspError, PruningConfig
-        >>> try:
-        ...     PruningConfig(sparsity=1.3)
-        ... except FaspError as error:
-        ...     print(error)
-        sparsity must be in [0, 1), got 1.3
+    Example::
+
+        from fasp_lightning import FaspError, PruningConfig
+
+        try:
+            PruningConfig(sparsity=1.3)
+        except FaspError as error:
+            print(error)  # sparsity must be in [0, 1), got 1.3
     """
 
 

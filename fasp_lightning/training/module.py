@@ -55,6 +55,16 @@ class CausalLMModule(L.LightningModule):
         revision: Branch, tag or commit on the hub.
         trust_remote_code: Let the repository's own code run.
         seed: Of the weights of a model from scratch, and of the adapters.
+
+    Example::
+
+        import lightning as L
+        from fasp_lightning import CausalLMModule, LoRAConfig
+
+        module = CausalLMModule(name, lora=LoRAConfig(rank=4))
+        quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+        L.Trainer(max_steps=2, accelerator="cpu", **quiet).fit(module, loader)
+        module.export(folder, tokenizer)  # adapters merged; loads with AutoModelForCausalLM
     """
 
     def __init__(

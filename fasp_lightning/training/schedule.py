@@ -65,6 +65,13 @@ class PruningSchedule:
     Raises:
         FaspError: If there is no event, one is malformed, or sparsity, steps or epochs fall or repeat. The
             message gives the entry's index and content.
+
+    Example::
+
+        from fasp_lightning import PruningSchedule
+
+        schedule = PruningSchedule.cubic(final_sparsity=0.4, every_n_steps=500, rounds=4)
+        print([(event.step, event.sparsity) for event in schedule])  # much at first: [(0, 0.23125), (500, 0.35), ...
     """
 
     events: Sequence[ScheduledPruning | Mapping[str, Any]]
