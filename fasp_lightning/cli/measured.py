@@ -23,7 +23,7 @@ from fasp_lightning.structure.plan import apply_plan
 
 def place(setup: Setup) -> torch.device:
     """Where to put the model: on the compute device if as much room again is left for the work on it."""
-    device, reason = home(setup.device, 2 * setup.widths.parameters_before * setup.dtype.itemsize)
+    device, reason = home(setup.device, 2 * setup.budget.parameters_before * setup.dtype.itemsize)
     if reason is not None:
         note(
             f"the model stays on the CPU and its blocks go to {setup.device} one by one, since {reason}; perplexity is "

@@ -61,7 +61,7 @@ def announce(job: PruneJob, setup: Setup, calibration: Calibration, evaluation: 
     if setup.already_pruned:
         note(already_pruned(setup))
     note(
-        f"pruning {setup.source.name} to {percent(setup.widths.sparsity)} sparsity on {calibration.tokens:,} tokens "
+        f"pruning {setup.source.name} to {percent(setup.budget.sparsity)} sparsity on {calibration.tokens:,} tokens "
         f"of {calibration.name}, in {dtype_name(setup.dtype)} on {setup.device}; "
         f"about {gibibytes(memory.total)} of memory"
     )

@@ -97,7 +97,7 @@ def loaders_table(loaders: list[LoaderSupport]) -> None:
 
 
 def _total(setup: Setup) -> float:
-    return 1 - setup.widths.parameters_before / setup.widths.original_parameters
+    return 1 - setup.budget.parameters_before / setup.budget.original_parameters
 
 
 def _seconds(report: PruningReport) -> str:

@@ -134,9 +134,9 @@ def _set_up(jobs: list[PruneJob]) -> list[tuple[PruneJob, Setup]]:
 
     def at(job: PruneJob) -> Setup:
         pruning = dataclasses.replace(first.pruning, sparsity=job.pruning.sparsity)
-        widths = decide_budget(first.model, pruning)
-        form = choose_form(job.form, first.spec, widths.cuts)
-        return dataclasses.replace(first, pruning=pruning, widths=widths, cuts=widths.cuts, form=form)
+        budget = decide_budget(first.model, pruning)
+        form = choose_form(job.form, first.spec, budget.cuts)
+        return dataclasses.replace(first, pruning=pruning, budget=budget, cuts=budget.cuts, form=form)
 
     return [(job, at(job)) for job in jobs]
 
@@ -185,7 +185,7 @@ class _Sweep:
     def announce(self, points: list[tuple[PruneJob, Setup]], left: list[tuple[PruneJob, Setup]]) -> None:
         """Say what is about to happen, and what it will take."""
         done = f"; {len(points) - len(left)} of {len(points)} are finished" if len(left) < len(points) else ""
-        sparsities = ", ".join(percent(setup.widths.sparsity) for _, setup in points)
+        sparsities = ", ".join(percent(setup.budget.sparsity) for _, setup in points)
         note(f"sweep of {points[0][1].source.name} over {sparsities} sparsity{done}")
         if self.job.pruning.sparsity != PruningConfig.sparsity:
             note(f"pruning.sparsity, {self.job.pruning.sparsity}, is not used: sparsities take its place")
@@ -208,7 +208,7 @@ class _Sweep:
         """Prune a copy to one sparsity, measure it and save it."""
         fresh = self._copies(place(setup))
         before, prepared = self._shared = self._shared or self._share(fresh(), setup)
-        note(f"sparsity {percent(setup.widths.sparsity)}")
+        note(f"sparsity {percent(setup.budget.sparsity)}")
         model = fresh()
         prune_measured(model, job, setup, self.calibration, self.evaluation, before, fresh, prepared)
         model.fasp_report["made_with"] = self.settings(job)
