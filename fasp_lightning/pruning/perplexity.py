@@ -48,7 +48,7 @@ class PerplexityResult:
 
 
 def perplexity(model: nn.Module, batches: Iterable[Any]) -> float:
-    """Perplexity of a model on token ids; see :func:``measure_perplexity``, which also says on how many.
+    """Perplexity of a model on token ids; see :func:`measure_perplexity`, which also says on how many.
 
     Args:
         model: A causal language model of transformers.

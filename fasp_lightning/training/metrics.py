@@ -57,7 +57,7 @@ class Perplexity(Metric):
 
         Args:
             logits: (batch, seq, vocabulary), as the model gives them; position t − 1 predicts token t.
-            labels: (batch, seq) int64: the token ids themselves, not shifted, `ignore_index` where a token
+            labels: (batch, seq) int64: the token ids themselves, not shifted, ``ignore_index`` where a token
                 doesn't count.
             attention_mask: (batch, seq), non-zero at tokens; None means no padding.
 
@@ -85,7 +85,7 @@ class Perplexity(Metric):
     def _apply(self, fn: Callable[[Tensor], Tensor], exclude_state: Sequence[str] = "") -> Perplexity:
         """Let the states follow to another device, never to another dtype.
 
-        torchmetrics keeps its states out of `.half()` and the like, but not out of `.to(torch.bfloat16)`, by
+        torchmetrics keeps its states out of ``.half()`` and the like, but not out of ``.to(torch.bfloat16)``, by
         which Lightning casts a module: a bfloat16 count of tokens ends at 256.
         """
         exact = {state: (getattr(self, state), self._defaults[state]) for state in self._defaults}

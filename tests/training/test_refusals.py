@@ -161,7 +161,7 @@ def test_hook_that_gives_several_training_loaders(tmp_path: Any) -> None:
 
 def test_validation_data_without_token_ids(tmp_path: Any) -> None:
     module, data = UserModule(tiny_model("llama")), [{"ids": torch.ones(1, 3)}]
-    with pytest.raises(ValueError, match=r"validation data: .* got \['ids'\]; or set validation_batches=0"):
+    with pytest.raises(ValueError, match=r"validation data must .* got keys \['ids'\]; or set validation_batches=0"):
         trainer(tmp_path, half(validation_batches=1), num_sanity_val_steps=0).fit(module, loader(), DataLoader(data))
 
 
