@@ -53,7 +53,7 @@ class Perplexity(Metric):
 
         Args:
             logits: (batch, seq, vocabulary), as the model gives them; position t − 1 predicts token t.
-            labels: (batch, seq) int64: the token ids themselves, not shifted, `ignore_index` where a token
+            labels: (batch, seq) int64: the token ids themselves, not shifted, ``ignore_index`` where a token
                 doesn't count.
             attention_mask: (batch, seq), non-zero at tokens; None means no padding.
 
@@ -70,7 +70,7 @@ class Perplexity(Metric):
         counts = labels[:, 1:] != IGNORED
         if attention_mask is not None:
             counts = counts & attention_mask[:, 1:].bool() & attention_mask[:, :-1].bool()
-        # not in place: a reset inside `trainer.validate` leaves inference tensors, which `fit` may not change
+        # not in place: a reset inside ``trainer.validate`` leaves inference tensors, which ``fit`` may not change
         self.nll_sum = self.nll_sum + nll
         self.tokens = self.tokens + counts.sum()
 
@@ -79,9 +79,9 @@ class Perplexity(Metric):
         return torch.exp(self.nll_sum / self.tokens)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], exclude_state: Sequence[str] = "") -> Perplexity:
-        """Let the states follow to another device, never to another dtype.
+        """Move the states to another device with the module, but never to another dtype.
 
-        torchmetrics keeps its states out of `.half()` and the like, but not out of `.to(torch.bfloat16)`, by
+        torchmetrics keeps its states out of ``.half()`` and the like, but not out of ``.to(torch.bfloat16)``, by
         which Lightning casts a module: a bfloat16 count of tokens ends at 256.
         """
         exact = {state: (getattr(self, state), self._defaults[state]) for state in self._defaults}
@@ -90,5 +90,5 @@ class Perplexity(Metric):
             device = getattr(self, state).device
             setattr(self, state, value.to(device))
             self._defaults[state] = default.to(device)  # type: ignore[union-attr]  # no state is a list
-        self._computed = None  # was rounded
+        self._computed = None  # a cached value was cast along
         return self
