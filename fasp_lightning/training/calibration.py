@@ -1,4 +1,4 @@
-"""Calibration batches of one event: from the datamodule's own loader, or from the training data beside its order."""
+"""Calibration batches of an event: from a calibration loader, or from the training data without changing its order."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from fasp_lightning.training.trainer.surgery import training_loader
 
 
 def calibration_loader(trainer: Trainer, module: LightningModule) -> DataLoader:
-    """Where an event's calibration sequences come from: the first ``calibration_dataloader()``, else training data.
+    """The loader of calibration sequences: that of the datamodule, else that of the module, else the training loader.
 
     Args:
         trainer: In ``fit``.
@@ -49,12 +49,13 @@ def _hooks(trainer: Trainer, module: LightningModule) -> list[Any]:
 class Draw:
     """Which calibration sequences an event takes.
 
-    They are drawn without replacement by a generator that depends on ``seed`` and ``event`` alone. A loader of the
-    training data is only read for what it was made of: its own iteration, and the global random state, stay.
+    They are drawn without replacement by a generator that depends on ``seed`` and ``event`` alone. The loader itself is
+    not iterated: its data set, batch size and collate function are read in another one, so that a loader of training
+    data keeps its place, and the global random state stays.
 
     Attributes:
-        loader: Where data set, collate function and batch size come from. An iterable data set is read in order
-            instead, each event the window after the last one's.
+        loader: A loader of the data set to draw from. An iterable data set is read in its order instead of drawn from:
+            each event takes the sequences that follow those of the event before.
         sequences: Sequences in all processes together; all there are if the data set is smaller.
         seed: Seed of the drawing.
         event: Index of the event.
@@ -66,14 +67,14 @@ class Draw:
     event: int
 
     def batches(self, rank: int = 0, count: int = 1) -> Iterator[Any]:
-        """One process's part: what the model is called with.
+        """Yield one process's part of the sequences, each batch as the keyword arguments of the model.
 
         Args:
-            rank: The process.
+            rank: Index of the process.
             count: Number of processes.
 
         Raises:
-            FaspError: If this process gets no batch, its data set cannot be read beside the training, or a batch
+            FaspError: If this process gets no batch, the data set cannot be read beside the training, or a batch
                 holds no token ids.
         """
         left = -(-self.sequences // count)
@@ -84,7 +85,9 @@ class Draw:
             if left <= 0:
                 return
         if left == -(-self.sequences // count):
-            raise FaspError(f"calibration data must give each of {count} processes a batch, got none for {rank}")
+            raise FaspError(
+                f"calibration data must give each of {count} processes a batch, got none for process {rank}"
+            )
 
     def _read(self, rank: int, count: int) -> Iterator[Any]:
         loader = self.loader
@@ -101,7 +104,7 @@ class Draw:
 
 
 def _copied(dataset: IterableDataset) -> IterableDataset:
-    """A data set that the training does not go on with."""
+    """A copy to read from, so that the training goes on with the original where it is."""
     try:
         return copy.deepcopy(dataset)
     except TypeError as error:

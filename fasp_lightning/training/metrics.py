@@ -74,7 +74,7 @@ class Perplexity(Metric):
         counts = labels[:, 1:] != IGNORED
         if attention_mask is not None:
             counts = counts & attention_mask[:, 1:].bool() & attention_mask[:, :-1].bool()
-        # not in place: a reset inside `trainer.validate` leaves inference tensors, which `fit` may not change
+        # not in place: a reset inside ``trainer.validate`` leaves inference tensors, which ``fit`` may not change
         self.nll_sum = self.nll_sum + nll
         self.tokens = self.tokens + counts.sum()
 
@@ -83,7 +83,7 @@ class Perplexity(Metric):
         return torch.exp(self.nll_sum / self.tokens)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], exclude_state: Sequence[str] = "") -> Perplexity:
-        """Let the states follow to another device, never to another dtype.
+        """Move the states to another device with the module, but never to another dtype.
 
         torchmetrics keeps its states out of ``.half()`` and the like, but not out of ``.to(torch.bfloat16)``, by
         which Lightning casts a module: a bfloat16 count of tokens ends at 256.
@@ -94,5 +94,5 @@ class Perplexity(Metric):
             device = getattr(self, state).device
             setattr(self, state, value.to(device))
             self._defaults[state] = default.to(device)  # type: ignore[union-attr]  # no state is a list
-        self._computed = None  # was rounded
+        self._computed = None  # a cached value was cast along
         return self

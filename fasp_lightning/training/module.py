@@ -43,18 +43,19 @@ class CausalLMModule(L.LightningModule):
         name_or_path: Model on the hub, folder (pruned ones too), ``.gguf`` file, or ``package:NAME``.
         config: Train this model from scratch instead: ``model_type``, and the fields that differ from that family's
             defaults.
-        lora: Settings of a LoRA on the decoder blocks (or the same as a mapping); then the adapters train, and
+        lora: Settings of low-rank adapters for the decoder blocks, or a mapping of them; then the adapters train, and
             nothing else does.
         optimizer: Makes the optimizer from the parameters.
         lr_scheduler: Makes a learning rate scheduler, stepped once per optimizer step (one that watches a metric:
             once per epoch).
         gradient_checkpointing: Compute activations a second time in the backward pass, instead of keeping them.
-        dtype: Of the weights, such as "float32" or "bfloat16"; "auto" is the checkpoint's. Training in 16-bit
-            weights loses small updates: prefer "float32" with the Trainer's precision="bf16-mixed".
-        attn_implementation: "eager", "sdpa", ...; by default that of transformers.
+        dtype: Data type of the weights, such as ``"float32"`` or ``"bfloat16"``; ``"auto"`` is that of the checkpoint.
+            Training in 16-bit weights loses small updates: prefer ``"float32"`` with the Trainer's
+            ``precision="bf16-mixed"``.
+        attn_implementation: ``"eager"``, ``"sdpa"``, …; by default that of transformers.
         revision: Branch, tag or commit on the hub.
         trust_remote_code: Let the repository's own code run.
-        seed: Of the weights of a model from scratch, and of the adapters.
+        seed: Seed of the weights of a model from scratch, and of the adapters.
 
     Example::
 
@@ -108,13 +109,17 @@ class CausalLMModule(L.LightningModule):
         carry_structure(self)
 
     def attach_lora(self, config: LoRAConfig) -> None:
-        """Give the model adapters, and tell it the hyperparameters; see :func:`attach_lora`."""
+        """Give the model adapters, and note their settings in ``hparams``.
+
+        Args:
+            config: See :func:`~fasp_lightning.training.modeling.lora.attach_lora`.
+        """
         with seeded(self.hparams.get("seed", 0)):
             attach_lora(self.model, config)
         self.hparams["lora"] = config.to_dict()
 
     def merge_lora(self) -> None:
-        """Merge the model's adapters, and tell it the hyperparameters; see :func:`merge_lora`."""
+        """Merge the model's adapters into its weights, and note in ``hparams`` that there are none."""
         merge_lora(self.model)
         self.hparams["lora"] = None
 
@@ -125,7 +130,7 @@ class CausalLMModule(L.LightningModule):
             shard(self.model, strategy.device_mesh)
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        """Every parameter that requires a gradient now goes to the optimizer.
+        """Make the optimizer of every parameter that requires a gradient at this time, and the scheduler.
 
         Raises:
             FaspError: If there is none, or optimizer or scheduler refuse their settings.
@@ -173,11 +178,11 @@ class CausalLMModule(L.LightningModule):
         return {"nll": nll, "tokens": tokens}
 
     def on_validation_epoch_end(self) -> None:
-        """Log what the validation batches gave."""
+        """Log loss and perplexity over the validation batches."""
         self._log("val", self.val_perplexity)
 
     def on_test_epoch_end(self) -> None:
-        """Log what the test batches gave."""
+        """Log loss and perplexity over the test batches."""
         self._log("test", self.test_perplexity)
 
     def _evaluate(self, batch: Any, metric: Perplexity) -> None:
@@ -185,7 +190,7 @@ class CausalLMModule(L.LightningModule):
         metric.update(self(**given.inputs), given.labels)
 
     def _log(self, stage: str, metric: Perplexity) -> None:
-        """The loss is the logarithm of the perplexity: over all tokens of all processes, not a mean of means."""
+        """Log perplexity and loss, which is its logarithm: both over all tokens of all processes, no mean of means."""
         perplexity = metric.compute()
         values = {f"{stage}_loss": perplexity.log(), f"{stage}_perplexity": perplexity}
         self.log_dict(values, prog_bar=True, sync_dist=True)  # equal on all processes already; Lightning can't know

@@ -19,7 +19,7 @@ MODES = ("none", "full", "lora")
 
 
 class Recovery:
-    """Switches ``requires_grad`` of the causal LM's parameters.
+    """Decides which of the causal LM's parameters train, by their ``requires_grad``.
 
     Args:
         mode: ``"none"`` leaves all as the user's module has it; ``"full"`` trains every parameter after the first
@@ -86,5 +86,5 @@ class Recovery:
 
 
 def trained_names(model: PreTrainedModel) -> set[str]:
-    """Names of the parameters that require gradients, as they are without adapters and run-time modules."""
+    """Names of the parameters that require gradients, as they would be without adapters and run-time modules."""
     return {stock_name(model, name) for name, parameter in model.named_parameters() if parameter.requires_grad}

@@ -1,4 +1,4 @@
-"""When to prune during a training run, and how far: decisions only, plain data in and out."""
+"""When to prune during a training run, and how far: a schedule made of plain data, which prunes nothing itself."""
 
 from __future__ import annotations
 
@@ -193,7 +193,7 @@ class PruningSchedule:
         return self._events[-1].sparsity
 
     def due(self, done: int, step: int, epoch: int) -> ScheduledPruning | None:
-        """The next event, if its time has come; ask again after it, since several may be due at once.
+        """The next event, if its time has come. Several may be due at once: ask again after each.
 
         Args:
             done: How many events have happened.
@@ -219,7 +219,7 @@ class PruningSchedule:
             max_steps: Optimizer steps of the whole run; None or -1 if there is no such limit.
             max_epochs: Its epochs; None or -1 likewise.
             steps_per_epoch: Optimizer steps of one epoch; None or infinite if unknown.
-            done: How many events have happened; they are not asked for.
+            done: How many events have happened; these are passed over.
         """
         steps, epochs, per_epoch = (_limit(value) for value in (max_steps, max_epochs, steps_per_epoch))
         if per_epoch < float("inf"):

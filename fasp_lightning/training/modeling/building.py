@@ -45,13 +45,13 @@ def new_model(
 
     Args:
         config: ``model_type``, and the fields that differ from that family's defaults.
-        dtype: Of its parameters; ``"auto"`` is float32.
+        dtype: Data type of the parameters; ``"auto"`` is float32.
         attn_implementation: As in ``from_pretrained``.
-        seed: Of its weights.
+        seed: Seed of the weights.
 
     Raises:
-        FaspError: If ``model_type`` is missing or unknown, or a field is none of this family, or they do not go
-            together.
+        FaspError: If ``model_type`` is missing or unknown, a field is not one of that family, or the fields make no
+            model.
     """
     from transformers import AutoModelForCausalLM
 
@@ -65,11 +65,11 @@ def new_model(
 
 
 def recompute_activations(model: PreTrainedModel) -> None:
-    """Switch gradient checkpointing on, of the kind that also works behind frozen embeddings."""
+    """Switch on gradient checkpointing, in its non-reentrant kind, which also works behind frozen embeddings."""
     new = hasattr(model, "activation_checkpointing_enable")  # what transformers 5.23 calls it
     enable: Any = model.activation_checkpointing_enable if new else model.gradient_checkpointing_enable
     enable({"use_reentrant": False})
-    if hasattr(model, "_require_grads_hook"):  # needed by the other kind only, and can't be pickled
+    if hasattr(model, "_require_grads_hook"):  # only the reentrant kind needs it, and it cannot be pickled
         model.disable_input_require_grads()
 
 
@@ -93,7 +93,7 @@ def _config(config: Mapping[str, Any]) -> Any:
         )
     default = AutoConfig.for_model(model_type)
     unknown = [name for name in fields if not hasattr(default, name)]
-    if unknown:  # transformers would store it and build the default width
+    if unknown:  # transformers would keep an unknown field without effect
         raise FaspError(f"config must hold fields of a {model_type} model, got {', '.join(unknown)}")
     with as_refusal(lambda error: _no_model(f"{model_type} config", error)):
         settings = AutoConfig.for_model(model_type, **fields)

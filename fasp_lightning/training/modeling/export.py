@@ -69,10 +69,10 @@ def check_export(model: PreTrainedModel, path: str | Path, form: str, overwrite:
 
     Args:
         model: The model.
-        path: See :func:`export_model`.
-        form: Likewise.
-        overwrite: Likewise.
-        cuts: What will be cut by then.
+        path: As in :func:`export_model`.
+        form: As there.
+        overwrite: As there.
+        cuts: What will have been cut when the model is exported.
 
     Raises:
         FaspFileExistsError: If ``path`` is not empty and ``overwrite`` is false, or is no pruned model.
@@ -83,7 +83,9 @@ def check_export(model: PreTrainedModel, path: str | Path, form: str, overwrite:
     choose_form(form, spec_for(model), cuts)
     kept = [name for name, module in model.named_modules() if hasattr(module, "modules_to_save")]
     if kept:
-        raise FaspError(f"model must have no modules_to_save to be exported, got {kept[0]}; leave out one of them")
+        raise FaspError(
+            f"model must have no modules_to_save to be exported, got {kept[0]}; leave out modules_to_save, or export_to"
+        )
 
 
 def _save_dense(model: PreTrainedModel, path: Path, tokenizer: Any, form: str) -> Path:

@@ -21,13 +21,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class LoRAConfig:
-    """Settings of a low-rank adapter: W + (alpha / rank) · B A, where B starts at zero.
+    """Settings of low-rank adapters: a weight W acts as W + (alpha / rank) · B A, where B starts at zero.
 
     Attributes:
         rank: Rows of A and columns of B; at least 1.
-        alpha: Scale of the update: it counts alpha / rank times. Greater than 0.
+        alpha: Scale of the update B A, which is multiplied by alpha / rank; greater than 0.
         dropout: Probability in [0, 1) to drop an input of A while training.
-        targets: Names of the linear layers that get one, such as "q_proj" or "mlp.down_proj"; by default every
+        targets: Names of the linear layers that get one, such as ``"q_proj"`` or ``"mlp.down_proj"``; by default every
             linear layer of the decoder blocks.
 
     Example::

@@ -76,20 +76,20 @@ def _read(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> Non
     structure = _decode(state.pop(prefix + KEY)) if prefix + KEY in state else {"plan": None, "lora": None}
     conform(model, structure["plan"] and PruningPlan.from_dict(structure["plan"]))
     if structure["lora"] and not has_adapters(model):
-        with torch.random.fork_rng(devices=[]):  # what is drawn is overwritten
+        with torch.random.fork_rng(devices=[]):  # the loaded values overwrite those drawn here
             attach_lora(model, LoRAConfig(**structure["lora"]))
     elif has_adapters(model) and not any(is_adapter_parameter(key) for key in state):
         _add_adapters(module, state, prefix)
 
 
 def _holds(state: dict[str, Any], module: nn.Module, model: nn.Module, prefix: str) -> bool:
-    """Whether a state has anything of the model; one of other parts alone, loaded unstrictly, leaves its shapes."""
+    """Whether a state dict has an entry of the model. One of other parts alone must not change the model's shapes."""
     (path,) = (name for name, one in module.named_modules(prefix=prefix.rstrip(".")) if one is model)
     return any(key.startswith(f"{path}." if path else "") for key in state)
 
 
 def _add_adapters(module: nn.Module, state: dict[str, Any], prefix: str) -> None:
-    """Let a state without adapters load into a module with them, which keep their values."""
+    """Complete a state dict without adapters, so that a module with adapters loads it; the adapters keep their values."""
     for key, value in module.state_dict(prefix=prefix).items():
         plain = key.replace(".base_layer.", ".")
         if plain != key and plain in state:

@@ -1,4 +1,4 @@
-"""Optimizer state follows its parameter: which optimizers' can, and the cut itself."""
+"""Optimizer state is cut like its parameter: check whether an optimizer allows it, and cut."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from torch.optim import Optimizer
 from fasp_lightning.errors import FaspError, as_refusal, one_line
 
 PROBE_SHAPE = (64, 129)
-"""Of the weight on which an optimizer is tried: odd, and large enough for 8-bit optimizers to use 8 bits."""
+"""Shape of the weight on which an optimizer is tried: two different sizes, no multiple of a block of quantised state,
+and large enough for 8-bit optimizers to use 8 bits."""
 
 
 def check_optimizer(optimizer: Optimizer) -> None:
@@ -65,11 +66,11 @@ def _follows_rule(value: Any) -> bool:
 
 @torch.no_grad()
 def slice_states(optimizers: Iterable[Optimizer], slices: Iterable[tuple[Tensor, int, Tensor]]) -> None:
-    """Cut the state of parameters that were cut.
+    """Cut the optimizer state of parameters that were cut.
 
     Args:
-        optimizers: Those that hold the parameters, or some of them.
-        slices: For each cut its parameter, dimension and the positions that were kept.
+        optimizers: All optimizers of the run; what they do not hold is passed over.
+        slices: For each cut its parameter, the dimension, and the positions in it that were kept.
     """
     states = [optimizer.state for optimizer in optimizers]
     for parameter, dim, index in slices:

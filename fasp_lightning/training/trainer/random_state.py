@@ -1,4 +1,4 @@
-"""The random state of a process as tensors and lists, which weights-only checkpoints may hold."""
+"""The random state of a process as tensors and lists, which checkpoints loaded with ``weights_only`` may hold."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 
 
 def random_state() -> dict[str, Any]:
-    """State of torch (CUDA included), Python and numpy."""
+    """The state of the global generators of torch (CUDA included), Python and numpy."""
     version, words, gauss = random.getstate()
     kind, keys, position, has_gauss, cached = np.random.get_state()
     return {
