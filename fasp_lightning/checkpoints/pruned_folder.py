@@ -10,7 +10,7 @@ import torch
 from fasp_lightning.checkpoints.forms import FORMS, stock_part
 from fasp_lightning.checkpoints.source import PLAN_FILE
 from fasp_lightning.errors import FaspError, FaspFileNotFoundError, FaspOSError, as_refusal, one_line
-from fasp_lightning.staging import read_json
+from fasp_lightning.staging import clear_left, read_json
 from fasp_lightning.structure.plan import PruningPlan, apply_plan, resolve_pruned
 from fasp_lightning.structure.registry import spec_for
 
@@ -51,6 +51,7 @@ def load_pruned(
     from transformers import AutoConfig, AutoModelForCausalLM
 
     path = Path(path)
+    clear_left(path)  # a kill while it was overwritten may have left it beside its place
     form, plan = read_plan(path)
     options = {"dtype": dtype, "attn_implementation": attn_implementation}
     if form == "compact":

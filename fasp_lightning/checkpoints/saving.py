@@ -16,7 +16,7 @@ from fasp_lightning.checkpoints.forms import LoaderSupport, choose_form, loaders
 from fasp_lightning.checkpoints.pruned_folder import REPORT_FILE, load_pruned
 from fasp_lightning.checkpoints.source import PLAN_FILE
 from fasp_lightning.errors import FaspError, FaspFileExistsError
-from fasp_lightning.staging import require_space, staged, write_json
+from fasp_lightning.staging import clear_left, require_space, staged, write_json
 from fasp_lightning.structure.adapters import has_adapters
 from fasp_lightning.structure.modes import evaluating
 from fasp_lightning.structure.plan import PruningPlan, config_fields, plan_of, resolve_pruned, targets
@@ -132,6 +132,7 @@ def check_output(path: str | Path, overwrite: bool) -> None:
         FaspFileExistsError: If it is not empty and ``overwrite`` is false, or holds something else than a pruned model.
     """
     path = Path(path)
+    clear_left(path)  # a kill may have left the model that stood here beside it
     if not path.exists() or (path.is_dir() and not any(path.iterdir())):
         return
     if not overwrite:

@@ -184,6 +184,29 @@ def test_kill_during_saving_leaves_the_old_folder(tmp_path: Path, tmp_path_facto
     assert [entry.name for entry in tmp_path.iterdir()] == ["p"]
 
 
+KILLED_BETWEEN = """
+import os, signal
+from tiny_pruning import pruned
+from fasp_lightning import save_pruned, staging
+def first_rename_alone(new, path, old):
+    path.rename(old)
+    os.kill(os.getpid(), signal.SIGKILL)
+staging._replace = first_rename_alone
+save_pruned(pruned("llama"), {path!r}, overwrite=True)
+"""
+
+
+def test_kill_between_the_renames_takes_no_model_away(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    old = pruned("opt")
+    save_pruned(old, tmp_path / "p")
+    code = KILLED_BETWEEN.format(path=str(tmp_path / "p"))
+    ((status, errors),) = run_forked(exec, tmp_path_factory.mktemp("killed"), (code, {}))
+    assert status == -signal.SIGKILL, errors
+    assert not (tmp_path / "p").exists()
+    assert torch.equal(logits(load_pruned(tmp_path / "p")), logits(old.float()))
+    assert [entry.name for entry in tmp_path.iterdir()] == ["p"]
+
+
 def test_wrong_logits_are_not_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(saving, "_zero_filled", lambda model, plan: _doubled(model))
     with pytest.raises(RuntimeError, match="logits of the saved model must equal"):
