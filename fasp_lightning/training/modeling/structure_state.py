@@ -76,7 +76,7 @@ def _holds(state: dict[str, Any], module: nn.Module, model: nn.Module, prefix: s
 
 
 def _add_adapters(module: nn.Module, state: dict[str, Any], prefix: str) -> None:
-    """Complete a state dict without adapters, so that a module with adapters loads it; the adapters keep their values."""
+    """Let a state dict without adapters load into a module with adapters, which keep their values."""
     for key, value in module.state_dict(prefix=prefix).items():
         plain = key.replace(".base_layer.", ".")
         if plain != key and plain in state:
