@@ -6,9 +6,12 @@ PY := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 CACHE := $(CURDIR)/.cache
 ARGS ?=
+JOBS ?= 2
 
 # What runs needs no network, and keeps its caches inside the clone. The install uses pip's own settings.
 RUN := HF_HOME="$(CACHE)/huggingface" XDG_CACHE_HOME="$(CACHE)" HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
+# Tests run in so many processes; one that has nothing left takes over half of what another still has.
+PARALLEL := -n $(JOBS) --dist worksteal
 
 .PHONY: help demo test test-gpu laws lint clean
 
@@ -19,13 +22,13 @@ help:
 	@echo "make laws      stop, kill and resume runs at every point (about a quarter of an hour)"
 	@echo "make lint      lint, types and import contracts alone"
 	@echo "make clean     remove what these commands installed and cached; outputs/ stays"
-	@echo "Options: PYTHON=/path/to/python3, ARGS='further arguments of fasp or pytest'"
+	@echo "Options: PYTHON=/path/to/python3, ARGS='further arguments of fasp or pytest', JOBS=processes of the tests"
 
 demo: $(STAMP)
 	$(RUN) $(VENV)/bin/fasp prune -c demo --overwrite $(ARGS)
 
 test: lint
-	$(RUN) $(PY) -m pytest $(ARGS)
+	$(RUN) $(PY) -m pytest $(PARALLEL) $(ARGS)
 
 test-gpu: $(STAMP)
 	@$(PY) -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' \
@@ -33,7 +36,7 @@ test-gpu: $(STAMP)
 	$(RUN) $(PY) -m pytest -m cuda $(ARGS)
 
 laws: $(STAMP)
-	$(RUN) $(PY) -m pytest -m laws $(ARGS)
+	$(RUN) $(PY) -m pytest -m laws $(PARALLEL) $(ARGS)
 
 lint: $(STAMP)
 	$(RUN) $(PY) -m ruff check .

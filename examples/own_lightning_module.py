@@ -9,10 +9,7 @@ import lightning as L
 import torch
 from torch.utils.data import DataLoader
 
-from fasp_lightning import FASPPruning
-from fasp_lightning.checkpoints.loading import load_model, load_tokenizer
-from fasp_lightning.text.config import TextConfig
-from fasp_lightning.text.tokens import token_batches
+from fasp_lightning import FASPPruning, TextConfig, load_model, load_tokenizer, token_batches
 
 
 class FineTuning(L.LightningModule):

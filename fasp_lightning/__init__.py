@@ -9,23 +9,34 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from fasp_lightning.checkpoints.forms import LoaderSupport
+    from fasp_lightning.checkpoints.loading import load_model, load_tokenizer
     from fasp_lightning.checkpoints.pruned_folder import load_pruned
-    from fasp_lightning.checkpoints.saving import save_pruned
+    from fasp_lightning.checkpoints.saving import SavedModel, save_pruned
     from fasp_lightning.errors import FaspError
-    from fasp_lightning.pruning.config import PruningConfig
-    from fasp_lightning.pruning.perplexity import perplexity
+    from fasp_lightning.pruning.config import OwnTextConfig, PruningConfig
+    from fasp_lightning.pruning.perplexity import PerplexityResult, measure_perplexity, perplexity
+    from fasp_lightning.pruning.prepare import Prepared
+    from fasp_lightning.pruning.processes import Processes
+    from fasp_lightning.pruning.progress import ProgressEvent
     from fasp_lightning.pruning.pruner import FASPPruner
-    from fasp_lightning.pruning.report import PruningReport
-    from fasp_lightning.structure.plan import PruningPlan, apply_plan
+    from fasp_lightning.pruning.report import PairReport, PruningReport, TextReport
+    from fasp_lightning.structure.cuts import Cuts
+    from fasp_lightning.structure.layout import PairLayout
+    from fasp_lightning.structure.plan import PairPlan, PruningPlan, apply_plan
     from fasp_lightning.structure.registry import register_architecture, spec_for
     from fasp_lightning.structure.spec import ArchitectureSpec, CoupledPair
+    from fasp_lightning.text.config import TextConfig
+    from fasp_lightning.text.tokenizer import TokenizerTraining
+    from fasp_lightning.text.tokens import calibration_batches, token_batches
     from fasp_lightning.training.callback import FASPPruning
     from fasp_lightning.training.data import CausalLMDataModule
     from fasp_lightning.training.metrics import Perplexity
     from fasp_lightning.training.modeling.lora import LoRAConfig
     from fasp_lightning.training.modeling.structure_state import carry_structure
     from fasp_lightning.training.module import CausalLMModule
-    from fasp_lightning.training.schedule import PruningSchedule
+    from fasp_lightning.training.reporting import EventRecord
+    from fasp_lightning.training.schedule import PruningSchedule, ScheduledPruning
 
 __version__ = "0.1.0"
 
@@ -34,22 +45,43 @@ __all__ = [
     "CausalLMDataModule",
     "CausalLMModule",
     "CoupledPair",
+    "Cuts",
+    "EventRecord",
     "FASPPruner",
     "FASPPruning",
     "FaspError",
     "LoRAConfig",
+    "LoaderSupport",
+    "OwnTextConfig",
+    "PairLayout",
+    "PairPlan",
+    "PairReport",
     "Perplexity",
+    "PerplexityResult",
+    "Prepared",
+    "Processes",
+    "ProgressEvent",
     "PruningConfig",
     "PruningPlan",
     "PruningReport",
     "PruningSchedule",
+    "SavedModel",
+    "ScheduledPruning",
+    "TextConfig",
+    "TextReport",
+    "TokenizerTraining",
     "apply_plan",
+    "calibration_batches",
     "carry_structure",
+    "load_model",
     "load_pruned",
+    "load_tokenizer",
+    "measure_perplexity",
     "perplexity",
     "register_architecture",
     "save_pruned",
     "spec_for",
+    "token_batches",
 ]
 
 _HOMES = {
@@ -57,22 +89,43 @@ _HOMES = {
     "CausalLMDataModule": "training.data",
     "CausalLMModule": "training.module",
     "CoupledPair": "structure.spec",
+    "Cuts": "structure.cuts",
+    "EventRecord": "training.reporting",
     "FASPPruner": "pruning.pruner",
     "FASPPruning": "training.callback",
     "FaspError": "errors",
     "LoRAConfig": "training.modeling.lora",
+    "LoaderSupport": "checkpoints.forms",
+    "OwnTextConfig": "pruning.config",
+    "PairLayout": "structure.layout",
+    "PairPlan": "structure.plan",
+    "PairReport": "pruning.report",
     "Perplexity": "training.metrics",
+    "PerplexityResult": "pruning.perplexity",
+    "Prepared": "pruning.prepare",
+    "Processes": "pruning.processes",
+    "ProgressEvent": "pruning.progress",
     "PruningConfig": "pruning.config",
     "PruningPlan": "structure.plan",
     "PruningReport": "pruning.report",
     "PruningSchedule": "training.schedule",
+    "SavedModel": "checkpoints.saving",
+    "ScheduledPruning": "training.schedule",
+    "TextConfig": "text.config",
+    "TextReport": "pruning.report",
+    "TokenizerTraining": "text.tokenizer",
     "apply_plan": "structure.plan",
+    "calibration_batches": "text.tokens",
     "carry_structure": "training.modeling.structure_state",
+    "load_model": "checkpoints.loading",
     "load_pruned": "checkpoints.pruned_folder",
+    "load_tokenizer": "checkpoints.loading",
+    "measure_perplexity": "pruning.perplexity",
     "perplexity": "pruning.perplexity",
     "register_architecture": "structure.registry",
     "save_pruned": "checkpoints.saving",
     "spec_for": "structure.registry",
+    "token_batches": "text.tokens",
 }
 
 

@@ -16,15 +16,12 @@ import re
 import shutil
 import time
 import uuid
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
-from fasp_lightning.errors import FaspError, FaspOSError
-
-if TYPE_CHECKING:
-    from torch import Tensor
+from fasp_lightning.errors import FaspError, FaspOSError, FaspPermissionError
 
 ABANDONED_AFTER = 24 * 3600.0
 """Seconds without a change after which what a process of another machine writes counts as left by a killed one:
@@ -108,21 +105,28 @@ def clear_left(path: Path) -> None:
             _remove(left)
 
 
-def require_space(path: Path, tensors: Iterable[Tensor]) -> None:
-    """Refuse to write more than the disk takes.
+def require_space(path: Path, size: int) -> None:
+    """Refuse a folder that may not be written, or whose disk has no room for it.
 
     Args:
-        path: Folder that will be written.
-        tensors: What will stand in it.
+        path: The folder; it need not exist.
+        size: Bytes that will be written. What is overwritten goes afterwards, so it makes no room.
 
     Raises:
+        FaspPermissionError: If the place is not writable.
         FaspOSError: If the disk has too little room; the message names both sizes.
     """
-    needed = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
     parent = next(folder for folder in path.absolute().parents if folder.exists())
+    if not os.access(parent, os.W_OK):
+        raise FaspPermissionError(
+            f"folder {str(path)!r} cannot be made: {str(parent)!r} is not writable; choose another one"
+        )
     free = shutil.disk_usage(parent).free
-    if needed > free:
-        raise FaspOSError(f"saving to {path} needs {needed / 1e6:.0f} MB, but only {free / 1e6:.0f} MB are free")
+    if size > free:
+        raise FaspOSError(
+            f"folder {str(path)!r} needs {size / 1e6:,.1f} MB, but only {free / 1e6:,.1f} MB are free; make room, or "
+            "choose a folder on another disk"
+        )
 
 
 def write_json(file: Path, data: Any) -> None:

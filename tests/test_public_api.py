@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import ast
+import importlib
 import inspect
 import subprocess
 import sys
+import typing
+from collections.abc import Iterator
+from types import ModuleType
+from typing import Any
 
 import pytest
 
@@ -21,12 +27,40 @@ ENGINE = (
     "perplexity",
     "ArchitectureSpec",
     "CoupledPair",
+    "Cuts",
     "register_architecture",
     "spec_for",
     "PruningSchedule",
     "FaspError",
+    "LoaderSupport",
+    "OwnTextConfig",
+    "PairLayout",
+    "PairPlan",
+    "PairReport",
+    "PerplexityResult",
+    "Prepared",
+    "Processes",
+    "ProgressEvent",
+    "SavedModel",
+    "ScheduledPruning",
+    "TextConfig",
+    "TextReport",
+    "TokenizerTraining",
+    "calibration_batches",
+    "load_model",
+    "load_tokenizer",
+    "measure_perplexity",
+    "token_batches",
 )
-TRAINING = ("FASPPruning", "CausalLMModule", "CausalLMDataModule", "LoRAConfig", "Perplexity", "carry_structure")
+TRAINING = (
+    "FASPPruning",
+    "CausalLMModule",
+    "CausalLMDataModule",
+    "EventRecord",
+    "LoRAConfig",
+    "Perplexity",
+    "carry_structure",
+)
 PUBLIC = (*ENGINE, *TRAINING)
 SIGNATURES = {
     "FASPPruner.prune": "(self, model, batches)",
@@ -37,6 +71,9 @@ SIGNATURES = {
     "register_architecture": "(model_type, spec, overwrite=False)",
     "spec_for": "(model_or_config)",
 }
+FOR_THE_ENGINE = ("Prepared.check", "PruningReport.of_budget", "TextConfig.extent")
+"""Methods of public classes that the package alone calls."""
+
 DEFAULTS = {
     "sparsity": 0.2,
     "attention": "auto",
@@ -103,3 +140,75 @@ def test_importing_the_package_loads_none_of_the_heavy_ones():
 def test_engine_names_load_neither_lightning_nor_peft_nor_datasets():
     heavy = ("lightning", "peft", "datasets")
     assert loaded_by(f"from fasp_lightning import {', '.join(ENGINE)}", heavy) == ""
+
+
+def imported_for_checking(module: ModuleType) -> dict[str, Any]:
+    """Names that a module imports for the type checker alone."""
+    guards = [node for node in ast.parse(inspect.getsource(module)).body if isinstance(node, ast.If)]
+    imports = [line for guard in guards for line in guard.body if isinstance(line, ast.ImportFrom)]
+    return {
+        alias.name: getattr(importlib.import_module(line.module or ""), alias.name)
+        for line in imports
+        for alias in line.names
+    }
+
+
+def classes_in(hint: Any) -> Iterator[type]:
+    """Classes in a type: ``list[int] | None`` holds ``list``, ``int`` and ``NoneType``."""
+    parts = hint if isinstance(hint, (list, tuple)) else typing.get_args(hint)
+    if isinstance(hint, type) and not parts:
+        yield hint
+    for part in parts:
+        yield from classes_in(part)
+
+
+def annotated_classes(value: Any) -> Iterator[type]:
+    """Classes that the annotations of a class or function name."""
+    module = sys.modules[value.__module__]
+    known = {**imported_for_checking(module), **vars(module)}
+    for annotation in inspect.get_annotations(value).values():
+        hint = getattr(annotation, "__forward_arg__", annotation)
+        if not isinstance(hint, str):  # what `dataclass` generates
+            yield from classes_in(hint)
+            continue
+        names = [node.id for node in ast.walk(ast.parse(hint)) if isinstance(node, ast.Name)]
+        for name in names:
+            yield from classes_in(known.get(name))
+
+
+def signatures(name: str) -> Iterator[tuple[str, Any]]:
+    """A public name with what it declares: itself, and the methods and properties of a class.
+
+    Left out is what overrides a method of another package's class: Lightning calls it, and gave it its signature.
+    """
+    value = getattr(fasp_lightning, name)
+    yield name, value
+    if not inspect.isclass(value):
+        return
+    foreign = [base for base in value.__mro__ if not base.__module__.startswith("fasp_lightning")]
+    for key, member in vars(value).items():
+        function = inspect.unwrap(getattr(member, "fget", None) or getattr(member, "__func__", member))
+        ours = inspect.isfunction(function) and function.__module__.startswith("fasp_lightning")
+        special = key.startswith("__")
+        overrides = not special and any(key in vars(base) for base in foreign)
+        if ours and not overrides and (special or not key.startswith("_")):
+            yield f"{name}.{key}", function
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_types_in_public_signatures_are_public(name: str) -> None:
+    missing = {
+        f"{where}: {found.__name__}"
+        for where, value in signatures(name)
+        if where not in FOR_THE_ENGINE
+        for found in annotated_classes(value)
+        if found.__module__.startswith("fasp_lightning") and getattr(fasp_lightning, found.__name__, None) is not found
+    }
+    assert not missing
+
+
+def test_walk_over_signatures_finds_what_is_in_them() -> None:
+    found = {where: set(annotated_classes(value)) for where, value in signatures("FASPPruner")}
+    assert fasp_lightning.ProgressEvent in found["FASPPruner.prune"]  # within an alias
+    assert fasp_lightning.PruningReport in found["FASPPruner.prune"]
+    assert fasp_lightning.PruningConfig in found["FASPPruner.__init__"]

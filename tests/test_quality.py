@@ -172,15 +172,15 @@ def first_ffn_output(model: torch.nn.Module) -> torch.Tensor:
 
 
 def test_flap_scores_by_variance_times_squared_weights() -> None:
-    from flap import _consumers, _run
+    from flap import consumers_of, observe
 
     model = tiny_model("llama-gqa")
-    consumer = _consumers(model, heads=False)[0]
+    consumer = consumers_of(model, heads=False)[0]
     inputs = []
     consumer.pair.consumer.register_forward_pre_hook(
         lambda module, args: inputs.append(args[0].detach().flatten(0, -2))
     )
-    _run(model, [consumer], BATCHES)
+    observe(model, [consumer], BATCHES)
     variance = torch.cat(inputs).double().var(0, correction=0)
     torch.testing.assert_close(consumer.metric(), variance * consumer.pair.weight.double().norm(dim=0) ** 2)
 

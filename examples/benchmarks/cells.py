@@ -52,6 +52,6 @@ def digest_of_code() -> str:
     """What stands for the code that prunes."""
     total = hashlib.sha256()
     folder = Path(fasp_lightning.__file__).parent
-    for file in sorted(file for name in CODE for file in (folder / name).glob("*.py")):
-        total.update(file.name.encode() + file.read_bytes())
+    for file in sorted(file for name in CODE for file in (folder / name).rglob("*.py")):
+        total.update(str(file.relative_to(folder)).encode() + file.read_bytes())
     return total.hexdigest()[:16]

@@ -16,13 +16,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from fasp_lightning import PruningConfig
+from fasp_lightning import PruningConfig, spec_for
 from fasp_lightning.pruning.budget.widths import decide_budget
 from fasp_lightning.structure.linears import is_linear, linear_parameters
 from fasp_lightning.structure.modes import evaluating
 from fasp_lightning.structure.pair import ResolvedPair
 from fasp_lightning.structure.plan import resolve_pruned
-from fasp_lightning.structure.registry import spec_for
 
 
 class Moments:
@@ -102,8 +101,8 @@ def flap(model: nn.Module, batches: Iterable[Tensor], sparsity: float, adaptive:
         Fraction of the blocks' linear parameters that is gone, and of all parameters.
     """
     linear, total = linear_parameters(model, spec_for(model)), sum(p.numel() for p in model.parameters())
-    consumers = _consumers(model, adaptive)
-    _run(model, consumers, batches)
+    consumers = consumers_of(model, adaptive)
+    observe(model, consumers, batches)
     if adaptive:
         removed = _remove_lowest(consumers, sparsity * linear)
     else:
@@ -116,7 +115,8 @@ def flap(model: nn.Module, batches: Iterable[Tensor], sparsity: float, adaptive:
     return removed / linear, removed / total
 
 
-def _consumers(model: nn.Module, heads: bool) -> list[Consumer]:
+def consumers_of(model: nn.Module, heads: bool) -> list[Consumer]:
+    """The consumers that are cut: of the FFNs, and with ``heads`` of the attention too."""
     kinds = ("value", "ffn") if heads else ("ffn",)
     pairs = [pair for block in resolve_pruned(model) for pair in block if pair.spec.kind in kinds]
     return [_consumer(pair, spec_for(model).attention) for pair in pairs]
@@ -139,7 +139,7 @@ def _head_cost(pair: ResolvedPair, attention: nn.Module) -> int:
     return (parameters - (0 if bias is None else bias.numel())) // pair.layout.groups
 
 
-def _run(model: nn.Module, consumers: list[Consumer], batches: Iterable[Tensor]) -> None:
+def observe(model: nn.Module, consumers: list[Consumer], batches: Iterable[Tensor]) -> None:
     """One forward of the dense model, which fills the moments."""
     hooks = [consumer.pair.consumer.register_forward_pre_hook(consumer.moments) for consumer in consumers]
     device = next(model.parameters()).device

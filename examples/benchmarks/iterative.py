@@ -17,10 +17,18 @@ from typing import Any
 import lightning as L
 import torch
 
-from fasp_lightning import CausalLMDataModule, CausalLMModule, FASPPruning, LoRAConfig, PruningConfig, perplexity
-from fasp_lightning.checkpoints.loading import load_tokenizer
-from fasp_lightning.text.config import TextConfig, describe
-from fasp_lightning.text.tokens import token_batches
+from fasp_lightning import (
+    CausalLMDataModule,
+    CausalLMModule,
+    FASPPruning,
+    LoRAConfig,
+    PruningConfig,
+    TextConfig,
+    load_tokenizer,
+    perplexity,
+    token_batches,
+)
+from fasp_lightning.text.config import describe
 
 
 def arguments() -> argparse.Namespace:

@@ -9,8 +9,7 @@ from typing import Any, NamedTuple
 from flap import flap
 from torch import Tensor, nn
 
-from fasp_lightning import FASPPruner, PruningConfig
-from fasp_lightning.pruning.config import OwnTextConfig
+from fasp_lightning import FASPPruner, OwnTextConfig, PruningConfig
 
 FREE: dict[str, Any] = dict(allocation="adaptive")
 """The free form: what differs from the default. Stock code can load it zero-filled alone."""

@@ -18,8 +18,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from fasp_lightning import FASPPruner, PruningConfig
-from fasp_lightning.checkpoints.loading import load_model
+from fasp_lightning import FASPPruner, PruningConfig, load_model
 
 SHAPES = {
     "opt-125m": (

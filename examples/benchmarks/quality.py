@@ -29,12 +29,10 @@ from methods import METHODS, own_tokens, prune, settings
 from tables import Cell, markdown, picture, rows_of
 from torch import Tensor, nn
 
-from fasp_lightning.checkpoints.loading import load_model, load_tokenizer
+from fasp_lightning import TextConfig, load_model, load_tokenizer, measure_perplexity, token_batches
 from fasp_lightning.cli.checks import overlap
 from fasp_lightning.pruning.own_text.cache import digest_of, weights_digest
-from fasp_lightning.pruning.perplexity import measure_perplexity
-from fasp_lightning.text.config import TextConfig, describe, for_role
-from fasp_lightning.text.tokens import token_batches
+from fasp_lightning.text.config import describe, for_role
 
 RESULTS = Path(__file__).parent / "results"
 

@@ -10,7 +10,7 @@ import torch
 
 from fasp_lightning.errors import FaspError
 
-logger = logging.getLogger(__name__)
+log = logging.getLogger(__name__)
 
 DTYPES = {
     "float32": torch.float32,
@@ -34,7 +34,7 @@ def choose_device(requested: str | torch.device = "auto") -> torch.device:
         requested: ``"auto"`` (CUDA where there is one, else the CPU), or any torch device name.
 
     Raises:
-        FaspError: If torch does not know the name, or the machine lacks the device.
+        FaspError: If torch does not know the name, the machine lacks the device, or it holds no values (``meta``).
     """
     if requested == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -45,10 +45,28 @@ def choose_device(requested: str | torch.device = "auto") -> torch.device:
             f"device must be 'auto' or a torch device such as 'cpu' or 'cuda:0', got {requested!r}"
         ) from error
     try:
-        torch.empty(0, device=device)
+        torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise FaspError(f"device {requested!r} is not usable on this machine; use 'auto' or 'cpu'") from error
     return device
+
+
+def home(device: torch.device, needed: int) -> tuple[torch.device, str | None]:
+    """Where a whole model is kept while it is worked on, block by block, on a device.
+
+    Args:
+        device: Where its blocks compute.
+        needed: Bytes that the model and the work on it take there.
+
+    Returns:
+        The device, and ``None``; or the CPU, if the device is an accelerator without that room, and the reason.
+    """
+    if device.type != "cuda":
+        return device, None
+    free = torch.cuda.mem_get_info(device)[0]
+    if needed <= free:
+        return device, None
+    return torch.device("cpu"), f"{device} has {free / 2**30:,.2f} GiB free of the {needed / 2**30:,.2f} GiB needed"
 
 
 def parse_dtype(requested: str | torch.dtype) -> torch.dtype:
@@ -62,6 +80,16 @@ def parse_dtype(requested: str | torch.dtype) -> torch.dtype:
     if requested not in DTYPES:
         raise FaspError(f"dtype must be 'auto' or one of {', '.join(DTYPES)}, got {requested!r}")
     return DTYPES[requested]
+
+
+def require_dtype(requested: str | torch.dtype) -> None:
+    """Refuse what is neither a dtype, nor the name of one, nor ``"auto"``.
+
+    Raises:
+        FaspError: If it is none of these.
+    """
+    if requested != "auto":
+        parse_dtype(requested)
 
 
 def choose_dtype(
@@ -89,7 +117,7 @@ def choose_dtype(
         return checkpoint_dtype or torch.float32
     if faster_than_fp32(checkpoint_dtype):
         return checkpoint_dtype
-    logger.info("dtype auto: fp32 instead of %s, which this CPU computes more slowly", checkpoint_dtype)
+    log.info("dtype auto: fp32 instead of %s, which this CPU computes more slowly", checkpoint_dtype)
     return torch.float32
 
 

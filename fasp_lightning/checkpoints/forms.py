@@ -13,7 +13,7 @@ from fasp_lightning.structure.stock_fields import stock_fields
 FORMS = ("stock", "compact", "zero_filled")
 
 
-class Loader(NamedTuple):
+class LoaderSupport(NamedTuple):
     """Whether a loader takes a saved model.
 
     Attributes:
@@ -25,6 +25,16 @@ class Loader(NamedTuple):
     name: str
     ok: bool | None
     reason: str
+
+
+def require_form(form: str) -> None:
+    """Refuse what is neither a form nor ``"auto"``.
+
+    Raises:
+        FaspError: If it is neither.
+    """
+    if form not in ("auto", *FORMS):
+        raise FaspError(f"form must be 'auto' or one of {', '.join(map(repr, FORMS))}, got {form!r}")
 
 
 def choose_form(form: str, spec: ArchitectureSpec, cuts: Cuts) -> str:
@@ -44,8 +54,7 @@ def choose_form(form: str, spec: ArchitectureSpec, cuts: Cuts) -> str:
     Raises:
         FaspError: If ``form`` is unknown, or ``"stock"`` and stock code cannot hold these shapes.
     """
-    if form not in ("auto", *FORMS):
-        raise FaspError(f"form must be 'auto' or one of {', '.join(map(repr, FORMS))}, got {form!r}")
+    require_form(form)
     obstacle = _obstacle(spec, cuts)
     if form == "stock" and obstacle:
         raise FaspError(f"form 'stock' cannot hold this model: {obstacle}; use 'compact' or 'zero_filled'")
@@ -84,7 +93,7 @@ def _padded(kept: tuple[int, ...], units: int, width: int) -> tuple[int, ...]:
     return tuple(sorted([*kept, *others[: units - len(kept)]]))
 
 
-def loaders_for(form: str, spec: ArchitectureSpec, cuts: Cuts) -> list[Loader]:
+def loaders_for(form: str, spec: ArchitectureSpec, cuts: Cuts) -> list[LoaderSupport]:
     """Which loaders take a model saved in ``form``, and why.
 
     Args:
@@ -92,19 +101,19 @@ def loaders_for(form: str, spec: ArchitectureSpec, cuts: Cuts) -> list[Loader]:
         spec: The family's row.
         cuts: See :func:`choose_form`.
     """
-    ours = Loader("fasp_lightning.load_pruned", True, "reads fasp_plan.json")
+    ours = LoaderSupport("fasp_lightning.load_pruned", True, "reads fasp_plan.json")
     if form == "compact":
         reason = "shapes differ from the config; ignore_mismatched_sizes=True would re-initialise the weights"
         return [
             ours,
-            Loader("transformers AutoModelForCausalLM", False, reason),
-            Loader("vLLM, llama.cpp and other stock loaders", False, "they build the shapes from the config"),
+            LoaderSupport("transformers AutoModelForCausalLM", False, reason),
+            LoaderSupport("vLLM, llama.cpp and other stock loaders", False, "they build the shapes from the config"),
         ]
     stock = _stock_shapes(spec, cuts)
     return [
-        Loader("transformers AutoModelForCausalLM", True, stock),
+        LoaderSupport("transformers AutoModelForCausalLM", True, stock),
         ours,
-        Loader("vLLM, llama.cpp and other stock loaders", None, f"{stock}; a plain checkpoint, not tried here"),
+        LoaderSupport("vLLM, llama.cpp and other stock loaders", None, f"{stock}; a plain checkpoint, not tried here"),
     ]
 
 

@@ -7,14 +7,11 @@ from typing import Any
 
 import torch
 
-from fasp_lightning.checkpoints.devices import choose_device, choose_dtype, parse_dtype
-from fasp_lightning.checkpoints.forms import stock_part
-from fasp_lightning.checkpoints.pruned_folder import load_pruned, read_plan
-from fasp_lightning.checkpoints.refused_models import check_supported, quantization_method
+from fasp_lightning.checkpoints.devices import choose_device, choose_dtype, require_dtype
+from fasp_lightning.checkpoints.pruned_folder import attach_plan, load_pruned, read_plan, unreadable_weights
+from fasp_lightning.checkpoints.refused_models import quantization_method, require_prunable
 from fasp_lightning.checkpoints.source import ModelSource, check_files, resolve_source, weight_files
-from fasp_lightning.errors import FaspError, FaspFileNotFoundError, FaspOSError
-from fasp_lightning.structure.plan import apply_plan
-from fasp_lightning.structure.registry import spec_for
+from fasp_lightning.errors import FaspError, FaspFileNotFoundError, FaspOSError, as_refusal, one_line
 
 GGUF_MARKS = ("hf_quantizer", "is_quantized", "quantization_method")
 """Attributes for which transformers takes a dequantised GGUF model for a quantised one."""
@@ -35,7 +32,7 @@ def load_config(name_or_path: str | Path, *, revision: str | None = None, trust_
     """
     source = resolve_source(name_or_path)
     config = _read_config(source, revision, trust_remote_code)
-    check_supported(config, source.name)
+    require_prunable(config, source.name)
     return config
 
 
@@ -55,13 +52,15 @@ def load_tokenizer(name_or_path: str | Path, *, revision: str | None = None, tru
 
     source = resolve_source(name_or_path)
     hub = {"revision": revision} if revision else {}
-    try:
+
+    def refusal(error: Exception) -> FaspOSError:
+        reason = one_line(error, first=True)
+        return FaspOSError(f"no readable tokenizer in {source.name!r}: {reason}; name another one to load")
+
+    with as_refusal(refusal):
         return AutoTokenizer.from_pretrained(
             source.location, trust_remote_code=trust_remote_code, **hub, **source.arguments()
         )
-    except Exception as error:  # transformers raises a dozen kinds for what is always: nothing readable there
-        reason = _first_line(error)
-        raise FaspOSError(f"no readable tokenizer in {source.name!r}: {reason}; name another one to load") from error
 
 
 def load_model(
@@ -91,8 +90,7 @@ def load_model(
         FaspError: If the model is no causal LM, is quantised, or dtype or device are unknown.
     """
     source, place = resolve_source(name_or_path), choose_device(device)
-    if dtype != "auto":
-        parse_dtype(dtype)  # a misspelt name is refused before anything is read
+    require_dtype(dtype)  # a misspelt name is refused before anything is read
     if config is None:
         config = load_config(name_or_path, revision=revision, trust_remote_code=trust_remote_code)
     check_files(source)
@@ -145,32 +143,23 @@ def _read_config(source: ModelSource, revision: str | None, trust_remote_code: b
     hub = {"revision": revision} if revision else {}
     if source.local and source.gguf_file is None and not (Path(source.location) / "config.json").is_file():
         raise FaspFileNotFoundError(f"no model at {source.name!r}: the folder has no config.json")
-    try:
+    kind = "config of" if source.local else "folder or reachable hub model"
+    with as_refusal(lambda error: FaspOSError(f"no readable {kind} {source.name!r}: {one_line(error, first=True)}")):
         config = AutoConfig.from_pretrained(
             source.location, trust_remote_code=trust_remote_code, **hub, **source.arguments()
         )
-    except Exception as error:  # config classes raise whatever their validators do
-        kind = "config of" if source.local else "folder or reachable hub model"
-        raise FaspOSError(f"no readable {kind} {source.name!r}: {_first_line(error)}") from error
     if source.gguf_file is not None or quantization_method(config) is None:
         _drop_quantization(config)
     return config
 
 
 def _load_dense(source: ModelSource, config: Any, dtype: torch.dtype, **arguments: Any) -> Any:
-    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
     if source.gguf_file is not None:
         arguments |= source.arguments() | _dequantize()
-    try:
+    with as_refusal(lambda error: unreadable_weights(source.name, error)):
         model = AutoModelForCausalLM.from_pretrained(source.location, config=config, dtype=dtype, **arguments)
-    except SafetensorError as error:
-        raise FaspOSError(
-            f"the weights of {source.name!r} are not readable safetensors ({error}); fetch them again"
-        ) from error
-    except (OSError, ValueError) as error:
-        raise FaspOSError(f"no readable weights of {source.name!r}: {_first_line(error)}") from error
     for mark in GGUF_MARKS if source.gguf_file is not None else ():
         vars(model).pop(mark, None)
     _drop_quantization(model.config)
@@ -191,12 +180,6 @@ def _drop_quantization(config: Any) -> None:
     vars(config).pop("_is_quantized", None)
 
 
-def _first_line(error: BaseException) -> str:
-    """The first line of a message, with the second where that is what the first announces."""
-    lines = [" ".join(line.split()) for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-    return " ".join(lines[: 2 if lines[0].endswith(":") else 1]).rstrip(".:")
-
-
 def model_shapes(source: ModelSource, config: Any, trust_remote_code: bool = False) -> Any:
     """Build a model on the ``meta`` device; one that was pruned before carries its plan.
 
@@ -210,15 +193,10 @@ def model_shapes(source: ModelSource, config: Any, trust_remote_code: bool = Fal
     """
     from transformers import AutoModelForCausalLM
 
-    try:
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
-    except Exception as error:  # whatever a constructor makes of values that do not go together
-        reason = " ".join(str(error).split())
-        raise FaspError(f"the config of {source.name!r} makes no {config.model_type} model: {reason}") from error
-    if source.pruned:
-        form, plan = read_plan(source.location)
-        if form != "compact":  # the config's widths have cut it so far already
-            model.fasp_plan = stock_part(plan, spec_for(model))
-        apply_plan(model, plan)
-    return model
+    with as_refusal(lambda error: _no_model(source, config, error)), torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    return attach_plan(model, *read_plan(source.location)) if source.pruned else model
+
+
+def _no_model(source: ModelSource, config: Any, error: Exception) -> FaspError:
+    return FaspError(f"the config of {source.name!r} makes no {config.model_type} model: {one_line(error)}")

@@ -9,7 +9,7 @@ import torch
 
 from fasp_lightning.checkpoints.forms import FORMS, stock_part
 from fasp_lightning.checkpoints.source import PLAN_FILE
-from fasp_lightning.errors import FaspError, FaspFileNotFoundError, FaspOSError
+from fasp_lightning.errors import FaspError, FaspFileNotFoundError, FaspOSError, as_refusal, one_line
 from fasp_lightning.staging import read_json
 from fasp_lightning.structure.plan import PruningPlan, apply_plan, resolve_pruned
 from fasp_lightning.structure.registry import spec_for
@@ -36,7 +36,17 @@ def load_pruned(
     Raises:
         FaspFileNotFoundError: If the folder holds no plan.
         FaspError: If its plan is damaged.
-        FaspOSError: If its weights are.
+        FaspOSError: If its config or its weights are.
+
+    Example::
+
+        import torch
+        from fasp_lightning import FASPPruner, PruningConfig, load_pruned, save_pruned
+
+        FASPPruner(PruningConfig(sparsity=0.2)).prune(model, batches)
+        save_pruned(model, folder, form="compact")
+        loaded = load_pruned(folder)
+        assert torch.allclose(loaded(batches[0]).logits, model(batches[0]).logits, atol=1e-4)
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -44,13 +54,11 @@ def load_pruned(
     form, plan = read_plan(path)
     options = {"dtype": dtype, "attn_implementation": attn_implementation}
     if form == "compact":
-        config = AutoConfig.from_pretrained(path)
+        with as_refusal(lambda error: FaspOSError(f"no readable config of '{path}': {one_line(error, first=True)}")):
+            config = AutoConfig.from_pretrained(path)
         model = _load_compact(config, path, plan, options)
     else:
-        model = _from_pretrained(AutoModelForCausalLM, path, **options)
-        # what the config's widths have cut already
-        model.fasp_plan = stock_part(plan, spec_for(model))  # type: ignore[assignment]
-        apply_plan(model, plan)
+        model = attach_plan(_from_pretrained(AutoModelForCausalLM, path, **options), form, plan)
     report = path / REPORT_FILE
     model.fasp_report = read_json(report) if report.exists() else {}  # type: ignore[assignment]
     return model.eval()
@@ -70,6 +78,38 @@ def read_plan(path: str | Path) -> tuple[str, PruningPlan]:
     if data.get("form") not in FORMS:
         raise FaspError(f"form in {file} must be one of {', '.join(map(repr, FORMS))}, got {data.get('form')!r}")
     return data["form"], PruningPlan.from_dict(data)
+
+
+def attach_plan(model: PreTrainedModel, form: str, plan: PruningPlan) -> PreTrainedModel:
+    """Give a model that was built from the config of a saved folder the shapes of its plan, in place.
+
+    Args:
+        model: The model, on any device, ``meta`` included.
+        form: The form it was saved in.
+        plan: Its plan.
+
+    Returns:
+        The same model.
+
+    Raises:
+        FaspError: If the plan does not fit the model.
+    """
+    if form != "compact":  # the config's widths have cut it so far already
+        model.fasp_plan = stock_part(plan, spec_for(model))  # type: ignore[assignment]
+    return apply_plan(model, plan)
+
+
+def unreadable_weights(name: str, error: Exception) -> FaspOSError:
+    """The refusal of weights that ``transformers`` does not load.
+
+    Args:
+        name: The model's name.
+        error: What it raised.
+    """
+    reason = one_line(error, first=True)
+    if "ignore_mismatched_sizes" in reason:  # which is no advice: the weights would be drawn at random
+        reason = "their shapes are not those that its config says; fetch or save it again"
+    return FaspOSError(f"no readable weights of {name!r}: {reason}")
 
 
 def _load_compact(config: Any, path: Path, plan: PruningPlan, options: dict[str, Any]) -> PreTrainedModel:
@@ -99,7 +139,8 @@ def _load_compact(config: Any, path: Path, plan: PruningPlan, options: dict[str,
 
 def _from_pretrained(model_class: Any, path: Path, **options: Any) -> PreTrainedModel:
     """``from_pretrained`` that does not initialise what it misses."""
-    model, info = model_class.from_pretrained(path, output_loading_info=True, **options)
+    with as_refusal(lambda error: unreadable_weights(str(path), error)):
+        model, info = model_class.from_pretrained(path, output_loading_info=True, **options)
     if missing := sorted(info["missing_keys"]):
         names = f"{', '.join(missing[:3])} ({len(missing)} in all)"
         raise FaspOSError(f"{path} must hold all weights, got none for {names}")

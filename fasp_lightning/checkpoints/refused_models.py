@@ -8,7 +8,7 @@ from fasp_lightning.errors import FaspError
 from fasp_lightning.structure.registry import known_architectures
 
 
-def check_supported(config: Any, name: str) -> None:
+def require_prunable(config: Any, name: str) -> None:
     """Refuse a config that is not a full-precision causal LM.
 
     Args:
@@ -61,7 +61,7 @@ def _not_causal(config: Any) -> str | None:
     custom = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
     if model_type not in (*auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, *known_architectures()) and not custom:
         return "not a causal LM"
-    heads = [name for name in getattr(config, "architectures", None) or () if "For" in name]
+    heads = [name for name in getattr(config, "architectures", None) or () if "For" in str(name)]
     if heads and not any(name.endswith("ForCausalLM") for name in heads):
         return f"saved as {heads[0]}"
     return None

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor
 
-from fasp_lightning.checkpoints.forms import Loader, choose_form, loaders_for, stock_part
+from fasp_lightning.checkpoints.forms import LoaderSupport, choose_form, loaders_for, stock_part
 from fasp_lightning.checkpoints.pruned_folder import REPORT_FILE, load_pruned
 from fasp_lightning.checkpoints.source import PLAN_FILE
 from fasp_lightning.errors import FaspError, FaspFileExistsError
@@ -45,7 +45,7 @@ class SavedModel:
     path: Path
     form: str
     bytes: int
-    loaders: list[Loader]
+    loaders: list[LoaderSupport]
     logit_difference: float | None
 
 
@@ -71,22 +71,33 @@ def save_pruned(
         verify: Load the result again (a second copy of the model in memory) and compare the logits.
         overwrite: Replace a folder that holds a pruned model.
 
+    Returns:
+        What was written, and who can load it.
+
     Raises:
         FaspError: If the model carries no plan, or ``form`` cannot hold it.
         FaspFileExistsError: If ``path`` is not empty and ``overwrite`` is false, or is no pruned model.
-        FaspOSError: If the disk has too little room.
+        FaspOSError: If the disk has too little room, or the place is not writable.
         RuntimeError: If the reloaded model's logits differ.
+
+    Example::
+
+        from fasp_lightning import FASPPruner, PruningConfig, save_pruned
+
+        FASPPruner(PruningConfig(sparsity=0.2)).prune(model, batches)
+        saved = save_pruned(model, folder, tokenizer)
+        print(saved.form, saved.bytes)
+        for loader in saved.loaders:
+            print(loader.name, loader.ok, loader.reason)
     """
     path = Path(path)
-    plan, spec = plan_of(model), spec_for(model)
-    if plan is None:
-        raise FaspError("model must carry a plan; prune it with FASPPruner or give it one with apply_plan first")
+    plan, spec = require_plan(model), spec_for(model)
     if has_adapters(model):
         raise FaspError("model must have its LoRA merged before it is saved, or its keys would not be stock ones")
     form = choose_form(form, spec, plan.cuts)
     check_output(path, overwrite)
-    tensors = _zero_filled(model) if form == "zero_filled" else {}
-    require_space(path, [*model.parameters(), *tensors.values()])
+    tensors = _zero_filled(model, plan) if form == "zero_filled" else {}
+    require_space(path, sum(tensor.nbytes for tensor in (*model.parameters(), *tensors.values())))
     with staged(path) as stage:
         with _config_of(model, form, plan):
             state = {**model.state_dict(), **tensors} if tensors else None
@@ -100,6 +111,18 @@ def save_pruned(
         difference = _verify(model, stage, form) if verify else None
     size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
     return SavedModel(path, form, size, loaders_for(form, spec, plan.cuts), difference)
+
+
+def require_plan(model: PreTrainedModel) -> PruningPlan:
+    """The plan that a model carries.
+
+    Raises:
+        FaspError: If it carries none.
+    """
+    plan = plan_of(model)
+    if plan is None:
+        raise FaspError("model must carry a plan; prune it with FASPPruner or give it one with apply_plan first")
+    return plan
 
 
 def check_output(path: str | Path, overwrite: bool) -> None:
@@ -143,10 +166,8 @@ def _config_of(model: PreTrainedModel, form: str, plan: PruningPlan) -> Iterator
             setattr(config, name, value)
 
 
-def _zero_filled(model: PreTrainedModel) -> dict[str, Tensor]:
+def _zero_filled(model: PreTrainedModel, plan: PruningPlan) -> dict[str, Tensor]:
     """State entries in stock shapes, for the pairs that are narrower than stock code builds them."""
-    plan = plan_of(model)
-    assert plan is not None
     wanted = targets(model, resolve_pruned(model), stock_part(plan, spec_for(model)))
     return {
         f"{pair.name}.{key}": tensor

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import os
-import shutil
 from pathlib import Path
 from typing import Any
 
-from fasp_lightning.cli.console import megabytes
+from fasp_lightning.checkpoints.loading import load_tokenizer
+from fasp_lightning.checkpoints.saving import check_output
 from fasp_lightning.cli.jobs import ModelConfig, PruneJob
-from fasp_lightning.errors import FaspError, FaspOSError, FaspPermissionError
+from fasp_lightning.errors import FaspError, FaspOSError
 from fasp_lightning.text.config import TextConfig, describe, for_role
 from fasp_lightning.text.files import local_files
 
@@ -49,39 +48,31 @@ def _files(text: TextConfig) -> list[Path]:
     return [file.resolve() for file in local_files(text.source)]
 
 
+def tokenizer_name(tokenizer: Any, model: str) -> Any:
+    """Where the tokenizer comes from: the model, where no other place is named.
+
+    Args:
+        tokenizer: The place that is named, or ``None``.
+        model: The model's name.
+    """
+    return model if tokenizer is None else tokenizer
+
+
 def tokenizer_of(model: ModelConfig) -> Any:
-    """The tokenizer a job names, or the model's own.
+    """The tokenizer of a job.
 
     Raises:
         FaspOSError: If there is none.
     """
-    from fasp_lightning.checkpoints.loading import load_tokenizer
-
-    if model.tokenizer is not None:
-        return load_tokenizer(model.tokenizer, trust_remote_code=model.trust_remote_code)
+    own = model.tokenizer is None  # another repository has revisions of its own
+    revision = model.revision if own else None
+    name = tokenizer_name(model.tokenizer, model.name_or_path)
     try:
-        return load_tokenizer(model.name_or_path, revision=model.revision, trust_remote_code=model.trust_remote_code)
-    except OSError as error:
-        raise FaspOSError(f"{error} with --model.tokenizer") from error
-
-
-def check_room(path: Path, size: int) -> None:
-    """Refuse an output folder whose disk cannot take the model, or may not be written to.
-
-    Args:
-        path: The folder; it need not exist.
-        size: Bytes that will be written. What is overwritten goes afterwards, so it makes no room.
-
-    Raises:
-        FaspOSError: If there is no room.
-        FaspPermissionError: If the place is not writable.
-    """
-    parent = next(folder for folder in path.absolute().parents if folder.exists())
-    if not os.access(parent, os.W_OK):
-        raise FaspPermissionError(f"output_dir {str(path)!r} cannot be made: {str(parent)!r} is not writable")
-    free = shutil.disk_usage(parent).free
-    if size > free:
-        raise FaspOSError(f"output_dir {str(path)!r} needs {megabytes(size)}, but only {megabytes(free)} are free")
+        return load_tokenizer(name, revision=revision, trust_remote_code=model.trust_remote_code)
+    except FaspOSError as error:
+        if own:
+            raise FaspOSError(f"{error} with --model.tokenizer") from error
+        raise
 
 
 def check_output_dir(job: PruneJob) -> None:
@@ -91,8 +82,6 @@ def check_output_dir(job: PruneJob) -> None:
         FaspFileExistsError: If it is not empty and may not be overwritten.
         FaspError: If it is a file, or the folder that is pruned.
     """
-    from fasp_lightning.checkpoints.saving import check_output
-
     if job.output_dir is None:
         return
     path = Path(job.output_dir)

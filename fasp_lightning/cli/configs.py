@@ -7,7 +7,7 @@ from pathlib import Path
 import yaml  # type: ignore[import-untyped]
 
 import fasp_lightning
-from fasp_lightning.errors import FaspError
+from fasp_lightning.errors import FaspError, one_line
 
 SUFFIXES = (".yaml", ".yml")
 
@@ -47,6 +47,6 @@ def _check(path: Path) -> None:
     except UnicodeDecodeError as error:
         raise FaspError(f"config {str(path)!r} is not UTF-8 text: {error}") from error
     except yaml.YAMLError as error:
-        raise FaspError(f"config {str(path)!r} is not valid YAML: {' '.join(str(error).split())}") from error
+        raise FaspError(f"config {str(path)!r} is not valid YAML: {one_line(error)}") from error
     if not isinstance(content, dict):
         raise FaspError(f"config {str(path)!r} must be a YAML mapping of options, got {type(content).__name__}")

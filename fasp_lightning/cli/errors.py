@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from fasp_lightning.errors import FaspError
+from fasp_lightning.errors import FaspError, of_library, one_line
 
 _REWORDED = (
     (r"Parser key ", "option "),
@@ -41,19 +41,43 @@ def is_user_error(error: BaseException) -> bool:
     return isinstance(error, (FaspError, OSError)) or type(error).__name__ == "OutOfMemoryError"
 
 
-def one_line(error: BaseException) -> str:
-    """The message of an error on one line."""
+def refusal_in(error: BaseException) -> BaseException | None:
+    """The user's mistake in an error that a parser or a trainer raised, which wrap what they run into.
+
+    Args:
+        error: A caught error.
+
+    Returns:
+        The first error in the chain of causes that is the user's to mend, or, where libraries alone had a part in it,
+        a refusal that says what they say; ``None`` for a bug.
+    """
+    each: BaseException | None = error
+    while each is not None:
+        if is_user_error(each):
+            return each
+        if not of_library(each):
+            return None
+        each = each.__cause__ or (None if each.__suppress_context__ else each.__context__)
+    return FaspError(one_line(error))
+
+
+def told(error: BaseException) -> str:
+    """What a user reads of an error, on one line.
+
+    Args:
+        error: One that :func:`is_user_error` calls the user's.
+    """
     if type(error).__name__ == "OutOfMemoryError":
         advice = "lower --pruning.micro_batch_size, or set --pruning.offload to cpu or disk"
-        return f"the accelerator is out of memory ({' '.join(str(error).split())[:120]}); {advice}"
+        return f"the accelerator is out of memory ({one_line(error)[:120]}); {advice}"
     if isinstance(error, OSError) and error.strerror and error.filename:
         return f"{error.strerror}: {error.filename}"
-    return " ".join(str(error).split())
+    return one_line(error)
 
 
-def reworded(message: str) -> str:
-    """A message of the argument parser on one line, without the names of Python types and classes."""
-    text = " ".join(message.split())
+def reworded(error: BaseException) -> str:
+    """What the argument parser refuses, on one line, without the names of Python types and classes."""
+    text = one_line(error)
     for pattern, replacement in _REWORDED:
         text = re.sub(pattern, replacement, text)
     return text

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from fasp_lightning.checkpoints.devices import parse_dtype
-from fasp_lightning.checkpoints.forms import FORMS
+from fasp_lightning.checkpoints.devices import require_dtype
+from fasp_lightning.checkpoints.forms import require_form
 from fasp_lightning.errors import FaspError
 from fasp_lightning.pruning.config import PruningConfig
 from fasp_lightning.text.config import TextConfig
 
 EVALUATED_SEQUENCES = 16
+
+SEEDS = range(-(2**63), 2**64)
+"""What a torch generator takes."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +53,7 @@ class PruneJob:
         pruning: How to prune it.
         calibration: The text on which columns are scored and weights restored; not read where pruning.own_text.share
             is 1.
-        further_calibration: More such texts, each token counting by the text's token_weight; a list such as
+        calibration_mix: More such texts, each token counting by the text's token_weight; a list such as
             '[{source: builtin:docstrings, token_weight: 0.5}]'. Text of one kind alone makes a model worse on others.
         evaluation: The texts on which perplexity is measured before and after; a list such as
             '[{source: builtin:topics, split: test}]', which replaces the default, or '[]' for none.
@@ -74,7 +77,7 @@ class PruneJob:
     model: ModelConfig
     pruning: PruningConfig = field(default_factory=PruningConfig)
     calibration: TextConfig = field(default_factory=TextConfig)
-    further_calibration: list[TextConfig] = field(default_factory=list)
+    calibration_mix: list[TextConfig] = field(default_factory=list)
     evaluation: list[TextConfig] = field(default_factory=default_evaluation)
     other_text: str | None = None
     compare_unrestored: bool = True
@@ -91,25 +94,25 @@ class PruneJob:
     def __post_init__(self) -> None:
         if self.other_text is not None:
             self.evaluated()  # refuses an unknown source
-        if self.further_calibration and not self.calibrated():
+        if self.calibration_mix and not self.calibrated():
             raise FaspError(
-                "further_calibration must be empty where pruning.own_text.share is 1, got "
-                f"{len(self.further_calibration)} texts that would not be read; lower the share"
+                "calibration_mix must be empty where pruning.own_text.share is 1, got "
+                f"{len(self.calibration_mix)} texts that would not be read; lower the share"
             )
-        if self.form not in ("auto", *FORMS):
-            raise FaspError(f"form must be one of {', '.join(('auto', *FORMS))}, got {self.form!r}")
-        if self.dtype != "auto":
-            parse_dtype(self.dtype)
+        if self.seed is not None and self.seed not in SEEDS:
+            raise FaspError(f"seed must be from {SEEDS[0]} to {SEEDS[-1]}, got {self.seed}")
+        require_form(self.form)
+        require_dtype(self.dtype)
         if self.new_tokens < 1:
             raise FaspError(f"new_tokens must be at least 1, got {self.new_tokens}")
 
     def calibrated(self) -> list[TextConfig]:
         """The texts to calibrate on beside own text: none if that is all."""
         own = self.pruning.own_text
-        return [] if own is not None and own.share == 1 else [self.calibration, *self.further_calibration]
+        return [] if own is not None and own.share == 1 else [self.calibration, *self.calibration_mix]
 
     def evaluated(self) -> list[TextConfig]:
-        """The texts of `evaluation`, and last the one that `other_text` names, in the size of the first of them."""
+        """The texts of ``evaluation``, and last the one that ``other_text`` names, in the size of the first of them."""
         if self.other_text is None:
             return self.evaluation
         like = (self.evaluation or default_evaluation())[0]
@@ -151,8 +154,7 @@ class EvaluateJob:
     output_file: str | None = None
 
     def __post_init__(self) -> None:
-        if self.dtype != "auto":
-            parse_dtype(self.dtype)
+        require_dtype(self.dtype)
         if not self.evaluation and not self.tasks:
             raise FaspError("evaluation must name a text where there are no tasks, got an empty list")
         for name in ("task_limit", "task_batch_size"):

@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from importlib import import_module
 
 import fasp_lightning
-from fasp_lightning.cli.errors import REPORT, is_user_error, one_line
+from fasp_lightning.cli.errors import REPORT, is_user_error, told
+from fasp_lightning.cli.startup import without_collection
 from fasp_lightning.errors import FaspError
 
 COMMANDS = {
@@ -63,7 +64,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _interrupted()
     except Exception as error:
         if is_user_error(error):
-            sys.stderr.write(f"fasp: {one_line(error)}\n")
+            sys.stderr.write(f"fasp: {told(error)}\n")
             return 2
         traceback.print_exception(error)
         sys.stderr.write(f"fasp: {REPORT.format(version=fasp_lightning.__version__)}\n")
@@ -86,11 +87,11 @@ def _dispatch(argv: list[str]) -> int:
     if command not in COMMANDS:
         got = repr(command) if command else "none"
         raise FaspError(f"command must be one of {', '.join(COMMANDS)}, got {got}; see fasp --help")
-    # imported here: the other commands' modules, and what they need, stay out of the process
+    with without_collection():
+        # imported here: the other commands' modules, and what they need, stay out of the process
+        module = import_module(f"fasp_lightning.cli.commands.{TRAINING.get(command, command)}")
     if command in TRAINING:
-        return import_module(f"fasp_lightning.cli.commands.{TRAINING[command]}").run(command, rest)
+        return module.run(command, rest)
     from fasp_lightning.cli.parsing import parse
 
-    module = import_module(f"fasp_lightning.cli.commands.{command}")
-    job = parse(module.JOB, f"fasp {command}", rest)
-    return module.run(job)
+    return module.run(parse(module.JOB, f"fasp {command}", rest))

@@ -8,37 +8,28 @@ from typing import Any
 
 import torch
 
-from fasp_lightning.checkpoints.saving import SavedModel, save_pruned
-from fasp_lightning.cli.console import PruningProgress, gibibytes, note, tracked
+from fasp_lightning.checkpoints.devices import home
+from fasp_lightning.checkpoints.saving import SavedModel, require_plan, save_pruned
+from fasp_lightning.cli.console import PruningProgress, note, tracked
 from fasp_lightning.cli.jobs import PruneJob
 from fasp_lightning.cli.model_setup import Setup
-from fasp_lightning.cli.texts import (
-    OTHER,
-    Calibration,
-    Text,
-    domain_of,
-    single_source,
-)
+from fasp_lightning.cli.texts import OTHER, Calibration, Text, domain_of, single_source
 from fasp_lightning.pruning.perplexity import PerplexityResult, measure_perplexity
 from fasp_lightning.pruning.prepare import Prepared
 from fasp_lightning.pruning.pruner import FASPPruner
 from fasp_lightning.pruning.report import PruningReport, TextReport, restoration_warning
-from fasp_lightning.structure.plan import apply_plan, plan_of
+from fasp_lightning.structure.plan import apply_plan
 
 
-def home(setup: Setup) -> torch.device:
-    """An accelerator keeps the whole model if as much room again is left for the work on it."""
-    if setup.device.type != "cuda":
-        return setup.device
-    needed = 2 * setup.widths.parameters_before * setup.dtype.itemsize
-    free = torch.cuda.mem_get_info(setup.device)[0]
-    if needed <= free:
-        return setup.device
-    note(
-        f"the model stays on the CPU and its blocks go to {setup.device} one by one, which would need "
-        f"{gibibytes(needed)} and has {gibibytes(free)} free; perplexity is measured on the CPU"
-    )
-    return torch.device("cpu")
+def place(setup: Setup) -> torch.device:
+    """Where to put the model: on the compute device if as much room again is left for the work on it."""
+    device, reason = home(setup.device, 2 * setup.budget.parameters_before * setup.dtype.itemsize)
+    if reason is not None:
+        note(
+            f"the model stays on the CPU and its blocks go to {setup.device} one by one, since {reason}; perplexity is "
+            "measured on the CPU"
+        )
+    return device
 
 
 def measure(model: Any, texts: list[Text], what: str) -> list[PerplexityResult]:
@@ -96,13 +87,11 @@ def prune_measured(
 
 def _unrestored(pruned: Any, model: Any, texts: list[Text]) -> list[PerplexityResult]:
     """Perplexities with the same columns, chosen on restored activations, but the weights as they were."""
-    plan = plan_of(pruned)
-    assert plan is not None
-    return measure(apply_plan(model, plan), texts, "nothing restored")
+    return measure(apply_plan(model, require_plan(pruned)), texts, "nothing restored")
 
 
 def domains_of(job: PruneJob, calibration: Calibration, evaluation: list[Text]) -> list[str]:
-    """Whether each text comes from the calibration's source; the one that `other_text` names is not of its kind."""
+    """Whether each text comes from the calibration's source; the one that ``other_text`` names is not of its kind."""
     domains = [domain_of(text.config, calibration.configs) for text in evaluation]
     return domains if job.other_text is None else [*domains[:-1], OTHER]
 

@@ -34,7 +34,7 @@ class Setup:
         model: Its shapes, on the ``meta`` device.
         spec: Its family's row.
         pruning: The settings, with the device to compute on.
-        widths: Widths before and after.
+        budget: Widths before and after.
         device: Where to compute.
         dtype: Dtype to load in.
         form: Form to save in.
@@ -46,7 +46,7 @@ class Setup:
     model: Any
     spec: ArchitectureSpec
     pruning: PruningConfig
-    widths: Budget
+    budget: Budget
     device: torch.device
     dtype: torch.dtype
     form: str
@@ -55,19 +55,19 @@ class Setup:
     @property
     def already_pruned(self) -> float:
         """Sparsity of the model as it is, counted from the original."""
-        widths = self.widths
-        return (widths.original_parameters - widths.parameters_before) / widths.linear_parameters
+        budget = self.budget
+        return (budget.original_parameters - budget.parameters_before) / budget.linear_parameters
 
     @property
     def stored_bytes(self) -> int:
         """Bytes of the weights that will be saved, zeros of a zero-filled model among them; the most it can be."""
-        size, widths = self.dtype.itemsize, self.widths
+        size, budget = self.dtype.itemsize, self.budget
         if self.form != "zero_filled":
-            return size * widths.parameters_after
+            return size * budget.parameters_after
         padded = self.spec.width_field is None or self.cuts.uneven  # how wide the widest will be is not known
         kinds = {"value", "ffn"} if padded else {"value"}
-        gone = (pair for block in widths.pairs for pair in block if pair.kind not in kinds)
-        return size * (widths.original_parameters - sum((pair.original - pair.after) * pair.cost for pair in gone))
+        gone = (pair for block in budget.pairs for pair in block if pair.kind not in kinds)
+        return size * (budget.original_parameters - sum((pair.original - pair.after) * pair.cost for pair in gone))
 
 
 def set_up(job: PruneJob) -> Setup:
@@ -79,16 +79,18 @@ def set_up(job: PruneJob) -> Setup:
         FaspOSError: If there is no such model.
     """
     device = choose_device(job.device)
+    if job.pruning.device is not None:
+        choose_device(job.pruning.device)  # refused where the machine lacks it
     source, config = resolve_source(job.model.name_or_path), config_of(job.model)
     spec = spec_for(config)
     model = model_shapes(source, config, job.model.trust_remote_code)
     own = None if job.pruning.own_text is None else with_user_cache(job.pruning.own_text)
     pruning = dataclasses.replace(job.pruning, device=job.pruning.device or str(device), own_text=own)
-    widths = decide_budget(model, pruning)
-    cuts = widths.cuts
+    budget = decide_budget(model, pruning)
+    cuts = budget.cuts
     dtype = choose_dtype(job.dtype, checkpoint_dtype(source, config), device)
     form = choose_form(job.form, spec, cuts)
-    return Setup(source, config, model, spec, pruning, widths, device, dtype, form, cuts)
+    return Setup(source, config, model, spec, pruning, budget, device, dtype, form, cuts)
 
 
 def already_pruned(setup: Setup) -> str:
@@ -121,7 +123,7 @@ def memory_of(setup: Setup, job: PruneJob, tokens: int) -> PeakMemory:
     """Estimated peak memory of a job with so many calibration tokens."""
     return peak_memory_estimate(
         setup.model,
-        setup.widths,
+        setup.budget,
         setup.pruning,
         tokens=tokens,
         evaluated_tokens=max((batch_tokens(text) for text in job.evaluated()), default=0),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import typing
 from collections.abc import Iterator
@@ -11,7 +10,7 @@ from typing import Any
 from jsonargparse import ArgumentParser
 
 from fasp_lightning.cli.configs import find_config
-from fasp_lightning.cli.errors import reworded
+from fasp_lightning.cli.errors import refusal_in, reworded
 from fasp_lightning.errors import FaspError
 
 CONFIG_OPTIONS = ("-c", "--config")
@@ -39,16 +38,18 @@ def parse(job: type, program: str, argv: list[str]) -> Any:
     arguments = list(_with_values(with_paths(argv), set(_flags(job))))
     try:
         parsed = parser.parse_args(arguments)
-    except (argparse.ArgumentError, TypeError, KeyError) as error:
-        raise FaspError(f"{reworded(str(error))}; see {program} --help") from error
+    except Exception as error:  # of any class, as of its own parts
+        if refusal_in(error) is None:
+            raise
+        raise FaspError(f"{reworded(error)}; see {program} --help") from error
     parsed.pop("config", None)
     instantiate = getattr(parser, "instantiate", None) or parser.instantiate_classes  # renamed in 4.49
     try:
         return job(**instantiate(parsed).as_dict())
-    except ValueError as error:
-        if isinstance(error.__cause__, FaspError):  # of a dataclass that may be null: the parser wraps what it says
-            raise error.__cause__ from None
-        raise
+    except Exception as error:  # the parser wraps what a dataclass says that may be null
+        if (refusal := refusal_in(error)) is None:
+            raise
+        raise refusal from None
 
 
 def _summary(job: type) -> str:

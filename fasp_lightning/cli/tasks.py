@@ -6,7 +6,7 @@ import importlib.util
 from typing import Any, NamedTuple
 
 from fasp_lightning.cli.jobs import EvaluateJob
-from fasp_lightning.errors import FaspError
+from fasp_lightning.errors import FaspError, as_refusal, one_line
 
 SHOWN = ("acc", "acc_norm", "exact_match", "word_perplexity", "perplexity", "f1", "bleu")
 
@@ -41,8 +41,12 @@ class Tasks(NamedTuple):
     manager: Any
 
 
-def find_tasks(job: EvaluateJob) -> Tasks:
-    """Look the tasks of a job up, before its model is loaded.
+def find_tasks(wanted: str, folder: str | None) -> Tasks:
+    """Look tasks up, before a model is loaded.
+
+    Args:
+        wanted: Their names, separated by commas.
+        folder: Folder with task definitions of the user's own.
 
     Raises:
         FaspError: If the harness is not installed, with the line that installs it, or if a task is unknown.
@@ -53,9 +57,9 @@ def find_tasks(job: EvaluateJob) -> Tasks:
         )
     from lm_eval.tasks import TaskManager
 
-    assert job.tasks is not None
-    names = [name.strip() for name in job.tasks.split(",") if name.strip()]
-    manager = TaskManager(include_path=job.task_folder)
+    names = [name.strip() for name in wanted.split(",") if name.strip()]
+    with as_refusal(lambda error: FaspError(f"task_folder {folder!r} cannot be read: {one_line(error)}")):
+        manager = TaskManager(include_path=folder)
     unknown = [name for name in names if name not in manager.all_tasks]
     if unknown or not names:
         got = ", ".join(unknown) or "none"

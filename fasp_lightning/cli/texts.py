@@ -61,7 +61,7 @@ def single_source(calibration: Sequence[TextConfig], own: bool) -> str | None:
         return None
     return (
         f"all calibration text is of one source, {describe(calibration[0])}: the pruned model may get worse on other "
-        "text than the figures on this one say; mix in another by --further_calibration, or the model's own by "
+        "text than the figures on this one say; mix in another by --calibration_mix, or the model's own by "
         "--pruning.own_text"
     )
 
@@ -125,9 +125,9 @@ class Calibration:
         return [batch for text in self.texts for batch in labelled(text.batches, text.name, text.config.token_weight)]
 
     def to_dict(self) -> dict[str, Any]:
-        """What the report says of it: the first text's settings, and those of further ones."""
-        first, *further = map(_settings, self.configs) if self.texts else [{}]
-        return {"name": self.name, **first, **({"further": further} if further else {})}
+        """What the report says of it: the first text's settings, and those of the texts mixed in."""
+        first, *mix = map(_settings, self.configs) if self.texts else [{}]
+        return {"name": self.name, **first, **({"mix": mix} if mix else {})}
 
 
 def _settings(text: TextConfig) -> dict[str, Any]:
@@ -186,5 +186,5 @@ def load_calibration(texts: list[TextConfig], own: OwnTextConfig | None, tokeniz
         FaspOSError: If a file cannot be read.
     """
     own = own and within_positions(model, own)
-    names = ("further_calibration" if index else "calibration" for index in range(len(texts)))
+    names = ("calibration_mix" if index else "calibration" for index in range(len(texts)))
     return Calibration([load_text(text, tokenizer, model, name) for text, name in zip(texts, names, strict=True)], own)

@@ -92,6 +92,14 @@ class PruningConfig:
         offload: Where the calibration set's hidden states and consumer inputs live: "cpu", "accelerator" or "disk".
         micro_batch_size: Split the calibration batches into pieces of this many sequences; by default they are
             taken as they come.
+
+    Example::
+
+        from fasp_lightning import OwnTextConfig, PruningConfig
+
+        best = PruningConfig(sparsity=0.3, allocation="adaptive")  # a width for each block, by loss sensitivity
+        paper = PruningConfig.paper(sparsity=0.3)
+        alone = PruningConfig(own_text=OwnTextConfig(share=1.0))  # no calibration text at hand
     """
 
     sparsity: float = 0.2

@@ -48,7 +48,7 @@ class PerplexityResult:
 
 
 def perplexity(model: nn.Module, batches: Iterable[Any]) -> float:
-    """Perplexity of a model on token ids; see :func:``measure_perplexity``, which also says on how many.
+    """Perplexity of a model on token ids; see :func:`measure_perplexity`, which also says on how many.
 
     Args:
         model: A causal language model of transformers.
@@ -60,6 +60,14 @@ def perplexity(model: nn.Module, batches: Iterable[Any]) -> float:
 
     Raises:
         FaspError: If there is no token to predict, an id is outside the vocabulary, or a batch has a weight.
+
+    Example::
+
+        from fasp_lightning import FASPPruner, PruningConfig, perplexity
+
+        before = perplexity(model, batches)
+        FASPPruner(PruningConfig(sparsity=0.2)).prune(model, batches)  # other text than what is measured on is better
+        print(f"{before:.2f} -> {perplexity(model, batches):.2f}")
     """
     return measure_perplexity(model, batches).perplexity
 

@@ -46,6 +46,12 @@ class PruningPlan:
     Attributes:
         model_type: The family, ``config.model_type``.
         blocks: One mapping a decoder block: consumer path → :class:`PairPlan`. Pairs that were not cut are absent.
+
+    Example::
+
+        from fasp_lightning import FASPPruner, PruningConfig, PruningPlan
+        FASPPruner(PruningConfig(sparsity=0.2)).prune(model, batches)
+        assert PruningPlan.from_json(model.fasp_plan.to_json()) == model.fasp_plan
     """
 
     model_type: str
@@ -120,6 +126,8 @@ def _plain(pair: PairPlan) -> dict[str, Any]:
 def _pair_plan(data: dict[str, Any]) -> PairPlan:
     layout = {**data, "producer_rows": tuple(data["producer_rows"])}
     kept = tuple(layout.pop("kept"))
+    if not all(type(unit) is int for unit in kept):  # a tensor of integers would round others, or not take them
+        raise FaspError(f"a plan must keep units by their number, got {kept!s:.60}")
     return PairPlan(PairLayout(**layout), kept)
 
 
@@ -199,6 +207,12 @@ def apply_plan(model: PreTrainedModel, plan: PruningPlan, *, wrap: bool = True) 
 
     Raises:
         FaspError: If the plan belongs to another family or to other shapes, or keeps a unit that is gone.
+
+    Example::
+
+        from fasp_lightning import FASPPruner, PruningConfig, apply_plan, load_model
+        FASPPruner(PruningConfig(sparsity=0.2)).prune(model, batches)
+        same_shapes = apply_plan(load_model(name), model.fasp_plan)  # with the weights of ``name``, nothing restored
     """
     pairs = resolve_pruned(model, kv_groups="groups" in plan.cuts.kinds)
     wanted = targets(model, pairs, plan)
@@ -212,13 +226,11 @@ def apply_plan(model: PreTrainedModel, plan: PruningPlan, *, wrap: bool = True) 
 
 
 def conform(model: PreTrainedModel, plan: PruningPlan | None) -> PreTrainedModel:
-    """Give a model the shapes of a plan, whatever it was pruned to before; for weights that are loaded next.
-
-    Parameters keep their identity. Units that come back are zero.
+    """Give a model a plan's shapes, whatever it had: parameters keep their identity, units that come back are zero.
 
     Args:
         model: A model of the plan's family.
-        plan: The plan, or ``None`` for the original shapes.
+        plan: The plan of the weights that are loaded next, or ``None`` for the original shapes.
 
     Raises:
         FaspError: If the plan belongs to another family or to other shapes.

@@ -109,6 +109,14 @@ def register_architecture(model_type: str, spec: ArchitectureSpec, overwrite: bo
 
     Raises:
         FaspError: If there is such a row, and ``overwrite`` is false.
+
+    Example::
+
+        from fasp_lightning import ArchitectureSpec, CoupledPair, register_architecture
+
+        value = CoupledPair("self_attn.o_proj", producers=("self_attn.v_proj",), kind="value")
+        ffn = CoupledPair("mlp.down_proj", producers=("mlp.gate_proj", "mlp.up_proj"), kind="ffn")
+        register_architecture("my_type", ArchitectureSpec(layers="model.layers", pairs=(value, ffn)))
     """
     if model_type in _REGISTRY and not overwrite:
         raise FaspError(f"model_type {model_type!r} is registered already; pass overwrite=True to replace its row")

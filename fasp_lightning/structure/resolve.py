@@ -22,7 +22,7 @@ def find_blocks(model: nn.Module, spec: ArchitectureSpec) -> nn.ModuleList:
     """The decoder blocks.
 
     Raises:
-        FaspError: If ``spec.layers`` is not the path of a ``ModuleList`` in this model.
+        FaspError: If ``spec.layers`` is not the path of a ``ModuleList`` in this model, or that is empty.
     """
     try:
         blocks = model.get_submodule(spec.layers)
@@ -30,6 +30,8 @@ def find_blocks(model: nn.Module, spec: ArchitectureSpec) -> nn.ModuleList:
         blocks = None
     if not isinstance(blocks, nn.ModuleList):
         raise FaspError(f"layers must be the path of a ModuleList in {type(model).__name__}, got {spec.layers!r}")
+    if len(blocks) == 0:
+        raise FaspError(f"{spec.layers} must hold a decoder block to prune, got none; check the model's config")
     return blocks
 
 
@@ -53,6 +55,8 @@ def resolve(
     blocks = find_blocks(model, spec)
     heads = getattr(model.config, "num_attention_heads", None)
     pairs = [pair.whole_groups() if kv_groups and pair.kind == "value" else pair for pair in spec.pairs]
+    if kept is not None and len(kept) != len(blocks):
+        raise FaspError(f"plan must have {len(blocks)} blocks as the model has, got {len(kept)}")
     resolved = []
     for index, block in enumerate(blocks):
         name = f"{spec.layers}.{index}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from fasp_lightning.errors import of_library
 from fasp_lightning.structure.layout import PairLayout
 from fasp_lightning.structure.spec import ArchitectureSpec
 
@@ -31,7 +32,9 @@ def accepts(config: Any, fields: dict[str, int]) -> bool:
     """Whether a config's class takes these values; some want the number of heads to divide the hidden size."""
     try:
         type(config).from_dict({**config.to_dict(), **fields})
-    except Exception:  # config classes raise whatever their validators do
+    except Exception as error:  # config classes raise whatever their validators do
+        if not of_library(error):
+            raise
         return False
     return True
 

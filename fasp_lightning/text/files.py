@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from fasp_lightning.errors import FaspError, FaspFileNotFoundError
+from fasp_lightning.errors import FaspError, FaspFileNotFoundError, as_refusal, one_line
 
 READERS = {".txt": "text", ".jsonl": "json", ".parquet": "parquet"}
 """Suffix of a text file → name of the ``datasets`` builder (.txt is read without it)."""
@@ -90,10 +90,6 @@ def _suffixes() -> str:
     return ", ".join(READERS)
 
 
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())
-
-
 def _read(file: Path) -> str:
     """Read one UTF-8 text file."""
     try:
@@ -131,15 +127,16 @@ def _texts(rows: Iterable[dict[str, Any]], column: str, source: str) -> Iterator
 def _file_rows(file: Path) -> Iterator[dict[str, Any]]:
     """Yield the rows of one .jsonl or .parquet file."""
     from datasets import load_dataset
-    from datasets.exceptions import DatasetsError
 
     if file.stat().st_size == 0:  # ``datasets`` ends in a bare StopIteration on an empty file
         return
-    try:
+
+    def refusal(error: Exception) -> FaspError:
+        fault = _fault(file) or one_line(error)
+        return FaspError(f"source {str(file)!r} is corrupt: {fault}; repair or remove it")
+
+    with as_refusal(refusal):
         yield from _rows(load_dataset(READERS[file.suffix], data_files=str(file), split="train", streaming=True))
-    except (DatasetsError, ValueError, OSError) as error:
-        fault = _fault(file) or _one_line(error)
-        raise FaspError(f"source {str(file)!r} is corrupt: {fault}; repair or remove it") from error
 
 
 def _rows(dataset: Any) -> Iterator[dict[str, Any]]:
@@ -165,13 +162,13 @@ def _fault(file: Path) -> str | None:
 def _hub_rows(source: str, subset: str | None, split: str) -> Iterator[dict[str, Any]]:
     """Yield the rows of one split of a hub data set."""
     from datasets import load_dataset
-    from datasets.exceptions import DatasetsError
 
-    try:
-        yield from _rows(load_dataset(source, subset, split=split, streaming=True))
-    except (DatasetsError, ValueError, OSError) as error:
-        raise FaspError(
+    def refusal(error: Exception) -> FaspError:
+        return FaspError(
             f"source {source!r} (subset {subset!r}, split {split!r}) is neither a built-in corpus, nor a "
-            f"local file, nor a data set that the hub gave: {_one_line(error)}; check the names, or give "
+            f"local file, nor a data set that the hub gave: {one_line(error)}; check the names, or give "
             "a local file"
-        ) from error
+        )
+
+    with as_refusal(refusal):
+        yield from _rows(load_dataset(source, subset, split=split, streaming=True))

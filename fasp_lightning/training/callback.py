@@ -40,9 +40,8 @@ class FASPPruning(Callback):
     An event runs before the first batch whose optimizer step, or epoch, has come, when no gradient is pending:
     perplexity, calibration, pruning block by block, perplexity. Optimizer state, DDP, averaged weights and compiled
     code follow; learning rate schedules go on. ``ModelCheckpoint`` and ``EarlyStopping`` start to compare anew.
-    ``fasp/…`` metrics go to every logger at ``trainer.global_step``, and to ``trainer.callback_metrics``.
-
-    Supported are one device and ``ddp`` (statistics are summed over the processes, one solves).
+    ``fasp/…`` metrics go to every logger at ``trainer.global_step``, and to ``trainer.callback_metrics``. Supported
+    are one device and ``ddp`` (statistics are summed over the processes, one solves).
 
     Args:
         schedule: When to prune, and how far: a :class:`~fasp_lightning.PruningSchedule`, its plain data
@@ -55,8 +54,7 @@ class FASPPruning(Callback):
         attribute: Path of the model in the module, such as ``"model"``; by default the one causal LM that is found.
         calibration_sequences: Sequences of an event, in all processes together, drawn anew for each from
             ``calibration_dataloader()`` of the datamodule or module, else from the training data.
-        validation_batches: Batches of each validation loader, in each process, that perplexity is measured on; with 0
-            it is not measured.
+        validation_batches: Batches of each validation loader and process that perplexity is measured on; 0 for none.
         seed: Seed of the drawing of calibration sequences.
         export_to: Folder for the pruned model at the end of the run, adapters merged, with the datamodule's
             ``tokenizer`` if it has one; as :func:`~fasp_lightning.save_pruned` writes it.
@@ -64,9 +62,17 @@ class FASPPruning(Callback):
         overwrite: Replace a pruned model in ``export_to``.
 
     Raises:
-        FaspError: If an argument is refused. And from ``setup``, ``on_fit_start`` and ``on_train_start``, before
-            anything is trained: if the model is not found, the run ends before the schedule does, data give no
-            calibration, or strategy, optimizer or other callbacks could not follow a change of shapes.
+        FaspError: From ``setup``, ``on_fit_start`` and ``on_train_start`` on: if the model cannot be found, the
+            schedule not be reached, or strategy, optimizer or callbacks could not follow.
+
+    Example::
+
+        import lightning as L
+        from fasp_lightning import CausalLMModule, FASPPruning, PruningSchedule
+        pruning = FASPPruning(PruningSchedule.linear(0.3, every_n_steps=1, rounds=2), recovery="lora")
+        quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+        L.Trainer(callbacks=[pruning], max_steps=2, accelerator="cpu", **quiet).fit(CausalLMModule(name), loader)
+        print([(record.step, record.sparsity, record.parameters) for record in pruning.records])
     """
 
     def __init__(

@@ -114,8 +114,9 @@ class CausalLMDataModule(L.LightningDataModule):
                     "tokenizer must be the name or folder of one, a TokenizerTraining or a tokenizer, got None; "
                     "it is commonly the model's name"
                 )
+            given = self._given
             self._tokenizer = (
-                self._trained() if isinstance(self._given, TokenizerTraining) else load_tokenizer(str(self._given))
+                self._trained(given) if isinstance(given, TokenizerTraining) else load_tokenizer(str(given))
             )
         return self._tokenizer
 
@@ -218,14 +219,13 @@ class CausalLMDataModule(L.LightningDataModule):
     def _folder(self) -> Path:
         return default_cache() if self.cache_dir is None else Path(self.cache_dir).expanduser()
 
-    def _trained(self) -> Any:
+    def _trained(self, training: TokenizerTraining) -> Any:
         """Train the tokenizer on the training text, or load the one trained before."""
-        assert isinstance(self._given, TokenizerTraining)
         texts = range(len(self.roles.texts["train"]))
         identities = [self.roles.identity("train", index) for index in texts]
-        key = fingerprint(FORMAT, identities, vars(self._given))
+        key = fingerprint(FORMAT, identities, vars(training))
         documents = (document for index in texts for document in self.roles.documents("train", index))
-        return trained_tokenizer(self._folder() / f"tokenizer-{key}", documents, self._given)
+        return trained_tokenizer(self._folder() / f"tokenizer-{key}", documents, training)
 
     def _texts(self) -> RoleCache:
         if self._cache is None:

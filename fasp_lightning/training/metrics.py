@@ -25,10 +25,14 @@ class Perplexity(Metric):
         ignore_index: Label of the tokens that don't count; −100 never counts.
         kwargs: Options of ``torchmetrics.Metric``.
 
-    Example:
-        >>> metric = Perplexity()
-        >>> metric.update(model(**batch).logits, batch["labels"])  # labels as for the loss: not shifted
-        >>> metric.compute()
+    Example::
+
+        from fasp_lightning import Perplexity
+
+        metric = Perplexity()
+        for batch in loader:
+            metric.update(model(input_ids=batch["input_ids"]).logits, batch["labels"])  # labels are not shifted
+        print(float(metric.compute()))
     """
 
     is_differentiable = False

@@ -14,7 +14,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 
-from fasp_lightning.errors import FaspError
+from fasp_lightning.errors import FaspError, as_refusal, one_line
 from fasp_lightning.ops.loss import next_token_loss, sequence_nll
 from fasp_lightning.text.batches import read_batch
 from fasp_lightning.training.metrics import Perplexity
@@ -56,6 +56,16 @@ class CausalLMModule(L.LightningModule):
         revision: Branch, tag or commit on the hub.
         trust_remote_code: Let the repository's own code run.
         seed: Seed of the weights of a model from scratch, and of the adapters.
+
+    Example::
+
+        import lightning as L
+        from fasp_lightning import CausalLMModule, LoRAConfig
+
+        module = CausalLMModule(name, lora=LoRAConfig(rank=4))
+        quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+        L.Trainer(max_steps=2, accelerator="cpu", **quiet).fit(module, loader)
+        module.export(folder, tokenizer)  # adapters merged; loads with AutoModelForCausalLM
     """
 
     def __init__(
@@ -123,15 +133,17 @@ class CausalLMModule(L.LightningModule):
         """Make the optimizer of every parameter that requires a gradient at this time, and the scheduler.
 
         Raises:
-            FaspError: If there is none.
+            FaspError: If there is none, or optimizer or scheduler refuse their settings.
         """
         parameters = [parameter for parameter in self.parameters() if parameter.requires_grad]
         if not parameters:
             raise FaspError("a parameter must require a gradient to be trained, got a model that is frozen as a whole")
-        optimizer = self.optimizer(parameters)
+        with as_refusal(lambda error: FaspError(f"optimizer cannot be made: {one_line(error)}")):
+            optimizer = self.optimizer(parameters)
         if self.lr_scheduler is None:
             return optimizer
-        scheduler = self.lr_scheduler(optimizer)
+        with as_refusal(lambda error: FaspError(f"lr_scheduler cannot be made: {one_line(error)}")):
+            scheduler = self.lr_scheduler(optimizer)
         if isinstance(scheduler, ReduceLROnPlateau):
             return {
                 "optimizer": optimizer,

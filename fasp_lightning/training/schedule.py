@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from fasp_lightning.errors import FaspError, FaspFileNotFoundError
+from fasp_lightning.errors import FaspError, FaspFileNotFoundError, one_line
 
 DIGITS = 12
 """Decimals of a computed sparsity, so that a third of 0.3 is written as 0.1."""
@@ -65,6 +65,13 @@ class PruningSchedule:
     Raises:
         FaspError: If there is no event, one is malformed, or sparsity, steps or epochs fall or repeat. The
             message gives the entry's index and content.
+
+    Example::
+
+        from fasp_lightning import PruningSchedule
+
+        schedule = PruningSchedule.cubic(final_sparsity=0.4, every_n_steps=500, rounds=4)
+        print([(event.step, event.sparsity) for event in schedule])  # much at first: [(0, 0.23125), (500, 0.35), ...
     """
 
     events: Sequence[ScheduledPruning | Mapping[str, Any]]
@@ -150,7 +157,7 @@ class PruningSchedule:
         try:
             data = yaml.safe_load(path.read_text(encoding="utf-8"))
         except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise FaspError(f"schedule {str(path)!r} is not valid YAML: {' '.join(str(error).split())}") from error
+            raise FaspError(f"schedule {str(path)!r} is not valid YAML: {one_line(error)}") from error
         if not isinstance(data, (list, dict)):
             raise FaspError(f"schedule {str(path)!r} must hold a list or a mapping, got {data!r}")
         return cls.parse(data)

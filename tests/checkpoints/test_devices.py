@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fasp_lightning.checkpoints import devices
-from fasp_lightning.checkpoints.devices import choose_device, choose_dtype, parse_dtype
+from fasp_lightning.checkpoints.devices import choose_device, choose_dtype, home, parse_dtype
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
@@ -79,3 +79,19 @@ def test_auto_device_is_one_that_works() -> None:
 def test_unusable_device_is_refused(name: str) -> None:
     with pytest.raises(ValueError, match=rf"device.*{name}"):
         choose_device(name)
+
+
+@pytest.mark.parametrize(
+    ("device", "free", "expected", "reason"),
+    [
+        (CPU, 0, CPU, None),
+        (CUDA, 2 * 2**30, CUDA, None),
+        (CUDA, 2**30, CPU, "cuda has 1.00 GiB free of the 2.00 GiB needed"),
+    ],
+    ids=["cpu", "room", "no room"],
+)
+def test_model_stays_on_the_cpu_where_an_accelerator_has_no_room(
+    monkeypatch: pytest.MonkeyPatch, device: torch.device, free: int, expected: torch.device, reason: str | None
+) -> None:
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (free, 80 * 2**30))
+    assert home(device, 2 * 2**30) == (expected, reason)

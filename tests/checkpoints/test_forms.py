@@ -66,6 +66,7 @@ def test_zero_filled_ffns_are_as_wide_as_the_widest(family: str, tmp_path: Path)
     torch.testing.assert_close(logits(stock), logits(model), atol=1e-4, rtol=0)
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("form", ["zero_filled", "compact"])
 @pytest.mark.parametrize("family", TINY)
 def test_different_widths_come_back(family: str, form: str, tmp_path: Path) -> None:

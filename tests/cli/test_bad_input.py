@@ -43,7 +43,7 @@ def assert_refused(outcome, *fragments: str) -> None:
             ("calibration and evaluation must not share text", "topics (test)"),
         ),
         (("--evaluation.source", "missing.jsonl"), ("missing.jsonl",)),
-        (("--form", "onnx"), ("form must be one of auto, stock", "got 'onnx'")),
+        (("--form", "onnx"), ("form must be 'auto' or one of 'stock'", "got 'onnx'")),
         (("--form", "stock", "--pruning.attention", "value_dims"), ("form 'stock' cannot hold this model",)),
         (("--dtype", "int4"), ("dtype must be 'auto' or one of", "got 'int4'")),
         (("--device", "toaster"), ("device must be", "'toaster'")),

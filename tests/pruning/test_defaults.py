@@ -33,6 +33,7 @@ def test_defaults_are_what_they_say() -> None:
     assert first.fasp_plan != plain.fasp_plan
 
 
+@pytest.mark.sampled
 @BOTH_SCORES
 @pytest.mark.parametrize("family", TINY)
 def test_every_family_is_pruned(family: str, score: str) -> None:

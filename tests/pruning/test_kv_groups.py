@@ -79,6 +79,7 @@ def test_stock_code_loads_it_and_computes_the_same(name: str, tmp_path: Path) ->
     assert heads(loaded.config) == heads(stock.config) == heads(model.config)
 
 
+@pytest.mark.sampled
 @able
 @pytest.mark.parametrize("form", ["compact", "zero_filled"])
 def test_other_forms_come_back(name: str, form: str, tmp_path: Path) -> None:
@@ -139,6 +140,7 @@ def test_restoration_never_raises_the_error(name: str) -> None:
     assert any(pair.error_after < 0.99 * pair.error_before for pair in report.pairs if pair.kind == "groups")
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("sparsity", [0.05, 0.2, 0.35, 0.5, 0.65])
 @able
 def test_removed_parameters_are_what_was_asked_within_half_a_column_a_block(name: str, sparsity: float) -> None:
@@ -201,6 +203,7 @@ def test_original_shapes_come_back(name: str) -> None:
     assert torch.equal(logits(model), logits(tiny_model(name)))
 
 
+@pytest.mark.sampled
 @able
 @pytest.mark.parametrize("order", [("value_dims", "kv_groups"), ("kv_groups", "value_dims")])
 def test_weights_of_another_cut_can_be_loaded(name: str, order: tuple[str, str]) -> None:

@@ -46,6 +46,7 @@ def logits(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
         return model(**batch, use_cache=False).logits[batch["attention_mask"].bool()]
 
 
+@pytest.mark.sampled
 @every_variant
 def test_cut_model_equals_masked_model(name: str, kind: str) -> None:
     cut = tiny_model(name, kind)
@@ -62,6 +63,7 @@ def test_cut_model_equals_masked_model(name: str, kind: str) -> None:
     assert torch.equal(*tokens)
 
 
+@pytest.mark.sampled(pairs=True)
 @pytest.mark.parametrize("setting", SETTINGS)
 @every_variant
 def test_engine_equals_naive_oracle(name: str, kind: str, setting: str) -> None:
@@ -93,6 +95,7 @@ def test_sparsity_zero_is_the_identity(family: str) -> None:
     assert all(torch.equal(value, original.state_dict()[name]) for name, value in model.state_dict().items())
 
 
+@pytest.mark.sampled
 @every_variant
 def test_padding_enters_no_statistic(name: str, kind: str) -> None:
     outcomes = []

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from processes import raised_elsewhere, run_script
+import two_processes
+from processes import raised_elsewhere, run_forked
 from tiny import tiny_model
 from tiny_pruning import INGREDIENTS, basic, calibration
 
@@ -25,7 +25,7 @@ FAMILIES = ["llama-gqa", "opt"]
 def found(tmp_path_factory: pytest.TempPathFactory) -> Found:
     """What both processes have after a case of ``two_processes.py``."""
     folder = tmp_path_factory.mktemp("processes")
-    ended = run_script(Path(__file__).with_name("two_processes.py"), folder, ranks=2)
+    ended = run_forked(two_processes.main, folder, (folder, 0), (folder, 1))
     assert [status for status, _ in ended] == [0, 0], ended
     return lambda case: [torch.load(folder / f"{case}-{rank}.pt") for rank in range(2)]
 

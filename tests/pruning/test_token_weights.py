@@ -61,13 +61,13 @@ def test_perplexity_refuses_a_weight() -> None:
 
 @pytest.mark.parametrize("weight", [0, -1, float("inf"), float("nan")])
 def test_a_weight_is_a_positive_number(weight: float) -> None:
-    with pytest.raises(ValueError, match=rf"weight must be positive and finite, got {weight}"):
-        TextConfig(weight=weight)
+    with pytest.raises(ValueError, match=rf"token_weight must be positive and finite, got {weight}"):
+        TextConfig(token_weight=weight)
 
 
 @pytest.mark.parametrize("role", ["train", "test", "validation"])
 def test_only_calibration_text_has_a_weight(role: str) -> None:
-    heavy = TextConfig(weight=2)
-    assert for_role(heavy, "calibration").weight == 2
-    with pytest.raises(ValueError, match="weight must be 1 for all but calibration text, got 2 for topics"):
+    heavy = TextConfig(token_weight=2)
+    assert for_role(heavy, "calibration").token_weight == 2
+    with pytest.raises(ValueError, match="token_weight must be 1 for all but calibration text, got 2 for topics"):
         for_role(heavy, role)

@@ -1,12 +1,10 @@
-"""Started twice by ``test_processes.py``: two processes without Lightning prune copies of the same models.
+"""Run twice by ``test_processes.py``: two processes without Lightning prune copies of the same models.
 
 Each writes what it has after every case to ``FOLDER/CASE-RANK.pt``.
 """
 
 from __future__ import annotations
 
-import os
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -51,8 +49,7 @@ def breaks_in_one(rank: int) -> Iterator[Any]:
         raise OSError("disk gone")
 
 
-def main(folder: Path) -> None:
-    rank = int(os.environ["RANK"])
+def main(folder: Path, rank: int) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
 
@@ -125,7 +122,3 @@ def failing_late(original: Callable[..., Any]) -> Callable[..., Any]:
         return original(pair, *arguments)
 
     return restore
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))

@@ -77,6 +77,7 @@ def test_cut_removes_the_cost_of_each_unit(family: str, kind: str) -> None:
     assert pair.kept.tolist() == kept.tolist()
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("kind", ["value", "ffn"])
 @pytest.mark.parametrize("family", TINY)
 def test_cut_twice_is_cut_once(family: str, kind: str) -> None:

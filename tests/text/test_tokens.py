@@ -16,7 +16,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from fasp_lightning.text import tokens
-from fasp_lightning.text.config import SPLITS, TextConfig
+from fasp_lightning.text.config import SPLITS, TextConfig, describe
 from fasp_lightning.text.tokens import calibration_batches, documents, draw, pool_size, token_batches
 
 EOS = 1

@@ -40,6 +40,7 @@ def merged(model: nn.Module) -> nn.Module:
     return model
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("settings", SETTINGS)
 def test_pruned_then_merged_equals_merged_then_pruned(family: str, settings: str) -> None:
     first, second = adapted(family), merged(adapted(family))

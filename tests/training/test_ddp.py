@@ -31,7 +31,7 @@ Found = Callable[[str], list[dict[str, Any]]]
 def ended(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, int, str]:
     """Folder of what the processes of ``ddp_run.py`` wrote, exit status and standard error."""
     folder = tmp_path_factory.mktemp("ddp")
-    ((status, errors),) = run_script(Path(__file__).with_name("ddp_run.py"), folder)
+    status, errors = run_script(Path(__file__).with_name("ddp_run.py"), folder)
     return folder, status, errors
 
 

@@ -146,6 +146,7 @@ def test_gradient_checkpointing_goes_on(name: str, reentrant: bool, tmp_path: An
     assert_law(tmp_path, CASES[name], prepare)
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("name", ["everything", "groups"])
 @pytest.mark.parametrize("part", ["model", "blocks"])
 def test_compiled_model_is_compiled_anew(name: str, part: str, tmp_path: Any) -> None:

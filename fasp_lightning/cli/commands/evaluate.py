@@ -25,7 +25,7 @@ JOB = EvaluateJob
 def run(job: EvaluateJob) -> int:
     """Run the command; returns the exit code."""
     quiet_libraries()
-    wanted = None if job.tasks is None else find_tasks(job)
+    wanted = None if job.tasks is None else find_tasks(job.tasks, job.task_folder)
     device, config = choose_device(job.device), config_of(job.model)
     shapes = model_shapes(resolve_source(job.model.name_or_path), config, job.model.trust_remote_code)
     tokenizer = tokenizer_of(job.model)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import argparse
+import traceback
+import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,10 +12,11 @@ from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCL
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 import fasp_lightning.training.callback  # noqa: F401  # its callback is then known by its bare name
-from fasp_lightning.cli.errors import is_user_error, one_line, reworded
+from fasp_lightning.cli.checks import tokenizer_name
+from fasp_lightning.cli.errors import refusal_in, reworded
 from fasp_lightning.cli.parsing import with_paths
 from fasp_lightning.cli.quiet import quiet_libraries, quiet_lightning
-from fasp_lightning.errors import FaspError
+from fasp_lightning.errors import FaspError, of_library, one_line
 from fasp_lightning.training.data import CausalLMDataModule
 from fasp_lightning.training.module import CausalLMModule
 
@@ -23,6 +25,9 @@ PARSER = {"exit_on_error": False, "allow_abbrev": False}
 
 CHECKPOINT_WORDS = ("best", "last", "hpc")
 """What Lightning takes for ``ckpt_path`` beside a path."""
+
+INTERVALS = ("accumulate_grad_batches", "check_val_every_n_epoch", "val_check_interval")
+"""Settings of the trainer that it divides by."""
 
 
 def run(command: str, argv: Sequence[str]) -> int:
@@ -45,6 +50,10 @@ def run(command: str, argv: Sequence[str]) -> int:
     try:
         TrainingCLI(command, argv)
     except MisconfigurationException as error:  # Lightning's word for settings that do not go together
+        raise FaspError(one_line(error)) from error
+    except (ValueError, RuntimeError) as error:  # what it has for other settings it cannot use
+        if not _is_refusal_of_lightning(error):
+            raise
         raise FaspError(one_line(error)) from error
     return 0
 
@@ -90,19 +99,21 @@ class TrainingCLI(LightningCLI):
         self.options.prog = self.program  # the parser of all commands has put its own name before it
         try:
             self.config = parser.parse_args(args)  # type: ignore[arg-type]
-        except (argparse.ArgumentError, TypeError, KeyError) as error:
-            raise FaspError(f"{reworded(str(error))}; see {self.program} --help") from error
+        except Exception as error:  # of any class, as of its own parts
+            if refusal_in(error) is None:
+                raise
+            raise FaspError(f"{reworded(error)}; see {self.program} --help") from error
 
     def before_instantiate_classes(self) -> None:
         """The tokenizer is the model's where no other is named, and a checkpoint must be there.
 
         Raises:
-            FaspError: If ``ckpt_path`` is no file.
+            FaspError: If ``ckpt_path`` is no checkpoint, or an interval of the trainer is 0.
         """
         settings = self.config[self.command]
-        if settings.data.tokenizer is None:
-            settings.data.tokenizer = settings.model.name_or_path
+        settings.data.tokenizer = tokenizer_name(settings.data.tokenizer, settings.model.name_or_path)
         _check_checkpoint(settings.get("ckpt_path"))
+        _check_intervals(settings.trainer)
 
     def instantiate_classes(self) -> None:
         """Construct module, data, callbacks and trainer.
@@ -113,8 +124,8 @@ class TrainingCLI(LightningCLI):
         """
         try:
             super().instantiate_classes()
-        except ValueError as error:
-            if (refusal := _refusal(error)) is None:
+        except Exception as error:
+            if (refusal := refusal_in(error)) is None:
                 raise
             raise refusal from None
         embeddings = self.model.model.get_input_embeddings().num_embeddings
@@ -122,16 +133,25 @@ class TrainingCLI(LightningCLI):
             self.datamodule.check_vocabulary(embeddings)
 
 
-def _refusal(error: BaseException | None) -> BaseException | None:
-    """The user's mistake in a chain of errors: jsonargparse wraps what a callback's constructor raises."""
-    while error is not None and not is_user_error(error):
-        error = error.__cause__ or error.__context__
-    return error
+def _is_refusal_of_lightning(error: Exception) -> bool:
+    """Whether Lightning itself raised an error, and no code of this package that it called had a part in it."""
+    *_, (last, _) = traceback.walk_tb(error.__traceback__)
+    return of_library(error) and last.f_globals.get("__name__", "").startswith("lightning.")
+
+
+def _check_intervals(trainer: Any) -> None:
+    """Refuse a 0 that the training loop would divide by."""
+    for name in INTERVALS:
+        if trainer.get(name) == 0:
+            raise FaspError(f"trainer.{name} must be greater than 0, got {trainer.get(name)}")
 
 
 def _check_checkpoint(path: Any) -> None:
-    """Refuse a checkpoint that is not there before the model is loaded."""
+    """Refuse a checkpoint that is not there, or is none, before the model is loaded."""
     if path is None or path in CHECKPOINT_WORDS or ":" in str(path):  # a registry or a URL
         return
-    if not Path(path).expanduser().exists():
+    file = Path(path).expanduser()
+    if not file.exists():
         raise FaspError(f"ckpt_path must be a checkpoint, or one of {', '.join(CHECKPOINT_WORDS)}, got {path!r}")
+    if file.is_file() and not zipfile.is_zipfile(file):  # a folder is one of several processes
+        raise FaspError(f"ckpt_path must be a checkpoint that Lightning wrote whole, got the file {path!r}")

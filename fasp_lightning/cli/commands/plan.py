@@ -12,6 +12,7 @@ from fasp_lightning.cli.console import change, dtype_name, gibibytes, megabytes,
 from fasp_lightning.cli.jobs import PruneJob
 from fasp_lightning.cli.model_setup import Setup, already_pruned, memory_of, set_up
 from fasp_lightning.cli.quiet import one_thread, quiet_libraries
+from fasp_lightning.cli.startup import without_collection
 from fasp_lightning.cli.texts import calibration_name, own_tokens
 from fasp_lightning.pruning.budget.footprint import PeakMemory, footprints
 from fasp_lightning.pruning.own_text.writing import within_positions
@@ -21,9 +22,9 @@ JOB = PruneJob
 
 def run(job: PruneJob) -> int:
     """Run the command; returns the exit code."""
-    quiet_libraries()
-    texts_of(job)
-    with one_thread():
+    with without_collection(), one_thread():
+        quiet_libraries()
+        texts_of(job)
         setup = set_up(job)
     if setup.already_pruned:
         note(already_pruned(setup))
@@ -35,14 +36,14 @@ def run(job: PruneJob) -> int:
 
 
 def _print_sizes(job: PruneJob, setup: Setup) -> None:
-    widths = setup.widths
-    before, after = footprints(setup.model, widths, setup.dtype.itemsize)
+    budget = setup.budget
+    before, after = footprints(setup.model, budget, setup.dtype.itemsize)
     dtype = dtype_name(setup.dtype)
 
     def row(name: str, old: int, new: int, show: Callable[[int], str]) -> tuple[str, str, str, str]:
         return name, show(old), show(new), change(old, new)
 
-    total = 1 - before.parameters / widths.original_parameters
+    total = 1 - before.parameters / budget.original_parameters
     flops = before.flops_per_token, after.flops_per_token
     rows = [
         row("parameters", before.parameters, after.parameters, lambda n: f"{n:,}"),
@@ -50,13 +51,13 @@ def _print_sizes(job: PruneJob, setup: Setup) -> None:
         row("size on disk", before.weight_bytes, setup.stored_bytes, megabytes),
         row("FLOPs per token, attention over the context aside", *flops, _giga),
         (f"sparsity of the blocks, {percent(job.pruning.sparsity)} asked", percent(setup.already_pruned),
-         percent(widths.sparsity), ""),
-        ("sparsity of all parameters", percent(total), percent(widths.sparsity_total), ""),
+         percent(budget.sparsity), ""),
+        ("sparsity of all parameters", percent(total), percent(budget.sparsity_total), ""),
     ]  # fmt: skip
     cache, cache_after = before.kv_bytes_per_token, after.kv_bytes_per_token
     if cache is not None and cache_after is not None:
         rows.insert(4, row(f"KV cache per token in {dtype}", cache, cache_after, _kilo))
-    kind = f"{setup.config.model_type}, attention {widths.attention}, form {setup.form}"
+    kind = f"{setup.config.model_type}, attention {budget.attention}, form {setup.form}"
     table(f"{setup.source.name} ({kind})", ("", "before", "after", "change"), rows)
 
 
@@ -64,7 +65,7 @@ def _print_widths(setup: Setup) -> None:
     """One row for pairs of the same width; blocks mostly agree."""
     counts = Counter(
         (pair.layer.split(".")[-1], pair.kind, pair.before, pair.after)
-        for block in setup.widths.pairs
+        for block in setup.budget.pairs
         for pair in block
     )
     rows = [
@@ -72,7 +73,7 @@ def _print_widths(setup: Setup) -> None:
         for (consumer, kind, before, after), blocks in counts.items()
     ]
     title = "widths"
-    if any(map(setup.widths.decided_later, setup.cuts.kinds)):
+    if any(map(setup.budget.decided_later, setup.cuts.kinds)):
         title += "; those of single blocks are more or less, as loss sensitivity decides"
     table(title, ("consumer", "kind", "blocks", "before", "after", "change"), rows)
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from fasp_lightning.cli.checks import check_output_dir, check_room, texts_of, tokenizer_of
+from fasp_lightning.cli.checks import check_output_dir, texts_of, tokenizer_of
 from fasp_lightning.cli.commands.prune_tables import print_continuations, print_loaders, print_results
 from fasp_lightning.cli.console import dtype_name, gibibytes, note, percent, shown_warnings
 from fasp_lightning.cli.generation import continuation
 from fasp_lightning.cli.jobs import PruneJob
-from fasp_lightning.cli.measured import domains_of, home, measure, prune_measured, save
+from fasp_lightning.cli.measured import domains_of, measure, place, prune_measured, save
 from fasp_lightning.cli.model_setup import Setup, already_pruned, load, memory_of, set_up
 from fasp_lightning.cli.quiet import quiet_libraries
 from fasp_lightning.cli.texts import (
@@ -22,6 +22,7 @@ from fasp_lightning.cli.texts import (
     single_source,
 )
 from fasp_lightning.pruning.progress import peak_memory
+from fasp_lightning.staging import require_space
 
 JOB = PruneJob
 
@@ -33,7 +34,7 @@ def run(job: PruneJob) -> int:
     calibration_configs, evaluation_configs = texts_of(job)
     setup = set_up(job)
     if job.output_dir is not None:
-        check_room(Path(job.output_dir), setup.stored_bytes)
+        require_space(Path(job.output_dir), setup.stored_bytes)
     tokenizer = tokenizer_of(job.model)
     calibration = load_calibration(calibration_configs, setup.pruning.own_text, tokenizer, setup.model)
     evaluation = [load_text(text, tokenizer, setup.model, "evaluation") for text in evaluation_configs]
@@ -60,7 +61,7 @@ def announce(job: PruneJob, setup: Setup, calibration: Calibration, evaluation: 
     if setup.already_pruned:
         note(already_pruned(setup))
     note(
-        f"pruning {setup.source.name} to {percent(setup.widths.sparsity)} sparsity on {calibration.tokens:,} tokens "
+        f"pruning {setup.source.name} to {percent(setup.budget.sparsity)} sparsity on {calibration.tokens:,} tokens "
         f"of {calibration.name}, in {dtype_name(setup.dtype)} on {setup.device}; "
         f"about {gibibytes(memory.total)} of memory"
     )
@@ -75,7 +76,7 @@ def announce(job: PruneJob, setup: Setup, calibration: Calibration, evaluation: 
 def load_home(job: PruneJob, setup: Setup) -> Any:
     """The model, on the compute device if it has room for it, else on the CPU."""
     note("loading the weights")
-    return load(job.model, setup.config, setup.dtype, home(setup))
+    return load(job.model, setup.config, setup.dtype, place(setup))
 
 
 def _continue(model: Any, tokenizer: Any, job: PruneJob) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fasp_lightning.checkpoints.forms import Loader
+from fasp_lightning.checkpoints.forms import LoaderSupport
 from fasp_lightning.checkpoints.saving import SavedModel
 from fasp_lightning.cli.console import change, dtype_name, gibibytes, megabytes, percent, results, table
 from fasp_lightning.cli.jobs import PruneJob
@@ -90,14 +90,14 @@ def print_loaders(saved: SavedModel) -> None:
     loaders_table(saved.loaders)
 
 
-def loaders_table(loaders: list[Loader]) -> None:
+def loaders_table(loaders: list[LoaderSupport]) -> None:
     """Which loaders take a model, and why."""
     verdict = {True: "yes", False: "no", None: "not tried"}
     table("loaders", ("loader", "takes it", "because"), [(name, verdict[ok], why) for name, ok, why in loaders])
 
 
 def _total(setup: Setup) -> float:
-    return 1 - setup.widths.parameters_before / setup.widths.original_parameters
+    return 1 - setup.budget.parameters_before / setup.budget.original_parameters
 
 
 def _seconds(report: PruningReport) -> str:

@@ -129,37 +129,37 @@ def _entries(model: Any, schedule: PruningSchedule, pruning: PruningConfig) -> I
     """One YAML list entry an event, with what it leaves as a comment."""
     for index, event in enumerate(schedule):
         try:
-            widths = decide_budget(model, dataclasses.replace(pruning, sparsity=event.sparsity))
+            budget = decide_budget(model, dataclasses.replace(pruning, sparsity=event.sparsity))
         except FaspError as error:
             raise FaspError(f"schedule entry {index}, {event.to_dict()!r}: {error}") from error
-        yield from _entry(index, event, widths)
-        _cut(model, widths)
+        yield from _entry(index, event, budget)
+        _cut(model, budget)
 
 
-def _entry(index: int, event: ScheduledPruning, widths: Budget) -> Iterator[str]:
-    original, left = widths.original_parameters, widths.parameters_after
+def _entry(index: int, event: ScheduledPruning, budget: Budget) -> Iterator[str]:
+    original, left = budget.original_parameters, budget.parameters_after
     yield f"\n# event {index}: {left:,} of {original:,} parameters left ({percent(left / original)})\n"
-    yield from (f"#   {line}\n" for line in _widths(widths))
+    yield from (f"#   {line}\n" for line in _widths(budget))
     first, *rest = (f"{name}: {value!r}" for name, value in event.to_dict().items())
     yield f"- {first}\n"
     yield from (f"  {line}\n" for line in rest)
 
 
-def _widths(widths: Budget) -> Iterator[str]:
+def _widths(budget: Budget) -> Iterator[str]:
     """One line for each kind of pair: its width in all blocks, or in each where they differ."""
-    kinds = {pair.kind: pair.layer.rpartition(".")[2] for block in widths.pairs for pair in block}
+    kinds = {pair.kind: pair.layer.rpartition(".")[2] for block in budget.pairs for pair in block}
     for kind, layer in kinds.items():
-        pairs = [pair for block in widths.pairs for pair in block if pair.kind == kind]
+        pairs = [pair for block in budget.pairs for pair in block if pair.kind == kind]
         after = [pair.after for pair in pairs]
         shown = f"{after[0]} in each block" if len(set(after)) == 1 else f"{', '.join(map(str, after))} by block"
-        shown += ", more or less as loss sensitivity decides" if widths.decided_later(kind) else ""
+        shown += ", more or less as loss sensitivity decides" if budget.decided_later(kind) else ""
         yield f"{kind} width ({layer}): {shown}, of {pairs[0].original}"
 
 
-def _cut(model: Any, widths: Budget) -> None:
+def _cut(model: Any, budget: Budget) -> None:
     """Give the model the widths; which units stay does not matter, but that heads are even."""
-    pairs = resolve_pruned(model, kv_groups=widths.attention == "kv_groups")
-    for block, planned in zip(pairs, widths.pairs, strict=True):
+    pairs = resolve_pruned(model, kv_groups=budget.attention == "kv_groups")
+    for block, planned in zip(pairs, budget.pairs, strict=True):
         for pair, width in zip(block, planned, strict=True):
             groups = pair.layout.groups
             heads = groups if pair.kept.numel() % groups == width.after % groups == 0 else 1

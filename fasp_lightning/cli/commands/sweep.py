@@ -15,12 +15,12 @@ import fasp_lightning
 from fasp_lightning.checkpoints.forms import choose_form
 from fasp_lightning.checkpoints.pruned_folder import REPORT_FILE, read_plan
 from fasp_lightning.checkpoints.source import PLAN_FILE
-from fasp_lightning.cli.checks import check_output_dir, check_room, texts_of, tokenizer_of
+from fasp_lightning.cli.checks import check_output_dir, texts_of, tokenizer_of
 from fasp_lightning.cli.commands.sweep_tables import Finished, print_sweep, write_sweep
 from fasp_lightning.cli.console import PruningProgress, dtype_name, gibibytes, note, percent, shown_warnings
 from fasp_lightning.cli.generation import continuation
 from fasp_lightning.cli.jobs import PruneJob
-from fasp_lightning.cli.measured import domains_of, home, measure, prune_measured, save
+from fasp_lightning.cli.measured import domains_of, measure, place, prune_measured, save
 from fasp_lightning.cli.model_setup import Setup, already_pruned, load, memory_of, set_up
 from fasp_lightning.cli.quiet import quiet_libraries
 from fasp_lightning.cli.texts import Calibration, Text, load_calibration, load_text, missing_domain, single_source
@@ -31,7 +31,7 @@ from fasp_lightning.pruning.own_text.cache import digest_of, weights_digest
 from fasp_lightning.pruning.perplexity import PerplexityResult
 from fasp_lightning.pruning.prepare import Prepared
 from fasp_lightning.pruning.pruner import FASPPruner
-from fasp_lightning.staging import read_json
+from fasp_lightning.staging import read_json, require_space
 
 Settings = dict[str, Any]
 
@@ -53,8 +53,7 @@ class SweepJob(PruneJob):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.output_dir is None:
-            raise FaspError("output_dir must be a folder for a sweep, got null")
+        _ = self.folder  # refuses null
         if not self.sparsities or len(set(self.sparsities)) < len(self.sparsities):
             raise FaspError(f"sparsities must be one or more different numbers, got {self.sparsities}")
         for sparsity in self.sparsities:
@@ -63,9 +62,18 @@ class SweepJob(PruneJob):
 
     @property
     def folder(self) -> Path:
-        """The folder of the sweep."""
-        assert self.output_dir is not None
+        """The folder of the sweep.
+
+        Raises:
+            FaspError: If ``output_dir`` is null.
+        """
+        if self.output_dir is None:
+            raise FaspError("output_dir must be a folder for a sweep, got null")
         return Path(self.output_dir)
+
+    def folder_at(self, sparsity: float) -> Path:
+        """The folder of the model that is pruned to a sparsity."""
+        return self.folder / f"sparsity_{_digits(sparsity)}"
 
     def points(self) -> list[PruneJob]:
         """The job of each sparsity, in rising order. What one replaces is for :func:`_left` to decide."""
@@ -75,7 +83,7 @@ class SweepJob(PruneJob):
                 **shared
                 | {
                     "pruning": dataclasses.replace(self.pruning, sparsity=sparsity),
-                    "output_dir": str(self.folder / f"sparsity_{_digits(sparsity)}"),
+                    "output_dir": str(self.folder_at(sparsity)),
                     "overwrite": True,
                 }
             )
@@ -93,7 +101,7 @@ def run(job: SweepJob) -> int:
     calibration_configs, evaluation_configs = texts_of(job)
     points = _set_up(job.points())
     setup = points[0][1]
-    check_room(job.folder / "sweep", max(setup.stored_bytes for _, setup in points))
+    require_space(job.folder / "sweep", max(setup.stored_bytes for _, setup in points))
     tokenizer = tokenizer_of(job.model)
     calibration = load_calibration(calibration_configs, setup.pruning.own_text, tokenizer, setup.model)
     evaluation = [load_text(text, tokenizer, setup.model, "evaluation") for text in evaluation_configs]
@@ -126,9 +134,9 @@ def _set_up(jobs: list[PruneJob]) -> list[tuple[PruneJob, Setup]]:
 
     def at(job: PruneJob) -> Setup:
         pruning = dataclasses.replace(first.pruning, sparsity=job.pruning.sparsity)
-        widths = decide_budget(first.model, pruning)
-        form = choose_form(job.form, first.spec, widths.cuts)
-        return dataclasses.replace(first, pruning=pruning, widths=widths, cuts=widths.cuts, form=form)
+        budget = decide_budget(first.model, pruning)
+        form = choose_form(job.form, first.spec, budget.cuts)
+        return dataclasses.replace(first, pruning=pruning, budget=budget, cuts=budget.cuts, form=form)
 
     return [(job, at(job)) for job in jobs]
 
@@ -162,7 +170,7 @@ class _Sweep:
         Raises:
             FaspFileExistsError: If its folder was made with other settings, and may not be overwritten.
         """
-        report = _report(job)
+        report = _report(self.job.folder_at(job.pruning.sparsity))
         if report is None:
             return True
         made_with, wanted = report.get("made_with", {}), self.settings(job)
@@ -177,7 +185,7 @@ class _Sweep:
     def announce(self, points: list[tuple[PruneJob, Setup]], left: list[tuple[PruneJob, Setup]]) -> None:
         """Say what is about to happen, and what it will take."""
         done = f"; {len(points) - len(left)} of {len(points)} are finished" if len(left) < len(points) else ""
-        sparsities = ", ".join(percent(setup.widths.sparsity) for _, setup in points)
+        sparsities = ", ".join(percent(setup.budget.sparsity) for _, setup in points)
         note(f"sweep of {points[0][1].source.name} over {sparsities} sparsity{done}")
         if self.job.pruning.sparsity != PruningConfig.sparsity:
             note(f"pruning.sparsity, {self.job.pruning.sparsity}, is not used: sparsities take its place")
@@ -198,9 +206,9 @@ class _Sweep:
 
     def prune(self, job: PruneJob, setup: Setup) -> None:
         """Prune a copy to one sparsity, measure it and save it."""
-        fresh = self._copies(home(setup))
+        fresh = self._copies(place(setup))
         before, prepared = self._shared = self._shared or self._share(fresh(), setup)
-        note(f"sparsity {percent(setup.widths.sparsity)}")
+        note(f"sparsity {percent(setup.budget.sparsity)}")
         model = fresh()
         prune_measured(model, job, setup, self.calibration, self.evaluation, before, fresh, prepared)
         model.fasp_report["made_with"] = self.settings(job)
@@ -222,16 +230,15 @@ class _Sweep:
         """What is on disk of this sweep."""
         rows = []
         for job, _ in points:
-            report = _report(job)
+            folder = self.job.folder_at(job.pruning.sparsity)
+            report = _report(folder)
             if report is not None and report.get("made_with") == self.settings(job):
-                folder = Path(job.output_dir or "")
                 rows.append(Finished(job.pruning.sparsity, folder, read_plan(folder)[0], report))
         return rows
 
 
-def _report(job: PruneJob) -> dict[str, Any] | None:
+def _report(folder: Path) -> dict[str, Any] | None:
     """The report in the folder of a sparsity, if a model is there."""
-    folder = Path(job.output_dir or "")
     if not (folder / PLAN_FILE).is_file() or not (folder / REPORT_FILE).is_file():
         return None
     return read_json(folder / REPORT_FILE)

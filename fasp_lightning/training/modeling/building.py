@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
-from fasp_lightning.checkpoints.devices import parse_dtype
+from fasp_lightning.checkpoints.devices import choose_dtype
 from fasp_lightning.checkpoints.loading import load_config, load_model
-from fasp_lightning.checkpoints.refused_models import check_supported
-from fasp_lightning.errors import FaspError
+from fasp_lightning.checkpoints.refused_models import require_prunable
+from fasp_lightning.errors import FaspError, as_refusal, one_line
 from fasp_lightning.structure.registry import known_architectures, spec_for
 
 if TYPE_CHECKING:
@@ -56,14 +56,11 @@ def new_model(
     from transformers import AutoModelForCausalLM
 
     settings = _config(config)
-    attention = {"attn_implementation": attn_implementation} if attn_implementation else {}
-    with seeded(seed):
-        try:
-            model = AutoModelForCausalLM.from_config(
-                settings, dtype=parse_dtype("float32" if dtype == "auto" else dtype), **attention
-            )
-        except (RuntimeError, TypeError, ValueError, ZeroDivisionError) as error:
-            raise FaspError(f"config makes no {settings.model_type} model: {' '.join(str(error).split())}") from error
+    options: dict[str, Any] = {"dtype": choose_dtype(dtype, torch.float32, torch.device("cpu"))}
+    if attn_implementation:
+        options["attn_implementation"] = attn_implementation
+    with seeded(seed), as_refusal(lambda error: _no_model(f"{settings.model_type} model", error)):
+        model = AutoModelForCausalLM.from_config(settings, **options)
     return cast("PreTrainedModel", model)
 
 
@@ -98,9 +95,11 @@ def _config(config: Mapping[str, Any]) -> Any:
     unknown = [name for name in fields if not hasattr(default, name)]
     if unknown:  # transformers would keep an unknown field without effect
         raise FaspError(f"config must hold fields of a {model_type} model, got {', '.join(unknown)}")
-    try:
+    with as_refusal(lambda error: _no_model(f"{model_type} config", error)):
         settings = AutoConfig.for_model(model_type, **fields)
-    except Exception as error:  # config classes raise whatever their validators do
-        raise FaspError(f"config makes no {model_type} config: {' '.join(str(error).split())}") from error
-    check_supported(settings, f"a new {model_type}")
+    require_prunable(settings, f"a new {model_type}")
     return settings
+
+
+def _no_model(what: str, error: Exception) -> FaspError:
+    return FaspError(f"config makes no {what}: {one_line(error)}")

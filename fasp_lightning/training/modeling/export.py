@@ -6,7 +6,7 @@ import copy
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fasp_lightning.checkpoints.forms import FORMS, choose_form
+from fasp_lightning.checkpoints.forms import choose_form, require_form
 from fasp_lightning.checkpoints.saving import check_output, save_pruned
 from fasp_lightning.errors import FaspError
 from fasp_lightning.staging import require_space, staged
@@ -49,8 +49,7 @@ def export_model(
     """
     path = Path(path)
     check_output(path, overwrite)
-    if form not in ("auto", *FORMS):
-        raise FaspError(f"form must be 'auto' or one of {', '.join(map(repr, FORMS))}, got {form!r}")
+    require_form(form)
     if is_sharded(model):
         raise FaspError(
             "model must be whole to be exported, got one that is sharded over processes; save a checkpoint with "
@@ -90,7 +89,7 @@ def check_export(model: PreTrainedModel, path: str | Path, form: str, overwrite:
 def _save_dense(model: PreTrainedModel, path: Path, tokenizer: Any, form: str) -> Path:
     if form not in ("auto", "stock"):
         raise FaspError(f"form must be 'auto' or 'stock' for a model that was never pruned, got {form!r}")
-    require_space(path, model.parameters())
+    require_space(path, sum(parameter.nbytes for parameter in model.parameters()))
     with staged(path) as stage:
         model.save_pretrained(stage)
         if tokenizer is not None:

@@ -29,6 +29,14 @@ class LoRAConfig:
         dropout: Probability in [0, 1) to drop an input of A while training.
         targets: Names of the linear layers that get one, such as ``"q_proj"`` or ``"mlp.down_proj"``; by default every
             linear layer of the decoder blocks.
+
+    Example::
+
+        from fasp_lightning import CausalLMModule, LoRAConfig
+
+        module = CausalLMModule(name, lora=LoRAConfig(rank=4, targets=("v_proj", "mlp.down_proj")))
+        trained = [path for path, parameter in module.named_parameters() if parameter.requires_grad]
+        assert all("lora_" in path for path in trained)
     """
 
     rank: int = 8

@@ -34,6 +34,19 @@ def carry_structure(module: nn.Module, attribute: str | None = None) -> None:
 
     Raises:
         FaspError: If the module holds no causal LM, or several.
+
+    Example::
+
+        import lightning as L
+        from fasp_lightning import carry_structure
+
+        class MyModule(L.LightningModule):
+            def __init__(self, lm):
+                super().__init__()
+                self.lm = lm
+                carry_structure(self)  # last: checkpoints of a pruned model load into a dense one, and the reverse
+
+        assert "fasp_structure" not in MyModule(model).state_dict()  # nothing is cut yet
     """
     find_causal_lm(module, attribute)
     if carries_structure(module):

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from fasp_lightning.errors import FaspError
+from fasp_lightning.errors import FaspError, as_refusal, one_line
 
 PROBE_SHAPE = (64, 129)
 """Shape of the weight on which an optimizer is tried: two different sizes, no multiple of a block of quantised state,
@@ -31,11 +31,12 @@ def check_optimizer(optimizer: Optimizer) -> None:
     """
     name = type(optimizer).__name__
     remedy = "use an optimizer with elementwise state, such as torch.optim.AdamW or SGD"
-    try:
+
+    def refusal(error: Exception) -> FaspError:
+        return FaspError(f"optimizer {name} cannot be tried on one weight ({one_line(error)[:120]}); {remedy}")
+
+    with as_refusal(refusal):  # of a class that needs a closure, sparse gradients, a process group
         state = _state_of_probe(optimizer)
-    except Exception as error:  # whatever a class raises that needs a closure, sparse gradients, a process group
-        reason = " ".join(str(error).split())[:120]
-        raise FaspError(f"optimizer {name} cannot be tried on one weight ({reason}); {remedy}") from error
     for key, value in state.items():
         if not _follows_rule(value):
             form = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__

@@ -76,7 +76,7 @@ VALUE_DIMS = [(name, "value_dims") for name in ("opt", "llama-gqa", "phi3", "gpt
 def test_plan_agrees_with_the_pruning(prune, tiny_folder, tmp_path: Path, name: str, attention: str) -> None:
     folder = tiny_folder(name)
     job = PruneJob(ModelConfig(str(folder)), PruningConfig(0.35, attention=attention), device="cpu")
-    planned = set_up(job).widths
+    planned = set_up(job).budget
     prune(folder, "--pruning.sparsity", 0.35, "--pruning.attention", attention, "--evaluation", "[]")
     report = json.loads((tmp_path / "pruned" / "fasp_report.json").read_text())
     assert planned.parameters_after == report["parameters_after"]
@@ -101,8 +101,8 @@ def test_size_of_different_ffn_widths_is_at_most_that_of_the_original_ones(tiny_
     pruning = PruningConfig(0.2, attention="none", allocation="adaptive")
     setups = {form: set_up(PruneJob(model, pruning, form=form, device="cpu")) for form in ("auto", "compact")}
     assert setups["auto"].form == "zero_filled"
-    assert setups["auto"].stored_bytes == 4 * setups["auto"].widths.parameters_before
-    assert setups["compact"].stored_bytes == 4 * setups["compact"].widths.parameters_after
+    assert setups["auto"].stored_bytes == 4 * setups["auto"].budget.parameters_before
+    assert setups["compact"].stored_bytes == 4 * setups["compact"].budget.parameters_after
 
 
 @pytest.mark.parametrize("form", ["compact", "zero_filled"])

@@ -44,6 +44,18 @@ def sweep(fasp, tmp_path: Path) -> Callable:
     return run
 
 
+@pytest.fixture(autouse=True)
+def undrawn(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The picture, which takes half of a sweep's time, is drawn where a test looks at it: that asks for ``drawn``."""
+    if "drawn" not in request.fixturenames:
+        monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda self, path, **_: Path(path).write_bytes(b""))
+
+
+@pytest.fixture
+def drawn() -> None:
+    """The picture is drawn."""
+
+
 @pytest.fixture
 def pruned(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """The sparsities that are computed from here on."""
@@ -81,6 +93,7 @@ def test_each_sparsity_is_what_prune_makes_of_the_dense_model(sweep, fasp, tiny_
         torch.testing.assert_close(ours.state_dict(), theirs.state_dict())
 
 
+@pytest.mark.usefixtures("drawn")
 def test_one_table_is_printed_and_written_with_a_picture(sweep, tiny_folder, tmp_path: Path) -> None:
     out = sweep(tiny_folder("opt")).out
     written = (tmp_path / "sweep" / "sweep.md").read_text()

@@ -13,6 +13,7 @@ from fasp_lightning import FASPPruner, spec_for
 from fasp_lightning.structure.resolve import find_blocks
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("attention", ["value_dims", "none"])
 @pytest.mark.parametrize("family", TINY)
 def test_every_projection_runs_once_a_calibration_batch(family: str, attention: str) -> None:

@@ -30,6 +30,7 @@ def test_score_of_a_kv_group_is_that_of_all_its_columns(whole: bool) -> None:
     assert_close(scores(model, kv_groups=True, whole=whole), naive(model, calibration(2), kv_groups=True))
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize(
     ("family", "attention"), [(name, attention) for name, tiny in TINY.items() for attention in tiny.attention]
 )

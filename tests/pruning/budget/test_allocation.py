@@ -74,6 +74,7 @@ def half_step(model: Any, config: PruningConfig) -> float:
     return max(step_units(pair, config) * pair.column_cost for pair in pairs if pair.spec.kind in kinds) / 2 + 0.5
 
 
+@pytest.mark.sampled(pairs=True)
 @pytest.mark.parametrize("spread", [0.0, 1.0, 5.0])
 @pytest.mark.parametrize("sparsity", [0.05, 0.2, 0.35])
 @every_case
@@ -85,6 +86,7 @@ def test_total_is_what_was_asked_within_half_a_step(name: str, cut: str, sparsit
     assert found.parameters_before - found.parameters_after == removed
 
 
+@pytest.mark.sampled(pairs=True)
 @pytest.mark.parametrize("seed", range(3))
 @every_case
 def test_every_pair_loses_something_and_none_all(name: str, cut: str, seed: int) -> None:
@@ -180,6 +182,7 @@ def heads_left(model: Any) -> list[list[int]]:
     return [torch.bincount(p.kept // p.layout.size, minlength=p.layout.groups).tolist() for p in pairs]
 
 
+@pytest.mark.sampled(pairs=True)
 @pytest.mark.parametrize("allocation", ["uniform", "adaptive"])
 @pytest.mark.parametrize("sparsity", [0.1, 0.3])
 @every_case
@@ -196,6 +199,7 @@ def test_pruned_model_has_reached_its_sparsity(name: str, cut: str, sparsity: fl
         assert model(random_tokens()).logits.isfinite().all()
 
 
+@pytest.mark.sampled(pairs=True)
 @pytest.mark.parametrize("then", ["uniform", "adaptive"])
 @every_case
 def test_model_is_pruned_further_to_the_sparsity_that_was_asked(name: str, cut: str, then: str) -> None:

@@ -37,6 +37,7 @@ def highest_sparsity(model: nn.Module, attention: str) -> float:
     return float(re.search(r"at most (\d\.\d+)", str(caught.value)).group(1))
 
 
+@pytest.mark.sampled(pairs=True)
 @GRID
 @ATTENTION
 @pytest.mark.parametrize("family", TINY)
@@ -52,6 +53,7 @@ def test_removed_parameters_are_what_was_asked_within_half_a_column_a_block(
     assert widths.sparsity == pytest.approx(sum(removed) / widths.linear_parameters)
 
 
+@pytest.mark.sampled
 @ATTENTION
 @pytest.mark.parametrize("family", TINY)
 def test_pruned_model_has_the_widths_and_parameters_that_were_planned(family: str, attention: str) -> None:

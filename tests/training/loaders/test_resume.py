@@ -115,6 +115,7 @@ def same(ours: list[Tensor], theirs: list[Tensor]) -> bool:
     return len(ours) == len(theirs) and all(map(torch.equal, ours, theirs))
 
 
+@pytest.mark.sampled(pairs=True)
 @pytest.mark.parametrize("accumulate", [1, 2])
 @pytest.mark.parametrize("workers", [0, 1])
 @pytest.mark.parametrize("streamed", [False, True], ids=["map", "stream"])
@@ -129,6 +130,7 @@ def test_a_resumed_run_sees_the_batches_of_the_uninterrupted_one(
         assert same(resumed, whole[stop:]), f"stopped after batch {stop}"
 
 
+@pytest.mark.sampled(pairs=True)
 @pytest.mark.parametrize("streamed", [False, True], ids=["map", "stream"])
 @pytest.mark.parametrize("limits", [{}, {"max_epochs": -1, "max_steps": EPOCHS * BATCHES}], ids=["epochs", "steps"])
 @pytest.mark.parametrize("validation", [0, 1])

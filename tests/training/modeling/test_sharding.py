@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +12,7 @@ from types import SimpleNamespace
 import lightning as L
 import pytest
 import torch
+from processes import free_port
 from tiny import random_tokens
 from tiny_pruning import BOTH, pruned
 from torch.utils.data import DataLoader
@@ -53,12 +53,6 @@ found["loss"] = trainer.callback_metrics["val_loss"].item()
 with open(f"{out}/rank{trainer.global_rank}.json", "w") as file:
     json.dump(found, file)
 """
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 @pytest.fixture

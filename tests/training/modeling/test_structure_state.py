@@ -61,6 +61,7 @@ def assert_loads(source: UserModule, target: UserModule) -> None:
     assert torch.equal(*logits)
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("before", [0.0, 0.1, 0.3], ids=["dense", "less", "more"])
 @pytest.mark.parametrize("saved", [0.0, 0.2], ids=["dense", "pruned"])
 def test_shapes_come_from_the_state(saved: float, before: float, family: str) -> None:

@@ -1,13 +1,9 @@
-"""One tiny run that stops or kills itself at a given point, and goes on from its newest checkpoint when called again.
-
-``python resume_run.py FOLDER RUN STOP`` does the same in a process of its own; RUN and STOP are JSON.
-"""
+"""One tiny run that stops or kills itself at a given point, and if run again goes on from its newest checkpoint."""
 
 from __future__ import annotations
 
 import json
 import random
-import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -204,8 +200,3 @@ def falling(optimizer: torch.optim.Optimizer) -> Any:
 def watching(optimizer: torch.optim.Optimizer) -> ReduceLROnPlateau:
     """A learning rate that falls after each validation: none is so much better than the first."""
     return ReduceLROnPlateau(optimizer, "val_loss", factor=0.7, patience=0, threshold=10.0)
-
-
-if __name__ == "__main__":
-    where, what, end = sys.argv[1:]
-    fit(Run(**json.loads(what)), Path(where), Stop(**json.loads(end)))

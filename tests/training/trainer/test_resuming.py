@@ -6,17 +6,15 @@ logged metric at each step. ``make test`` tries some points, ``make laws`` every
 
 from __future__ import annotations
 
-import json
 import shutil
 import signal
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from processes import run_script
+from processes import run_forked
 from resume_run import Lines, Run, fit, newest
 from resume_stops import BATCHES, EPOCHS, Stop, StoppedError
 from tiny_text import words, write_rows
@@ -90,8 +88,7 @@ def stop_by_error(run: Run, folder: Path, stop: Stop) -> None:
 
 def stop_by_kill(run: Run, folder: Path, stop: Stop) -> None:
     """With SIGKILL, in a process of its own."""
-    script = Path(__file__).with_name("resume_run.py")
-    ((status, errors),) = run_script(script, folder, json.dumps(asdict(run)), json.dumps(asdict(stop)))
+    ((status, errors),) = run_forked(fit, folder, (run, folder, stop))
     assert status == -signal.SIGKILL, errors
     assert not (folder / "outcome.pt").exists()
 
