@@ -19,7 +19,7 @@ help:
 	@echo "make demo      prune SmolLM2-135M by 20 % and show what it costs (outputs/demo)"
 	@echo "make test      lint, types, import contracts, tests"
 	@echo "make test-gpu  the tests that need CUDA"
-	@echo "make laws      stop, kill and resume runs at every point (about a quarter of an hour)"
+	@echo "make laws      stop, kill and resume runs at every point (about seven minutes)"
 	@echo "make lint      lint, types and import contracts alone"
 	@echo "make clean     remove what these commands installed and cached; outputs/ stays"
 	@echo "Options: PYTHON=/path/to/python3, ARGS='further arguments of fasp or pytest', JOBS=processes of the tests"

@@ -86,7 +86,8 @@ class Draw:
                 return
         if left == -(-self.sequences // count):
             raise FaspError(
-                f"calibration data must give each of {count} processes a batch, got none for process {rank}"
+                f"calibration data must give each of {count} processes a batch, got none for process {rank}; "
+                "give more sequences"
             )
 
     def _read(self, rank: int, count: int) -> Iterator[Any]:

@@ -7,15 +7,11 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
-from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from runs import FFN_ONLY, HALF_FFN, Batches, Memory, UserModule, half, loader, trainer
 from tiny import tiny_model
 
 from fasp_lightning import FASPPruner, PruningConfig, load_pruned, perplexity
-from fasp_lightning.structure.adapters import has_adapters
 from fasp_lightning.training.callback import FASPPruning
-from fasp_lightning.training.modeling.lora import LoRAConfig
-from fasp_lightning.training.modeling.structure_state import KEY
 
 TWO = [{"step": 2, "sparsity": 0.1}, {"step": 5, "sparsity": 0.2}]
 
@@ -100,14 +96,6 @@ def test_perplexities_tell_one_story(tmp_path: Any) -> None:
     assert len({first.perplexity_before, first.perplexity_pruned, second.perplexity_before}) == 3
 
 
-def test_run_without_validation_data_is_pruned_and_not_measured(tmp_path: Any) -> None:
-    module, callback = UserModule(tiny_model("llama").train()), half()
-    callback.validation_batches = 2
-    trainer(tmp_path, callback).fit(module, loader())
-    assert callback.records[0].perplexity_before is None
-    assert module.lm.config.intermediate_size == 24
-
-
 def test_an_event_disturbs_neither_order_nor_random_state_of_the_training(tmp_path: Any) -> None:
     runs = []
     for step in (2, 7):
@@ -115,95 +103,6 @@ def test_an_event_disturbs_neither_order_nor_random_state_of_the_training(tmp_pa
         fit(tmp_path, half(step, validation_batches=2), batches, data=loader(shuffle=True), max_steps=25)
         runs.append(batches.seen)
     assert runs[0] == runs[1]
-
-
-class Spoiling(L.Callback):
-    """Makes the pruned model look worse than the dense one, as it usually does."""
-
-    def __init__(self, *losses: float) -> None:
-        self.losses = list(losses)
-
-    def on_validation_epoch_end(self, trainer: Any, pl_module: Any) -> None:
-        if not trainer.sanity_checking:
-            pl_module.log("worse", self.losses.pop(0))
-
-
-def test_best_is_never_the_dense_model(tmp_path: Any) -> None:
-    best = ModelCheckpoint(tmp_path / "best", monitor="worse", filename="{step}")
-    stopping = EarlyStopping("worse", patience=2, check_finite=True)
-    options = dict(max_steps=-1, max_epochs=6, limit_train_batches=2, enable_checkpointing=True)
-    run, _ = fit(tmp_path, half(4), Spoiling(1.0, 1.1, 9.0, 8.0, 7.0, 7.5), best, stopping, **options)
-    assert run.current_epoch == 6  # the dense model's loss did not end the recovery
-    state = torch.load(best.best_model_path, weights_only=True)["state_dict"]
-    assert best.best_model_score == 7.0
-    assert state["lm.model.layers.0.mlp.down_proj.weight"].shape[1] == 24
-    assert KEY in state
-
-
-def test_learning_rate_does_not_fall_for_want_of_the_dense_models_loss(tmp_path: Any) -> None:
-    class Watching(UserModule):
-        def configure_optimizers(self) -> Any:
-            optimizer = super().configure_optimizers()
-            self.plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, patience=1)
-            return {"optimizer": optimizer, "lr_scheduler": {"scheduler": self.plateau, "monitor": "worse"}}
-
-    module = Watching(tiny_model("llama").train())
-    spoiling = Spoiling(1.0, 1.1, 9.0, 8.0, 7.0, 6.0)
-    run = trainer(tmp_path, half(4), spoiling, max_steps=-1, max_epochs=6, limit_train_batches=2)
-    run.fit(module, loader(), loader(4))
-    assert module.plateau.best == 6.0
-    assert run.optimizers[0].param_groups[0]["lr"] == 1e-2
-
-
-def test_stale_metric_of_the_dense_model_is_no_score_of_the_pruned(tmp_path: Any) -> None:
-    best = ModelCheckpoint(tmp_path / "best", monitor="worse", filename="{step}", every_n_train_steps=1)
-    options = dict(max_steps=6, limit_train_batches=2, enable_checkpointing=True)
-    fit(tmp_path, half(4), Spoiling(1.0, 1.1, 9.0), best, **options)
-    state = torch.load(best.best_model_path, weights_only=True)["state_dict"]
-    assert state["lm.model.layers.0.mlp.down_proj.weight"].shape[1] == 24
-
-
-@pytest.mark.parametrize("recovery", ["none", "full", "lora"])
-def test_recovery_decides_what_trains(recovery: str, tmp_path: Any) -> None:
-    class Trained(L.Callback):
-        def __init__(self) -> None:
-            self.steps: list[set[str]] = []
-
-        def on_train_batch_start(self, trainer: Any, pl_module: Any, *_: Any) -> None:
-            self.before = {name: value.clone() for name, value in pl_module.named_parameters()}
-
-        def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
-            moved = {name for name, value in pl_module.named_parameters() if not torch.equal(value, self.before[name])}
-            self.steps.append({"lora" if "lora_" in name else "head" if "norm" in name else "base" for name in moved})
-
-    model = tiny_model("llama").train()
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_("norm" in name)  # the user trains norms alone
-    trained = Trained()
-    module = UserModule(model)
-    callback = half(2, recovery=recovery, lora=LoRAConfig(rank=2))
-    trainer(tmp_path, callback, trained, max_steps=5).fit(module, loader())
-    after = {"none": {"head"}, "full": {"head", "base"}, "lora": {"lora"}}[recovery]
-    # B starts at zero, so that A has no gradient in the first step
-    assert trained.steps == [{"head"}, {"head"}, after, after, after]
-    assert not has_adapters(module.lm)
-    assert {name for name, one in module.lm.named_parameters() if one.requires_grad} == {
-        name for name, _ in module.lm.named_parameters() if recovery == "full" or "norm" in name
-    }
-
-
-def test_run_after_one_that_an_error_ended_has_its_own_adapters(tmp_path: Any) -> None:
-    class Broken(L.Callback):
-        def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
-            if trainer.global_step == 3:
-                raise KeyError("broken")
-
-    module, callback = UserModule(tiny_model("llama").train()), half(2, recovery="lora")
-    with pytest.raises(KeyError):
-        trainer(tmp_path, callback, Broken()).fit(module, loader())
-    trainer(tmp_path, callback, max_steps=4).fit(module, loader())
-    assert not has_adapters(module.lm)
-    assert all(one.requires_grad for one in module.lm.parameters())
 
 
 def test_merged_model_is_the_one_that_was_measured(tmp_path: Any) -> None:

@@ -1,4 +1,4 @@
-"""What a user sees of an event: bars beside Lightning's own, a table, and TensorBoard."""
+"""What a user sees of an event: a table, and TensorBoard."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch.callbacks import RichProgressBar, TQDMProgressBar
+from lightning.pytorch.callbacks import TQDMProgressBar
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from runs import FFN_ONLY, UserModule, half, loader, trainer
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -24,28 +24,10 @@ def fit(tmp_path: Any, *callbacks: Any, **options: Any) -> None:
     run.fit(UserModule(tiny_model("llama").train()), loader(), loader(4))
 
 
-def test_tqdm_shows_the_pruning_between_training_bars(tmp_path: Any, capsys: Any) -> None:
+def test_table_is_printed_above_the_bar(tmp_path: Any, capsys: Any) -> None:
     fit(tmp_path, half(3), TQDMProgressBar())
     shown = capsys.readouterr()
-    assert "pruning to 26.5%" in shown.err + shown.out
-    assert "block 2/2, apply" in shown.err + shown.out
     assert all(title in shown.out + shown.err for title in TITLES)
-
-
-def test_rich_shows_the_pruning_as_a_task_of_its_own(tmp_path: Any) -> None:
-    seen: list[tuple[str, float | None, float]] = []
-
-    class Bar(RichProgressBar):
-        def refresh(self, hard: bool = False) -> None:
-            super().refresh(hard)
-            assert self.progress is not None
-            seen.extend((task.description, task.total, task.completed) for task in self.progress.tasks)
-
-    bar = Bar()
-    fit(tmp_path, half(3), bar)
-    pruning = [entry for entry in seen if "pruning to 26.5%" in entry[0]]
-    assert pruning[-1][1:] == (16, 16)  # 4 batches, statistics and output of 2 blocks
-    assert "pruning" not in seen[-1][0]  # it is gone when the training goes on
 
 
 def test_table_is_logged_where_there_is_no_bar(tmp_path: Any, caplog: Any) -> None:

@@ -83,9 +83,7 @@ def check_export(model: PreTrainedModel, path: str | Path, form: str, overwrite:
     choose_form(form, spec_for(model), cuts)
     kept = [name for name, module in model.named_modules() if hasattr(module, "modules_to_save")]
     if kept:
-        raise FaspError(
-            f"model must have no modules_to_save to be exported, got {kept[0]}; leave out modules_to_save, or export_to"
-        )
+        raise FaspError(f"model must have no modules_to_save to be exported, got {kept[0]}; drop one of the two")
 
 
 def _save_dense(model: PreTrainedModel, path: Path, tokenizer: Any, form: str) -> Path:
