@@ -89,11 +89,7 @@ def _holds(state: dict[str, Any], module: nn.Module, model: nn.Module, prefix: s
 
 
 def _add_adapters(module: nn.Module, state: dict[str, Any], prefix: str) -> None:
-<<<<<<< HEAD
-    """Complete a state dict without adapters, so that a module with them loads it; they keep their values."""
-=======
     """Let a state dict without adapters load into a module with adapters, which keep their values."""
->>>>>>> 5a914a8
     for key, value in module.state_dict(prefix=prefix).items():
         plain = key.replace(".base_layer.", ".")
         if plain != key and plain in state:
