@@ -240,7 +240,8 @@ def test_a_missing_test_text_does_not_hinder_training(make: Any, rows: str) -> N
 
 
 def test_init_reads_no_file(tmp_path: Path) -> None:
-    CausalLMDataModule("no/such-tokenizer", train=[TextConfig(str(tmp_path / "missing.jsonl"))])
+    data = CausalLMDataModule("no/such-tokenizer", train=[TextConfig(str(tmp_path / "missing.jsonl"))])
+    assert [text.source for text in data.roles.texts["train"]] == [str(tmp_path / "missing.jsonl")]
 
 
 def test_a_datamodule_without_a_tokenizer_says_so(make: Any) -> None:
