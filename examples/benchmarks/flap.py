@@ -124,7 +124,7 @@ def consumers_of(model: nn.Module, heads: bool) -> list[Consumer]:
 
 def _consumer(pair: ResolvedPair, attention: str | None) -> Consumer:
     device = pair.consumer.weight.device
-    columns, cost = torch.arange(pair.columns, device=device), pair.column_cost
+    columns, cost = torch.arange(pair.columns, device=device), pair.unit_cost
     if pair.spec.kind == "value":
         cost = _head_cost(pair, pair.block.get_submodule(attention or ""))
     units = pair.layout.groups if pair.spec.kind == "value" else pair.columns

@@ -1,1 +1,1 @@
-"""Floor 4: the command line. The only floor that prints."""
+"""The top floor: the command line, which prints tables and refusals."""

@@ -26,7 +26,7 @@ from fasp_lightning.text.config import TextConfig
 
 @dataclass(frozen=True)
 class Setup:
-    """A job whose widths are decided; no weight was read.
+    """A job whose budget is decided; no weight was read.
 
     Attributes:
         source: The model's source.
@@ -71,7 +71,7 @@ class Setup:
 
 
 def set_up(job: PruneJob) -> Setup:
-    """Decide widths, device, dtype and form.
+    """Decide budget, device, dtype and form.
 
     Raises:
         FaspError: If the model is of no known family, the sparsity cannot be reached, the form cannot hold

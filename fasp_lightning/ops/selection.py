@@ -25,10 +25,10 @@ def select_columns(scores: Tensor, keep: int, groups: int = 1) -> Tensor:
     Raises:
         FaspError: If ``groups`` does not divide n, or ``keep`` is not between 1 and the group's size.
     """
-    width = scores.numel()
-    if groups < 1 or width % groups:
-        raise FaspError(f"groups must divide the number of columns {width}, got {groups}")
-    size = width // groups
+    columns = scores.numel()
+    if groups < 1 or columns % groups:
+        raise FaspError(f"groups must divide the number of columns {columns}, got {groups}")
+    size = columns // groups
     if not 1 <= keep <= size:
         raise FaspError(f"keep must be in [1, {size}], got {keep}")
     order = scores.reshape(groups, size).sort(dim=1, descending=True, stable=True).indices
@@ -37,8 +37,8 @@ def select_columns(scores: Tensor, keep: int, groups: int = 1) -> Tensor:
     return (kept + offsets).reshape(-1)
 
 
-def complement(kept: Tensor, width: int) -> Tensor:
-    """Ascending indices in range(width) that are not in ``kept``."""
-    removed = torch.ones(width, dtype=torch.bool, device=kept.device)
+def complement(kept: Tensor, columns: int) -> Tensor:
+    """Ascending indices in range(columns) that are not in ``kept``."""
+    removed = torch.ones(columns, dtype=torch.bool, device=kept.device)
     removed[kept] = False
     return removed.nonzero().squeeze(1)

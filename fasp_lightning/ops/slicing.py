@@ -27,18 +27,18 @@ def shrink(parameter: Tensor, index: Tensor, dim: int) -> None:
 
 
 @torch.no_grad()
-def expand(compact: Tensor, index: Tensor, dim: int, width: int) -> Tensor:
-    """Inverse of :func:`shrink` with zeros: put the slices at ``index`` of a zero tensor of size ``width``.
+def expand(compact: Tensor, index: Tensor, dim: int, size: int) -> Tensor:
+    """Inverse of :func:`shrink` with zeros: put the slices at ``index`` of a zero tensor of size ``size``.
 
     Args:
         compact: Tensor with m entries in dimension ``dim``.
         index: (m,) positions in the full dimension.
         dim: The dimension to widen.
-        width: Full size of that dimension.
+        size: Full size of that dimension.
 
     Returns:
         The widened tensor.
     """
     shape = list(compact.shape)
-    shape[dim] = width
+    shape[dim] = size
     return compact.new_zeros(shape).index_copy_(dim, index.to(compact.device), compact)

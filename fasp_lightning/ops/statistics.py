@@ -29,7 +29,7 @@ class GramStatistics:
     over tokens, so those of several processes add up. A token of weight w counts in all of them as w tokens would.
 
     Args:
-        width: Number n of input columns.
+        columns: Their number n, one an input of the consumer.
         device: Where the sums live.
 
     Attributes:
@@ -37,12 +37,12 @@ class GramStatistics:
         tokens: Σ weight over the rows seen; their number where none has a weight.
     """
 
-    def __init__(self, width: int, device: torch.device | str) -> None:
-        self.width = width
-        self._partial = torch.zeros(width, width, dtype=torch.float32, device=device)
+    def __init__(self, columns: int, device: torch.device | str) -> None:
+        self.columns = columns
+        self._partial = torch.zeros(columns, columns, dtype=torch.float32, device=device)
         self._pending = 0
-        self._flushed = self._partial.double() if width <= DOUBLE_LIMIT else self._partial
-        self.sums = torch.zeros(width, dtype=torch.float64, device=device)
+        self._flushed = self._partial.double() if columns <= DOUBLE_LIMIT else self._partial
+        self.sums = torch.zeros(columns, dtype=torch.float64, device=device)
         self.tokens = 0.0
 
     def update(self, inputs: Tensor, weight: float = 1.0) -> None:
@@ -53,15 +53,15 @@ class GramStatistics:
                 float32 in which they are summed up within the batch.
             weight: How much each row counts: G grows by weight · X Xᵀ, the sums by weight · Σ x.
         """
-        if inputs.ndim != 2 or inputs.shape[1] != self.width:
-            raise FaspError(f"inputs must be (tokens, {self.width}), got {tuple(inputs.shape)}")
+        if inputs.ndim != 2 or inputs.shape[1] != self.columns:
+            raise FaspError(f"inputs must be (tokens, {self.columns}), got {tuple(inputs.shape)}")
         self.tokens += weight * inputs.shape[0]
         self._pending += inputs.shape[0]
         self.sums += weight * inputs.sum(0, dtype=torch.float64 if inputs.device.type == "cpu" else torch.float32)
         inputs = _summable(inputs)
-        step = max(PANEL_WIDTH, -(-self.width // PANELS))
-        for start in range(0, self.width, step):
-            end = min(start + step, self.width)
+        step = max(PANEL_WIDTH, -(-self.columns // PANELS))
+        for start in range(0, self.columns, step):
+            end = min(start + step, self.columns)
             # rows start..end of the lower triangle: everything left of, and including, the diagonal block
             _add_product(self._partial[start:end, :end], inputs[:, start:end].T, inputs[:, :end], weight)
         if self._pending >= FLUSH_TOKENS:

@@ -20,8 +20,8 @@ class ProgressEvent:
         block: Index of the block, from 0.
         blocks: Number of blocks.
         phase: ``"sensitivity"``, ``"statistics"`` or ``"apply"``.
-        done: Units of work done.
-        total: Units of work in all: calibration samples times passes over them.
+        done: Passes of one calibration sample through one block that are done.
+        total: Likewise in all.
     """
 
     block: int
@@ -35,16 +35,14 @@ Progress = Callable[[ProgressEvent], None]
 
 
 class WorkCounter:
-    """Counts units of work, and calls the progress callback after each.
-
-    A unit is one pass of one calibration sample through one block.
+    """Counts passes of one calibration sample through one block, and calls the progress callback after each.
 
     Args:
         progress: The callback; ``None`` counts only.
         blocks: Number of blocks.
 
     Attributes:
-        passes: How often the pruning of this round will go over its calibration set.
+        passes: How often this round will go over its whole calibration set.
         later_rounds: Rounds after the present one, each taken to be as long.
     """
 
@@ -55,12 +53,12 @@ class WorkCounter:
         self.passes = 0
         self.later_rounds = 0
 
-    def expect(self, units: int) -> None:
-        """Set how many units are still to be done in this round, as far as is known now."""
-        self._total = self._done + units * (1 + self.later_rounds)
+    def expect(self, passes: int) -> None:
+        """Set how many passes are still to be done in this round, as far as is known now."""
+        self._total = self._done + passes * (1 + self.later_rounds)
 
     def count(self, block: int, phase: str) -> None:
-        """Count one unit as done.
+        """Count one pass as done.
 
         Args:
             block: Index of the block.

@@ -61,7 +61,7 @@ class FASPPruner:
                 (the name of its text: each text has its share of the tokens that are held back, or that loss
                 sensitivity is measured on); read once. Padding enters no statistic. Or what :meth:`prepare` made of
                 them.
-            progress: Called after each unit of work.
+            progress: Called after each pass of a sample through a block.
             processes: Those that hold copies of this model and call this together, each with batches of its own:
                 statistics are summed, one solves, all cut alike. By default this process alone.
 
@@ -116,7 +116,7 @@ class FASPPruner:
         Args:
             model: The model, which stays as it is.
             batches: As for :meth:`prune`, as the other arguments.
-            progress: Called after each unit of work.
+            progress: Called after each pass of a sample through a block.
             processes: Those that call this together.
 
         Raises:

@@ -103,7 +103,7 @@ class ResolvedPair:
             self.consumer.bias.copy_(bias)
 
     @property
-    def column_cost(self) -> int:
+    def unit_cost(self) -> int:
         """Parameters that go with one unit: its consumer columns, and its producer rows with their bias entries."""
         unit = torch.zeros(1, dtype=torch.long)
         cost = self.outputs * self.layout.columns(unit).numel()

@@ -19,7 +19,7 @@ CALIBRATION = "calibration"
 
 @dataclass(frozen=True)
 class TokenBatch:
-    """A batch of token ids, checked, whichever form it was given in.
+    """A batch of token ids, checked, however it was given.
 
     Attributes:
         input_ids: (batch, seq) int64 token ids.

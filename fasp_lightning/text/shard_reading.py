@@ -26,7 +26,7 @@ class ShardReader:
         cursor: Where to begin: pass over the text, document of the part, token after that document's start.
 
     Attributes:
-        cursor: Where the next sequence begins, in the same form.
+        cursor: Where the next sequence begins, given likewise.
     """
 
     def __init__(

@@ -93,13 +93,13 @@ def report_structure(trainer: Trainer, model: PreTrainedModel, perplexity: float
         perplexity: On the validation batches.
         before: Whether this is the model before an event.
     """
-    widths = present_budget(model)
+    budget = present_budget(model)
     scalars = {
-        "fasp/sparsity": widths.sparsity,
-        "fasp/sparsity_total": widths.sparsity_total,
-        "fasp/parameters": float(widths.parameters_after),
+        "fasp/sparsity": budget.sparsity,
+        "fasp/sparsity_total": budget.sparsity_total,
+        "fasp/parameters": float(budget.parameters_after),
     }
-    pairs = {f"fasp_width/{pair.layer}": float(pair.dims_left) for block in widths.pairs for pair in block}
+    pairs = {f"fasp_width/{pair.layer}": float(pair.dims_left) for block in budget.pairs for pair in block}
     measured = {} if perplexity is None else {"fasp/perplexity": perplexity}
     publish(trainer, scalars | pairs | measured, max(0, trainer.global_step - before))
 

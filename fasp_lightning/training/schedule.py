@@ -80,7 +80,7 @@ class PruningSchedule:
         if isinstance(self.events, (str, Mapping)) or not isinstance(self.events, Iterable):
             raise FaspError(
                 f"schedule must be a list of entries such as {{step: 5, sparsity: 0.1}}, got {self.events!r}; "
-                "PruningSchedule.parse takes other forms"
+                "PruningSchedule.parse takes other notations"
             )
         events = tuple(_event(index, entry) for index, entry in enumerate(self.events))
         if not events:
@@ -101,13 +101,13 @@ class PruningSchedule:
 
     @classmethod
     def linear(cls, final_sparsity: float, *, every_n_steps: int, rounds: int, start_step: int = 0) -> PruningSchedule:
-        """The same number of parameters in every round: s_k = s_f · k/n, k = 1..n.
+        """The same number of parameters at every event: s_k = s_f · k/n, k = 1..n.
 
         Args:
-            final_sparsity: s_f, the sparsity after the last round.
-            every_n_steps: Optimizer steps between two rounds.
-            rounds: n.
-            start_step: Optimizer step before which the first round happens.
+            final_sparsity: s_f, the sparsity after the last event.
+            every_n_steps: Optimizer steps between two events.
+            rounds: n, the number of events.
+            start_step: Optimizer step before which the first event happens.
         """
         return cls(_rounds(lambda done: done, final_sparsity, start_step, every_n_steps, rounds))
 
@@ -119,10 +119,10 @@ class PruningSchedule:
         compression", 2017, arXiv:1710.01878, equation 1, from an initial sparsity of 0.
 
         Args:
-            final_sparsity: s_f, the sparsity after the last round.
-            every_n_steps: Optimizer steps between two rounds.
-            rounds: n.
-            start_step: Optimizer step before which the first round happens.
+            final_sparsity: s_f, the sparsity after the last event.
+            every_n_steps: Optimizer steps between two events.
+            rounds: n, the number of events.
+            start_step: Optimizer step before which the first event happens.
         """
         return cls(_rounds(lambda done: 1 - (1 - done) ** 3, final_sparsity, start_step, every_n_steps, rounds))
 

@@ -68,12 +68,12 @@ def test_every_block_is_resolved_in_the_order_of_the_forward_pass(family: str) -
 def test_cut_removes_the_cost_of_each_unit(family: str, kind: str) -> None:
     model = tiny_model(family)
     pair, before, linear = pair_of(model, kind), parameter_count(model), linear_parameters(model, spec_for(model))
-    cost, width = pair.column_cost, pair.layout.width
+    cost, width = pair.unit_cost, pair.layout.width
     kept = some_units(pair)
     pair.cut(kept)
     assert before - parameter_count(model) == (width - kept.numel()) * cost
     assert linear - linear_parameters(model, spec_for(model)) == (width - kept.numel()) * cost
-    assert pair.column_cost == cost
+    assert pair.unit_cost == cost
     assert pair.kept.tolist() == kept.tolist()
 
 

@@ -92,7 +92,7 @@ def dead(case: Case) -> tuple[Any, float]:
             pair.consumer.weight[:, pair.layout.columns(units)] = 0
             for place, producer in enumerate(pair.producers):
                 producer.weight[pair.layout.unit_rows(place, units)] = 0
-            gone += len(units) * pair.column_cost
+            gone += len(units) * pair.unit_cost
     return model, gone / (2 * (4 * 32 * 32 + 3 * 32 * 48))
 
 

@@ -17,7 +17,7 @@ from fasp_lightning.errors import FaspError
 from fasp_lightning.ops.statistics import GramStatistics
 from fasp_lightning.pruning.blocks.samples import Call, Sample, Stored
 from fasp_lightning.pruning.blocks.session import Session
-from fasp_lightning.pruning.blocks.standins import Fixed, Narrow, Recorder, Tap, first, form, stand_ins, with_first
+from fasp_lightning.pruning.blocks.standins import Fixed, Narrow, Recorder, Tap, first, skeleton, stand_ins, with_first
 from fasp_lightning.pruning.blocks.store import TensorStore
 from fasp_lightning.structure.pair import ResolvedPair
 
@@ -26,11 +26,11 @@ class _Attended(NamedTuple):
     """What the attention module returns on one sample.
 
     Attributes:
-        form: Form of the output (a tensor or a tuple).
+        skeleton: Of the output: whether it is a tensor or a tuple.
         hidden: The hidden states in it.
     """
 
-    form: Any
+    skeleton: Any
     hidden: Stored
 
 
@@ -38,11 +38,11 @@ class _Own(NamedTuple):
     """What the attention module returns on one sample if nothing comes from its consumer.
 
     Attributes:
-        form: Form of the output.
+        skeleton: Of the output.
         hidden: The hidden states in it, such as Bloom's residual; ``None`` where they are zero, as for most families.
     """
 
-    form: Any
+    skeleton: Any
     hidden: Stored | None
 
 
@@ -144,11 +144,11 @@ class BlockReplay:
             self._run(number, {**replacements, path: tap}, "forward")
         output = first(tap.value)
         if not pair.spec.inside_attention:
-            self._attention[number] = _Attended(form(tap.value), self.session.store.put(output))
+            self._attention[number] = _Attended(skeleton(tap.value), self.session.store.put(output))
             return
         # the consumer returned zeros: what is not zero is the module's own
         kept = self.session.store.put(output) if output.any() else None
-        self._own[number] = _Own(form(tap.value), kept)
+        self._own[number] = _Own(skeleton(tap.value), kept)
 
     def _recorder(self, pair: ResolvedPair, sink: Any) -> Recorder:
         return Recorder(self.block.get_submodule(pair.spec.consumer), pair.outputs, sink)
@@ -170,7 +170,7 @@ class BlockReplay:
             return {}
         path, output = str(self._attention_path), self._attention[number]
         fixed = Fixed(self.block.get_submodule(path))
-        fixed.value = with_first(output.form, self.session.store.get(output.hidden))
+        fixed.value = with_first(output.skeleton, self.session.store.get(output.hidden))
         return {path: fixed}
 
     def finish(self, pair: ResolvedPair, kept: Tensor, inputs: list[Stored]) -> None:
@@ -193,7 +193,7 @@ class BlockReplay:
                 if own.hidden is not None:
                     output = store.get(own.hidden) + output
                     store.drop(own.hidden)
-                self._attention[number] = _Attended(own.form, store.put(output))
+                self._attention[number] = _Attended(own.skeleton, store.put(output))
 
     def _consume(self, recorded: _Recorded, number: int) -> Tensor:
         """Output of a cut consumer on its recorded inputs, which are dropped: they are the largest thing in memory."""

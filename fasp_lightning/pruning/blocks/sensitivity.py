@@ -18,7 +18,7 @@ from fasp_lightning.pruning.blocks.gradients import ConsumerScores
 from fasp_lightning.pruning.blocks.replay import call_block
 from fasp_lightning.pruning.blocks.samples import Sample, Stored
 from fasp_lightning.pruning.blocks.session import Session
-from fasp_lightning.pruning.blocks.standins import BlockTap, Fixed, first, form, stand_ins, with_first
+from fasp_lightning.pruning.blocks.standins import BlockTap, Fixed, first, skeleton, stand_ins, with_first
 from fasp_lightning.structure.modes import evaluating, frozen, placed, requiring_gradients
 from fasp_lightning.structure.pair import ResolvedPair
 from fasp_lightning.structure.registry import spec_for
@@ -139,7 +139,7 @@ class _Passes:
                 for sample, states in zip(samples, inputs, strict=True):
                     hidden = self.store.get(states[-1])
                     output = call_block(pair.block, sample.calls[index], hidden, self.store)
-                    returned = form(output)
+                    returned = skeleton(output)
                     states.append(self.store.put(first(output)))
         slopes = self._head(samples, [states.pop() for states in inputs], returned)
         for index in reversed(range(len(self.pairs))):

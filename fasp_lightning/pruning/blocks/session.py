@@ -22,7 +22,7 @@ class Session:
         store: Where the calibration set's tensors are kept between two uses; empty outside a ``with`` block of it.
         processes: Those that prune together.
         clock: Counts seconds by phase.
-        progress: Counts units of work.
+        progress: Counts passes of samples through blocks.
     """
 
     device: torch.device
@@ -44,7 +44,7 @@ class Session:
         Args:
             config: ``device`` and ``offload`` are read.
             pairs: The model's pairs; where they are is the compute device, if the settings name none.
-            progress: Called after each unit of work.
+            progress: Called after each pass of a sample through a block.
             processes: Those that prune together; by default this process alone.
         """
         here = next(pairs[0][0].block.parameters()).device

@@ -95,7 +95,7 @@ class BlockTap(StandIn):
     Args:
         original: The block.
         sink: Called with the positional and the named arguments of each call.
-        shape: Shared by the stand-ins of all blocks: empty, or the form of a block's output once it is known.
+        shape: Shared by the stand-ins of all blocks: empty, or the skeleton of a block's output once it is known.
     """
 
     def __init__(self, original: nn.Module, sink: Callable[[tuple[Any, ...], dict[str, Any]], None], shape: list[Any]):
@@ -104,16 +104,16 @@ class BlockTap(StandIn):
         self.shape = shape
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The hidden states, in the form in which the block would return them."""
+        """The hidden states, as the block would return them."""
         self.sink(args, kwargs)
         if not self.shape:
-            self.shape.append(form(self.__dict__["original"](*args, **kwargs)))
+            self.shape.append(skeleton(self.__dict__["original"](*args, **kwargs)))
         hidden = args[0] if args else kwargs["hidden_states"]
         return with_first(self.shape[0], hidden)
 
 
-def form(output: Any) -> Any:
-    """The form of a module's output, without the tensors in it."""
+def skeleton(output: Any) -> Any:
+    """The skeleton of a module's output: a tuple or a bare tensor, without the tensors."""
     return (None,) * len(output) if isinstance(output, tuple) else None
 
 
@@ -123,7 +123,7 @@ def first(output: Any) -> Tensor:
 
 
 def with_first(output: Any, value: Tensor) -> Any:
-    """An output of the same form with other hidden states, and nothing else in it."""
+    """An output of the same skeleton with other hidden states, and nothing else in it."""
     return (value, *(None,) * (len(output) - 1)) if isinstance(output, tuple) else value
 
 

@@ -12,11 +12,11 @@ from fasp_lightning.pruning.budget.widths import PRUNED, step_units
 from fasp_lightning.pruning.config import PruningConfig
 from fasp_lightning.structure.pair import ResolvedPair
 
-LEAST = 0.2
+LEAST_OF_UNIFORM = 0.2
 """A pair has lost at least this times what it would have lost uniformly, since it was whole: scores of untouched blocks
 are estimates too."""
 
-MOST = 0.7
+MOST_OF_UNITS = 0.7
 """A pair loses at most this fraction of its units, or half of what a uniform cut would leave if that is more."""
 
 
@@ -88,9 +88,9 @@ def _take(steps: list[_Steps], widths: list[PairWidth], wanted: int) -> list[int
     density, cost, owner, units = [], [], [], []
     for index, (step, width) in enumerate(zip(steps, widths, strict=True)):
         reach = step.units.cumsum(0) + width.original - width.before  # since the pair was whole
-        most = max(MOST * width.original, (width.original + width.original - width.after) / 2)
+        most = max(MOST_OF_UNITS * width.original, (width.original + width.original - width.after) / 2)
         allowed = (reach <= most) & (reach < width.original)
-        forced = reach <= LEAST * (width.original - width.after)
+        forced = reach <= LEAST_OF_UNIFORM * (width.original - width.after)
         density.append(torch.where(forced, -torch.inf, step.density)[allowed])
         units.append(step.units[allowed])
         cost.append(units[-1] * width.cost)

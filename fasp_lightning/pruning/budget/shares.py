@@ -10,16 +10,16 @@ from fasp_lightning.structure.pair import ResolvedPair
 
 def removed(pair: ResolvedPair) -> int:
     """Parameters of a pair that are gone."""
-    return (pair.layout.width - pair.kept.numel()) * pair.column_cost
+    return (pair.layout.width - pair.kept.numel()) * pair.unit_cost
 
 
 def size_of(pair: ResolvedPair) -> int:
     """Parameters of the original pair that go with its units, n_p · c_p."""
-    return pair.layout.width * pair.column_cost
+    return pair.layout.width * pair.unit_cost
 
 
 def share_to_remove(
-    pairs: list[list[ResolvedPair]], least: list[list[int | None]], sparsity: float, total: int, kept: str
+    pairs: list[list[ResolvedPair]], least: list[list[int | None]], sparsity: float, total: int, whole: str
 ) -> float:
     """r = R / Σ n_p c_p: the fraction that each pair to be pruned loses; below 1, since each keeps something.
 
@@ -28,7 +28,7 @@ def share_to_remove(
         least: Fewest units that each of them can be left with; ``None`` for those that are not pruned.
         sparsity: Fraction of ``total`` to remove, R = sparsity · total.
         total: P_all, the linear parameters in the blocks of the original model.
-        kept: What stays whole, for the message.
+        whole: What is not pruned at all, for the message.
 
     Raises:
         FaspError: If the sparsity cannot be reached; the message gives the highest one that can.
@@ -37,11 +37,11 @@ def share_to_remove(
         (pair, fewest) for block, row in zip(pairs, least, strict=True) for pair, fewest in zip(block, row, strict=True)
     ]
     removable = sum(
-        removed(pair) if fewest is None else (pair.layout.width - fewest) * pair.column_cost for pair, fewest in flat
+        removed(pair) if fewest is None else (pair.layout.width - fewest) * pair.unit_cost for pair, fewest in flat
     )
     if sparsity * total > removable:
         highest = math.floor(removable / total * 1e4) / 1e4
-        raise FaspError(f"sparsity must be at most {highest} with {kept} kept, got {sparsity}")
+        raise FaspError(f"sparsity must be at most {highest} with {whole} kept, got {sparsity}")
     sizes = [
         sum(size_of(pair) for pair, fewest in zip(block, row, strict=True) if fewest is not None)
         for block, row in zip(pairs, least, strict=True)

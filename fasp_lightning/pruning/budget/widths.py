@@ -95,7 +95,7 @@ def budget_towards(model: PreTrainedModel, config: PruningConfig, pairs: Pairs |
     if config.allocation == "adaptive":  # the sum alone is known: what the uniform widths are rounded to is not
         decided = [pair for block in pairs for pair in block if pair.spec.kind in pruned - {SHARED}]
         newly = round(config.sparsity * total) - gone
-        if newly <= max(step_units(pair, config) * pair.column_cost for pair in decided) / 2:
+        if newly <= max(step_units(pair, config) * pair.unit_cost for pair in decided) / 2:
             newly, widths = 0, tuple(tuple(replace(width, after=width.before) for width in block) for block in widths)
     return Budget(widths, total, parameters + gone, parameters, parameters - newly, attention, config.allocation)
 
@@ -159,7 +159,7 @@ def _block_units(block: list[ResolvedPair], pruned: set[str], share: float, conf
         elif pair.spec.kind in pruned:
             left -= _value_dims(pair.layout, share, config.head_balance)
         left = min(left, pair.kept.numel())
-        wanted -= (pair.layout.width - left) * pair.column_cost
+        wanted -= (pair.layout.width - left) * pair.unit_cost
         units.append(left)
     return units
 
@@ -173,7 +173,7 @@ def _value_dims(layout: PairLayout, share: float, head_balance: str) -> int:
 def _ffn_width(pair: ResolvedPair, wanted: float, multiple_of: int) -> int:
     """Width at which about ``wanted`` parameters are gone, to the nearest column, then to the nearest multiple."""
     width = pair.layout.width
-    left = width - round(max(wanted, 0.0) / pair.column_cost)
+    left = width - round(max(wanted, 0.0) / pair.unit_cost)
     if left < width:
         left = max(multiple_of, round(left / multiple_of) * multiple_of)
     return max(1, min(left, width))
@@ -183,8 +183,8 @@ def _groups_left(pairs: Pairs, counts: list[int], share: float, total: int, conf
     """The number of KV groups nearest to their share with which the FFNs can take up the rest."""
     layout = next(pair.layout for pair in pairs[0] if pair.spec.kind == "groups")
     ffns = [pair for block in pairs for pair in block if pair.spec.kind == "ffn"]
-    lowest = sum(removed(pair) - pair.column_cost / 2 for pair in ffns)
-    highest = sum((pair.layout.width - config.multiple_of) * pair.column_cost for pair in ffns)
+    lowest = sum(removed(pair) - pair.unit_cost / 2 for pair in ffns)
+    highest = sum((pair.layout.width - config.multiple_of) * pair.unit_cost for pair in ffns)
     found = []
     for count in counts:
         rest = _beside_groups(pairs, count, total, config)
@@ -202,7 +202,7 @@ def _beside_groups(pairs: Pairs, count: int, total: int, config: PruningConfig) 
     """Parameters that are to go from elsewhere when so many KV groups are left."""
     groups = [pair for block in pairs for pair in block if pair.spec.kind == "groups"]
     left = [min(count, pair.kept.numel()) for pair in groups]
-    gone = sum((pair.layout.width - units) * pair.column_cost for pair, units in zip(groups, left, strict=True))
+    gone = sum((pair.layout.width - units) * pair.unit_cost for pair, units in zip(groups, left, strict=True))
     return config.sparsity * total - gone
 
 
@@ -226,7 +226,7 @@ def _width(pair: ResolvedPair, left: int) -> PairWidth:
         before=pair.kept.numel(),
         after=left,
         columns=pair.columns,
-        cost=pair.column_cost,
+        cost=pair.unit_cost,
         head_size=pair.layout.head_size,
     )
 

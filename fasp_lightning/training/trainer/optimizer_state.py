@@ -39,9 +39,9 @@ def check_optimizer(optimizer: Optimizer) -> None:
         state = _state_of_probe(optimizer)
     for key, value in state.items():
         if not _follows_rule(value):
-            form = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+            found = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
             raise FaspError(
-                f"optimizer {name} must have state of its weight's shape {PROBE_SHAPE}, got {key} of {form}; {remedy}"
+                f"optimizer {name} must have state of its weight's shape {PROBE_SHAPE}, got {key} of {found}; {remedy}"
             )
 
 

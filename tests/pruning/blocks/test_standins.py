@@ -11,7 +11,7 @@ from tiny_pruning import BOTH, assert_unchanged, calibration, leftovers
 from torch import Tensor, nn
 
 from fasp_lightning import FASPPruner, apply_plan
-from fasp_lightning.pruning.blocks.standins import Fixed, Narrow, Recorder, Tap, first, form, stand_ins, with_first
+from fasp_lightning.pruning.blocks.standins import Fixed, Narrow, Recorder, Tap, first, skeleton, stand_ins, with_first
 from fasp_lightning.structure.compact import GatherColumns, inner
 
 
@@ -107,7 +107,7 @@ def test_a_fixed_output_is_given_once() -> None:
 @pytest.mark.parametrize("output", [torch.zeros(2), (torch.zeros(2),), (torch.zeros(2), torch.ones(3), None)])
 def test_an_output_keeps_its_form_with_other_hidden_states(output: Any) -> None:
     value = torch.full((2,), 7.0)
-    found = with_first(form(output), value)
+    found = with_first(skeleton(output), value)
     assert first(found) is value
     assert isinstance(found, tuple) == isinstance(output, tuple)
     if isinstance(output, tuple):

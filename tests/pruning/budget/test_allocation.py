@@ -13,7 +13,7 @@ from tiny_pruning import basic, calibration
 from torch import Tensor
 
 from fasp_lightning import FASPPruner, PruningConfig, spec_for
-from fasp_lightning.pruning.budget.allocation import LEAST, MOST, adaptive_budget
+from fasp_lightning.pruning.budget.allocation import LEAST_OF_UNIFORM, MOST_OF_UNITS, adaptive_budget
 from fasp_lightning.pruning.budget.widths import (
     PRUNED,
     SHARED,
@@ -71,7 +71,7 @@ def half_step(model: Any, config: PruningConfig) -> float:
     groups = config.attention == "kv_groups"
     kinds = PRUNED[decide_budget(model, config).attention] - {SHARED}
     pairs = chain.from_iterable(resolve_pruned(model, kv_groups=groups))
-    return max(step_units(pair, config) * pair.column_cost for pair in pairs if pair.spec.kind in kinds) / 2 + 0.5
+    return max(step_units(pair, config) * pair.unit_cost for pair in pairs if pair.spec.kind in kinds) / 2 + 0.5
 
 
 @pytest.mark.sampled(pairs=True)
@@ -97,7 +97,11 @@ def test_every_pair_loses_something_and_none_all(name: str, cut: str, seed: int)
         lost, evenly = pair.before - pair.after, even.before - even.after
         if pair.kind in kinds:
             step = max(step_units(one, config) for one in chain(*resolve_pruned(model)) if one.spec.kind == pair.kind)
-            assert LEAST * evenly - step < lost <= max(MOST * pair.original, (pair.original + evenly) / 2)
+            assert (
+                LEAST_OF_UNIFORM * evenly - step
+                < lost
+                <= max(MOST_OF_UNITS * pair.original, (pair.original + evenly) / 2)
+            )
         else:
             assert lost == evenly
 
@@ -111,7 +115,7 @@ def test_block_that_the_loss_depends_on_loses_the_least_it_may(sensitive: int) -
     scores = [[factor * score for score in block] for factor, block in zip(level, drawn(pairs, 0.0), strict=True)]
     lost = [block[-1].before - block[-1].after for block in adaptive_budget(uniform, pairs, scores, config).pairs]
     evenly = uniform.pairs[0][-1].before - uniform.pairs[0][-1].after
-    assert lost[sensitive] == int(LEAST * evenly)
+    assert lost[sensitive] == int(LEAST_OF_UNIFORM * evenly)
     assert abs(sum(lost) - 2 * evenly) <= 1
 
 
@@ -127,7 +131,7 @@ def test_block_that_has_lost_its_least_share_is_not_forced_again() -> None:
     uniform, scores = decide_budget(model, further), drawn(pairs, spread=0.0)
     scores[most] = [1e6 * score for score in scores[most]]
     found = adaptive_budget(uniform, pairs, scores, further)
-    assert LEAST * (uniform.pairs[most][-1].before - uniform.pairs[most][-1].after) >= 1
+    assert LEAST_OF_UNIFORM * (uniform.pairs[most][-1].before - uniform.pairs[most][-1].after) >= 1
     assert found.pairs[most][-1].after == found.pairs[most][-1].before
     assert found.pairs[1 - most][-1].after < found.pairs[1 - most][-1].before
 
@@ -142,8 +146,8 @@ def test_what_goes_is_less_sensitive_for_its_size_than_what_stays() -> None:
     for pair, even, score in zip(flat(found), flat(uniform), chain(*scores), strict=True):
         density = (score / pair.cost).sort().values
         lost = pair.before - pair.after
-        gone.append(density[int(LEAST * (even.before - even.after)) : lost])
-        left.append(density[lost : int(MOST * pair.original)])
+        gone.append(density[int(LEAST_OF_UNIFORM * (even.before - even.after)) : lost])
+        left.append(density[lost : int(MOST_OF_UNITS * pair.original)])
     assert all(part.numel() for part in gone)
     assert torch.cat(gone).max() < torch.cat(left).min()
 
@@ -158,7 +162,7 @@ def test_one_dim_of_every_head_goes_at_a_time_where_heads_are_even() -> None:
     found = adaptive_budget(uniform, pairs, scores, config)
     for pair, even in zip(flat(found), flat(uniform), strict=True):
         if pair.kind == "value":
-            assert pair.before - pair.after == 4 * int(LEAST * (even.before - even.after) / 4)
+            assert pair.before - pair.after == 4 * int(LEAST_OF_UNIFORM * (even.before - even.after) / 4)
 
 
 @pytest.mark.parametrize("multiple_of", [5, 8, 20])
