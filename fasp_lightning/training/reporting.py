@@ -85,7 +85,7 @@ def report_structure(trainer: Trainer, model: PreTrainedModel, perplexity: float
 
     To be called before and after each event and at the end of the run, so that charts show a stair at each event. What
     was before an event stands at the last step that was trained with it, one to the left; an event at step 0 has both
-    values at step 0, which charts draw as a vertical line.
+    values at step 0, of which a chart may draw the later one alone.
 
     Args:
         trainer: The Trainer.
