@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 
 from fasp_lightning.text.mixing import next_text
-from fasp_lightning.text.shard_reading import Encoder, ShardReader
 from fasp_lightning.text.shuffling import generator
+from fasp_lightning.text.token_shards import Encoder, ShardReader
 
 WINDOW = 256
 """Sequences, at least, that are shuffled at a time. A resumed worker packs its last window again."""

@@ -12,7 +12,7 @@ import torch
 from tiny_text import words
 from transformers import PreTrainedTokenizerFast
 
-from fasp_lightning.text import shard_reading, token_stream
+from fasp_lightning.text import token_shards, token_stream
 from fasp_lightning.text.packed_cache import pack
 from fasp_lightning.text.token_stream import TokenStream, as_batch
 
@@ -20,7 +20,7 @@ from fasp_lightning.text.token_stream import TokenStream, as_batch
 @pytest.fixture(autouse=True)
 def small_windows(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(token_stream, "WINDOW", 6)
-    monkeypatch.setattr(shard_reading, "GROUP_LENGTH", 300)
+    monkeypatch.setattr(token_shards, "GROUP_LENGTH", 300)
 
 
 def stream(

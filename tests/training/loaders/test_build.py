@@ -10,7 +10,7 @@ import pytest
 from tiny_text import words, write_rows
 from transformers import PreTrainedTokenizerFast
 
-from fasp_lightning.text import shard_reading, token_stream
+from fasp_lightning.text import token_shards, token_stream
 from fasp_lightning.text.config import TextConfig
 from fasp_lightning.text.role_cache import RoleCache
 from fasp_lightning.text.roles import RoleTexts, as_texts
@@ -27,7 +27,7 @@ CHANGES = [{}, {"seed": 1}, {"batch_size": 4}, {"world_size": 2}]
 @pytest.fixture(autouse=True)
 def small_windows(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(token_stream, "WINDOW", 6)
-    monkeypatch.setattr(shard_reading, "GROUP_LENGTH", 300)
+    monkeypatch.setattr(token_shards, "GROUP_LENGTH", 300)
 
 
 @pytest.fixture

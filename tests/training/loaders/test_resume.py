@@ -14,7 +14,7 @@ from tiny_text import words, write_rows
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-from fasp_lightning.text import shard_reading, token_stream
+from fasp_lightning.text import token_shards, token_stream
 from fasp_lightning.text.config import TextConfig
 from fasp_lightning.training.data import CausalLMDataModule
 
@@ -77,7 +77,7 @@ def texts(tmp_path: Path) -> list[TextConfig]:
 def make(texts: list[TextConfig], tiny_tokenizer: PreTrainedTokenizerFast, tmp_path: Path, monkeypatch: Any) -> Any:
     """A new datamodule, of the same text each time."""
     monkeypatch.setattr(token_stream, "WINDOW", 6)
-    monkeypatch.setattr(shard_reading, "GROUP_LENGTH", 200)
+    monkeypatch.setattr(token_shards, "GROUP_LENGTH", 200)
     other = write_rows(tmp_path / "other.jsonl", words(30, seed=2))
 
     def new(streamed: bool, workers: int, **options: Any) -> CausalLMDataModule:

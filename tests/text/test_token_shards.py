@@ -10,15 +10,15 @@ import pytest
 from tiny_text import words
 from transformers import PreTrainedTokenizerFast
 
-from fasp_lightning.text import shard_reading
+from fasp_lightning.text import token_shards
 from fasp_lightning.text.packed_cache import pack
-from fasp_lightning.text.shard_reading import Encoder, ShardReader
+from fasp_lightning.text.token_shards import Encoder, ShardReader
 from fasp_lightning.text.tokens import encode_documents
 
 
 @pytest.fixture(autouse=True)
 def small_groups(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shard_reading, "GROUP_LENGTH", 300)
+    monkeypatch.setattr(token_shards, "GROUP_LENGTH", 300)
 
 
 def reader(tokenizer: PreTrainedTokenizerFast, text: list[str], shard: int = 0, shards: int = 1, **options: Any):
