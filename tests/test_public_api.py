@@ -82,7 +82,7 @@ DEFAULTS = {
     "ridge": "original",
     "damping": 0.1,
     "refit_bias": True,
-    "multiple_of": 1,
+    "multiple_of": "auto",
 }
 
 

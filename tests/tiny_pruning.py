@@ -15,8 +15,8 @@ from fasp_lightning.pruning.config import OwnTextConfig
 
 
 def basic(sparsity: float = 0.2, **options: Any) -> PruningConfig:
-    """Settings without gradients and own text, but for what the options say; much faster on tiny models."""
-    return PruningConfig(sparsity, **{"score": "wanda", "own_text": None, **options})
+    """Settings without gradients, own text and multiples, but for what the options say; much faster on tiny models."""
+    return PruningConfig(sparsity, **{"score": "wanda", "own_text": None, "multiple_of": 1, **options})
 
 
 BOTH = basic(attention="value_dims")

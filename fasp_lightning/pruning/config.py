@@ -87,7 +87,10 @@ class PruningConfig:
         own_text: Text sampled from the model itself, mixed into the calibration text; null for none.
         rounds: Prune in this many even steps to the sparsity, each with statistics and loss sensitivity of what the
             last one left; the time grows with it.
-        multiple_of: Round the FFN widths that are left to a multiple of this.
+        multiple_of: Round the FFN widths that are left to the nearest multiple of this. "auto" is what kernels and
+            quantised formats work well on: the largest of 256, 128, 64 and 32 that is at most 1/32 of the width (of a
+            width below 1024: 32 if it divides by that, else 1). What is left over goes from value dims where they
+            are cut, and between blocks with adaptive allocation; the sparsity that results is the one reported.
         device: Device to compute on, block by block, such as "cuda" or "cpu"; by default where the model is.
         offload: Where the calibration set's hidden states and consumer inputs live: "cpu", "accelerator" or "disk".
         micro_batch_size: Split the calibration batches into pieces of this many sequences; by default they are
@@ -114,7 +117,7 @@ class PruningConfig:
     refit_bias: bool = True
     own_text: OwnTextConfig | None = field(default_factory=OwnTextConfig)
     rounds: int = 1
-    multiple_of: int = 1
+    multiple_of: int | Literal["auto"] = "auto"
     device: str | None = None
     offload: Literal["cpu", "accelerator", "disk"] = "cpu"
     micro_batch_size: int | None = None
@@ -129,16 +132,18 @@ class PruningConfig:
             _require_choice(name, getattr(self, name), get_args(hints[name]))
         if self.damping != "auto" and not (isinstance(self.damping, (int, float)) and 0 <= self.damping < math.inf):
             raise FaspError(f"damping must be a finite number >= 0 or 'auto', got {self.damping!r}")
+        if isinstance(self.multiple_of, str) and self.multiple_of != "auto":
+            raise FaspError(f"multiple_of must be a number or 'auto', got {self.multiple_of!r}")
         for name in ("sensitivity_tokens", "rounds", "multiple_of", "micro_batch_size"):
             value = getattr(self, name)
-            if value is not None and value < 1:
+            if value not in (None, "auto") and value < 1:
                 raise FaspError(f"{name} must be at least 1, got {value}")
         if self.device is not None:
             _require_device(self.device)
 
     @classmethod
     def paper(cls, sparsity: float = 0.2, **changes: Any) -> PruningConfig:
-        """The settings of the FASP paper: V/O and FFN, Wanda score, least squares with the ridge towards zero.
+        """The settings of the FASP paper: V/O and FFN of any width, Wanda score, least squares ridged towards zero.
 
         The paper gives no damping; 1e-4 is ours. It does not refit biases.
 
@@ -147,7 +152,13 @@ class PruningConfig:
             changes: Fields to set otherwise.
         """
         settings: dict[str, Any] = dict(
-            attention="value_dims", score="wanda", ridge="zero", damping=1e-4, refit_bias=False, own_text=None
+            attention="value_dims",
+            score="wanda",
+            ridge="zero",
+            damping=1e-4,
+            refit_bias=False,
+            own_text=None,
+            multiple_of=1,
         )
         return cls(sparsity=sparsity, **{**settings, **changes})
 

@@ -75,12 +75,13 @@ def adaptive_budget(
 
 def _steps(pair: ResolvedPair, width: PairWidth, scores: Tensor, config: PruningConfig) -> _Steps:
     """The steps of one pair."""
-    heads, size = (1, config.multiple_of) if width.kind == "ffn" else (step_units(pair, config), 1)
+    units = step_units(pair, config)
+    heads, size = (1, units) if width.kind == "ffn" else (units, 1)
     ascending = scores.double().reshape(heads, -1).sort(dim=1).values.sum(0)
     step = (torch.arange(ascending.numel()) + -width.before % size) // size  # the first one ends at a multiple
     total = ascending.new_zeros(int(step[-1]) + 1).index_add(0, step, ascending)
-    units = torch.bincount(step) * heads
-    return _Steps(units, total / (units * width.cost))
+    going = torch.bincount(step) * heads
+    return _Steps(going, total / (going * width.cost))
 
 
 def _take(steps: list[_Steps], widths: list[PairWidth], wanted: int) -> list[int]:

@@ -11,7 +11,6 @@ from fasp_lightning.errors import FaspError
 from fasp_lightning.pruning.budget.budget import SHARED, Budget, PairWidth
 from fasp_lightning.pruning.budget.shares import level, removed, share_to_remove, size_of
 from fasp_lightning.pruning.config import PruningConfig
-from fasp_lightning.structure.layout import PairLayout
 from fasp_lightning.structure.linears import linear_parameters, parameter_count
 from fasp_lightning.structure.pair import ResolvedPair
 from fasp_lightning.structure.plan import resolve_pruned
@@ -24,6 +23,10 @@ if TYPE_CHECKING:
 Pairs = list[list[ResolvedPair]]
 """The pairs of each block."""
 
+KERNEL_MULTIPLES, FINEST = (256, 128, 64, 32), 32
+"""Numbers of columns that kernels and quantised formats work on at a time; an FFN width has at least ``FINEST`` steps
+of the one that it is rounded to."""
+
 PRUNED = {"value_dims": {"ffn", "value"}, "kv_groups": {"ffn", "groups"}, "none": {"ffn"}}
 """Kinds of pairs that are cut, by what is done with the attention."""
 
@@ -34,7 +37,8 @@ def decide_budget(model: PreTrainedModel, config: PruningConfig, pairs: Pairs | 
     P_all counts the blocks' linear parameters, c_p the parameters of one unit of pair p. R = sparsity · P_all and
     r = R / Σ n_p c_p over the pairs to be pruned. Value pairs lose round(r · head size) dims in each KV head, or that
     share of all dims with ``head_balance="free"``; of KV groups as many go as are nearest to r. The FFN pair takes up
-    what is left of the block's share, to the nearest column and then to the nearest multiple.
+    what is left of the block's share, to the nearest column and then to the nearest multiple; value dims take up
+    what that leaves.
 
     Args:
         model: A causal LM, pruned before or not; sparsity counts from the original.
@@ -48,10 +52,12 @@ def decide_budget(model: PreTrainedModel, config: PruningConfig, pairs: Pairs | 
     """
     budget = budget_towards(model, config, pairs)
     gone = budget.original_parameters > budget.parameters_before
-    if not gone and not budget.changes and config.sparsity and config.multiple_of > 1:
+    ffns = (width.original for block in budget.pairs for width in block if width.kind == "ffn")
+    multiple = max((ffn_multiple(width, config) for width in ffns), default=1)
+    if not gone and not budget.changes and config.sparsity and multiple > 1:
         raise FaspError(
-            f"multiple_of must be small enough for a cut of {config.sparsity}, got {config.multiple_of}: "
-            "rounded to it, no width changes"
+            f"multiple_of must be small enough for a cut of {config.sparsity}, got {multiple}: "
+            "rounded to it, no width changes; lower it, or raise the sparsity"
         )
     if gone and not budget.changes:
         raise FaspError(f"sparsity must exceed {budget.sparsity:.4f}, which is pruned already, got {config.sparsity}")
@@ -101,15 +107,33 @@ def budget_towards(model: PreTrainedModel, config: PruningConfig, pairs: Pairs |
 
 
 def step_units(pair: ResolvedPair, config: PruningConfig) -> int:
-    """Units of a pair that go at a time: one value dim of every head that is kept even, ``multiple_of`` FFN units.
+    """Units of a pair that go at a time: one value dim of every head that is kept even, a multiple of FFN units.
 
     Args:
         pair: The pair.
         config: ``head_balance`` and ``multiple_of`` are read.
     """
     if pair.spec.kind == "ffn":
-        return config.multiple_of
+        return ffn_multiple(pair.layout.width, config)
     return pair.layout.groups if config.head_balance == "even" else 1
+
+
+def ffn_multiple(width: int, config: PruningConfig) -> int:
+    """What an FFN width is rounded to a multiple of.
+
+    Kernels and quantised formats work on blocks of 32 to 256 columns: llama.cpp stores a row whose length does not
+    divide by 32 (for K-quants: by 256) unquantised, Marlin wants 128. The largest of these that costs at most 1/32 of
+    the width in rounding is taken.
+
+    Args:
+        width: The original FFN width.
+        config: ``multiple_of`` is read.
+    """
+    if config.multiple_of != "auto":
+        return config.multiple_of
+    if width < KERNEL_MULTIPLES[-1] * FINEST:
+        return KERNEL_MULTIPLES[-1] if width % KERNEL_MULTIPLES[-1] == 0 else 1
+    return next(multiple for multiple in KERNEL_MULTIPLES if multiple * FINEST <= width)
 
 
 def _units_left(
@@ -141,41 +165,46 @@ def _least(pair: ResolvedPair, config: PruningConfig, counts: list[int]) -> int:
         return pair.layout.groups
     if pair.spec.kind == "groups":
         return counts[0]
-    if config.multiple_of > pair.layout.width:
-        raise FaspError(f"multiple_of must be at most the FFN width {pair.layout.width}, got {config.multiple_of}")
-    return config.multiple_of
+    multiple = ffn_multiple(pair.layout.width, config)
+    if multiple > pair.layout.width:
+        raise FaspError(f"multiple_of must be at most the FFN width {pair.layout.width}, got {multiple}")
+    return multiple
 
 
 def _block_units(block: list[ResolvedPair], pruned: set[str], share: float, config: PruningConfig) -> list[int]:
-    """What the pairs of a block keep where value dims and FFN lose the same share, or the FFN alone loses it."""
+    """What the pairs of a block keep where value dims and FFN lose the same share, or the FFN alone loses it.
+
+    Value dims are decided twice: the FFN takes up what their rounding leaves, and they what that of the FFN leaves.
+    """
     sizes = [size_of(pair) if pair.spec.kind in pruned else 0 for pair in block]
     wanted = share * sum(sizes)
     share = level(wanted, sizes, list(map(removed, block)))
-    units = []
-    for pair in block:
-        left = pair.layout.width
-        if pair.spec.kind == "ffn":
-            left = _ffn_width(pair, wanted, config.multiple_of)
-        elif pair.spec.kind in pruned:
-            left -= _value_dims(pair.layout, share, config.head_balance)
-        left = min(left, pair.kept.numel())
-        wanted -= (pair.layout.width - left) * pair.unit_cost
-        units.append(left)
+    gone = [max(share * size, removed(pair)) for size, pair in zip(sizes, block, strict=True)]
+    units = [pair.kept.numel() for pair in block]
+    order = [place for place, pair in enumerate(block) if pair.spec.kind in pruned]
+    for place in [*order, *order[:-1]]:
+        pair = block[place]
+        left = _width_without(pair, wanted - sum(gone[:place] + gone[place + 1 :]), config)
+        units[place] = min(left, pair.kept.numel())
+        gone[place] = (pair.layout.width - units[place]) * pair.unit_cost
     return units
 
 
-def _value_dims(layout: PairLayout, share: float, head_balance: str) -> int:
-    """How many value dims go; at least one a KV head is left."""
-    heads = layout.groups if head_balance == "even" else 1
-    return min(heads * round(share * layout.width / heads), layout.width - layout.groups)
+def _width_without(pair: ResolvedPair, wanted: float, config: PruningConfig) -> int:
+    """Width at which about ``wanted`` parameters are gone; something is left of every FFN and every KV head."""
+    if pair.spec.kind == "ffn":
+        return _ffn_width(pair, wanted, config)
+    step = step_units(pair, config)
+    dims = step * round(max(wanted, 0.0) / (step * pair.unit_cost))
+    return pair.layout.width - min(dims, pair.layout.width - pair.layout.groups)
 
 
-def _ffn_width(pair: ResolvedPair, wanted: float, multiple_of: int) -> int:
+def _ffn_width(pair: ResolvedPair, wanted: float, config: PruningConfig) -> int:
     """Width at which about ``wanted`` parameters are gone, to the nearest column, then to the nearest multiple."""
-    width = pair.layout.width
+    width, multiple = pair.layout.width, ffn_multiple(pair.layout.width, config)
     left = width - round(max(wanted, 0.0) / pair.unit_cost)
     if left < width:
-        left = max(multiple_of, round(left / multiple_of) * multiple_of)
+        left = max(multiple, round(left / multiple) * multiple)
     return max(1, min(left, width))
 
 
@@ -184,7 +213,7 @@ def _groups_left(pairs: Pairs, counts: list[int], share: float, total: int, conf
     layout = next(pair.layout for pair in pairs[0] if pair.spec.kind == "groups")
     ffns = [pair for block in pairs for pair in block if pair.spec.kind == "ffn"]
     lowest = sum(removed(pair) - pair.unit_cost / 2 for pair in ffns)
-    highest = sum((pair.layout.width - config.multiple_of) * pair.unit_cost for pair in ffns)
+    highest = sum((pair.layout.width - step_units(pair, config)) * pair.unit_cost for pair in ffns)
     found = []
     for count in counts:
         rest = _beside_groups(pairs, count, total, config)
@@ -213,7 +242,7 @@ def _with_groups(pairs: Pairs, count: int, total: int, config: PruningConfig) ->
     share = level(rest, [size_of(pair) for pair in ffns], [removed(pair) for pair in ffns])
 
     def left(pair: ResolvedPair) -> int:
-        return count if pair.spec.kind == "groups" else _ffn_width(pair, share * size_of(pair), config.multiple_of)
+        return count if pair.spec.kind == "groups" else _ffn_width(pair, share * size_of(pair), config)
 
     return [[min(left(pair), pair.kept.numel()) for pair in block] for block in pairs]
 

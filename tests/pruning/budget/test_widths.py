@@ -11,8 +11,8 @@ from tiny_pruning import basic, calibration
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from fasp_lightning import FASPPruner, spec_for
-from fasp_lightning.pruning.budget.widths import Budget, decide_budget
+from fasp_lightning import FASPPruner, PruningConfig, spec_for
+from fasp_lightning.pruning.budget.widths import Budget, decide_budget, ffn_multiple
 from fasp_lightning.structure.plan import record_plan, resolve_pruned
 from fasp_lightning.structure.resolve import find_blocks
 
@@ -143,9 +143,23 @@ def test_ffn_width_is_a_multiple_within_the_original(sparsity: float, multiple_o
         assert abs(after - exact) <= multiple_of / 2 + 0.5 or after in (multiple_of, FFN)
 
 
-def test_value_dims_know_no_multiple() -> None:
-    config = basic(0.2, attention="value_dims", multiple_of=16)
-    assert decide_budget(tiny_model("llama"), config).pairs[0][0].after == HEADS * 6
+@pytest.mark.parametrize("multiple_of", [1, 8, 16])
+@pytest.mark.parametrize("family", ["llama", "opt", "gpt2"])
+def test_value_dims_take_up_what_rounding_the_ffn_leaves(family: str, multiple_of: int) -> None:
+    widths = decide_budget(tiny_model(family), basic(0.2, attention="value_dims", multiple_of=multiple_of))
+    value, ffn = widths.pairs[0]
+    assert ffn.after % multiple_of == 0
+    step = HEADS * value.cost if multiple_of > 1 else ffn.cost  # the smaller of the two decides
+    assert abs(widths.sparsity - 0.2) * widths.linear_parameters <= LAYERS * step / 2
+
+
+@pytest.mark.parametrize(
+    ("width", "multiple"),
+    [(48, 1), (64, 32), (1000, 1), (1024, 32), (1536, 32), (2047, 32), (2048, 64), (4096, 128), (11008, 256)],
+)
+def test_automatic_multiple_is_the_largest_that_costs_a_thirty_second_of_the_width(width: int, multiple: int) -> None:
+    assert ffn_multiple(width, PruningConfig()) == multiple
+    assert ffn_multiple(width, PruningConfig.paper()) == 1
 
 
 @pytest.mark.parametrize(("sparsity", "multiple_of"), [(0.01, 8), (0.02, 4)])
