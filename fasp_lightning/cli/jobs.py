@@ -126,6 +126,22 @@ class PruneJob:
 
 
 @dataclass(frozen=True)
+class PlanJob(PruneJob):
+    """Show what a pruning would give, from the model's config alone.
+
+    Attributes:
+        tensor_parallel: Number of ranks that will serve the model: says whether each FFN width divides among them.
+    """
+
+    tensor_parallel: int = 1
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.tensor_parallel < 1:
+            raise FaspError(f"tensor_parallel must be at least 1, got {self.tensor_parallel}")
+
+
+@dataclass(frozen=True)
 class EvaluateJob:
     """Measure the perplexity of a model, pruned or not, and run tasks of the evaluation harness.
 

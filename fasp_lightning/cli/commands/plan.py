@@ -9,18 +9,25 @@ from fasp_lightning.checkpoints.forms import loaders_for
 from fasp_lightning.cli.checks import texts_of
 from fasp_lightning.cli.commands.prune_tables import loaders_table
 from fasp_lightning.cli.console import change, dtype_name, gibibytes, megabytes, note, percent, table
-from fasp_lightning.cli.jobs import PruneJob
+from fasp_lightning.cli.jobs import PlanJob, PruneJob
 from fasp_lightning.cli.model_setup import Setup, already_pruned, memory_of, set_up
 from fasp_lightning.cli.quiet import one_thread, quiet_libraries
 from fasp_lightning.cli.startup import without_collection
 from fasp_lightning.cli.texts import calibration_name, own_tokens
 from fasp_lightning.pruning.budget.footprint import PeakMemory, footprints
+from fasp_lightning.pruning.budget.widths import ffn_multiple
 from fasp_lightning.pruning.own_text.writing import within_positions
 
-JOB = PruneJob
+JOB = PlanJob
+
+KERNELS = {
+    "llama.cpp Q4_0, Q8_0": 32,
+    "llama.cpp K-quants": 256,
+}
+"""What works on blocks of so many columns of ``down_proj``; a width that does not divide is stored unquantised."""
 
 
-def run(job: PruneJob) -> int:
+def run(job: PlanJob) -> int:
     """Run the command; returns the exit code."""
     with without_collection(), one_thread():
         quiet_libraries()
@@ -30,6 +37,7 @@ def run(job: PruneJob) -> int:
         note(already_pruned(setup))
     _print_sizes(job, setup)
     _print_widths(setup)
+    _print_kernels(job, setup)
     _print_memory(job, setup)
     loaders_table(loaders_for(setup.form, setup.spec, setup.cuts))
     return 0
@@ -76,6 +84,22 @@ def _print_widths(setup: Setup) -> None:
     if any(map(setup.budget.decided_later, setup.cuts.kinds)):
         title += "; those of single blocks are more or less, as loss sensitivity decides"
     table(title, ("consumer", "kind", "blocks", "before", "after", "change"), rows)
+
+
+def _print_kernels(job: PlanJob, setup: Setup) -> None:
+    """Whether the FFN widths divide into the blocks of quantised formats and kernels, on each rank."""
+    ffns = {pair.after: pair.original for block in setup.budget.pairs for pair in block if pair.kind == "ffn"}
+    if setup.budget.decided_later("ffn"):  # whatever the widths will be, they are multiples
+        ffns = {ffn_multiple(original, setup.pruning): original for original in ffns.values()}
+    ranks = job.tensor_parallel
+    blocks = KERNELS | {f"Marlin (4 and 8 bit in vLLM), {ranks} ranks": 128 * ranks}
+    if ranks > 1:
+        blocks[f"tensor parallel, {ranks} ranks"] = ranks
+    rows = [
+        (name, str(size), "yes" if all(width % size == 0 for width in ffns) else "no") for name, size in blocks.items()
+    ]
+    shown = " or ".join(f"{width:,}" for width in sorted(ffns))
+    table(f"FFN width {shown}: does it divide?", ("kernels", "by", ""), rows)
 
 
 def _print_memory(job: PruneJob, setup: Setup) -> None:

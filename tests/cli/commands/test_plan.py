@@ -42,11 +42,21 @@ def test_70b_config_needs_no_weights(fasp, large: Path) -> None:
     assert "68,976,648,192" in outcome.out  # parameters of Llama-2-70B
     assert re.search(r"size in bfloat16 .* 137,953\.3 MB", outcome.out)
     assert re.search(r"KV cache per token in bfloat16 .* 327\.7 kB", outcome.out)  # 2 · 80 · 8 · 128 · 2 bytes
-    assert re.search(r"sparsity of the blocks, 20\.00 % asked .* 20\.00 %", outcome.out)
-    assert re.search(r"down_proj .* 80 .* 28672 .* 21709", outcome.out)
+    assert re.search(r"sparsity of the blocks, 20\.00 % asked .* 19\.85 %", outcome.out)
+    assert re.search(r"down_proj .* 80 .* 28672 .* 21760", outcome.out)
     assert re.search(r"transformers AutoModelForCausalLM .* yes", outcome.out)
     assert re.search(r"hidden states and consumer inputs .* 3\.44 GiB", outcome.out)  # 40960 · (2 · 8192 + 28672) · 2
     assert "on 40,960 tokens of topics (calibration), own text" in outcome.out  # 64 · 512 and 8192
+
+
+def test_kernels_that_take_the_width(fasp, large: Path) -> None:
+    outcome = fasp("plan", "--model.name_or_path", large, "--device", "cpu", "--dtype", "bf16", "--tensor_parallel", 5)
+    assert "FFN width 21,760: does it divide?" in outcome.out
+    assert re.search(r"llama\.cpp K-quants .* 256 .* yes", outcome.out)
+    assert re.search(r"Marlin .*5 ranks .* 640 .* yes", outcome.out)
+    outcome = fasp("plan", "--model.name_or_path", large, "--device", "cpu", "--dtype", "bf16", "--tensor_parallel", 8)
+    assert re.search(r"Marlin .*8 ranks .* 1024 .* no", outcome.out)
+    assert re.search(r"tensor parallel, 8 ranks .* 8 .* yes", outcome.out)
 
 
 def test_fewer_kv_groups_show_in_widths_and_cache(fasp, large: Path) -> None:
@@ -54,7 +64,7 @@ def test_fewer_kv_groups_show_in_widths_and_cache(fasp, large: Path) -> None:
     outcome = fasp("plan", "--model.name_or_path", large, "--device", "cpu", "--dtype", "bf16", *groups)
     assert outcome.code == 0
     assert re.search(r"KV cache per token in bfloat16 .* 327\.7 kB .* 163\.8 kB", outcome.out)
-    assert re.search(r"sparsity of the blocks, 30\.00 % asked .* 30\.00 %", outcome.out)
+    assert re.search(r"sparsity of the blocks, 30\.00 % asked .* 30\.15 %", outcome.out)
     assert re.search(r"o_proj .* groups .* 80 .* 8 .* 4 ", outcome.out)  # 6 · 8 query heads do not divide 8192
     assert re.search(r"transformers AutoModelForCausalLM .* yes .* head counts and head size", outcome.out)
 
