@@ -45,8 +45,8 @@ class WidthHook(ABC):
         return self._handle is not None and self._hooks(module).get(self._handle.id) is self
 
     def put_on(self, module: nn.Module) -> None:
-        """Take the hook off the module that it is on, and a hook that came with a copied layer off its copy."""
-        for hook in [self, *self._hooks(module).values()]:
+        """Take the hook off the module that it is on, and those that came with copied layers off the copies."""
+        for hook in [self, *(hook for each in module.modules() for hook in self._hooks(each).values())]:
             if isinstance(hook, type(self)):
                 hook.remove()
         self._handle = self._register(module)
