@@ -31,6 +31,7 @@ class WidthHook(ABC):
             self.positions = positions.cpu().clone()
         self._near = self.positions
         self._handle: RemovableHandle | None = None
+        self._id = -1
 
     def positions_on(self, device: torch.device) -> Tensor:
         """The positions on a device; the copy on the last one is kept."""
@@ -42,7 +43,7 @@ class WidthHook(ABC):
 
     def stands_on(self, module: nn.Module) -> bool:
         """Whether the hook is on a module."""
-        return self._handle is not None and self._hooks(module).get(self._handle.id) is self
+        return self._hooks(module).get(self._id) is self  # torch.compile knows no handles
 
     def put_on(self, module: nn.Module) -> None:
         """Take the hook off the module that it is on, and those that came with copied layers off the copies."""
@@ -50,6 +51,7 @@ class WidthHook(ABC):
             if isinstance(hook, type(self)):
                 hook.remove()
         self._handle = self._register(module)
+        self._id = self._handle.id
 
     def remove(self) -> None:
         """Take the hook off the module that it is on."""
