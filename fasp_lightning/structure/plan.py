@@ -194,13 +194,12 @@ def config_fields(spec: ArchitectureSpec, widths: Widths) -> dict[str, int]:
     return fields
 
 
-def apply_plan(model: PreTrainedModel, plan: PruningPlan, *, wrap: bool = True) -> PreTrainedModel:
+def apply_plan(model: PreTrainedModel, plan: PruningPlan) -> PreTrainedModel:
     """Give a model the shapes of a plan, in place. Nothing is restored: the weights kept are the model's own.
 
     Args:
         model: The original model (any device, ``meta`` included), or one pruned less far.
         plan: What to keep.
-        wrap: See :meth:`fasp_lightning.structure.pair.ResolvedPair.cut`.
 
     Returns:
         The same model, which now carries the plan.
@@ -220,7 +219,7 @@ def apply_plan(model: PreTrainedModel, plan: PruningPlan, *, wrap: bool = True) 
         if not torch.isin(kept, pair.kept).all():
             raise FaspError(_bad_units(pair, pair.kept.numel()))
     for pair, kept in wanted:
-        pair.cut(kept, wrap=wrap)
+        pair.cut(kept)
     record_plan(model, pairs)
     return model
 

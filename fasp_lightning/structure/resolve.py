@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
 from fasp_lightning.errors import FaspError
-from fasp_lightning.structure.adapters import adapters_of
-from fasp_lightning.structure.compact import inner
+from fasp_lightning.structure.adapters import adapters_of, require_in_place
 from fasp_lightning.structure.layout import PairLayout
 from fasp_lightning.structure.pair import ResolvedPair, shape_of
 from fasp_lightning.structure.spec import ArchitectureSpec, CoupledPair
@@ -110,9 +110,10 @@ def _fresh_layout(name: str, pair: CoupledPair, columns: int, rows: tuple[int, .
 
 def _linear_at(block: nn.Module, name: str, path: str) -> nn.Linear:
     try:
-        linear = inner(block.get_submodule(path))
+        linear = cast(nn.Linear, block.get_submodule(path))
     except AttributeError:
         raise FaspError(f"{name} must have a module {path!r}; correct the row of this model_type") from None
+    require_in_place(block, name, path)
     weight = getattr(linear, "weight", None)
     if not isinstance(weight, Tensor) or weight.ndim != 2 or not weight.is_floating_point():
         kind = f"{type(linear).__name__} of {getattr(weight, 'dtype', 'no weight')}"
