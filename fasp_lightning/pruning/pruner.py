@@ -19,7 +19,7 @@ from fasp_lightning.pruning.progress import Progress, peak_memory
 from fasp_lightning.pruning.report import PruningReport
 from fasp_lightning.pruning.round import PruningRound, passes_over, round_configs
 from fasp_lightning.structure.pair import ResolvedPair
-from fasp_lightning.structure.plan import record_plan, resolve_pruned
+from fasp_lightning.structure.plan import adopt_plan, record_plan, resolve_pruned
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -130,6 +130,7 @@ class FASPPruner:
         return prepare(session, model, pairs, batches, self.config)
 
     def _pairs(self, model: PreTrainedModel) -> list[list[ResolvedPair]]:
+        adopt_plan(model)
         return resolve_pruned(model, kv_groups=self.config.attention == "kv_groups")
 
 
