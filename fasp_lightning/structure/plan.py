@@ -212,9 +212,9 @@ def _require_zeros(pair: ResolvedPair, kept: torch.Tensor) -> None:
     weight = pair.weight.detach()
     if not weight.is_meta and weight[:, columns.to(weight.device)].any():
         raise FaspError(
-            f"{pair.layer} must have {kept.numel()} of {pair.layout.width} units as the plan in config.fasp has it, got "
-            f"weights for {pair.kept.numel()}: the model was built from a pruned one's config. Load that one with "
-            "load_pruned; give new weights its shapes with apply_plan; or set config.fasp to None to count them as whole"
+            f"{pair.layer} must have {kept.numel()} of {pair.layout.width} units as the plan in config.fasp has it, "
+            f"got weights for {pair.kept.numel()}: the model was built from a pruned one's config. Load that one with "
+            "load_pruned; give new weights its shapes with apply_plan; or set config.fasp to None if none are gone"
         )
 
 

@@ -13,7 +13,7 @@ from tiny import TINY, random_tokens, tiny_model
 from tiny_pruning import basic
 from transformers import AutoModelForCausalLM
 
-from fasp_lightning import FASPPruner, FaspError, load_pruned, save_pruned, spec_for, staging
+from fasp_lightning import FaspError, FASPPruner, load_pruned, save_pruned, spec_for, staging
 from fasp_lightning.checkpoints import forms, saving
 from fasp_lightning.structure.cuts import Cuts
 

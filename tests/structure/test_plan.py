@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 from dataclasses import replace
+from itertools import product
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ from tiny import TINY, random_tokens, tiny_model
 from tiny_pruning import BOTH, FFN, assert_unchanged, basic, calibration, pruned
 from torch import nn
 
-from fasp_lightning import FASPPruner, FaspError, PairLayout, PairPlan, PruningConfig, PruningPlan, apply_plan
+from fasp_lightning import FaspError, FASPPruner, PairLayout, PairPlan, PruningConfig, PruningPlan, apply_plan
 from fasp_lightning.structure.plan import plan_of
 
 FC2 = "fc2"
@@ -202,16 +203,9 @@ def test_blocks_whose_pair_has_another_layout_come_back() -> None:
 def test_the_plan_of_a_large_model_is_small() -> None:
     """What 80 blocks of 28672 FFN units and 1024 value dims would add to a config."""
     generator = torch.Generator().manual_seed(0)
-    rows = {"down": (28672, (28672, 28672)), "o": (1024, (1024,))}
-    layouts = {path: PairLayout("ffn", width, 1, 1, None, rows) for path, (width, rows) in rows.items()}
-    blocks = [
-        {
-            path: PairPlan(
-                layout, tuple(torch.rand(layout.width, generator=generator).gt(0.2).nonzero()[:, 0].tolist())
-            )
-            for path, layout in layouts.items()
-        }
-        for _ in range(2)
-    ]
+    blocks: list[dict[str, PairPlan]] = [{}, {}]
+    for block, (path, width) in product(blocks, (("down", 28672), ("o", 1024))):
+        kept = torch.rand(width, generator=generator).gt(0.2).nonzero().squeeze(1)
+        block[path] = PairPlan(PairLayout("ffn", width, 1, 1, None, (width,)), tuple(kept.tolist()))
     size = len(PruningPlan("llama", tuple(blocks)).to_json())
     assert size * 40 < 0.4e6
