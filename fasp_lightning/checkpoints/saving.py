@@ -18,7 +18,7 @@ from fasp_lightning.errors import FaspError, FaspFileExistsError
 from fasp_lightning.staging import clear_left, require_space, staged, write_json
 from fasp_lightning.structure.adapters import has_adapters
 from fasp_lightning.structure.modes import evaluating
-from fasp_lightning.structure.plan import config_fields, plan_of, resolve_pruned, targets
+from fasp_lightning.structure.plan import adopt_plan, config_fields, plan_of, resolve_pruned, targets
 from fasp_lightning.structure.pruning_plan import PruningPlan
 from fasp_lightning.structure.registry import spec_for
 
@@ -57,7 +57,7 @@ def save_pruned(
     verify: bool = True,
     overwrite: bool = False,
 ) -> SavedModel:
-    """Write a pruned model as safetensors, config, plan and report; all or nothing.
+    """Write a pruned model as safetensors, config with its plan, and report; all or nothing.
 
     Everything is written to a folder beside ``path``, reloaded and compared, and then renamed. A crash, a full disk
     or a kill leaves what was at ``path``.
@@ -96,6 +96,7 @@ def save_pruned(
         raise FaspError("model must have its LoRA merged before it is saved, or its keys would not be stock ones")
     form = choose_form(form, spec, plan.cuts)
     check_output(path, overwrite)
+    adopt_plan(model)  # a zero-filled one, loaded by stock code, is no wider than its plan
     tensors = _zero_filled(model, plan) if form == "zero_filled" else {}
     require_space(path, sum(tensor.nbytes for tensor in (*model.parameters(), *tensors.values())))
     with staged(path) as stage:

@@ -33,6 +33,8 @@ def plan_of(model: PreTrainedModel) -> PruningPlan | None:
 def plan_in(config: Any) -> PruningPlan | None:
     """The plan that a config carries as its field ``fasp``, or ``None``.
 
+    Beside the plan that field holds the form of the weights: ``"stock"``, ``"compact"`` or ``"zero_filled"``.
+
     Raises:
         FaspError: If that is no plan, or one of another family.
     """

@@ -175,14 +175,14 @@ def _taken(layout: PairLayout, count: int, bits: bytes) -> tuple[PairPlan, bytes
     """A pair from the first of the bits, and the bits after it.
 
     Raises:
-        ValueError: If they keep another number of units.
+        FaspError: If they keep another number of units.
     """
     size = -(-layout.width // 8)
     mask = torch.tensor(list(bits[:size]), dtype=torch.int32, device="cpu")
     units = (mask.unsqueeze(1) >> torch.arange(8, device="cpu") & 1).reshape(-1).nonzero().squeeze(1)
     pair = PairPlan(layout, tuple(units.tolist()))
     if len(pair.kept) != count or not ascending(pair.kept, layout.width):
-        raise ValueError(f"{count!r} units out of {layout.width}, of which kept marks {len(pair.kept)}")
+        raise FaspError(f"{count!r} units out of {layout.width}, of which kept marks {len(pair.kept)}")
     return pair, bits[size:]
 
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, Trainer, TrainingArguments
 
 from fasp_lightning import FaspError, FASPPruner, PruningPlan, apply_plan, load_model, load_pruned, save_pruned
-from fasp_lightning.structure.plan import plan_of
+from fasp_lightning.structure.plan import conform, plan_of
 
 CUTS = {
     "value": ("opt", "value_dims", {}),
@@ -81,6 +81,8 @@ def test_what_stock_loads_and_saves_again_keeps_its_plan(cut: str, tmp_path: Pat
     save_pruned(model, tmp_path / "p")
     stock(tmp_path / "p").save_pretrained(tmp_path / "again")
     assert_loads(tmp_path / "again", model)
+    assert save_pruned(stock(tmp_path / "again"), tmp_path / "q").form == save_pruned(model, tmp_path / "r").form
+    assert_loads(tmp_path / "q", model)
 
 
 @pytest.mark.parametrize("cut", ["value", "value-fused", "ffn-fixed", "uneven"])
@@ -153,6 +155,8 @@ def test_a_new_model_of_a_pruned_config_takes_its_shapes_only_where_asked() -> N
     apply_plan(fresh, plan_of(fresh))
     fresh.load_state_dict(model.state_dict())
     assert torch.equal(logits(fresh.eval()), logits(model))
+    whole = conform(AutoModelForCausalLM.from_config(model.config), None)
+    whole.load_state_dict(tiny_model("opt").state_dict())
 
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
