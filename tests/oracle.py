@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from fasp_lightning.pruning.budget.widths import decide_budget
 from fasp_lightning.pruning.config import PruningConfig
 from fasp_lightning.structure.layout import PairLayout
-from fasp_lightning.structure.plan import PruningPlan
+from fasp_lightning.structure.pruning_plan import PruningPlan
 from fasp_lightning.structure.registry import spec_for
 
 

@@ -8,10 +8,11 @@ from typing import Any
 import torch
 
 from fasp_lightning.checkpoints.devices import choose_device, choose_dtype, require_dtype
-from fasp_lightning.checkpoints.pruned_folder import attach_plan, load_pruned, read_plan, unreadable_weights
+from fasp_lightning.checkpoints.pruned_folder import load_pruned, unreadable_weights
 from fasp_lightning.checkpoints.refused_models import quantization_method, require_prunable
 from fasp_lightning.checkpoints.source import ModelSource, check_files, resolve_source, weight_files
 from fasp_lightning.errors import FaspError, FaspFileNotFoundError, FaspOSError, as_refusal, one_line
+from fasp_lightning.structure.plan import adopt_plan, plan_in
 
 GGUF_MARKS = ("hf_quantizer", "is_quantized", "quantization_method")
 """Attributes for which transformers takes a dequantised GGUF model for a quantised one."""
@@ -73,7 +74,7 @@ def load_model(
     attn_implementation: str | None = None,
     config: Any = None,
 ) -> torch.nn.Module:
-    """A causal LM in evaluation mode; an already pruned folder comes back with its plan.
+    """A causal LM in evaluation mode; one that was pruned before comes back with its plan.
 
     Args:
         name_or_path: Hub id, folder, ``.gguf`` file, or ``package:NAME``.
@@ -96,7 +97,7 @@ def load_model(
     check_files(source)
     chosen = choose_dtype(dtype, checkpoint_dtype(source, config), place)
     model: Any
-    if source.pruned:
+    if plan_in(config) is not None:
         model = load_pruned(source.location, dtype=chosen, attn_implementation=attn_implementation)
     else:
         hub = {"revision": revision} if revision else {}
@@ -195,7 +196,7 @@ def model_shapes(source: ModelSource, config: Any, trust_remote_code: bool = Fal
 
     with as_refusal(lambda error: _no_model(source, config, error)), torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
-    return attach_plan(model, *read_plan(source.location)) if source.pruned else model
+    return adopt_plan(model)
 
 
 def _no_model(source: ModelSource, config: Any, error: Exception) -> FaspError:

@@ -1,4 +1,4 @@
-"""Reading back a folder that ``save_pruned`` wrote, in any form, with its plan."""
+"""Reading back a pruned model, in any form, with its plan."""
 
 from __future__ import annotations
 
@@ -7,12 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from fasp_lightning.checkpoints.forms import FORMS, stock_part
-from fasp_lightning.checkpoints.source import PLAN_FILE
-from fasp_lightning.errors import FaspError, FaspFileNotFoundError, FaspOSError, as_refusal, one_line
+from fasp_lightning.checkpoints.forms import FORMS
+from fasp_lightning.errors import FaspError, FaspOSError, as_refusal, one_line
 from fasp_lightning.staging import clear_left, read_json
-from fasp_lightning.structure.plan import PruningPlan, apply_plan
-from fasp_lightning.structure.registry import spec_for
+from fasp_lightning.structure.plan import adopt_plan, plan_in
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -23,7 +21,10 @@ REPORT_FILE = "fasp_report.json"
 def load_pruned(
     path: str | Path, *, dtype: str | torch.dtype = "auto", attn_implementation: str | None = None
 ) -> PreTrainedModel:
-    """Load a folder that :func:`save_pruned` wrote, in any form, with its plan; a zero-filled one comes back compact.
+    """Load a pruned model, in any form, with its plan; a zero-filled one comes back compact.
+
+    The plan stands in ``config.json``, where every way of saving puts it: :func:`save_pruned`, ``save_pretrained``,
+    the checkpoints of a ``transformers.Trainer``.
 
     Args:
         path: The folder.
@@ -34,9 +35,8 @@ def load_pruned(
         The model on the CPU, in evaluation mode.
 
     Raises:
-        FaspFileNotFoundError: If the folder holds no plan.
-        FaspError: If its plan is damaged.
-        FaspOSError: If its config or its weights are.
+        FaspError: If its config carries no plan, or one that is damaged or does not fit the weights.
+        FaspOSError: If its config or its weights cannot be read.
 
     Example::
 
@@ -52,52 +52,35 @@ def load_pruned(
 
     path = Path(path)
     clear_left(path)  # a kill while it was overwritten may have left it beside its place
-    form, plan = read_plan(path)
+    with as_refusal(lambda error: FaspOSError(f"no readable config of '{path}': {one_line(error, first=True)}")):
+        config = AutoConfig.from_pretrained(path)
     options = {"dtype": dtype, "attn_implementation": attn_implementation}
-    if form == "compact":
-        with as_refusal(lambda error: FaspOSError(f"no readable config of '{path}': {one_line(error, first=True)}")):
-            config = AutoConfig.from_pretrained(path)
-        model = _load_compact(config, path, plan, options)
+    if form_in(config, path) == "compact":
+        model = _load_compact(config, path, options)
     else:
-        model = attach_plan(_from_pretrained(AutoModelForCausalLM, path, **options), form, plan)
+        model = adopt_plan(_from_pretrained(AutoModelForCausalLM, path, **options))
     report = path / REPORT_FILE
     model.fasp_report = read_json(report) if report.exists() else {}  # type: ignore[assignment]
     return model.eval()
 
 
-def read_plan(path: str | Path) -> tuple[str, PruningPlan]:
-    """Form and plan of a saved folder.
-
-    Raises:
-        FaspFileNotFoundError: If the folder holds no plan.
-        FaspError: If the plan is damaged.
-    """
-    file = Path(path) / PLAN_FILE
-    if not file.is_file():
-        raise FaspFileNotFoundError(f"{path} holds no {PLAN_FILE}; load a model that is not pruned with transformers")
-    data = read_json(file)
-    if data.get("form") not in FORMS:
-        raise FaspError(f"form in {file} must be one of {', '.join(map(repr, FORMS))}, got {data.get('form')!r}")
-    return data["form"], PruningPlan.from_dict(data)
-
-
-def attach_plan(model: PreTrainedModel, form: str, plan: PruningPlan) -> PreTrainedModel:
-    """Give a model that was built from the config of a saved folder the shapes of its plan, in place.
+def form_in(config: Any, path: str | Path) -> str:
+    """The form in which a model was saved, as its config says it.
 
     Args:
-        model: The model, on any device, ``meta`` included.
-        form: The form it was saved in.
-        plan: Its plan.
-
-    Returns:
-        The same model.
+        config: The saved config.
+        path: Its folder, for messages.
 
     Raises:
-        FaspError: If the plan does not fit the model.
+        FaspError: If the config carries no plan, or a damaged one.
     """
-    if form != "compact":  # the config's widths have cut it so far already
-        model.fasp_plan = stock_part(plan, spec_for(model))  # type: ignore[assignment]
-    return apply_plan(model, plan)
+    if plan_in(config) is None:
+        raise FaspError(f"config of '{path}' carries no plan; load a model that is not pruned with transformers")
+    if config.fasp.get("form") not in FORMS:
+        forms = ", ".join(map(repr, FORMS))
+        raise FaspError(f"config.fasp of '{path}' must name a form, {forms}, got {config.fasp.get('form')!r}")
+    form: str = config.fasp["form"]
+    return form
 
 
 def unreadable_weights(name: str, error: Exception) -> FaspOSError:
@@ -113,7 +96,7 @@ def unreadable_weights(name: str, error: Exception) -> FaspOSError:
     return FaspOSError(f"no readable weights of {name!r}: {reason}")
 
 
-def _load_compact(config: Any, path: Path, plan: PruningPlan, options: dict[str, Any]) -> PreTrainedModel:
+def _load_compact(config: Any, path: Path, options: dict[str, Any]) -> PreTrainedModel:
     """Let ``from_pretrained`` fill a model whose constructor gives it the plan's shapes.
 
     So dtype, shards, tied weights and buffers are read as for any model.
@@ -125,7 +108,7 @@ def _load_compact(config: Any, path: Path, plan: PruningPlan, options: dict[str,
     def build(self: PreTrainedModel, *args: Any, **kwargs: Any) -> None:
         stock.__init__(self, *args, **kwargs)
         with torch.device("cpu"):  # from_pretrained builds on meta, where indices would have no values
-            apply_plan(self, plan)
+            adopt_plan(self)
 
     # transformers decides by name and module how a family's stored keys are read
     planned = type(stock.__name__, (stock,), {"__init__": build, "__module__": stock.__module__})

@@ -14,12 +14,12 @@ from torch import Tensor
 
 from fasp_lightning.checkpoints.forms import LoaderSupport, choose_form, loaders_for, stock_part
 from fasp_lightning.checkpoints.pruned_folder import REPORT_FILE, load_pruned
-from fasp_lightning.checkpoints.source import PLAN_FILE
 from fasp_lightning.errors import FaspError, FaspFileExistsError
 from fasp_lightning.staging import clear_left, require_space, staged, write_json
 from fasp_lightning.structure.adapters import has_adapters
 from fasp_lightning.structure.modes import evaluating
-from fasp_lightning.structure.plan import PruningPlan, config_fields, plan_of, resolve_pruned, targets
+from fasp_lightning.structure.plan import adopt_plan, config_fields, plan_of, resolve_pruned, targets
+from fasp_lightning.structure.pruning_plan import PruningPlan
 from fasp_lightning.structure.registry import spec_for
 
 if TYPE_CHECKING:
@@ -57,7 +57,7 @@ def save_pruned(
     verify: bool = True,
     overwrite: bool = False,
 ) -> SavedModel:
-    """Write a pruned model as safetensors, config, plan and report; all or nothing.
+    """Write a pruned model as safetensors, config with its plan, and report; all or nothing.
 
     Everything is written to a folder beside ``path``, reloaded and compared, and then renamed. A crash, a full disk
     or a kill leaves what was at ``path``.
@@ -96,6 +96,7 @@ def save_pruned(
         raise FaspError("model must have its LoRA merged before it is saved, or its keys would not be stock ones")
     form = choose_form(form, spec, plan.cuts)
     check_output(path, overwrite)
+    adopt_plan(model)  # a zero-filled one, loaded by stock code, is no wider than its plan
     tensors = _zero_filled(model, plan) if form == "zero_filled" else {}
     require_space(path, sum(tensor.nbytes for tensor in (*model.parameters(), *tensors.values())))
     with staged(path) as stage:
@@ -104,10 +105,9 @@ def save_pruned(
             model.save_pretrained(stage, state_dict=state)
         if tokenizer is not None:
             tokenizer.save_pretrained(stage)
-        write_json(stage / PLAN_FILE, {"form": form, **plan.to_dict()})
         write_json(stage / REPORT_FILE, getattr(model, "fasp_report", {}))
         for file in stage.glob("*.safetensors"):  # safetensors writes them for their owner alone
-            shutil.copymode(stage / PLAN_FILE, file)
+            shutil.copymode(stage / REPORT_FILE, file)
         difference = _verify(model, stage, form) if verify else None
     size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
     return SavedModel(path, form, size, loaders_for(form, spec, plan.cuts), difference)
@@ -137,32 +137,25 @@ def check_output(path: str | Path, overwrite: bool) -> None:
         return
     if not overwrite:
         raise FaspFileExistsError(f"output folder {path} must be empty; choose another one, or overwrite it")
-    if not (path / PLAN_FILE).is_file():
+    if not (path / REPORT_FILE).is_file():
         raise FaspFileExistsError(
-            f"output folder {path} holds no pruned model ({PLAN_FILE}) and is not overwritten; empty it first"
+            f"output folder {path} holds no pruned model ({REPORT_FILE}) and is not overwritten; empty it first"
         )
 
 
 @contextmanager
 def _config_of(model: PreTrainedModel, form: str, plan: PruningPlan) -> Iterator[None]:
-    """The model's config as the form wants it: a compact one keeps the original widths, so that stock code refuses."""
+    """The model's config as the form wants it: a zero-filled one has the widths of the zeros."""
     config, spec = cast(Any, model.config), spec_for(model)
-    widths = stock_part(plan, spec).widths
-    if form == "compact":
-        widths = {path: (layout, [layout.width]) for path, (layout, _) in plan.widths.items()}
-    fields = config_fields(spec, widths)
-    before = {name: getattr(config, name) for name in (*fields, "fasp") if hasattr(config, name)}
-    for name, value in fields.items():
+    wanted: dict[str, Any] = {"fasp": {**config.fasp, "form": form}}
+    if form == "zero_filled":
+        wanted |= config_fields(spec, stock_part(plan, spec).widths)
+    before = {name: getattr(config, name) for name in wanted}
+    for name, value in wanted.items():
         setattr(config, name, value)
-    if form == "compact":
-        config.fasp = {"form": form, "plan": PLAN_FILE}
-    elif hasattr(config, "fasp"):
-        del config.fasp
     try:
         yield
     finally:
-        if hasattr(config, "fasp"):
-            del config.fasp
         for name, value in before.items():
             setattr(config, name, value)
 

@@ -9,8 +9,6 @@ from pathlib import Path
 
 from fasp_lightning.errors import FaspError, FaspFileNotFoundError, FaspOSError
 
-PLAN_FILE = "fasp_plan.json"
-
 PACKAGE_PREFIX = "package:"
 WEIGHTS_INDEX = "model.safetensors.index.json"
 
@@ -24,14 +22,12 @@ class ModelSource:
         location: Hub id, or path of a folder.
         gguf_file: File inside ``location`` that holds the weights, or ``None`` for an ordinary checkpoint.
         local: ``location`` is a folder on this machine.
-        pruned: The folder was written by ``save_pruned``: it holds a plan.
     """
 
     name: str
     location: str
     gguf_file: str | None = None
     local: bool = False
-    pruned: bool = False
 
     def arguments(self) -> dict[str, str]:
         """Keyword arguments that every ``from_pretrained`` of transformers needs for this source."""
@@ -56,7 +52,7 @@ def resolve_source(name_or_path: str | Path) -> ModelSource:
         return _gguf(name, _packaged_gguf(name.removeprefix(PACKAGE_PREFIX)))
     path = Path(name).expanduser()
     if path.is_dir():
-        return ModelSource(name, str(path), local=True, pruned=(path / PLAN_FILE).is_file())
+        return ModelSource(name, str(path), local=True)
     if path.suffix == ".gguf" and path.is_file():
         return _gguf(name, path)
     if path.is_file():

@@ -19,7 +19,7 @@ from fasp_lightning.pruning.progress import Progress, peak_memory
 from fasp_lightning.pruning.report import PruningReport
 from fasp_lightning.pruning.round import PruningRound, passes_over, round_configs
 from fasp_lightning.structure.pair import ResolvedPair
-from fasp_lightning.structure.plan import record_plan, resolve_pruned
+from fasp_lightning.structure.plan import adopt_plan, record_plan, resolve_pruned
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -50,7 +50,14 @@ class FASPPruner:
         progress: Progress | None = None,
         processes: Processes | None = None,
     ) -> PruningReport:
-        """Prune ``model`` in place. Afterwards it carries its plan as ``model.fasp_plan``.
+        """Prune ``model`` in place. Afterwards it carries its plan, which ``model.fasp_plan`` shows.
+
+        The plan stands in the model's config (as ``config.fasp``; the config is a copy from then on), so every way of
+        saving keeps it: :func:`~fasp_lightning.save_pruned`, which chooses the form, as ``save_pretrained``,
+        ``push_to_hub`` and the checkpoints of a ``transformers.Trainer``, which
+        :func:`~fasp_lightning.load_pruned` reads. Stock code, too, loads them where it can build the shapes, and
+        refuses those of value dims or uneven blocks as a size mismatch. Sparsity counts from the original model,
+        whoever loaded it; a zero-filled one that stock code loaded loses its zeros first.
 
         If this raises half-way, the blocks done so far stay pruned and the model's plan says so.
 
@@ -69,8 +76,9 @@ class FASPPruner:
             Widths, errors, seconds and memory.
 
         Raises:
-            FaspError: Before the first batch is read, if the family is unknown, its shapes do not fit or the
-                sparsity cannot be reached; later, if an activation is not finite (the message names the layer).
+            FaspError: Before the first batch is read, if the family is unknown, its shapes do not fit, or are others
+                than the plan in its config says, or the sparsity cannot be reached; later, if an activation is not
+                finite (the message names the layer).
             RuntimeError: If another process raised an error.
         """
         pairs = self._pairs(model)
@@ -130,6 +138,7 @@ class FASPPruner:
         return prepare(session, model, pairs, batches, self.config)
 
     def _pairs(self, model: PreTrainedModel) -> list[list[ResolvedPair]]:
+        adopt_plan(model)
         return resolve_pruned(model, kv_groups=self.config.attention == "kv_groups")
 
 

@@ -1,139 +1,52 @@
-"""The one outcome that checkpoint, resume and export share: which units are left, as plain data."""
+"""The plan that a model's config carries, which every way of saving copies, and the shapes that it gives the model."""
 
 from __future__ import annotations
 
-import json
-from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+import copy
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
+from torch import nn
 
 from fasp_lightning.errors import FaspError
-from fasp_lightning.structure.cuts import Cuts
-from fasp_lightning.structure.layout import PairLayout
-from fasp_lightning.structure.pair import ResolvedPair
+from fasp_lightning.structure.pair import ResolvedPair, shape_of
+from fasp_lightning.structure.pruning_plan import PairPlan, PruningPlan, Widths, ascending
 from fasp_lightning.structure.registry import spec_for
-from fasp_lightning.structure.resolve import Kept, resolve
+from fasp_lightning.structure.resolve import Kept, find_blocks, resolve
 from fasp_lightning.structure.spec import ArchitectureSpec
-from fasp_lightning.structure.stock_fields import groups_obstacle, stock_fields
+from fasp_lightning.structure.stock_fields import groups_obstacle, stock_fields, stock_obstacle
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-VERSION = 1
-
-Widths = dict[str, tuple[PairLayout, list[int]]]
-"""Consumer path → layout, and the units that each block has of it."""
-
-
-@dataclass(frozen=True)
-class PairPlan:
-    """One pair of one block.
-
-    Attributes:
-        layout: Numbering of the original pair.
-        kept: Units that are left, ascending, in that numbering.
-    """
-
-    layout: PairLayout
-    kept: tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class PruningPlan:
-    """Kept units of a whole model. Plain data: JSON in both directions, no tensors.
-
-    Attributes:
-        model_type: The family, ``config.model_type``.
-        blocks: One mapping a decoder block: consumer path → :class:`PairPlan`. Pairs that were not cut are absent.
-
-    Example::
-
-        from fasp_lightning import FASPPruner, PruningConfig, PruningPlan
-        FASPPruner(PruningConfig(sparsity=0.2)).prune(model, batches)
-        assert PruningPlan.from_json(model.fasp_plan.to_json()) == model.fasp_plan
-    """
-
-    model_type: str
-    blocks: tuple[dict[str, PairPlan], ...]
-
-    @property
-    def widths(self) -> Widths:
-        """Units left of each pair that is cut in some block."""
-        layouts = {path: pair.layout for block in self.blocks for path, pair in block.items()}
-        return {
-            path: (layout, [len(block[path].kept) if path in block else layout.width for block in self.blocks])
-            for path, layout in layouts.items()
-        }
-
-    @property
-    def cuts(self) -> Cuts:
-        """What is cut."""
-        uneven = any(layout.kind != "value" and len(set(units)) > 1 for layout, units in self.widths.values())
-        return Cuts(frozenset(layout.kind for layout, _ in self.widths.values()), uneven)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain dictionaries and lists."""
-        blocks = [{path: _plain(pair) for path, pair in block.items()} for block in self.blocks]
-        return {"version": VERSION, "model_type": self.model_type, "blocks": blocks}
-
-    @classmethod
-    def from_dict(cls, data: dict[str, Any]) -> PruningPlan:
-        """Inverse of :meth:`to_dict`.
-
-        Raises:
-            FaspError: If ``data`` is not a plan, or one of another version.
-        """
-        if not isinstance(data, dict) or data.get("version") != VERSION:
-            raise FaspError(f"a plan must be a mapping with version {VERSION}, got {str(data)[:60]!r}")
-        try:
-            blocks = tuple({path: _pair_plan(pair) for path, pair in block.items()} for block in data["blocks"])
-            return cls(data["model_type"], blocks)
-        except (AttributeError, KeyError, TypeError) as error:
-            reason = f"a plan must hold model_type, blocks and the layout of each pair; missing: {error}"
-            raise FaspError(reason) from None
-
-    def to_json(self) -> str:
-        """The plan as one line of JSON."""
-        return json.dumps(self.to_dict(), separators=(",", ":"))
-
-    @classmethod
-    def from_json(cls, text: str) -> PruningPlan:
-        """Inverse of :meth:`to_json`.
-
-        Raises:
-            FaspError: If the text is not the JSON of a plan.
-        """
-        try:
-            data = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise FaspError(f"a plan must be JSON, got {text[:60]!r}: {error}") from None
-        return cls.from_dict(data)
-
-    def kept(self) -> list[Kept]:
-        """The plan as :func:`~fasp_lightning.structure.resolve.resolve` takes it."""
-        return [
-            {path: (pair.layout, torch.tensor(pair.kept, dtype=torch.long)) for path, pair in block.items()}
-            for block in self.blocks
-        ]
-
-
-def _plain(pair: PairPlan) -> dict[str, Any]:
-    rows = list(pair.layout.producer_rows)
-    return {**asdict(pair.layout), "producer_rows": rows, "kept": list(pair.kept)}
-
-
-def _pair_plan(data: dict[str, Any]) -> PairPlan:
-    layout = {**data, "producer_rows": tuple(data["producer_rows"])}
-    kept = tuple(layout.pop("kept"))
-    if not all(type(unit) is int for unit in kept):  # a tensor of integers would round others, or not take them
-        raise FaspError(f"a plan must keep units by their number, got {kept!s:.60}")
-    return PairPlan(PairLayout(**layout), kept)
-
 
 def plan_of(model: PreTrainedModel) -> PruningPlan | None:
-    """The plan that a pruned model carries, or ``None``."""
-    return getattr(model, "fasp_plan", None)
+    """The plan that a pruned model carries in its config, or ``None``.
+
+    Raises:
+        FaspError: As :func:`plan_in`.
+    """
+    return plan_in(getattr(model, "config", None))
+
+
+def plan_in(config: Any) -> PruningPlan | None:
+    """The plan that a config carries as its field ``fasp``, or ``None``.
+
+    Beside the plan that field holds the form of the weights: ``"stock"``, ``"compact"`` or ``"zero_filled"``.
+
+    Raises:
+        FaspError: If that is no plan, or one of another family.
+    """
+    data = getattr(config, "fasp", None)
+    if data is None:
+        return None
+    try:
+        plan = PruningPlan.from_dict(data)
+    except FaspError as error:
+        raise FaspError(f"config.fasp is damaged: {error}; save the pruned model again") from None
+    if plan.model_type != config.model_type:
+        raise FaspError(f"config.fasp must be the plan of a {config.model_type} model, got one of {plan.model_type!r}")
+    return plan
 
 
 def resolve_pruned(model: PreTrainedModel, *, kv_groups: bool = False) -> list[list[ResolvedPair]]:
@@ -175,15 +88,25 @@ def record_plan(model: PreTrainedModel, pairs: list[list[ResolvedPair]]) -> Prun
         }
         for block in pairs
     )
-    plan = PruningPlan(model.config.model_type, blocks)
-    model.fasp_plan = plan  # type: ignore[assignment]
+    plan, spec, config = PruningPlan(model.config.model_type, blocks), spec_for(model), _own_config(model)
+    model.fasp_plan = plan  # type: ignore[assignment]  # for the user to read; what counts is the config
     present = {
         first.spec.consumer: (first.layout, [first.kept.numel(), *(pair.kept.numel() for pair in rest)])
         for first, *rest in zip(*pairs, strict=True)  # one pair of every block
     }
-    for name, value in config_fields(spec_for(model), present).items():
-        setattr(model.config, name, value)
+    form = "compact" if stock_obstacle(spec, plan.cuts) else "stock"
+    for name, value in {**config_fields(spec, present), "fasp": {"form": form, **plan.to_dict()}}.items():
+        setattr(config, name, value)
     return plan
+
+
+def _own_config(model: PreTrainedModel) -> Any:
+    """The model's config, from now on a copy: another model may have been built from the same one."""
+    shared, own = model.config, copy.deepcopy(model.config)
+    for module in model.modules():
+        if getattr(module, "config", None) is shared:
+            module.config = own  # type: ignore[assignment]
+    return own
 
 
 def config_fields(spec: ArchitectureSpec, widths: Widths) -> dict[str, int]:
@@ -213,6 +136,7 @@ def apply_plan(model: PreTrainedModel, plan: PruningPlan) -> PreTrainedModel:
         FASPPruner(PruningConfig(sparsity=0.2)).prune(model, batches)
         same_shapes = apply_plan(load_model(name), model.fasp_plan)  # with the weights of ``name``, nothing restored
     """
+    _settle(model)
     pairs = resolve_pruned(model, kv_groups="groups" in plan.cuts.kinds)
     wanted = targets(model, pairs, plan)
     for pair, kept in wanted:  # all are checked before the first is cut
@@ -222,6 +146,75 @@ def apply_plan(model: PreTrainedModel, plan: PruningPlan) -> PreTrainedModel:
         pair.cut(kept)
     record_plan(model, pairs)
     return model
+
+
+def adopt_plan(model: PreTrainedModel) -> PreTrainedModel:
+    """Give a model that was built from its config alone, as stock code does it, the shapes of the plan in there.
+
+    A zero-filled model that ``transformers`` loaded loses its zeros. One that has these shapes, or no plan, stays.
+
+    Args:
+        model: The model; on ``meta`` its weights are still to come.
+
+    Returns:
+        The same model.
+
+    Raises:
+        FaspError: If the plan does not fit the weights, or says that units are gone for which they hold values.
+    """
+    return _settle(model, check=True)
+
+
+def _settle(model: PreTrainedModel, *, check: bool = False) -> PreTrainedModel:
+    plan = plan_of(model)
+    if plan is None:
+        return model
+    pairs = _as_built(model, plan)
+    wider = [(pair, kept) for pair, kept in targets(model, pairs, plan) if kept.numel() < pair.kept.numel()]
+    for pair, kept in wider if check else ():
+        _require_zeros(pair, kept)
+    for pair, kept in wider:
+        pair.cut(kept)
+    if wider:
+        record_plan(model, pairs)
+    model.fasp_plan = plan  # type: ignore[assignment]
+    return model
+
+
+def _as_built(model: PreTrainedModel, plan: PruningPlan) -> list[list[ResolvedPair]]:
+    """The pairs of a model, some of them wider than its plan has them."""
+    spec = spec_for(model)
+    there: list[Kept] = [
+        {
+            pair.consumer: (block[pair.consumer].layout, _units_there(module, pair.consumer, block, spec.transposed))
+            for pair in spec.pairs
+            if pair.consumer in block
+        }
+        for module, block in zip(find_blocks(model, spec), plan.blocks, strict=False)
+    ]
+    return resolve(model, spec, there, "groups" in plan.cuts.kinds)
+
+
+def _units_there(block: nn.Module, path: str, planned: dict[str, PairPlan], transposed: bool) -> torch.Tensor:
+    """As many units as a consumer's columns are of, the kept ones first; the kept ones if it has no more."""
+    plan = planned[path]
+    columns = shape_of(cast(nn.Linear, block.get_submodule(path)), transposed)[1]
+    units = columns * plan.layout.width // plan.layout.columns(torch.arange(plan.layout.width)).numel()
+    pair = plan.padded(units) if len(plan.kept) < units <= plan.layout.width else plan
+    return torch.tensor(pair.kept, dtype=torch.long)
+
+
+def _require_zeros(pair: ResolvedPair, kept: torch.Tensor) -> None:
+    """Refuse to cut units that change the output."""
+    gone = pair.kept[~torch.isin(pair.kept, kept)]
+    columns = torch.searchsorted(pair.layout.columns(pair.kept), pair.layout.columns(gone))
+    weight = pair.weight.detach()
+    if not weight.is_meta and weight[:, columns.to(weight.device)].any():
+        raise FaspError(
+            f"{pair.layer} must have {kept.numel()} of {pair.layout.width} units as the plan in config.fasp has it, "
+            f"got weights for {pair.kept.numel()}: the model was built from a pruned one's config. Load that one with "
+            "load_pruned; give new weights its shapes with apply_plan; or set config.fasp to None if none are gone"
+        )
 
 
 def conform(model: PreTrainedModel, plan: PruningPlan | None) -> PreTrainedModel:
@@ -234,6 +227,7 @@ def conform(model: PreTrainedModel, plan: PruningPlan | None) -> PreTrainedModel
     Raises:
         FaspError: If the plan belongs to another family or to other shapes.
     """
+    _settle(model)
     plan = plan or PruningPlan(model.config.model_type, tuple({} for _ in resolve_pruned(model)))
     _change_units(model, plan)
     pairs = resolve_pruned(model, kv_groups="groups" in plan.cuts.kinds)
@@ -287,11 +281,10 @@ def _target(pair: ResolvedPair, planned: PairPlan | None) -> torch.Tensor:
     """Units to keep; all of them if the plan has nothing on this pair."""
     if planned is not None and planned.layout != pair.layout:
         raise FaspError(f"plan of {pair.layer} must be for {pair.layout}, got {planned.layout}")
-    kept = torch.tensor(planned.kept if planned else range(pair.layout.width), dtype=torch.long)
-    inside = kept.numel() and kept[0] >= 0 and kept[-1] < pair.layout.width
-    if not inside or not (kept[1:] > kept[:-1]).all():
+    kept = planned.kept if planned else range(pair.layout.width)
+    if not ascending(kept, pair.layout.width):
         raise FaspError(_bad_units(pair, pair.layout.width))
-    return kept
+    return torch.tensor(kept, dtype=torch.long)
 
 
 def _bad_units(pair: ResolvedPair, width: int) -> str:

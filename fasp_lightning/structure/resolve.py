@@ -72,6 +72,8 @@ def _resolve_pair(
     rows = tuple(shape_of(_linear_at(block, name, path), transposed)[0] for path in pair.producers)
     if pair.consumer in before:
         layout, kept = before[pair.consumer]
+        if (layout.kind, layout.fused, len(layout.producer_rows)) != (pair.kind, pair.fused, len(rows)):
+            raise FaspError(f"plan of {name}.{pair.consumer} must be for a pair of kind {pair.kind!r}, got {layout}")
     else:
         layout = _fresh_layout(f"{name}.{pair.consumer}", pair, columns, rows, heads)
         kept = torch.arange(layout.width, device="cpu")
@@ -79,7 +81,8 @@ def _resolve_pair(
     expected = (layout.columns(kept).numel(), *(layout.rows(i, kept).numel() for i in range(len(rows))))
     for path, found, wanted in zip((pair.consumer, *pair.producers), (columns, *rows), expected, strict=True):
         if found != wanted:
-            raise FaspError(f"{name}.{path} must have a width of {wanted} to match {pair.consumer}, got {found}")
+            reason = "as the plan in config.fasp has it" if pair.consumer in before else f"to match {pair.consumer}"
+            raise FaspError(f"{name}.{path} must have a width of {wanted} {reason}, got {found}")
     return resolved
 
 

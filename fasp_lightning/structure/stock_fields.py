@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from fasp_lightning.errors import of_library
+from fasp_lightning.structure.cuts import Cuts
 from fasp_lightning.structure.layout import PairLayout
 from fasp_lightning.structure.spec import ArchitectureSpec
 
@@ -26,6 +27,17 @@ def stock_fields(spec: ArchitectureSpec, layout: PairLayout, units: int) -> dict
         heads = {"num_attention_heads": units * layout.repeats, "num_key_value_heads": units}
         return {**heads, "head_dim": layout.head_size}
     return {}
+
+
+def stock_obstacle(spec: ArchitectureSpec, cuts: Cuts) -> str | None:
+    """Why stock code cannot build a model in its cut shapes, or ``None`` if it can."""
+    if "value" in cuts.kinds:
+        return "stock attention has one head size for queries, keys and values"
+    if "ffn" in cuts.kinds and spec.width_field is None:
+        return "the FFN width is fixed in the model's code"
+    if cuts.uneven:
+        return "blocks have different FFN widths, and the config holds one for all"
+    return None
 
 
 def accepts(config: Any, fields: dict[str, int]) -> bool:

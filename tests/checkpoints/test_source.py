@@ -29,11 +29,6 @@ def test_folder(tmp_path: Path) -> None:
     assert resolve_source(tmp_path) == ModelSource(str(tmp_path), str(tmp_path), local=True)
 
 
-def test_pruned_folder(tmp_path: Path) -> None:
-    (tmp_path / "fasp_plan.json").touch()
-    assert resolve_source(tmp_path).pruned
-
-
 def test_gguf_file(tmp_path: Path) -> None:
     file = tmp_path / "small.gguf"
     file.touch()

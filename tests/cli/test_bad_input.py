@@ -125,8 +125,9 @@ def test_corrupt_weights_are_named(prune, tiny_folder) -> None:
 
 def test_corrupt_plan_is_named(prune, tiny_folder, tmp_path: Path) -> None:
     prune(tiny_folder("llama"), "--output_dir", tmp_path / "first")
-    (tmp_path / "first" / "fasp_plan.json").write_text("{")
-    assert_refused(prune(tmp_path / "first"), "fasp_plan.json must be JSON")
+    file = tmp_path / "first" / "config.json"
+    file.write_text(file.read_text().replace('"units"', '"unites"'))
+    assert_refused(prune(tmp_path / "first"), "config.fasp is damaged", "units")
 
 
 @pytest.mark.usefixtures("no_weights")

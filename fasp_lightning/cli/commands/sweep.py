@@ -13,8 +13,8 @@ import torch
 
 import fasp_lightning
 from fasp_lightning.checkpoints.forms import choose_form
-from fasp_lightning.checkpoints.pruned_folder import REPORT_FILE, read_plan
-from fasp_lightning.checkpoints.source import PLAN_FILE
+from fasp_lightning.checkpoints.loading import load_config
+from fasp_lightning.checkpoints.pruned_folder import REPORT_FILE, form_in
 from fasp_lightning.cli.checks import check_output_dir, texts_of, tokenizer_of
 from fasp_lightning.cli.commands.sweep_tables import Finished, print_sweep, write_sweep
 from fasp_lightning.cli.console import PruningProgress, dtype_name, gibibytes, note, percent, shown_warnings
@@ -233,15 +233,14 @@ class _Sweep:
             folder = self.job.folder_at(job.pruning.sparsity)
             report = _report(folder)
             if report is not None and report.get("made_with") == self.settings(job):
-                rows.append(Finished(job.pruning.sparsity, folder, read_plan(folder)[0], report))
+                rows.append(Finished(job.pruning.sparsity, folder, form_in(load_config(folder), folder), report))
         return rows
 
 
 def _report(folder: Path) -> dict[str, Any] | None:
     """The report in the folder of a sparsity, if a model is there."""
-    if not (folder / PLAN_FILE).is_file() or not (folder / REPORT_FILE).is_file():
-        return None
-    return read_json(folder / REPORT_FILE)
+    file = folder / REPORT_FILE
+    return read_json(file) if file.is_file() else None
 
 
 def _digest(text: Text) -> str:

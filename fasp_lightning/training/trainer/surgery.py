@@ -30,7 +30,8 @@ from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader
 
 from fasp_lightning.errors import FaspError
-from fasp_lightning.structure.plan import PruningPlan, conform, plan_of, resolve_pruned
+from fasp_lightning.structure.plan import conform, plan_of, resolve_pruned
+from fasp_lightning.structure.pruning_plan import PruningPlan
 from fasp_lightning.training.modeling.locate import find_causal_lm
 from fasp_lightning.training.trainer.optimizer_state import slice_states
 

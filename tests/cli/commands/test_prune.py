@@ -206,7 +206,7 @@ def test_seed_decides_the_calibration_sample(prune, tiny_folder, tmp_path: Path,
     plans = []
     for seed in seeds:
         prune(folder, "--seed", seed, "--overwrite")
-        plans.append((tmp_path / "pruned" / "fasp_plan.json").read_text())
+        plans.append(load_pruned(tmp_path / "pruned").fasp_plan)
     assert (plans[0] == plans[1]) is same
 
 
