@@ -11,6 +11,7 @@ from fasp_lightning.checkpoints.forms import FORMS, stock_part
 from fasp_lightning.checkpoints.source import PLAN_FILE
 from fasp_lightning.errors import FaspError, FaspFileNotFoundError, FaspOSError, as_refusal, one_line
 from fasp_lightning.staging import clear_left, read_json
+from fasp_lightning.structure.modes import own_modes
 from fasp_lightning.structure.plan import PruningPlan, apply_plan, resolve_pruned
 from fasp_lightning.structure.registry import spec_for
 
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 REPORT_FILE = "fasp_report.json"
 
 
+@own_modes(placing=True)
 def load_pruned(
     path: str | Path, *, dtype: str | torch.dtype = "auto", attn_implementation: str | None = None
 ) -> PreTrainedModel:

@@ -18,6 +18,7 @@ from fasp_lightning.pruning.processes import Processes
 from fasp_lightning.pruning.progress import Progress, peak_memory
 from fasp_lightning.pruning.report import PruningReport
 from fasp_lightning.pruning.round import PruningRound, passes_over, round_configs
+from fasp_lightning.structure.modes import own_modes
 from fasp_lightning.structure.pair import ResolvedPair
 from fasp_lightning.structure.plan import record_plan, resolve_pruned
 
@@ -43,6 +44,7 @@ class FASPPruner:
     def __init__(self, config: PruningConfig | None = None) -> None:
         self.config = config or PruningConfig()
 
+    @own_modes()
     def prune(
         self,
         model: PreTrainedModel,
@@ -52,7 +54,8 @@ class FASPPruner:
     ) -> PruningReport:
         """Prune ``model`` in place. Afterwards it carries its plan as ``model.fasp_plan``.
 
-        If this raises half-way, the blocks done so far stay pruned and the model's plan says so.
+        Whatever stops it half-way, a Ctrl-C included, the pairs cut so far stay cut, each wholly, the model's plan and
+        config say which, and the model runs, and can be pruned further and saved.
 
         Args:
             model: A Hugging Face causal LM of a registered family, pruned before or not.
@@ -104,6 +107,7 @@ class FASPPruner:
         model.fasp_report = report.to_dict()  # type: ignore[assignment]  # saved along
         return report
 
+    @own_modes()
     def prepare(
         self,
         model: PreTrainedModel,

@@ -63,6 +63,12 @@ class ResolvedPair:
         return [inner(self.block.get_submodule(path)) for path in self.spec.producers]
 
     @property
+    def linears(self) -> list[tuple[str, nn.Linear]]:
+        """Path in the model, and module, of the consumer and each producer."""
+        paths = (self.spec.consumer, *self.spec.producers)
+        return [(f"{self.name}.{path}", inner(self.block.get_submodule(path))) for path in paths]
+
+    @property
     def layer(self) -> str:
         """Path of the consumer in the model."""
         return f"{self.name}.{self.spec.consumer}"
@@ -96,11 +102,11 @@ class ResolvedPair:
 
     @torch.no_grad()
     def assign(self, factors: Sequence[Tensor], bias: Tensor | None = None) -> None:
-        """Write restored factors, and a refitted bias, into the cut consumer."""
+        """Write restored factors, which the cut has given tensors of their own, and a refitted bias into the consumer."""
         for target, value in zip(self.factors, factors, strict=True):
             target.copy_(value)
-        if bias is not None:
-            self.consumer.bias.copy_(bias)
+        if bias is not None:  # a new tensor, so that the old one can come back
+            self.consumer.bias.data = torch.empty_like(self.consumer.bias).copy_(bias)
 
     @property
     def unit_cost(self) -> int:

@@ -11,11 +11,12 @@ import torch
 from fasp_lightning.errors import FaspError
 from fasp_lightning.structure.cuts import Cuts
 from fasp_lightning.structure.layout import PairLayout
+from fasp_lightning.structure.modes import own_modes
 from fasp_lightning.structure.pair import ResolvedPair
 from fasp_lightning.structure.registry import spec_for
 from fasp_lightning.structure.resolve import Kept, resolve
 from fasp_lightning.structure.spec import ArchitectureSpec
-from fasp_lightning.structure.stock_fields import groups_obstacle, stock_fields
+from fasp_lightning.structure.stock_fields import describe, groups_obstacle, stock_fields
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -119,8 +120,7 @@ class PruningPlan:
 
 
 def _plain(pair: PairPlan) -> dict[str, Any]:
-    rows = list(pair.layout.producer_rows)
-    return {**asdict(pair.layout), "producer_rows": rows, "kept": list(pair.kept)}
+    return {**asdict(pair.layout), "producer_rows": list(pair.layout.producer_rows), "kept": list(pair.kept)}
 
 
 def _pair_plan(data: dict[str, Any]) -> PairPlan:
@@ -181,8 +181,7 @@ def record_plan(model: PreTrainedModel, pairs: list[list[ResolvedPair]]) -> Prun
         first.spec.consumer: (first.layout, [first.kept.numel(), *(pair.kept.numel() for pair in rest)])
         for first, *rest in zip(*pairs, strict=True)  # one pair of every block
     }
-    for name, value in config_fields(spec_for(model), present).items():
-        setattr(model.config, name, value)
+    describe(model.config, config_fields(spec_for(model), present), (pair for block in pairs for pair in block))
     return plan
 
 
@@ -194,6 +193,7 @@ def config_fields(spec: ArchitectureSpec, widths: Widths) -> dict[str, int]:
     return fields
 
 
+@own_modes()
 def apply_plan(model: PreTrainedModel, plan: PruningPlan, *, wrap: bool = True) -> PreTrainedModel:
     """Give a model the shapes of a plan, in place. Nothing is restored: the weights kept are the model's own.
 
@@ -209,7 +209,6 @@ def apply_plan(model: PreTrainedModel, plan: PruningPlan, *, wrap: bool = True) 
         FaspError: If the plan belongs to another family or to other shapes, or keeps a unit that is gone.
 
     Example::
-
         from fasp_lightning import FASPPruner, PruningConfig, apply_plan, load_model
         FASPPruner(PruningConfig(sparsity=0.2)).prune(model, batches)
         same_shapes = apply_plan(load_model(name), model.fasp_plan)  # with the weights of ``name``, nothing restored
@@ -225,6 +224,7 @@ def apply_plan(model: PreTrainedModel, plan: PruningPlan, *, wrap: bool = True) 
     return model
 
 
+@own_modes()
 def conform(model: PreTrainedModel, plan: PruningPlan | None) -> PreTrainedModel:
     """Give a model a plan's shapes, whatever it had: parameters keep their identity, units that come back are zero.
 
