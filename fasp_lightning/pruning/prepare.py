@@ -100,13 +100,14 @@ def prepare(
 def _check(model: PreTrainedModel, pairs: list[list[ResolvedPair]], batches: list[Any]) -> int:
     """Refuse batches and models that cannot be used; returns the number of tokens in this process."""
     embeddings: Any = model.get_input_embeddings()
-    tokens, given = 0, None
-    for inputs, _, _ in micro_batches(batches, 1, embeddings.num_embeddings):
+    tokens, example = 0, {"input_ids": first_tokens(model, 1, torch.Generator())[:, None]}
+    for number, (inputs, _, _) in enumerate(micro_batches(batches, 1, embeddings.num_embeddings)):
         mask = inputs.get("attention_mask")
-        real = inputs["input_ids"] if mask is None else inputs["input_ids"][mask.bool()].unsqueeze(0)
-        tokens += real.numel()
-        given = real if given is None and real.numel() else given
-    rehearse(model, pairs, first_tokens(model, 1, torch.Generator())[:, None] if given is None else given)
+        real = inputs["input_ids"].numel() if mask is None else int(mask.bool().sum())
+        tokens += real
+        if real and (number == 0 or (mask is not None and not mask[0, 0])):  # padding on the left may do harm
+            example = inputs
+    rehearse(model, pairs, example)
     return tokens
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import sys
@@ -191,6 +192,6 @@ def passes_over(budget: Budget) -> int:
 def _frames_inside() -> int:
     """Stack level of the caller outside this package, seen from where this is called."""
     frame, level = sys._getframe(1), 1
-    while frame is not None and frame.f_code.co_filename.startswith(PACKAGE):
+    while frame is not None and frame.f_code.co_filename.startswith((PACKAGE, contextlib.__file__)):  # decorators
         frame, level = frame.f_back, level + 1  # type: ignore[assignment]
     return level

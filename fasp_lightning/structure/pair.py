@@ -102,7 +102,7 @@ class ResolvedPair:
 
     @torch.no_grad()
     def assign(self, factors: Sequence[Tensor], bias: Tensor | None = None) -> None:
-        """Write restored factors, which the cut has given tensors of their own, and a refitted bias into the consumer."""
+        """Write restored factors, and a refitted bias, into the consumer, whose weight the cut has made anew."""
         for target, value in zip(self.factors, factors, strict=True):
             target.copy_(value)
         if bias is not None:  # a new tensor, so that the old one can come back

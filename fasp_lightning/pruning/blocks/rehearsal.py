@@ -12,7 +12,7 @@ from torch.utils.hooks import RemovableHandle
 
 from fasp_lightning.errors import FaspError
 from fasp_lightning.pruning.blocks.standins import first
-from fasp_lightning.pruning.finite import require_finite
+from fasp_lightning.pruning.finite import bad_parameter, require_finite
 from fasp_lightning.structure.modes import evaluating
 from fasp_lightning.structure.pair import ResolvedPair
 
@@ -23,23 +23,35 @@ TOKENS = 16
 """Enough to attend to something; what it costs is to read the weights once."""
 
 
-def rehearse(model: PreTrainedModel, pairs: Sequence[Sequence[ResolvedPair]], tokens: Tensor) -> None:
-    """Refuse a model whose blocks are not a chain, before anything is spent on it.
+def rehearse(model: PreTrainedModel, pairs: Sequence[Sequence[ResolvedPair]], inputs: dict[str, Tensor]) -> None:
+    """Refuse a model whose blocks are not a chain, or are not finite, before anything is spent on it.
 
     Args:
         model: The causal LM, where it is.
         pairs: The pairs of its blocks.
-        tokens: (1, any) int64 token ids without padding, of which the first few are taken.
+        inputs: What it is called with: one sequence, of which a few tokens from its first real one on are taken, and
+            some padding before them, if there is any.
 
     Raises:
         FaspError: If a block is not called once and in its place, is given other hidden states than the one before it
             returned, or does not call each layer of its pairs once; or if an activation is not finite.
     """
-    watch = _Watch(pairs)
     embeddings: Any = model.get_input_embeddings()
+    given = {name: value.to(embeddings.weight.device) for name, value in _excerpt(inputs).items()}
+    watch = _Watch(model, pairs, given.get("attention_mask"))
     with evaluating(model), watch.attached():
-        model.base_model(input_ids=tokens[:, :TOKENS].to(embeddings.weight.device), use_cache=False)
+        model.base_model(**given, use_cache=False)
     watch.check()
+
+
+def _excerpt(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A few tokens of one sequence, where all inputs are (1, seq)."""
+    if any(value.ndim != 2 for value in inputs.values()):
+        return inputs
+    mask = inputs.get("attention_mask", inputs["input_ids"].new_ones(1, 1))
+    first_real = int(mask[0].int().argmax())
+    start = max(0, first_real - TOKENS // 2)
+    return {name: value[:, start : first_real + TOKENS] for name, value in inputs.items()}
 
 
 def require_chain(names: Sequence[str], calls: Sequence[int]) -> None:
@@ -54,7 +66,7 @@ def require_chain(names: Sequence[str], calls: Sequence[int]) -> None:
     """
     if list(calls) == list(range(len(names))):
         return
-    place = next((i for i, (call, due) in enumerate(zip(calls, range(len(names)))) if call != due), len(calls))  # noqa: B905
+    place = next((place for place, call in enumerate(calls) if call != place), len(calls))
     wrong = names[place] if place < len(names) else names[calls[place]]
     found = ", ".join(map(str, calls[:12])) + (", ..." if len(calls) > 12 else "")
     raise FaspError(
@@ -82,8 +94,10 @@ def require_one_call(layer: str, calls: int) -> None:
 class _Watch:
     """What one forward pass of the model does with the blocks and the layers of their pairs."""
 
-    def __init__(self, pairs: Sequence[Sequence[ResolvedPair]]) -> None:
+    def __init__(self, model: PreTrainedModel, pairs: Sequence[Sequence[ResolvedPair]], mask: Tensor | None) -> None:
+        self.model = model
         self.pairs = pairs
+        self.mask = mask
         self.names = [block[0].name for block in pairs]
         self.calls: list[int] = []
         self.layers: Counter[str] = Counter()
@@ -114,7 +128,7 @@ class _Watch:
                 "model that changes them between its blocks cannot be pruned block by block"
             )
         if self.returned is not None:
-            require_finite("activations", bool(self.returned.isfinite().all()), f"what follows {self.names[-1]}")
+            self._require_finite(self.returned, f"what follows {self.names[-1]}")
 
     def _hooks(self, index: int, pairs: Sequence[ResolvedPair]) -> Iterator[RemovableHandle]:
         block = pairs[0].block
@@ -122,7 +136,7 @@ class _Watch:
         def called(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             self.calls.append(index)
             hidden, before = args[0] if args else kwargs["hidden_states"], self.returned
-            if before is not None and not before.to(hidden).equal(hidden) and before.isfinite().all():
+            if before is not None and not before.to(hidden).nan_to_num().equal(hidden.nan_to_num()):
                 self.changed.append(self.names[index])
 
         def returned(_: nn.Module, args: Any, output: Any) -> None:
@@ -138,6 +152,13 @@ class _Watch:
         def called(_: nn.Module, args: tuple[Any, ...]) -> None:
             self.layers[path] += 1
             if consumer:
-                require_finite("activations", bool(args[0].isfinite().all()), path)
+                self._require_finite(args[0], path)
 
         return called
+
+    def _require_finite(self, hidden: Tensor, layer: str) -> None:
+        """Padding may be what it likes."""
+        rows = hidden.reshape(-1, hidden.shape[-1])
+        real = rows if self.mask is None else rows[self.mask.reshape(-1).bool().to(rows.device)]
+        if not real.isfinite().all():
+            require_finite("activations", False, layer, bad_parameter(self.model))
