@@ -10,6 +10,7 @@ import torch
 from fasp_lightning.checkpoints.forms import FORMS
 from fasp_lightning.errors import FaspError, FaspOSError, as_refusal, one_line
 from fasp_lightning.staging import clear_left, read_json
+from fasp_lightning.structure.modes import own_modes
 from fasp_lightning.structure.plan import adopt_plan, plan_in
 
 if TYPE_CHECKING:
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 REPORT_FILE = "fasp_report.json"
 
 
+@own_modes(placing=True)
 def load_pruned(
     path: str | Path, *, dtype: str | torch.dtype = "auto", attn_implementation: str | None = None
 ) -> PreTrainedModel:

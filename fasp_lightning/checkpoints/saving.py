@@ -17,7 +17,7 @@ from fasp_lightning.checkpoints.pruned_folder import REPORT_FILE, load_pruned
 from fasp_lightning.errors import FaspError, FaspFileExistsError
 from fasp_lightning.staging import clear_left, require_space, staged, write_json
 from fasp_lightning.structure.adapters import has_adapters
-from fasp_lightning.structure.modes import evaluating
+from fasp_lightning.structure.modes import evaluating, own_modes
 from fasp_lightning.structure.plan import adopt_plan, config_fields, plan_of, resolve_pruned, targets
 from fasp_lightning.structure.pruning_plan import PruningPlan
 from fasp_lightning.structure.registry import spec_for
@@ -49,6 +49,7 @@ class SavedModel:
     logit_difference: float | None
 
 
+@own_modes()
 def save_pruned(
     model: PreTrainedModel,
     path: str | Path,

@@ -14,7 +14,7 @@ from torch import nn
 
 from fasp_lightning.errors import FaspError
 from fasp_lightning.ops.likelihood import next_token_nll
-from fasp_lightning.structure.modes import evaluating
+from fasp_lightning.structure.modes import evaluating, own_modes
 from fasp_lightning.text.batches import TokenBatch, check_vocabulary, read_batch
 
 log = logging.getLogger(__name__)
@@ -72,6 +72,7 @@ def perplexity(model: nn.Module, batches: Iterable[Any]) -> float:
     return measure_perplexity(model, batches).perplexity
 
 
+@own_modes()
 def measure_perplexity(model: nn.Module, batches: Iterable[Any]) -> PerplexityResult:
     """Measure the perplexity of a model: exp(Σ NLL / predicted tokens), both summed over all sequences.
 

@@ -6,20 +6,26 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
 from fasp_lightning.errors import FaspError
-from fasp_lightning.pruning.blocks.capture import capture
+from fasp_lightning.pruning.blocks.capture import capture, micro_batches
+from fasp_lightning.pruning.blocks.rehearsal import rehearse
 from fasp_lightning.pruning.blocks.samples import spread_samples
 from fasp_lightning.pruning.blocks.sensitivity import fisher_scores
 from fasp_lightning.pruning.blocks.session import Session
 from fasp_lightning.pruning.config import PruningConfig
+from fasp_lightning.pruning.own_text.generation import first_tokens
 from fasp_lightning.pruning.own_text.writing import calibration_starts, mixed, own_text
 from fasp_lightning.structure.modes import evaluating
 from fasp_lightning.structure.pair import ResolvedPair
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+PIECES = 8
+"""Of one text, loss sensitivity takes this many pieces or more: so it goes at most one in so many beyond its tokens."""
 
 
 @dataclass(frozen=True)
@@ -66,11 +72,15 @@ def prepare(
         config: ``own_text``, ``score``, ``allocation``, ``sensitivity_tokens`` and ``micro_batch_size`` are read.
 
     Raises:
-        FaspError: If there is no calibration batch, or a gradient or logit is not finite.
+        FaspError: Before anything is computed, if a batch is refused, there is no token, or the model does not run its
+            blocks as it must; later, if a gradient or logit is not finite.
     """
     processes, own = session.processes, config.own_text
     with processes.together():
         batches = [] if own is not None and own.share == 1 else list(batches)  # own text alone needs no other
+        tokens = _check(model, pairs, batches)
+    if own is None or own.share < 1:
+        _require_tokens(processes.total(tokens)[0], own is not None)
     if own is not None:
         with session.clock.phase("own text"), evaluating(model):
             written = own_text(model, own, processes, calibration_starts(batches, processes))
@@ -78,8 +88,30 @@ def prepare(
     if not config.needs_sensitivity:
         return Prepared(batches, [])
     with session.clock.phase("sensitivity"), evaluating(model), session.store:
+        bound = max(1, config.sensitivity_tokens // PIECES)
         with processes.together():
-            samples, hidden = capture(model, batches, config.micro_batch_size, session.store)
+            samples, hidden = capture(model, batches, config.micro_batch_size, session.store, bound)
         chosen = spread_samples(samples, config.sensitivity_tokens, processes)
-        session.progress.expect(len(chosen) * len(pairs) + len(samples) * session.progress.passes)
+        later = sum(1 for _ in micro_batches(batches, config.micro_batch_size, None))
+        session.progress.expect(len(chosen) * len(pairs) + later * session.progress.passes)
         return Prepared(batches, fisher_scores(session, model, pairs, chosen, hidden))
+
+
+def _check(model: PreTrainedModel, pairs: list[list[ResolvedPair]], batches: list[Any]) -> int:
+    """Refuse batches and models that cannot be used; returns the number of tokens in this process."""
+    embeddings: Any = model.get_input_embeddings()
+    tokens, example = 0, {"input_ids": first_tokens(model, 1, torch.Generator())[:, None]}
+    for number, (inputs, _, _) in enumerate(micro_batches(batches, 1, embeddings.num_embeddings)):
+        mask = inputs.get("attention_mask")
+        real = inputs["input_ids"].numel() if mask is None else int(mask.bool().sum())
+        tokens += real
+        if real and (number == 0 or (mask is not None and not mask[0, 0])):  # padding on the left may do harm
+            example = inputs
+    rehearse(model, pairs, example)
+    return tokens
+
+
+def _require_tokens(tokens: float, own: bool) -> None:
+    if not tokens:
+        remedy = "; set own_text.share to 1 to calibrate on own text alone" if own else ""
+        raise FaspError(f"batches must hold at least one calibration batch with a token in it, got none{remedy}")

@@ -18,6 +18,7 @@ from fasp_lightning.pruning.processes import Processes
 from fasp_lightning.pruning.progress import Progress, peak_memory
 from fasp_lightning.pruning.report import PruningReport
 from fasp_lightning.pruning.round import PruningRound, passes_over, round_configs
+from fasp_lightning.structure.modes import own_modes
 from fasp_lightning.structure.pair import ResolvedPair
 from fasp_lightning.structure.plan import adopt_plan, record_plan, resolve_pruned
 
@@ -43,6 +44,7 @@ class FASPPruner:
     def __init__(self, config: PruningConfig | None = None) -> None:
         self.config = config or PruningConfig()
 
+    @own_modes()
     def prune(
         self,
         model: PreTrainedModel,
@@ -59,7 +61,8 @@ class FASPPruner:
         refuses those of value dims or uneven blocks as a size mismatch. Sparsity counts from the original model,
         whoever loaded it; a zero-filled one that stock code loaded loses its zeros first.
 
-        If this raises half-way, the blocks done so far stay pruned and the model's plan says so.
+        Whatever stops it half-way, a Ctrl-C included, the pairs cut so far stay cut, each wholly, the model's plan and
+        config say which, and the model runs, and can be pruned further and saved.
 
         Args:
             model: A Hugging Face causal LM of a registered family, pruned before or not.
@@ -112,6 +115,7 @@ class FASPPruner:
         model.fasp_report = report.to_dict()  # type: ignore[assignment]  # saved along
         return report
 
+    @own_modes()
     def prepare(
         self,
         model: PreTrainedModel,

@@ -9,12 +9,13 @@ import torch
 from torch import nn
 
 from fasp_lightning.errors import FaspError
+from fasp_lightning.structure.modes import own_modes
 from fasp_lightning.structure.pair import ResolvedPair, shape_of
 from fasp_lightning.structure.pruning_plan import PairPlan, PruningPlan, Widths, ascending
 from fasp_lightning.structure.registry import spec_for
 from fasp_lightning.structure.resolve import Kept, find_blocks, resolve
 from fasp_lightning.structure.spec import ArchitectureSpec
-from fasp_lightning.structure.stock_fields import groups_obstacle, stock_fields, stock_obstacle
+from fasp_lightning.structure.stock_fields import BlockConfig, describe, groups_obstacle, stock_fields, stock_obstacle
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -95,8 +96,8 @@ def record_plan(model: PreTrainedModel, pairs: list[list[ResolvedPair]]) -> Prun
         for first, *rest in zip(*pairs, strict=True)  # one pair of every block
     }
     form = "compact" if stock_obstacle(spec, plan.cuts) else "stock"
-    for name, value in {**config_fields(spec, present), "fasp": {"form": form, **plan.to_dict()}}.items():
-        setattr(config, name, value)
+    fields = {**config_fields(spec, present), "fasp": {"form": form, **plan.to_dict()}}
+    describe(config, fields, (pair for block in pairs for pair in block))
     return plan
 
 
@@ -104,8 +105,11 @@ def _own_config(model: PreTrainedModel) -> Any:
     """The model's config, from now on a copy: another model may have been built from the same one."""
     shared, own = model.config, copy.deepcopy(model.config)
     for module in model.modules():
-        if getattr(module, "config", None) is shared:
+        seen: Any = getattr(module, "config", None)
+        if seen is shared:
             module.config = own  # type: ignore[assignment]
+        elif isinstance(seen, BlockConfig):
+            seen.shared = own
     return own
 
 
@@ -117,6 +121,7 @@ def config_fields(spec: ArchitectureSpec, widths: Widths) -> dict[str, int]:
     return fields
 
 
+@own_modes()
 def apply_plan(model: PreTrainedModel, plan: PruningPlan) -> PreTrainedModel:
     """Give a model the shapes of a plan, in place. Nothing is restored: the weights kept are the model's own.
 
@@ -131,7 +136,6 @@ def apply_plan(model: PreTrainedModel, plan: PruningPlan) -> PreTrainedModel:
         FaspError: If the plan belongs to another family or to other shapes, or keeps a unit that is gone.
 
     Example::
-
         from fasp_lightning import FASPPruner, PruningConfig, apply_plan, load_model
         FASPPruner(PruningConfig(sparsity=0.2)).prune(model, batches)
         same_shapes = apply_plan(load_model(name), model.fasp_plan)  # with the weights of ``name``, nothing restored
@@ -217,6 +221,7 @@ def _require_zeros(pair: ResolvedPair, kept: torch.Tensor) -> None:
         )
 
 
+@own_modes()
 def conform(model: PreTrainedModel, plan: PruningPlan | None) -> PreTrainedModel:
     """Give a model a plan's shapes, whatever it had: parameters keep their identity, units that come back are zero.
 
