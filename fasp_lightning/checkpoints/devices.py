@@ -121,6 +121,29 @@ def choose_dtype(
     return torch.float32
 
 
+def choose_stored(
+    requested: str | torch.dtype, checkpoint_dtype: torch.dtype | None, computed: torch.dtype
+) -> torch.dtype:
+    """The dtype to store a model's weights in.
+
+    ``"auto"`` is that of the checkpoint that they came from: that a device computes in fp32 shall not make the file
+    larger. A model that was asked for in a narrower dtype is stored in that one.
+
+    Args:
+        requested: ``"auto"`` or a dtype.
+        checkpoint_dtype: Dtype of the checkpoint; ``None`` if it is not known.
+        computed: Dtype of the weights in memory.
+
+    Raises:
+        FaspError: If ``requested`` is no known dtype.
+    """
+    if requested != "auto":
+        return parse_dtype(requested)
+    if checkpoint_dtype is None or checkpoint_dtype.itemsize > computed.itemsize:
+        return computed
+    return checkpoint_dtype
+
+
 @functools.cache
 def faster_than_fp32(dtype: torch.dtype) -> bool:
     """Whether a small CPU matmul takes less time in ``dtype`` than in fp32, best of 3 each."""

@@ -9,12 +9,20 @@ import torch
 
 from fasp_lightning.checkpoints.devices import choose_device, choose_dtype, require_dtype
 from fasp_lightning.checkpoints.pruned_folder import attach_plan, load_pruned, read_plan, unreadable_weights
-from fasp_lightning.checkpoints.refused_models import quantization_method, require_prunable
-from fasp_lightning.checkpoints.source import ModelSource, check_files, resolve_source, weight_files
+from fasp_lightning.checkpoints.refused_models import (
+    DEQUANTIZED,
+    drop_quantization,
+    quantization_method,
+    require_prunable,
+)
+from fasp_lightning.checkpoints.source import (
+    ModelSource,
+    check_files,
+    require_no_adapters,
+    resolve_source,
+    weight_files,
+)
 from fasp_lightning.errors import FaspError, FaspFileNotFoundError, FaspOSError, as_refusal, one_line
-
-GGUF_MARKS = ("hf_quantizer", "is_quantized", "quantization_method")
-"""Attributes for which transformers takes a dequantised GGUF model for a quantised one."""
 
 
 def load_config(name_or_path: str | Path, *, revision: str | None = None, trust_remote_code: bool = False) -> Any:
@@ -94,15 +102,28 @@ def load_model(
     if config is None:
         config = load_config(name_or_path, revision=revision, trust_remote_code=trust_remote_code)
     check_files(source)
+    stored = stored_dtype(source, config)
     chosen = choose_dtype(dtype, checkpoint_dtype(source, config), place)
+    options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
+    options |= {"attn_implementation": attn_implementation} if attn_implementation else {}
     model: Any
     if source.pruned:
-        model = load_pruned(source.location, dtype=chosen, attn_implementation=attn_implementation)
+        model = load_pruned(source.location, dtype=chosen, **options)
     else:
         hub = {"revision": revision} if revision else {}
-        attention = {"attn_implementation": attn_implementation} if attn_implementation else {}
-        model = _load_dense(source, config, chosen, trust_remote_code=trust_remote_code, **hub, **attention)
+        model = _load_dense(source, config, chosen, **hub, **options)
+    model.fasp_stored_dtype = stored
     return model.to(place).eval()
+
+
+def stored_dtype(source: ModelSource, config: Any) -> torch.dtype:
+    """Dtype to store a model in that comes from this source: its own, bf16 for GGUF, which mixes packed ones.
+
+    Args:
+        source: The resolved model.
+        config: Its config.
+    """
+    return checkpoint_dtype(source, config) or torch.bfloat16
 
 
 def checkpoint_dtype(source: ModelSource, config: Any) -> torch.dtype | None:
@@ -141,6 +162,8 @@ def _read_config(source: ModelSource, revision: str | None, trust_remote_code: b
     from transformers import AutoConfig
 
     hub = {"revision": revision} if revision else {}
+    if source.local and source.gguf_file is None:
+        require_no_adapters(Path(source.location), source.name)
     if source.local and source.gguf_file is None and not (Path(source.location) / "config.json").is_file():
         raise FaspFileNotFoundError(f"no model at {source.name!r}: the folder has no config.json")
     kind = "config of" if source.local else "folder or reachable hub model"
@@ -149,7 +172,7 @@ def _read_config(source: ModelSource, revision: str | None, trust_remote_code: b
             source.location, trust_remote_code=trust_remote_code, **hub, **source.arguments()
         )
     if source.gguf_file is not None or quantization_method(config) is None:
-        _drop_quantization(config)
+        drop_quantization(config)
     return config
 
 
@@ -160,9 +183,9 @@ def _load_dense(source: ModelSource, config: Any, dtype: torch.dtype, **argument
         arguments |= source.arguments() | _dequantize()
     with as_refusal(lambda error: unreadable_weights(source.name, error)):
         model = AutoModelForCausalLM.from_pretrained(source.location, config=config, dtype=dtype, **arguments)
-    for mark in GGUF_MARKS if source.gguf_file is not None else ():
+    for mark in DEQUANTIZED if source.gguf_file is not None else ():
         vars(model).pop(mark, None)
-    _drop_quantization(model.config)
+    drop_quantization(model.config)
     return model
 
 
@@ -173,11 +196,6 @@ def _dequantize() -> dict[str, Any]:
     except ImportError:
         return {}
     return {"quantization_config": GgufConfig(dequantize=True)}
-
-
-def _drop_quantization(config: Any) -> None:
-    vars(config).pop("quantization_config", None)
-    vars(config).pop("_is_quantized", None)
 
 
 def model_shapes(source: ModelSource, config: Any, trust_remote_code: bool = False) -> Any:

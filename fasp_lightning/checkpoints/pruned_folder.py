@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from fasp_lightning.checkpoints.forms import FORMS, stock_part
-from fasp_lightning.checkpoints.source import PLAN_FILE
+from fasp_lightning.checkpoints.source import PLAN_FILE, local_folder, require_no_adapters
 from fasp_lightning.errors import FaspError, FaspFileNotFoundError, FaspOSError, as_refusal, one_line
 from fasp_lightning.staging import clear_left, read_json
 from fasp_lightning.structure.plan import PruningPlan, apply_plan, resolve_pruned
@@ -21,22 +21,31 @@ REPORT_FILE = "fasp_report.json"
 
 
 def load_pruned(
-    path: str | Path, *, dtype: str | torch.dtype = "auto", attn_implementation: str | None = None
+    path: str | Path,
+    *,
+    dtype: str | torch.dtype = "auto",
+    device_map: Any = None,
+    attn_implementation: str | None = None,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
 ) -> PreTrainedModel:
     """Load a folder that :func:`save_pruned` wrote, in any form, with its plan; a zero-filled one comes back compact.
 
     Args:
-        path: The folder.
+        path: The folder, or the id of a repository on the hub that holds it.
         dtype: ``"auto"`` for the one it was saved in, or another.
+        device_map: As in ``from_pretrained``, which needs accelerate for it: a device, or which module goes where.
         attn_implementation: As in ``from_pretrained``.
+        revision: Branch, tag or commit on the hub.
+        trust_remote_code: Let code run that was saved along.
 
     Returns:
-        The model on the CPU, in evaluation mode.
+        The model in evaluation mode; on the CPU without a ``device_map``.
 
     Raises:
-        FaspFileNotFoundError: If the folder holds no plan.
-        FaspError: If its plan is damaged.
-        FaspOSError: If its config or its weights are.
+        FaspFileNotFoundError: If there is no such folder, or it holds no plan.
+        FaspError: If its plan is damaged, or it holds adapters too.
+        FaspOSError: If its config or its weights are, or the hub cannot be reached.
 
     Example::
 
@@ -50,13 +59,15 @@ def load_pruned(
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    path = Path(path)
+    path = local_folder(path, revision)
     clear_left(path)  # a kill while it was overwritten may have left it beside its place
     form, plan = read_plan(path)
-    options = {"dtype": dtype, "attn_implementation": attn_implementation}
+    require_no_adapters(path, str(path))
+    options = {"dtype": dtype, "attn_implementation": attn_implementation, "trust_remote_code": trust_remote_code}
+    options |= {} if device_map is None else {"device_map": device_map}
     if form == "compact":
         with as_refusal(lambda error: FaspOSError(f"no readable config of '{path}': {one_line(error, first=True)}")):
-            config = AutoConfig.from_pretrained(path)
+            config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
         model = _load_compact(config, path, plan, options)
     else:
         model = attach_plan(_from_pretrained(AutoModelForCausalLM, path, **options), form, plan)
@@ -121,7 +132,8 @@ def _load_compact(config: Any, path: Path, plan: PruningPlan, options: dict[str,
     """
     from transformers import AutoModelForCausalLM
 
-    stock: Any = AutoModelForCausalLM._model_mapping[type(config)]
+    with torch.device("meta"):  # a family's own class, or one that was saved along
+        stock: Any = type(AutoModelForCausalLM.from_config(config, trust_remote_code=options.pop("trust_remote_code")))
 
     def build(self: PreTrainedModel, *args: Any, **kwargs: Any) -> None:
         stock.__init__(self, *args, **kwargs)
@@ -145,5 +157,7 @@ def _from_pretrained(model_class: Any, path: Path, **options: Any) -> PreTrained
     if missing := sorted(info["missing_keys"]):
         names = f"{', '.join(missing[:3])} ({len(missing)} in all)"
         raise FaspOSError(f"{path} must hold all weights, got none for {names}")
+    if any(parameter.is_meta for parameter in model.parameters()):
+        raise FaspError(f"device_map must leave every weight in memory, got {model.hf_device_map}, which offloads some")
     loaded: PreTrainedModel = model
     return loaded

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from fasp_lightning.checkpoints.forms import LoaderSupport
 from fasp_lightning.checkpoints.saving import SavedModel
+from fasp_lightning.checkpoints.source import weight_files
 from fasp_lightning.cli.console import change, dtype_name, gibibytes, megabytes, percent, results, table
 from fasp_lightning.cli.jobs import PruneJob
-from fasp_lightning.cli.model_setup import Setup
+from fasp_lightning.cli.model_setup import Setup, bytes_before
 from fasp_lightning.cli.texts import CALIBRATED, OTHER, Calibration
 from fasp_lightning.pruning.report import PruningReport, TextReport
 
@@ -16,7 +17,9 @@ PLACES = {"rss": "process", "cuda": "GPU"}
 SOURCES = {CALIBRATED: "as calibrated", OTHER: "another"}
 
 
-def print_results(job: PruneJob, setup: Setup, calibration: Calibration, report: PruningReport) -> None:
+def print_results(
+    job: PruneJob, setup: Setup, calibration: Calibration, report: PruningReport, saved: SavedModel | None
+) -> None:
     """The tables: sizes, both sparsities, time and memory; perplexities of all texts side by side."""
     size = setup.dtype.itemsize
     old, new = report.parameters_before, report.parameters_after
@@ -29,6 +32,7 @@ def print_results(job: PruneJob, setup: Setup, calibration: Calibration, report:
             megabytes(new * size),
             change(old, new),
         ),
+        *_on_disk(job, setup, saved),
         (
             f"sparsity of the blocks, {percent(job.pruning.sparsity)} asked",
             percent(now),
@@ -53,6 +57,14 @@ def print_results(job: PruneJob, setup: Setup, calibration: Calibration, report:
         results().print("seconds by phase: " + ", ".join(f"{name} {value:.1f}" for name, value in phases.items()))
     if report.evaluation:
         print_perplexities(report.evaluation)
+
+
+def _on_disk(job: PruneJob, setup: Setup, saved: SavedModel | None) -> list[Row]:
+    """The files of weights: what the model came in, and what was saved."""
+    if saved is None:
+        return []
+    old, new = bytes_before(setup, job), sum(file.stat().st_size for file in weight_files(saved.path))
+    return [(f"size on disk, {dtype_name(setup.stored)}", megabytes(old), megabytes(new), change(old, new))]
 
 
 def print_perplexities(texts: list[TextReport]) -> None:
