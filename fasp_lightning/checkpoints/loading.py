@@ -21,6 +21,8 @@ from fasp_lightning.checkpoints.source import (
     require_no_adapters,
     resolve_source,
     weight_files,
+    why_unread,
+    with_adapters,
 )
 from fasp_lightning.errors import FaspError, FaspFileNotFoundError, FaspOSError, as_refusal, one_line
 
@@ -62,8 +64,7 @@ def load_tokenizer(name_or_path: str | Path, *, revision: str | None = None, tru
     hub = {"revision": revision} if revision else {}
 
     def refusal(error: Exception) -> FaspOSError:
-        reason = one_line(error, first=True)
-        return FaspOSError(f"no readable tokenizer in {source.name!r}: {reason}; name another one to load")
+        return FaspOSError(f"no readable tokenizer in {source.name!r}: {why_unread(error)}; name another one to load")
 
     with as_refusal(refusal):
         return AutoTokenizer.from_pretrained(
@@ -79,6 +80,7 @@ def load_model(
     revision: str | None = None,
     trust_remote_code: bool = False,
     attn_implementation: str | None = None,
+    device_map: Any = None,
     config: Any = None,
 ) -> torch.nn.Module:
     """A causal LM in evaluation mode; an already pruned folder comes back with its plan.
@@ -90,12 +92,13 @@ def load_model(
         revision: Branch, tag or commit on the hub.
         trust_remote_code: Let the repository's own code run.
         attn_implementation: ``"eager"``, ``"sdpa"``, …; ``None`` for the default of transformers.
+        device_map: As for :func:`~fasp_lightning.load_pruned`, instead of ``device``.
         config: The config that :func:`load_config` gave before; to read it out of a GGUF file takes seconds.
 
     Raises:
         FaspFileNotFoundError: If there is no such model.
         FaspOSError: If a file of it is damaged.
-        FaspError: If the model is no causal LM, is quantised, or dtype or device are unknown.
+        FaspError: If the model is no causal LM, is quantised, has adapters, or dtype or device are unknown.
     """
     source, place = resolve_source(name_or_path), choose_device(device)
     require_dtype(dtype)  # a misspelt name is refused before anything is read
@@ -104,16 +107,16 @@ def load_model(
     check_files(source)
     stored = stored_dtype(source, config)
     chosen = choose_dtype(dtype, checkpoint_dtype(source, config), place)
-    options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
-    options |= {"attn_implementation": attn_implementation} if attn_implementation else {}
+    given = {"revision": revision, "attn_implementation": attn_implementation, "device_map": device_map}
+    options = {name: value for name, value in given.items() if value is not None}
+    options["trust_remote_code"] = trust_remote_code
     model: Any
     if source.pruned:
         model = load_pruned(source.location, dtype=chosen, **options)
     else:
-        hub = {"revision": revision} if revision else {}
-        model = _load_dense(source, config, chosen, **hub, **options)
+        model = _load_dense(source, config, chosen, **options)
     model.fasp_stored_dtype = stored
-    return model.to(place).eval()
+    return (model if device_map is not None else model.to(place)).eval()
 
 
 def stored_dtype(source: ModelSource, config: Any) -> torch.dtype:
@@ -167,7 +170,7 @@ def _read_config(source: ModelSource, revision: str | None, trust_remote_code: b
     if source.local and source.gguf_file is None and not (Path(source.location) / "config.json").is_file():
         raise FaspFileNotFoundError(f"no model at {source.name!r}: the folder has no config.json")
     kind = "config of" if source.local else "folder or reachable hub model"
-    with as_refusal(lambda error: FaspOSError(f"no readable {kind} {source.name!r}: {one_line(error, first=True)}")):
+    with as_refusal(lambda error: FaspOSError(f"no readable {kind} {source.name!r}: {why_unread(error)}")):
         config = AutoConfig.from_pretrained(
             source.location, trust_remote_code=trust_remote_code, **hub, **source.arguments()
         )
@@ -182,7 +185,9 @@ def _load_dense(source: ModelSource, config: Any, dtype: torch.dtype, **argument
     if source.gguf_file is not None:
         arguments |= source.arguments() | _dequantize()
     with as_refusal(lambda error: unreadable_weights(source.name, error)):
-        model = AutoModelForCausalLM.from_pretrained(source.location, config=config, dtype=dtype, **arguments)
+        model: Any = AutoModelForCausalLM.from_pretrained(source.location, config=config, dtype=dtype, **arguments)
+    if getattr(model, "_hf_peft_config_loaded", False):  # from a hub's repository that holds both
+        raise FaspError(with_adapters(source.name))
     for mark in DEQUANTIZED if source.gguf_file is not None else ():
         vars(model).pop(mark, None)
     drop_quantization(model.config)

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from fasp_lightning.checkpoints.forms import FORMS, stock_part
-from fasp_lightning.checkpoints.source import PLAN_FILE, local_folder, require_no_adapters
-from fasp_lightning.errors import FaspError, FaspFileNotFoundError, FaspOSError, as_refusal, one_line
+from fasp_lightning.checkpoints.source import PLAN_FILE, local_folder, require_no_adapters, why_unread
+from fasp_lightning.errors import FaspError, FaspFileNotFoundError, FaspOSError, as_refusal
 from fasp_lightning.staging import clear_left, read_json
 from fasp_lightning.structure.plan import PruningPlan, apply_plan, resolve_pruned
 from fasp_lightning.structure.registry import spec_for
@@ -66,7 +66,7 @@ def load_pruned(
     options = {"dtype": dtype, "attn_implementation": attn_implementation, "trust_remote_code": trust_remote_code}
     options |= {} if device_map is None else {"device_map": device_map}
     if form == "compact":
-        with as_refusal(lambda error: FaspOSError(f"no readable config of '{path}': {one_line(error, first=True)}")):
+        with as_refusal(lambda error: FaspOSError(f"no readable config of '{path}': {why_unread(error)}")):
             config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
         model = _load_compact(config, path, plan, options)
     else:
@@ -118,7 +118,7 @@ def unreadable_weights(name: str, error: Exception) -> FaspOSError:
         name: The model's name.
         error: What it raised.
     """
-    reason = one_line(error, first=True)
+    reason = why_unread(error)
     if "ignore_mismatched_sizes" in reason:  # which is no advice: the weights would be drawn at random
         reason = "their shapes are not those that its config says; fetch or save it again"
     return FaspOSError(f"no readable weights of {name!r}: {reason}")

@@ -70,6 +70,16 @@ def resolve_source(name_or_path: str | Path) -> ModelSource:
     return ModelSource(name, name)
 
 
+def why_unread(error: Exception) -> str:
+    """Why transformers did not read a model, on one line.
+
+    Args:
+        error: What it raised.
+    """
+    trust = "trust_remote_code" in str(error) and "custom code" in str(error)
+    return one_line(error, first=True) + ("; pass trust_remote_code=True if you trust it" if trust else "")
+
+
 def local_folder(name_or_path: str | Path, revision: str | None = None) -> Path:
     """A folder, or where the hub's files are once they are fetched.
 
@@ -86,8 +96,7 @@ def local_folder(name_or_path: str | Path, revision: str | None = None) -> Path:
     from huggingface_hub import snapshot_download
 
     def refusal(error: Exception) -> FaspOSError:
-        reason = one_line(error, first=True)
-        return FaspFileNotFoundError(f"no folder or reachable hub model {str(name_or_path)!r}: {reason}")
+        return FaspFileNotFoundError(f"no folder or reachable hub model {str(name_or_path)!r}: {why_unread(error)}")
 
     with as_refusal(refusal):
         return Path(snapshot_download(str(name_or_path), revision=revision, allow_patterns=FETCHED))
@@ -118,9 +127,13 @@ def require_no_adapters(folder: Path, name: str) -> None:
     Raises:
         FaspError: If there are some; the message says how to merge them.
     """
-    if not (folder / ADAPTERS_FILE).is_file():
-        return
-    raise FaspError(
+    if (folder / ADAPTERS_FILE).is_file():
+        raise FaspError(with_adapters(name))
+
+
+def with_adapters(name: str) -> str:
+    """What is said of a model that comes with adapters."""
+    return (
         f"model {name!r} must be one without adapters, got {ADAPTERS_FILE} in its folder; merge them first "
         "(AutoPeftModelForCausalLM.from_pretrained(folder).merge_and_unload().save_pretrained(merged)), or move it away"
     )
