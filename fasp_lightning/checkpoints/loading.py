@@ -105,8 +105,8 @@ def load_model(
     if config is None:
         config = load_config(name_or_path, revision=revision, trust_remote_code=trust_remote_code)
     check_files(source)
-    stored = stored_dtype(source, config)
-    chosen = choose_dtype(dtype, checkpoint_dtype(source, config), place)
+    stored = checkpoint_dtype(source, config)
+    chosen = choose_dtype(dtype, stored, place)
     given = {"revision": revision, "attn_implementation": attn_implementation, "device_map": device_map}
     options = {name: value for name, value in given.items() if value is not None}
     options["trust_remote_code"] = trust_remote_code
@@ -117,16 +117,6 @@ def load_model(
         model = _load_dense(source, config, chosen, **options)
     model.fasp_stored_dtype = stored
     return (model if device_map is not None else model.to(place)).eval()
-
-
-def stored_dtype(source: ModelSource, config: Any) -> torch.dtype:
-    """Dtype to store a model in that comes from this source: its own, bf16 for GGUF, which mixes packed ones.
-
-    Args:
-        source: The resolved model.
-        config: Its config.
-    """
-    return checkpoint_dtype(source, config) or torch.bfloat16
 
 
 def checkpoint_dtype(source: ModelSource, config: Any) -> torch.dtype | None:

@@ -19,7 +19,7 @@ from fasp_lightning.checkpoints.forms import LoaderSupport, choose_form, loaders
 from fasp_lightning.checkpoints.pruned_folder import REPORT_FILE, load_pruned
 from fasp_lightning.checkpoints.source import PLAN_FILE
 from fasp_lightning.errors import FaspError, FaspFileExistsError
-from fasp_lightning.staging import clear_left, require_space, staged, write_json
+from fasp_lightning.staging import clear_left, require_space, require_unclaimed, staged, write_json
 from fasp_lightning.structure.adapters import has_adapters
 from fasp_lightning.structure.modes import evaluating
 from fasp_lightning.structure.plan import PruningPlan, config_fields, plan_of, resolve_pruned, targets
@@ -42,13 +42,16 @@ class SavedModel:
     Attributes:
         path: The folder.
         form: ``"stock"``, ``"compact"`` or ``"zero_filled"``.
+        dtype: Dtype of the stored weights.
         bytes: Size of the folder's files.
         loaders: Which loaders take it, and why.
-        logit_difference: Largest difference of the reloaded model's logits, ``None`` if not verified.
+        logit_difference: Largest difference of the reloaded model's logits, ``None`` if not verified. It holds the
+            rounding of the weights where they are stored in a narrower dtype than the model's.
     """
 
     path: Path
     form: str
+    dtype: torch.dtype
     bytes: int
     loaders: list[LoaderSupport]
     logit_difference: float | None
@@ -119,7 +122,7 @@ def save_pruned(
             shutil.copymode(stage / PLAN_FILE, file)
         difference = _verify(model, stage, form, stored) if verify else None
     size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
-    return SavedModel(path, form, size, loaders_for(form, spec, plan.cuts), difference)
+    return SavedModel(path, form, stored, size, loaders_for(form, spec, plan.cuts), difference)
 
 
 def stored_in(model: PreTrainedModel, requested: str | torch.dtype) -> torch.dtype:
@@ -195,10 +198,12 @@ def check_output(path: str | Path, overwrite: bool) -> None:
     """Refuse an output folder before anything is spent.
 
     Raises:
-        FaspFileExistsError: If it is not empty and ``overwrite`` is false, or holds something else than a pruned model.
+        FaspFileExistsError: If it is not empty and ``overwrite`` is false, or holds something else than a pruned model,
+            or another job that lives will write there.
     """
     path = Path(path)
     clear_left(path)  # a kill may have left the model that stood here beside it
+    require_unclaimed(path)
     if not path.exists() or (path.is_dir() and not any(path.iterdir())):
         return
     if not overwrite:

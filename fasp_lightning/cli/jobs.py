@@ -68,8 +68,8 @@ class PruneJob:
         verify: Load what was saved again and compare the logits.
         dtype: "auto" (the checkpoint's, on a CPU only if it is not slower than float32), "float32",
             "bfloat16" or "float16"; in which the model computes.
-        save_dtype: In which it is saved: "auto" (the checkpoint's, bfloat16 for a GGUF file, or dtype where that is
-            narrower), or one of the others.
+        save_dtype: In which it is saved: "auto" (the checkpoint's; dtype where that is narrower, and of a GGUF file,
+            which has none), or one of the others.
         device: "auto", "cpu", "cuda" or "cuda:N".
         seed: Seed of the drawing of calibration sequences, instead of each text's own.
         prompt: Print how the model continues this text, before and after.

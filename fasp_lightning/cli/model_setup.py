@@ -10,7 +10,7 @@ import torch
 
 from fasp_lightning.checkpoints.devices import choose_device, choose_dtype, choose_stored
 from fasp_lightning.checkpoints.forms import choose_form
-from fasp_lightning.checkpoints.loading import checkpoint_dtype, load_config, load_model, model_shapes, stored_dtype
+from fasp_lightning.checkpoints.loading import checkpoint_dtype, load_config, load_model, model_shapes
 from fasp_lightning.checkpoints.source import ModelSource, resolve_source, stored_bytes
 from fasp_lightning.cli.console import dtype_name, percent
 from fasp_lightning.cli.jobs import ModelConfig, PruneJob
@@ -90,8 +90,9 @@ def set_up(job: PruneJob) -> Setup:
     pruning = dataclasses.replace(job.pruning, device=job.pruning.device or str(device), own_text=own)
     budget = decide_budget(model, pruning)
     cuts = budget.cuts
-    dtype = choose_dtype(job.dtype, checkpoint_dtype(source, config), device)
-    stored = choose_stored(job.save_dtype, stored_dtype(source, config), dtype)
+    checkpoint = checkpoint_dtype(source, config)
+    dtype = choose_dtype(job.dtype, checkpoint, device)
+    stored = choose_stored(job.save_dtype, checkpoint, dtype)
     form = choose_form(job.form, spec, cuts)
     return Setup(source, config, model, spec, pruning, budget, device, dtype, stored, form, cuts)
 
@@ -110,12 +111,11 @@ def bytes_before(setup: Setup, job: PruneJob) -> int:
     return found or setup.budget.parameters_before * setup.stored.itemsize
 
 
-def other_dtype(setup: Setup) -> str:
-    """What the user should know where a model is not saved as it is computed."""
-    if setup.stored == setup.dtype:
-        return ""
-    why = "the checkpoint's dtype" if setup.source.gguf_file is None else "a GGUF file has no dtype of its own"
-    return f"; saved in {dtype_name(setup.stored)} (save_dtype; {why})"
+def saved_dtype(setup: Setup) -> str:
+    """In which dtype a model is saved, where that is not the one it is computed in, or the checkpoint has none."""
+    if setup.source.gguf_file is not None and setup.stored.itemsize > 2:
+        return f"; saved in {dtype_name(setup.stored)}, since a GGUF file has no dtype (save_dtype: bfloat16 halves it)"
+    return "" if setup.stored == setup.dtype else f"; saved in {dtype_name(setup.stored)}"
 
 
 def config_of(model: ModelConfig) -> Any:

@@ -8,13 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny import random_tokens, tiny_model
+from tiny import random_tokens
 from tiny_pruning import BOTH, FFN, pruned
 
 from fasp_lightning import FASPPruner, load_model, load_pruned, save_pruned
 from fasp_lightning.checkpoints.devices import choose_stored
-from fasp_lightning.checkpoints.loading import stored_dtype
-from fasp_lightning.checkpoints.source import ModelSource, resolve_source, stored_bytes
+from fasp_lightning.checkpoints.source import resolve_source, stored_bytes
 from fasp_lightning.training.modeling.export import export_model
 
 Folder = Callable[..., Path]
@@ -69,8 +68,3 @@ def test_the_stored_dtype_follows_the_checkpoint_unless_the_model_is_narrower() 
     assert choose_stored("auto", torch.float32, torch.bfloat16) == torch.bfloat16
     assert choose_stored("auto", None, torch.float32) == torch.float32
     assert choose_stored("float32", torch.bfloat16, torch.float16) == torch.float32
-
-
-def test_a_gguf_file_is_stored_in_bf16() -> None:
-    source = ModelSource("a.gguf", ".", gguf_file="a.gguf", local=True)
-    assert stored_dtype(source, tiny_model("llama").config) == torch.bfloat16

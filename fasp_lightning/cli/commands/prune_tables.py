@@ -64,7 +64,7 @@ def _on_disk(job: PruneJob, setup: Setup, saved: SavedModel | None) -> list[Row]
     if saved is None:
         return []
     old, new = bytes_before(setup, job), sum(file.stat().st_size for file in weight_files(saved.path))
-    return [(f"size on disk, {dtype_name(setup.stored)}", megabytes(old), megabytes(new), change(old, new))]
+    return [(f"size on disk, {dtype_name(saved.dtype)}", megabytes(old), megabytes(new), change(old, new))]
 
 
 def print_perplexities(texts: list[TextReport]) -> None:
@@ -89,14 +89,15 @@ def print_continuations(prompt: str, before: str, after: str) -> None:
     console.print(f"\nprompt:  {prompt}\nbefore:  {before}\nafter:   {after}", soft_wrap=True)
 
 
-def print_loaders(saved: SavedModel) -> None:
+def print_loaders(saved: SavedModel, setup: Setup) -> None:
     """Where the model is, whether the reloaded one is the same, and who can load it."""
     console = results()
     console.print(f"\nsaved to {saved.path}, form {saved.form}, {megabytes(saved.bytes)}", soft_wrap=True)
     if saved.logit_difference is not None:
         loader = "fasp_lightning.load_pruned" if saved.form == "compact" else "stock AutoModelForCausalLM"
+        rounded = "" if saved.dtype == setup.dtype else f" but for the rounding to {dtype_name(saved.dtype)}"
         console.print(
-            f"reloaded with {loader}: the logits are the same, within {saved.logit_difference:.1e}",
+            f"reloaded with {loader}: the logits are the same{rounded}, within {saved.logit_difference:.1e}",
             soft_wrap=True,
         )
     loaders_table(saved.loaders)

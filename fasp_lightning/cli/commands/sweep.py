@@ -16,13 +16,13 @@ from fasp_lightning.checkpoints.dry_save import require_savable
 from fasp_lightning.checkpoints.forms import choose_form
 from fasp_lightning.checkpoints.pruned_folder import REPORT_FILE, read_plan
 from fasp_lightning.checkpoints.source import PLAN_FILE, weight_files
-from fasp_lightning.cli.checks import check_output_dir, texts_of, tokenizer_of
+from fasp_lightning.cli.checks import check_output_dir, claimed_output, texts_of, tokenizer_of
 from fasp_lightning.cli.commands.sweep_tables import Finished, print_sweep, write_sweep
 from fasp_lightning.cli.console import PruningProgress, dtype_name, gibibytes, note, percent, shown_warnings
 from fasp_lightning.cli.generation import continuation
 from fasp_lightning.cli.jobs import PruneJob
 from fasp_lightning.cli.measured import domains_of, measure, place, prune_measured, save
-from fasp_lightning.cli.model_setup import Setup, already_pruned, bytes_before, load, memory_of, other_dtype, set_up
+from fasp_lightning.cli.model_setup import Setup, already_pruned, bytes_before, load, memory_of, saved_dtype, set_up
 from fasp_lightning.cli.quiet import quiet_libraries
 from fasp_lightning.cli.texts import Calibration, Text, load_calibration, load_text, missing_domain, single_source
 from fasp_lightning.errors import FaspError, FaspFileExistsError
@@ -99,6 +99,12 @@ def run(job: SweepJob) -> int:
     """Run the command; returns the exit code."""
     quiet_libraries()
     _check_folders(job)
+    with claimed_output(job):
+        _run(job)
+    return 0
+
+
+def _run(job: SweepJob) -> None:
     calibration_configs, evaluation_configs = texts_of(job)
     points = _set_up(job.points())
     setup = points[0][1]
@@ -119,7 +125,6 @@ def run(job: SweepJob) -> int:
     finished = sweep.finished(points)
     write_sweep(finished, job.folder)
     print_sweep(finished, setup.source.name, job.folder)
-    return 0
 
 
 def _check_folders(job: SweepJob) -> None:
@@ -205,7 +210,7 @@ class _Sweep:
             note(already_pruned(setup))
         note(
             f"each on {self.calibration.tokens:,} tokens of {self.calibration.name}, in {dtype_name(setup.dtype)} on "
-            f"{setup.device}; about {gibibytes(memory.total + memory.weights)} of memory{other_dtype(setup)}"
+            f"{setup.device}; about {gibibytes(memory.total + memory.weights)} of memory{saved_dtype(setup)}"
         )
 
     def prune(self, job: PruneJob, setup: Setup) -> None:
