@@ -69,8 +69,12 @@ def home(device: torch.device, needed: int) -> tuple[torch.device, str | None]:
     return torch.device("cpu"), f"{device} has {free / 2**30:,.2f} GiB free of the {needed / 2**30:,.2f} GiB needed"
 
 
-def parse_dtype(requested: str | torch.dtype) -> torch.dtype:
+def parse_dtype(requested: str | torch.dtype, name: str = "dtype") -> torch.dtype:
     """The dtype a name such as ``"bf16"`` or ``"float32"`` stands for.
+
+    Args:
+        requested: A dtype, or its name.
+        name: The argument it was given as, for the message.
 
     Raises:
         FaspError: If the name is unknown.
@@ -78,18 +82,22 @@ def parse_dtype(requested: str | torch.dtype) -> torch.dtype:
     if isinstance(requested, torch.dtype):
         return requested
     if requested not in DTYPES:
-        raise FaspError(f"dtype must be 'auto' or one of {', '.join(DTYPES)}, got {requested!r}")
+        raise FaspError(f"{name} must be 'auto' or one of {', '.join(DTYPES)}, got {requested!r}")
     return DTYPES[requested]
 
 
-def require_dtype(requested: str | torch.dtype) -> None:
+def require_dtype(requested: str | torch.dtype, name: str = "dtype") -> None:
     """Refuse what is neither a dtype, nor the name of one, nor ``"auto"``.
+
+    Args:
+        requested: What was given.
+        name: The argument it was given as, for the message.
 
     Raises:
         FaspError: If it is none of these.
     """
     if requested != "auto":
-        parse_dtype(requested)
+        parse_dtype(requested, name)
 
 
 def choose_dtype(

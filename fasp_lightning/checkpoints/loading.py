@@ -8,7 +8,13 @@ from typing import Any
 import torch
 
 from fasp_lightning.checkpoints.devices import choose_device, choose_dtype, require_dtype
-from fasp_lightning.checkpoints.pruned_folder import attach_plan, load_pruned, read_plan, unreadable_weights
+from fasp_lightning.checkpoints.pruned_folder import (
+    attach_plan,
+    load_pruned,
+    read_plan,
+    require_in_memory,
+    unreadable_weights,
+)
 from fasp_lightning.checkpoints.refused_models import (
     DEQUANTIZED,
     drop_quantization,
@@ -176,6 +182,7 @@ def _load_dense(source: ModelSource, config: Any, dtype: torch.dtype, **argument
         arguments |= source.arguments() | _dequantize()
     with as_refusal(lambda error: unreadable_weights(source.name, error)):
         model: Any = AutoModelForCausalLM.from_pretrained(source.location, config=config, dtype=dtype, **arguments)
+    require_in_memory(model)
     if getattr(model, "_hf_peft_config_loaded", False):  # from a hub's repository that holds both
         raise FaspError(with_adapters(source.name))
     for mark in DEQUANTIZED if source.gguf_file is not None else ():

@@ -157,7 +157,17 @@ def _from_pretrained(model_class: Any, path: Path, **options: Any) -> PreTrained
     if missing := sorted(info["missing_keys"]):
         names = f"{', '.join(missing[:3])} ({len(missing)} in all)"
         raise FaspOSError(f"{path} must hold all weights, got none for {names}")
-    if any(parameter.is_meta for parameter in model.parameters()):
-        raise FaspError(f"device_map must leave every weight in memory, got {model.hf_device_map}, which offloads some")
+    require_in_memory(model)
     loaded: PreTrainedModel = model
     return loaded
+
+
+def require_in_memory(model: Any) -> None:
+    """Refuse a model that a ``device_map`` has left a part of on the disk, where nothing can be cut.
+
+    Raises:
+        FaspError: If a weight is not in memory.
+    """
+    if any(parameter.is_meta for parameter in model.parameters()):
+        places = getattr(model, "hf_device_map", None)
+        raise FaspError(f"device_map must leave every weight in memory, got {places}, which offloads some")

@@ -106,7 +106,7 @@ class PruneJob:
             raise FaspError(f"seed must be from {SEEDS[0]} to {SEEDS[-1]}, got {self.seed}")
         require_form(self.form)
         require_dtype(self.dtype)
-        require_dtype(self.save_dtype)
+        require_dtype(self.save_dtype, "save_dtype")
         if self.new_tokens < 1:
             raise FaspError(f"new_tokens must be at least 1, got {self.new_tokens}")
 

@@ -26,10 +26,8 @@ def require_language_model(model: Any) -> None:
     kind = type(model).__name__
     if not isinstance(model, nn.Module):
         raise FaspTypeError(f"model must be a Hugging Face causal LM, got {kind}; {_LOAD}")
-    if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
-        raise FaspError(f"model must be the causal LM itself, got it in {kind}; pass model.module")
     if not hasattr(model, "get_output_embeddings"):
-        raise FaspError(f"model must be a Hugging Face causal LM, got {kind}; {_inside(model) or _LOAD}")
+        raise FaspError(f"model must be a Hugging Face causal LM, got {kind}; {_inside(model)}")
     if _head(model) is None:
         raise FaspError(
             f"model must have the head of a causal LM, got {kind}, which gives no logits over the vocabulary; {_LOAD}, "
@@ -49,13 +47,12 @@ def require_causal_lm(model: Any) -> None:
     """
     require_language_model(model)
     kind = type(model).__name__
-    if "_orig_mod" in vars(model).get("_modules", {}):  # torch._dynamo.eval_frame.OptimizedModule
-        raise FaspError(f"model must be the causal LM itself, got it compiled ({kind}); pass model._orig_mod")
-    if hasattr(model, "merge_and_unload"):  # PeftModel; its model alone can be pruned along with its adapters
-        raise FaspError(
-            f"model must be the causal LM itself, got it in {kind} of peft; pass model.merge_and_unload(), or "
-            "model.get_base_model() to prune it along with its adapters"
-        )
+    if hasattr(type(model), "get_output_embeddings"):  # and not handed on by a wrapper's __getattr__
+        return
+    advice = _inside(model)
+    if hasattr(model, "merge_and_unload"):  # of peft: its model alone can be pruned along with its adapters
+        advice = "pass model.merge_and_unload(), or model.get_base_model() to prune it along with its adapters"
+    raise FaspError(f"model must be the causal LM itself, got it in {kind}; {advice}")
 
 
 def is_dense(weight: Tensor) -> bool:
@@ -68,8 +65,8 @@ def _head(module: Any) -> Any:
 
 
 def _inside(model: nn.Module) -> str:
-    """What to pass instead of a module that holds a causal LM somewhere."""
+    """What to pass instead of a module that may hold a causal LM somewhere."""
     for path, module in model.named_modules():
-        if path and _head(module) is not None:
-            return f"pass the causal LM that it holds as {path!r}"
-    return ""
+        if hasattr(type(module), "get_output_embeddings") and _head(module) is not None:
+            return f"pass the one that it holds, model.{path}"
+    return _LOAD

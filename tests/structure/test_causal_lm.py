@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from lightning import LightningModule
+from lightning import Fabric, LightningModule
 from peft import LoraConfig, get_peft_model
 from tiny import random_tokens, tiny_model
 from torch import nn
@@ -40,8 +40,8 @@ def config() -> Any:
 
 
 GIVEN: dict[str, tuple[Callable[[], Any], str]] = {
-    "DataParallel": (lambda: nn.DataParallel(tiny_model("llama")), "pass model.module"),
-    "LightningModule": (Holder, "pass the causal LM that it holds as 'net'"),
+    "DataParallel": (lambda: nn.DataParallel(tiny_model("llama")), r"model\.module"),
+    "LightningModule": (Holder, r"model\.net"),
     "headless": (lambda: AutoModel.from_config(config()), "got LlamaModel.*AutoModelForCausalLM"),
     "sequences": (lambda: AutoModelForSequenceClassification.from_config(config()), "AutoModelForCausalLM"),
     "tokens": (lambda: AutoModelForTokenClassification.from_config(config()), "AutoModelForCausalLM"),
@@ -50,10 +50,11 @@ GIVEN: dict[str, tuple[Callable[[], Any], str]] = {
     "nothing": (lambda: None, "got NoneType"),
 }
 AROUND: dict[str, tuple[Callable[[], Any], str]] = {
-    "compiled": (lambda: torch.compile(tiny_model("llama"), backend="eager"), "pass model._orig_mod"),
+    "compiled": (lambda: torch.compile(tiny_model("llama")), r"model\._orig_mod"),
+    "Fabric": (lambda: Fabric(accelerator="cpu").setup(tiny_model("llama")), r"model\._forward_module"),
     "peft": (lambda: get_peft_model(tiny_model("llama"), LoraConfig()), r"merge_and_unload\(\).*get_base_model\(\)"),
 }
-"""What hands on all that the model in it has: it has a perplexity."""
+"""What hands on all that the model in it has."""
 
 
 @pytest.mark.parametrize("given", GIVEN)
@@ -66,10 +67,14 @@ def test_what_is_no_causal_lm_is_refused_by_every_entry_alike(given: str, tmp_pa
 
 
 @pytest.mark.parametrize("given", AROUND)
-def test_what_hands_on_its_model_is_measured_and_not_pruned(given: str, tmp_path: Path) -> None:
+def test_what_hands_on_its_model_is_not_pruned(given: str, tmp_path: Path) -> None:
     make, advice = AROUND[given]
     model = make()
     for name in ENTRIES.keys() - {"perplexity"}:
         with pytest.raises(FaspError, match=rf"model must be the causal LM itself.*{advice}"):
             ENTRIES[name](model, tmp_path)
+
+
+def test_a_perplexity_is_that_of_what_hands_on_its_model() -> None:
+    model = get_peft_model(tiny_model("llama"), LoraConfig())
     assert perplexity(model, TOKENS) == pytest.approx(perplexity(tiny_model("llama"), TOKENS), rel=1e-4)
