@@ -69,8 +69,12 @@ def home(device: torch.device, needed: int) -> tuple[torch.device, str | None]:
     return torch.device("cpu"), f"{device} has {free / 2**30:,.2f} GiB free of the {needed / 2**30:,.2f} GiB needed"
 
 
-def parse_dtype(requested: str | torch.dtype) -> torch.dtype:
+def parse_dtype(requested: str | torch.dtype, name: str = "dtype") -> torch.dtype:
     """The dtype a name such as ``"bf16"`` or ``"float32"`` stands for.
+
+    Args:
+        requested: A dtype, or its name.
+        name: The argument it was given as, for the message.
 
     Raises:
         FaspError: If the name is unknown.
@@ -78,18 +82,22 @@ def parse_dtype(requested: str | torch.dtype) -> torch.dtype:
     if isinstance(requested, torch.dtype):
         return requested
     if requested not in DTYPES:
-        raise FaspError(f"dtype must be 'auto' or one of {', '.join(DTYPES)}, got {requested!r}")
+        raise FaspError(f"{name} must be 'auto' or one of {', '.join(DTYPES)}, got {requested!r}")
     return DTYPES[requested]
 
 
-def require_dtype(requested: str | torch.dtype) -> None:
+def require_dtype(requested: str | torch.dtype, name: str = "dtype") -> None:
     """Refuse what is neither a dtype, nor the name of one, nor ``"auto"``.
+
+    Args:
+        requested: What was given.
+        name: The argument it was given as, for the message.
 
     Raises:
         FaspError: If it is none of these.
     """
     if requested != "auto":
-        parse_dtype(requested)
+        parse_dtype(requested, name)
 
 
 def choose_dtype(
@@ -119,6 +127,29 @@ def choose_dtype(
         return checkpoint_dtype
     log.info("dtype auto: fp32 instead of %s, which this CPU computes more slowly", checkpoint_dtype)
     return torch.float32
+
+
+def choose_stored(
+    requested: str | torch.dtype, checkpoint_dtype: torch.dtype | None, computed: torch.dtype
+) -> torch.dtype:
+    """The dtype to store a model's weights in.
+
+    ``"auto"`` is that of the checkpoint that they came from: that a device computes in fp32 shall not make the file
+    larger. A model that was asked for in a narrower dtype is stored in that one.
+
+    Args:
+        requested: ``"auto"`` or a dtype.
+        checkpoint_dtype: Dtype of the checkpoint; ``None`` if it is not known.
+        computed: Dtype of the weights in memory.
+
+    Raises:
+        FaspError: If ``requested`` is no known dtype.
+    """
+    if requested != "auto":
+        return parse_dtype(requested)
+    if checkpoint_dtype is None or checkpoint_dtype.itemsize > computed.itemsize:
+        return computed
+    return checkpoint_dtype
 
 
 @functools.cache

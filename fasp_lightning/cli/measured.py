@@ -101,4 +101,12 @@ def save(model: Any, tokenizer: Any, job: PruneJob, setup: Setup) -> SavedModel 
     if job.output_dir is None:
         return None
     note(f"saving to {job.output_dir}")
-    return save_pruned(model, job.output_dir, tokenizer, form=setup.form, verify=job.verify, overwrite=job.overwrite)
+    return save_pruned(
+        model,
+        job.output_dir,
+        tokenizer,
+        form=setup.form,
+        verify=job.verify,
+        overwrite=job.overwrite,
+        dtype=setup.stored,
+    )

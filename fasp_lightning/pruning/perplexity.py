@@ -14,6 +14,7 @@ from torch import nn
 
 from fasp_lightning.errors import FaspError
 from fasp_lightning.ops.likelihood import next_token_nll
+from fasp_lightning.structure.causal_lm import require_language_model
 from fasp_lightning.structure.modes import evaluating, own_modes
 from fasp_lightning.text.batches import TokenBatch, check_vocabulary, read_batch
 
@@ -89,8 +90,10 @@ def measure_perplexity(model: nn.Module, batches: Iterable[Any]) -> PerplexityRe
         The perplexity, and what it was measured on. It is infinite or NaN if the model's logits are.
 
     Raises:
-        FaspError: If there is no token to predict, an id is outside the vocabulary, or a batch has a weight.
+        FaspError: If there is no token to predict, an id is outside the vocabulary, a batch has a weight, or the
+            model gives no logits over the vocabulary.
     """
+    require_language_model(model)
     nll, tokens, sequences, seq_len = 0.0, 0, 0, 0
     started = time.perf_counter()
     with evaluating(model):

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from fasp_lightning.errors import FaspError
 from fasp_lightning.structure.adapters import adapters_of, require_in_place
+from fasp_lightning.structure.causal_lm import is_dense
 from fasp_lightning.structure.layout import PairLayout
 from fasp_lightning.structure.ownership import require_plain, require_unshared
 from fasp_lightning.structure.pair import ResolvedPair, shape_of
@@ -120,7 +121,7 @@ def _linear_at(block: nn.Module, name: str, path: str) -> nn.Linear:
         raise FaspError(f"{name} must have a module {path!r}; correct the row of this model_type") from None
     require_in_place(block, name, path)
     weight = getattr(linear, "weight", None)
-    if not isinstance(weight, Tensor) or weight.ndim != 2 or not weight.is_floating_point():
+    if not isinstance(weight, Tensor) or weight.ndim != 2 or not is_dense(weight):
         kind = f"{type(linear).__name__} of {getattr(weight, 'dtype', 'no weight')}"
         raise FaspError(f"{name}.{path} must be a linear layer with a floating-point weight, got {kind}")
     require_plain(f"{name}.{path}", linear)

@@ -16,7 +16,7 @@ from fasp_lightning.pruning.processes import Processes
 from fasp_lightning.structure.adapters import has_adapters
 from fasp_lightning.training.calibration import Draw, calibration_loader, has_calibration_loader
 from fasp_lightning.training.events import check_data, prune_model, validation_perplexity
-from fasp_lightning.training.modeling.export import check_export, export_model
+from fasp_lightning.training.modeling.export import check_export, data_tokenizer, export_model
 from fasp_lightning.training.modeling.locate import find_causal_lm
 from fasp_lightning.training.modeling.lora import LoRAConfig, attach_lora, merge_lora
 from fasp_lightning.training.modeling.structure_state import carries_structure, carry_structure
@@ -136,7 +136,7 @@ class FASPPruning(Callback):
             if not is_reached(model, self._config(event)):
                 cuts |= decide_budget(model, self._config(event)).cuts
         if self.export_to is not None:
-            check_export(model, self.export_to, self.form, self.overwrite, cuts)
+            check_export(model, self.export_to, self.form, self.overwrite, cuts, data_tokenizer(trainer))
         self._set_up_recovery(trainer, model)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -206,9 +206,7 @@ class FASPPruning(Callback):
         if self.export_to is not None and trainer.is_global_zero:
             events = {"events": [dataclasses.asdict(record) for record in self.records]}
             model.fasp_report = getattr(model, "fasp_report", {}) | events  # type: ignore[assignment]  # saved along
-            tokenizer = getattr(trainer.datamodule, "tokenizer", None)  # type: ignore[attr-defined]
-            tokenizer = tokenizer if hasattr(tokenizer, "save_pretrained") else None
-            export_model(model, self.export_to, tokenizer, self.form, self.overwrite)
+            export_model(model, self.export_to, data_tokenizer(trainer), self.form, self.overwrite)
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Add what Lightning leaves out, see :func:`~fasp_lightning.training.trainer.resuming.unsaved_state`."""

@@ -198,7 +198,7 @@ class CausalLMModule(L.LightningModule):
 
     @rank_zero_only
     def export(
-        self, path: str | Path, tokenizer: Any = None, form: str = "auto", overwrite: bool = False
+        self, path: str | Path, tokenizer: Any = None, form: str = "auto", overwrite: bool = False, dtype: str = "auto"
     ) -> Path | None:
         """Write the model, LoRA merged, as safetensors and config; it can go on training afterwards.
 
@@ -207,6 +207,7 @@ class CausalLMModule(L.LightningModule):
             tokenizer: Saved along if given.
             form: See :func:`~fasp_lightning.save_pruned`.
             overwrite: Replace a folder that holds a pruned model.
+            dtype: See :func:`~fasp_lightning.save_pruned`.
 
         Returns:
             The folder; ``None`` on all processes but the first, which write nothing.
@@ -215,7 +216,7 @@ class CausalLMModule(L.LightningModule):
             FaspFileExistsError: If ``path`` is not empty and ``overwrite`` is false, or is no pruned model.
             FaspError: If ``form`` cannot hold the model, or the model is sharded.
         """
-        return export_model(self.model, path, tokenizer, form, overwrite)
+        return export_model(self.model, path, tokenizer, form, overwrite, dtype)
 
 
 def _defaults() -> tuple[Any, ...]:

@@ -214,3 +214,9 @@ def test_factored_optimizer_is_refused_by_name(tmp_path: Any) -> None:
 def test_bad_arguments(options: dict[str, Any], match: str) -> None:
     with pytest.raises(ValueError, match=match):
         FASPPruning(ONE, **options)
+
+
+def test_model_that_could_not_be_exported(tmp_path: Any) -> None:
+    module = UserModule(tiny_model("llama").train())
+    module.lm.config.thing = object()
+    refused(tmp_path, "cannot be saved by transformers", half(export_to=str(tmp_path / "out")), module=module)
