@@ -20,6 +20,8 @@ from fasp_lightning.structure.stock_fields import groups_obstacle, stock_fields,
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+REMEDY = "save the pruned model again, or set config.fasp to None to count this one as whole"
+
 
 def plan_of(model: PreTrainedModel) -> PruningPlan | None:
     """The plan that a pruned model carries in its config, or ``None``.
@@ -44,9 +46,10 @@ def plan_in(config: Any) -> PruningPlan | None:
     try:
         plan = PruningPlan.from_dict(data)
     except FaspError as error:
-        raise FaspError(f"config.fasp is damaged: {error}; save the pruned model again") from None
+        raise FaspError(f"config.fasp is damaged: {error}; {REMEDY}") from None
     if plan.model_type != config.model_type:
-        raise FaspError(f"config.fasp must be the plan of a {config.model_type} model, got one of {plan.model_type!r}")
+        kind = f"the plan of a {config.model_type} model"
+        raise FaspError(f"config.fasp must be {kind}, got one of {plan.model_type!r}; {REMEDY}")
     return plan
 
 

@@ -56,7 +56,8 @@ def resolve(
     heads = getattr(model.config, "num_attention_heads", None)
     pairs = [pair.whole_groups() if kv_groups and pair.kind == "value" else pair for pair in spec.pairs]
     if kept is not None and len(kept) != len(blocks):
-        raise FaspError(f"plan must have {len(blocks)} blocks as the model has, got {len(kept)}")
+        remedy = "give the model all its blocks, or set config.fasp to None to count it as whole"
+        raise FaspError(f"plan must have {len(blocks)} blocks as the model has, got {len(kept)}; {remedy}")
     resolved = []
     for index, block in enumerate(blocks):
         name = f"{spec.layers}.{index}"
