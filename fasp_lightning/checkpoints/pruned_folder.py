@@ -10,7 +10,7 @@ import torch
 from fasp_lightning.checkpoints.forms import FORMS
 from fasp_lightning.errors import FaspError, FaspOSError, as_refusal, one_line
 from fasp_lightning.staging import clear_left, read_json
-from fasp_lightning.structure.plan import adopt_plan, plan_in, resolve_pruned
+from fasp_lightning.structure.plan import adopt_plan, plan_in
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -99,8 +99,7 @@ def unreadable_weights(name: str, error: Exception) -> FaspOSError:
 def _load_compact(config: Any, path: Path, options: dict[str, Any]) -> PreTrainedModel:
     """Let ``from_pretrained`` fill a model whose constructor gives it the plan's shapes.
 
-    So dtype, shards, tied weights and buffers are read as for any model. The run-time modules come afterwards,
-    since the loader addresses parameters by their stock paths.
+    So dtype, shards, tied weights and buffers are read as for any model.
     """
     from transformers import AutoModelForCausalLM
 
@@ -109,15 +108,12 @@ def _load_compact(config: Any, path: Path, options: dict[str, Any]) -> PreTraine
     def build(self: PreTrainedModel, *args: Any, **kwargs: Any) -> None:
         stock.__init__(self, *args, **kwargs)
         with torch.device("cpu"):  # from_pretrained builds on meta, where indices would have no values
-            adopt_plan(self, wrap=False)
+            adopt_plan(self)
 
     # transformers decides by name and module how a family's stored keys are read
     planned = type(stock.__name__, (stock,), {"__init__": build, "__module__": stock.__module__})
     model = _from_pretrained(planned, path, config=config, **options)
     model.__class__ = stock
-    for pair in (pair for block in resolve_pruned(model) for pair in block):
-        if pair.kept.numel() < pair.layout.width:
-            pair.wrap()
     return model
 
 

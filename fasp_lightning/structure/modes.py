@@ -8,8 +8,6 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-from fasp_lightning.structure.compact import inner
-
 
 @contextmanager
 def frozen(model: nn.Module) -> Iterator[None]:
@@ -47,12 +45,12 @@ def placed(module: nn.Module, device: torch.device) -> Iterator[None]:
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode without gradients; every module's own mode is put back, a new wrapper gets that of its linear."""
+    """Evaluation mode without gradients; every module's own mode is put back."""
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
         with torch.no_grad():
             yield
     finally:
-        for module in model.modules():
-            module.training = modes.get(module, modes.get(inner(module), False))
+        for module, training in modes.items():
+            module.training = training

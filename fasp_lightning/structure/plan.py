@@ -9,11 +9,10 @@ import torch
 from torch import nn
 
 from fasp_lightning.errors import FaspError
-from fasp_lightning.structure.compact import inner
 from fasp_lightning.structure.pair import ResolvedPair, shape_of
 from fasp_lightning.structure.pruning_plan import PairPlan, PruningPlan, Widths, ascending
 from fasp_lightning.structure.registry import spec_for
-from fasp_lightning.structure.resolve import Kept, find_blocks, resolve
+from fasp_lightning.structure.resolve import Kept, find_blocks, linear_at, resolve
 from fasp_lightning.structure.spec import ArchitectureSpec
 from fasp_lightning.structure.stock_fields import groups_obstacle, stock_fields, stock_obstacle
 
@@ -121,13 +120,12 @@ def config_fields(spec: ArchitectureSpec, widths: Widths) -> dict[str, int]:
     return fields
 
 
-def apply_plan(model: PreTrainedModel, plan: PruningPlan, *, wrap: bool = True) -> PreTrainedModel:
+def apply_plan(model: PreTrainedModel, plan: PruningPlan) -> PreTrainedModel:
     """Give a model the shapes of a plan, in place. Nothing is restored: the weights kept are the model's own.
 
     Args:
         model: The original model (any device, ``meta`` included), or one pruned less far.
         plan: What to keep.
-        wrap: See :meth:`fasp_lightning.structure.pair.ResolvedPair.cut`.
 
     Returns:
         The same model, which now carries the plan.
@@ -148,19 +146,18 @@ def apply_plan(model: PreTrainedModel, plan: PruningPlan, *, wrap: bool = True) 
         if not torch.isin(kept, pair.kept).all():
             raise FaspError(_bad_units(pair, pair.kept.numel()))
     for pair, kept in wanted:
-        pair.cut(kept, wrap=wrap)
+        pair.cut(kept)
     record_plan(model, pairs)
     return model
 
 
-def adopt_plan(model: PreTrainedModel, *, wrap: bool = True) -> PreTrainedModel:
+def adopt_plan(model: PreTrainedModel) -> PreTrainedModel:
     """Give a model that was built from its config alone, as stock code does it, the shapes of the plan in there.
 
     A zero-filled model that ``transformers`` loaded loses its zeros. One that has these shapes, or no plan, stays.
 
     Args:
         model: The model; on ``meta`` its weights are still to come.
-        wrap: As for :func:`apply_plan`.
 
     Returns:
         The same model.
@@ -168,10 +165,10 @@ def adopt_plan(model: PreTrainedModel, *, wrap: bool = True) -> PreTrainedModel:
     Raises:
         FaspError: If the plan does not fit the weights, or says that units are gone for which they hold values.
     """
-    return _settle(model, wrap=wrap, check=True)
+    return _settle(model, check=True)
 
 
-def _settle(model: PreTrainedModel, *, wrap: bool = True, check: bool = False) -> PreTrainedModel:
+def _settle(model: PreTrainedModel, *, check: bool = False) -> PreTrainedModel:
     plan = plan_of(model)
     if plan is None:
         return model
@@ -180,7 +177,7 @@ def _settle(model: PreTrainedModel, *, wrap: bool = True, check: bool = False) -
     for pair, kept in wider if check else ():
         _require_zeros(pair, kept)
     for pair, kept in wider:
-        pair.cut(kept, wrap=wrap)
+        pair.cut(kept)
     if wider:
         record_plan(model, pairs)
     model.fasp_plan = plan  # type: ignore[assignment]
@@ -190,24 +187,27 @@ def _settle(model: PreTrainedModel, *, wrap: bool = True, check: bool = False) -
 def _as_built(model: PreTrainedModel, plan: PruningPlan) -> list[list[ResolvedPair]]:
     """The pairs of a model, some of them wider than its plan has them."""
     spec = spec_for(model)
+    blocks = find_blocks(model, spec)
+    if len(plan.blocks) != len(blocks):
+        kind = f"the plan of {len(blocks)} blocks as the model has"
+        raise FaspError(f"config.fasp must be {kind}, got one of {len(plan.blocks)}; {REMEDY}")
     there: list[Kept] = [
         {
-            pair.consumer: (block[pair.consumer].layout, _units_there(module, pair.consumer, block, spec.transposed))
-            for pair in spec.pairs
-            if pair.consumer in block
+            path: (planned.layout, _units_there(linear_at(block, f"{spec.layers}.{index}", path), planned, spec))
+            for path, planned in cut.items()
+            if path in {pair.consumer for pair in spec.pairs}
         }
-        for module, block in zip(find_blocks(model, spec), plan.blocks, strict=False)
+        for index, (block, cut) in enumerate(zip(blocks, plan.blocks, strict=True))
     ]
     return resolve(model, spec, there, "groups" in plan.cuts.kinds)
 
 
-def _units_there(block: nn.Module, path: str, planned: dict[str, PairPlan], transposed: bool) -> torch.Tensor:
-    """As many units as a consumer's columns are of, the kept ones first; the kept ones if it has no more."""
-    plan = planned[path]
-    columns = shape_of(inner(block.get_submodule(path)), transposed)[1]
-    units = columns * plan.layout.width // plan.layout.columns(torch.arange(plan.layout.width)).numel()
-    pair = plan.padded(units) if len(plan.kept) < units <= plan.layout.width else plan
-    return torch.tensor(pair.kept, dtype=torch.long)
+def _units_there(consumer: nn.Linear, planned: PairPlan, spec: ArchitectureSpec) -> torch.Tensor:
+    """As many units as a consumer has columns of, the kept ones first; the kept ones if it has no more."""
+    width, columns = planned.layout.width, shape_of(consumer, spec.transposed)[1]
+    units = columns * width // planned.layout.columns(torch.arange(width)).numel()
+    there = planned.padded(units) if len(planned.kept) < units <= width else planned
+    return torch.tensor(there.kept, dtype=torch.long)
 
 
 def _require_zeros(pair: ResolvedPair, kept: torch.Tensor) -> None:

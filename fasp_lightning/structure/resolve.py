@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
 from fasp_lightning.errors import FaspError
-from fasp_lightning.structure.adapters import adapters_of
-from fasp_lightning.structure.compact import inner
+from fasp_lightning.structure.adapters import adapters_of, require_in_place
 from fasp_lightning.structure.layout import PairLayout
 from fasp_lightning.structure.pair import ResolvedPair, shape_of
 from fasp_lightning.structure.spec import ArchitectureSpec, CoupledPair
@@ -56,8 +56,7 @@ def resolve(
     heads = getattr(model.config, "num_attention_heads", None)
     pairs = [pair.whole_groups() if kv_groups and pair.kind == "value" else pair for pair in spec.pairs]
     if kept is not None and len(kept) != len(blocks):
-        remedy = "give the model all its blocks, or set config.fasp to None to count it as whole"
-        raise FaspError(f"plan must have {len(blocks)} blocks as the model has, got {len(kept)}; {remedy}")
+        raise FaspError(f"plan must have {len(blocks)} blocks as the model has, got {len(kept)}")
     resolved = []
     for index, block in enumerate(blocks):
         name = f"{spec.layers}.{index}"
@@ -69,8 +68,8 @@ def resolve(
 def _resolve_pair(
     block: nn.Module, name: str, pair: CoupledPair, transposed: bool, heads: int | None, before: Kept
 ) -> ResolvedPair:
-    columns = shape_of(_linear_at(block, name, pair.consumer), transposed)[1]
-    rows = tuple(shape_of(_linear_at(block, name, path), transposed)[0] for path in pair.producers)
+    columns = shape_of(linear_at(block, name, pair.consumer), transposed)[1]
+    rows = tuple(shape_of(linear_at(block, name, path), transposed)[0] for path in pair.producers)
     if pair.consumer in before:
         layout, kept = before[pair.consumer]
         if (layout.kind, layout.fused, len(layout.producer_rows)) != (pair.kind, pair.fused, len(rows)):
@@ -112,11 +111,17 @@ def _fresh_layout(name: str, pair: CoupledPair, columns: int, rows: tuple[int, .
     return PairLayout("value", groups * size, groups, heads // groups, pair.fused, rows)
 
 
-def _linear_at(block: nn.Module, name: str, path: str) -> nn.Linear:
+def linear_at(block: nn.Module, name: str, path: str) -> nn.Linear:
+    """A linear layer of a block, by its path there.
+
+    Raises:
+        FaspError: If there is none, or one that cannot be cut; the message has ``name``, the block's path.
+    """
     try:
-        linear = inner(block.get_submodule(path))
+        linear = cast(nn.Linear, block.get_submodule(path))
     except AttributeError:
         raise FaspError(f"{name} must have a module {path!r}; correct the row of this model_type") from None
+    require_in_place(block, name, path)
     weight = getattr(linear, "weight", None)
     if not isinstance(weight, Tensor) or weight.ndim != 2 or not weight.is_floating_point():
         kind = f"{type(linear).__name__} of {getattr(weight, 'dtype', 'no weight')}"

@@ -80,7 +80,7 @@ def capture(
     embeddings: Any = model.get_input_embeddings()
     device = embeddings.weight.device
     with stand_ins(blocks, replacements):
-        for inputs, weight, source in micro_batches(batches, micro_batch_size, embeddings.num_embeddings):
+        for inputs, weight, source in micro_batches(batches, micro_batch_size, len(embeddings.weight)):
             calls.clear()
             model.base_model(**{name: value.to(device) for name, value in inputs.items()}, use_cache=False)
             on_cpu = {name: value.cpu() for name, value in inputs.items()}
