@@ -139,9 +139,7 @@ def test_a_config_that_contradicts_the_weights_is_refused(tmp_path: Path) -> Non
 def test_a_model_that_lost_a_block_is_refused_by_name() -> None:
     model = pruned("ffn")
     model.model.layers, model.config.num_hidden_layers = model.model.layers[:1], 1
-    with pytest.raises(
-        FaspError, match=r"must be the plan of 1 blocks as the model has, got one of 2; .*config\.fasp to None"
-    ):
+    with pytest.raises(FaspError, match=r"plan of 1 blocks as the model has, got one of 2; .*config\.fasp to None"):
         prune(model, 0.3)
 
 
