@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import copy
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -13,12 +12,14 @@ from fasp_lightning.structure.modes import own_modes
 from fasp_lightning.structure.pair import ResolvedPair, shape_of
 from fasp_lightning.structure.pruning_plan import PairPlan, PruningPlan, Widths, ascending
 from fasp_lightning.structure.registry import spec_for
-from fasp_lightning.structure.resolve import Kept, find_blocks, resolve
+from fasp_lightning.structure.resolve import Kept, find_blocks, linear_at, resolve
 from fasp_lightning.structure.spec import ArchitectureSpec
-from fasp_lightning.structure.stock_fields import BlockConfig, describe, groups_obstacle, stock_fields, stock_obstacle
+from fasp_lightning.structure.stock_fields import describe, groups_obstacle, own_config, stock_fields, stock_obstacle
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+REMEDY = "save the pruned model again, or set config.fasp to None to count this one as whole"
 
 
 def plan_of(model: PreTrainedModel) -> PruningPlan | None:
@@ -44,9 +45,10 @@ def plan_in(config: Any) -> PruningPlan | None:
     try:
         plan = PruningPlan.from_dict(data)
     except FaspError as error:
-        raise FaspError(f"config.fasp is damaged: {error}; save the pruned model again") from None
+        raise FaspError(f"config.fasp is damaged: {error}; {REMEDY}") from None
     if plan.model_type != config.model_type:
-        raise FaspError(f"config.fasp must be the plan of a {config.model_type} model, got one of {plan.model_type!r}")
+        kind = f"the plan of a {config.model_type} model"
+        raise FaspError(f"config.fasp must be {kind}, got one of {plan.model_type!r}; {REMEDY}")
     return plan
 
 
@@ -89,7 +91,7 @@ def record_plan(model: PreTrainedModel, pairs: list[list[ResolvedPair]]) -> Prun
         }
         for block in pairs
     )
-    plan, spec, config = PruningPlan(model.config.model_type, blocks), spec_for(model), _own_config(model)
+    plan, spec, config = PruningPlan(model.config.model_type, blocks), spec_for(model), own_config(model)
     model.fasp_plan = plan  # type: ignore[assignment]  # for the user to read; what counts is the config
     present = {
         first.spec.consumer: (first.layout, [first.kept.numel(), *(pair.kept.numel() for pair in rest)])
@@ -99,18 +101,6 @@ def record_plan(model: PreTrainedModel, pairs: list[list[ResolvedPair]]) -> Prun
     fields = {**config_fields(spec, present), "fasp": {"form": form, **plan.to_dict()}}
     describe(config, fields, (pair for block in pairs for pair in block))
     return plan
-
-
-def _own_config(model: PreTrainedModel) -> Any:
-    """The model's config, from now on a copy: another model may have been built from the same one."""
-    shared, own = model.config, copy.deepcopy(model.config)
-    for module in model.modules():
-        seen: Any = getattr(module, "config", None)
-        if seen is shared:
-            module.config = own  # type: ignore[assignment]
-        elif isinstance(seen, BlockConfig):
-            seen.shared = own
-    return own
 
 
 def config_fields(spec: ArchitectureSpec, widths: Widths) -> dict[str, int]:
@@ -188,24 +178,27 @@ def _settle(model: PreTrainedModel, *, check: bool = False) -> PreTrainedModel:
 def _as_built(model: PreTrainedModel, plan: PruningPlan) -> list[list[ResolvedPair]]:
     """The pairs of a model, some of them wider than its plan has them."""
     spec = spec_for(model)
+    blocks = find_blocks(model, spec)
+    if len(plan.blocks) != len(blocks):
+        kind = f"the plan of {len(blocks)} blocks as the model has"
+        raise FaspError(f"config.fasp must be {kind}, got one of {len(plan.blocks)}; {REMEDY}")
     there: list[Kept] = [
         {
-            pair.consumer: (block[pair.consumer].layout, _units_there(module, pair.consumer, block, spec.transposed))
-            for pair in spec.pairs
-            if pair.consumer in block
+            path: (planned.layout, _units_there(linear_at(block, f"{spec.layers}.{index}", path), planned, spec))
+            for path, planned in cut.items()
+            if path in {pair.consumer for pair in spec.pairs}
         }
-        for module, block in zip(find_blocks(model, spec), plan.blocks, strict=False)
+        for index, (block, cut) in enumerate(zip(blocks, plan.blocks, strict=True))
     ]
     return resolve(model, spec, there, "groups" in plan.cuts.kinds)
 
 
-def _units_there(block: nn.Module, path: str, planned: dict[str, PairPlan], transposed: bool) -> torch.Tensor:
-    """As many units as a consumer's columns are of, the kept ones first; the kept ones if it has no more."""
-    plan = planned[path]
-    columns = shape_of(cast(nn.Linear, block.get_submodule(path)), transposed)[1]
-    units = columns * plan.layout.width // plan.layout.columns(torch.arange(plan.layout.width)).numel()
-    pair = plan.padded(units) if len(plan.kept) < units <= plan.layout.width else plan
-    return torch.tensor(pair.kept, dtype=torch.long)
+def _units_there(consumer: nn.Linear, planned: PairPlan, spec: ArchitectureSpec) -> torch.Tensor:
+    """As many units as a consumer has columns of, the kept ones first; the kept ones if it has no more."""
+    width, columns = planned.layout.width, shape_of(consumer, spec.transposed)[1]
+    units = columns * width // planned.layout.columns(torch.arange(width)).numel()
+    there = planned.padded(units) if len(planned.kept) < units <= width else planned
+    return torch.tensor(there.kept, dtype=torch.long)
 
 
 def _require_zeros(pair: ResolvedPair, kept: torch.Tensor) -> None:

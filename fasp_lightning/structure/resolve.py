@@ -71,8 +71,8 @@ def resolve(
 def _resolve_pair(
     block: nn.Module, name: str, pair: CoupledPair, transposed: bool, heads: int | None, before: Kept
 ) -> ResolvedPair:
-    columns = shape_of(_linear_at(block, name, pair.consumer), transposed)[1]
-    rows = tuple(shape_of(_linear_at(block, name, path), transposed)[0] for path in pair.producers)
+    columns = shape_of(linear_at(block, name, pair.consumer), transposed)[1]
+    rows = tuple(shape_of(linear_at(block, name, path), transposed)[0] for path in pair.producers)
     if pair.consumer in before:
         layout, kept = before[pair.consumer]
         if (layout.kind, layout.fused, len(layout.producer_rows)) != (pair.kind, pair.fused, len(rows)):
@@ -114,7 +114,12 @@ def _fresh_layout(name: str, pair: CoupledPair, columns: int, rows: tuple[int, .
     return PairLayout("value", groups * size, groups, heads // groups, pair.fused, rows)
 
 
-def _linear_at(block: nn.Module, name: str, path: str) -> nn.Linear:
+def linear_at(block: nn.Module, name: str, path: str) -> nn.Linear:
+    """A linear layer of a block, by its path there.
+
+    Raises:
+        FaspError: If there is none, or one that cannot be cut; the message has ``name``, the block's path.
+    """
     try:
         linear = cast(nn.Linear, block.get_submodule(path))
     except AttributeError:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable
 from typing import Any
+
+from torch import nn
 
 from fasp_lightning.errors import of_library
 from fasp_lightning.structure.cuts import Cuts
@@ -87,6 +90,19 @@ class BlockConfig:
         if name.startswith("__") or "shared" not in self.__dict__:  # while it is copied or unpickled
             raise AttributeError(name)
         return getattr(self.__dict__["shared"], name)
+
+
+def own_config(model: nn.Module) -> Any:
+    """The model's config, from now on a copy: another model may have been built from the same one."""
+    shared: Any = model.config
+    own = copy.deepcopy(shared)
+    for module in model.modules():
+        seen: Any = getattr(module, "config", None)
+        if seen is shared:
+            module.config = own  # type: ignore[assignment]
+        elif isinstance(seen, BlockConfig):
+            seen.shared = own
+    return own
 
 
 def describe(config: Any, fields: dict[str, Any], pairs: Iterable[ResolvedPair]) -> None:

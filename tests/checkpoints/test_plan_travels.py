@@ -136,6 +136,13 @@ def test_a_config_that_contradicts_the_weights_is_refused(tmp_path: Path) -> Non
             load_pruned(tmp_path)
 
 
+def test_a_model_that_lost_a_block_is_refused_by_name() -> None:
+    model = pruned("ffn")
+    model.model.layers, model.config.num_hidden_layers = model.model.layers[:1], 1
+    with pytest.raises(FaspError, match=r"plan of 1 blocks as the model has, got one of 2; .*config\.fasp to None"):
+        prune(model, 0.3)
+
+
 def test_pruning_one_of_two_models_of_a_config_does_not_mark_the_other() -> None:
     config = TINY["llama"].config()
     first, second = (type(tiny_model("llama"))(config) for _ in range(2))
