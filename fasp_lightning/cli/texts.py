@@ -15,7 +15,7 @@ from fasp_lightning.pruning.config import OwnTextConfig
 from fasp_lightning.pruning.own_text.writing import within_positions
 from fasp_lightning.text.batches import check_vocabulary, labelled
 from fasp_lightning.text.config import TextConfig, describe
-from fasp_lightning.text.files import local_files
+from fasp_lightning.text.reading.files import data_set_of, local_files
 from fasp_lightning.text.tokens import token_batches
 
 CALIBRATED, OTHER = "calibrated", "other"
@@ -68,7 +68,7 @@ def single_source(calibration: Sequence[TextConfig], own: bool) -> str | None:
 
 def _source(text: TextConfig) -> set[tuple[str | None, ...] | Path]:
     if text.kind == "local":
-        return {file.resolve().parent for file in local_files(text.source)}
+        return {data_set_of(file) for file in local_files(text.source)}
     return {(text.source, text.subset)}
 
 

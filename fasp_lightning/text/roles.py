@@ -11,7 +11,8 @@ from typing import Any
 
 from fasp_lightning.errors import FaspError
 from fasp_lightning.text.config import TextConfig, describe, for_role
-from fasp_lightning.text.files import local_documents, local_files
+from fasp_lightning.text.reading.documents import local_documents
+from fasp_lightning.text.reading.files import local_files
 from fasp_lightning.text.splits import HUB_SHARES, SHARES, Claim, claimant, meet, owner
 from fasp_lightning.text.tokens import documents
 

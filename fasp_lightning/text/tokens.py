@@ -12,7 +12,8 @@ from fasp_lightning.errors import FaspError
 from fasp_lightning.text.batches import labelled
 from fasp_lightning.text.config import TextConfig, describe, unknown_split
 from fasp_lightning.text.corpora import builtin_splits
-from fasp_lightning.text.files import hub_documents, local_documents
+from fasp_lightning.text.reading.chats import rendered
+from fasp_lightning.text.reading.documents import hub_documents, local_documents
 from fasp_lightning.text.splits import split_of
 
 POOL_BLOCKS, POOL_FACTOR = 1024, 16
@@ -146,6 +147,7 @@ def encode_documents(group: list[str], tokenizer: Any, separator: str | None = N
         separator: Text between two documents; ``None`` puts the tokenizer's end-of-text token there, or two line
             feeds where it has none.
     """
+    group = [rendered(document, tokenizer) for document in group]
     end = tokenizer.eos_token_id
     if separator is None and end is None:
         separator = "\n\n"
