@@ -17,6 +17,7 @@ from fasp_lightning.pruning.config import PruningConfig
 from fasp_lightning.pruning.own_text.writing import calibration_starts, mixed, own_text
 from fasp_lightning.structure.modes import evaluating
 from fasp_lightning.structure.pair import ResolvedPair
+from fasp_lightning.text.batches import each_batch
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -70,7 +71,9 @@ def prepare(
     """
     processes, own = session.processes, config.own_text
     with processes.together():
-        batches = [] if own is not None and own.share == 1 else list(batches)  # own text alone needs no other
+        batches = (
+            [] if own is not None and own.share == 1 else list(each_batch(batches))
+        )  # own text alone needs no other
     if own is not None:
         with session.clock.phase("own text"), evaluating(model):
             written = own_text(model, own, processes, calibration_starts(batches, processes))
