@@ -96,19 +96,22 @@ def columns_of(names: Iterable[str], column: str) -> list[str]:
     return []
 
 
-def document_of(row: Mapping[str, Any], columns: list[str]) -> str | None:
+def document_of(row: Mapping[str, Any], column: str) -> str | None:
     """The document of a row; ``None`` if it has none.
 
     Args:
         row: The row.
-        columns: What :func:`columns_of` gives.
+        column: The column asked for, where there is one; see :func:`columns_of`.
 
     Raises:
         FaspError: If a column holds neither text nor the messages of a chat.
     """
+    if column in row and not isinstance(row[column], (list, dict)):
+        return _text(row[column], column)
+    columns = columns_of(row, column)
+    if not columns:
+        return None
     first, *others = columns
-    if not others and not isinstance(row[first], (list, dict)):
-        return _text(row[first], first)
     pair = next((pair for pair in PAIRS if tuple(columns[:2]) == pair), None)
     messages = _turns(row, *pair) if pair else _messages(row[first], first)
     system = next((text for name in SYSTEM if name in others and (text := _text(row[name], name))), None)
@@ -156,7 +159,7 @@ def _message(entry: Any) -> dict[str, Any] | None:
     if not isinstance(entry, dict):
         return None
     role, content = entry.get("role", entry.get("from")), entry.get("content", entry.get("value"))
-    if not isinstance(role, str):
+    if not isinstance(role, str) or not {"content", "value", "tool_calls"} & set(entry):
         return None
     more = {
         name: one for name, one in entry.items() if name not in ("role", "from", "content", "value") and one is not None

@@ -43,10 +43,7 @@ def local_documents(source: str, column: str, in_pieces: bool) -> Iterator[str]:
         FaspFileNotFoundError: If there is no such file.
         FaspError: If a file can't be read as what its suffix says, or its rows lack the column.
     """
-    files = local_files(source)
-    if files != [Path(source).expanduser()]:
-        _say(f"{source}: {listed(files)}")
-    for file in files:
+    for file in announced_files(source):
         plain = kind_of(file) in PLAIN
         longest = 0 if plain else LONG * PIECE_LENGTH
         for document in [_read(file)] if plain else _texts(_file_rows(file, column), column, str(file)):
@@ -54,6 +51,14 @@ def local_documents(source: str, column: str, in_pieces: bool) -> Iterator[str]:
                 yield from pieces(document)
             else:
                 yield document
+
+
+def announced_files(source: str) -> list[Path]:
+    """The files of :func:`~fasp_lightning.text.reading.files.local_files`; the log names those found, once."""
+    files = local_files(source)
+    if files != [Path(source).expanduser()]:
+        _say(f"{source}: {listed(files)}")
+    return files
 
 
 def hub_documents(source: str, subset: str | None, split: str | None, column: str) -> Iterator[str]:
@@ -114,7 +119,7 @@ def _texts(rows: Rows, column: str, source: str) -> Iterator[str]:
         columns = columns_of(row, column)
         if not columns:
             lacking = row if lacking is None else lacking
-        document = _document(row, columns, place, source) if columns else None
+        document = _document(row, column, place, source)
         without += document is None
         if lacking and without == number == PATIENCE:
             break
@@ -129,9 +134,9 @@ def _texts(rows: Rows, column: str, source: str) -> Iterator[str]:
         _say(f"{source}: {without:,} of {number:,} rows without text are passed over")
 
 
-def _document(row: dict[str, Any], columns: list[str], place: str, source: str) -> str | None:
+def _document(row: dict[str, Any], column: str, place: str, source: str) -> str | None:
     try:
-        return document_of(row, columns)
+        return document_of(row, column)
     except FaspError as error:
         raise type(error)(f"{place} of {source!r}: {error}") from None
 

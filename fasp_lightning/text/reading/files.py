@@ -5,6 +5,7 @@ from __future__ import annotations
 import bz2
 import glob
 import gzip
+import io
 import json
 import lzma
 import os
@@ -51,7 +52,7 @@ _ABOUT = re.compile(
 def _zstandard(file: Path) -> IO[bytes]:
     from pyarrow import input_stream  # type: ignore[import-untyped]
 
-    return input_stream(str(file), compression="zstd")
+    return io.BufferedReader(input_stream(str(file), compression="zstd"))
 
 
 _OPEN: dict[str, Callable[[Path], Any]] = {
@@ -115,7 +116,7 @@ def local_files(source: str) -> list[Path]:
     found = sorted(_candidates(path))
     files = [file for file in found if not _ABOUT.fullmatch(file.name) or _asks_for_about(path)]
     if not files:
-        beside = f" but {listed(found)}, which are no data; name the one that is" if found else "; check the path"
+        beside = f" but what is no data, {listed(found)}; name one itself to read it" if found else "; check the path"
         raise FaspFileNotFoundError(f"source {source!r} names no file ending in {SUFFIXES}{beside}")
     _require_one_kind(source, files)
     return files

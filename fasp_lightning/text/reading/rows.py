@@ -6,10 +6,11 @@ import csv
 import io
 import json
 from collections.abc import Callable, Iterator
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
+from fasp_lightning.text.reading.chats import columns_of
 from fasp_lightning.text.reading.files import corrupt, kind_of, opened, refusing
 
 Rows = Iterator[tuple[str, dict[str, Any]]]
@@ -38,9 +39,7 @@ def file_rows(file: Path, column: str, choose: Choice) -> Rows:
     if file.stat().st_size == 0:
         return iter(())
     kind = kind_of(file)
-    if kind == ".jsonl":
-        return _lines_of_json(file)
-    if kind == ".json":
+    if kind in (".jsonl", ".json"):
         return _lines_of_json(file) if _has_lines(file) else _list_of_json(file, column)
     if kind in (".csv", ".tsv"):
         return _separated(file, choose, "\t" if kind == ".tsv" else None)
@@ -56,7 +55,7 @@ def _lines_of_json(file: Path) -> Rows:
 
 def _object(file: Path, number: int, line: bytes) -> dict[str, Any]:
     try:
-        row = json.loads(line.decode("utf-8-sig"))
+        row = _parsed(line)
     except (ValueError, RecursionError) as error:  # of the syntax, or of the encoding
         cut = "" if line.endswith(b"\n") else ", the last one: the file may be cut off"
         raise corrupt(file, f"line {number} is not JSON ({error}){cut}") from None
@@ -65,13 +64,24 @@ def _object(file: Path, number: int, line: bytes) -> dict[str, Any]:
     return row
 
 
-def _has_lines(file: Path) -> bool:
-    """Whether a .json file has an object a line: some writers of such lines name them so."""
-    with opened(file) as lines:
-        first, *second = islice((line for line in lines if line.strip()), 2) or [b""]
+def _parsed(content: bytes) -> Any:
     try:
-        return bool(second) and isinstance(json.loads(first.decode("utf-8-sig")), dict)
-    except ValueError:
+        return json.loads(content.decode("utf-8-sig"))
+    except (json.JSONDecodeError, UnicodeDecodeError):
+        raise
+    except ValueError:  # a number of more digits than ``int`` takes, in whatever column
+        return json.loads(content.decode("utf-8-sig"), parse_int=float)
+
+
+def _has_lines(file: Path) -> bool:
+    """Whether a file has an object a line, which some writers name .json, or one list, which others name .jsonl."""
+    with opened(file) as lines:
+        first, second = islice(chain((line for line in lines if line.strip()), (b"", b"")), 2)
+    if kind_of(file) == ".jsonl":
+        return not first.removeprefix(_MARK).lstrip().startswith(b"[")
+    try:
+        return bool(second) and isinstance(_parsed(first), dict)
+    except (ValueError, RecursionError):
         return False
 
 
@@ -80,22 +90,16 @@ def _list_of_json(file: Path, column: str) -> Rows:
     with opened(file) as stream:
         content = stream.read()
     try:
-        whole = json.loads(content.decode("utf-8-sig") or "[]")
+        whole = _parsed(content.strip() or b"[]")
     except (ValueError, RecursionError) as error:
         raise corrupt(file, f"it is not JSON ({error})") from None
     if isinstance(whole, dict):
         lists = [value for value in whole.values() if isinstance(value, list) and value and isinstance(value[0], dict)]
-        whole = lists[0] if len(lists) == 1 and not _is_row(whole, column) else [whole]
+        whole = lists[0] if len(lists) == 1 and not columns_of(whole, column) else [whole]
     if not isinstance(whole, list):
         raise corrupt(file, f"it must hold a list of rows, got {type(whole).__name__}")
     for number, entry in enumerate(whole, start=1):
         yield f"entry {number}", entry if isinstance(entry, dict) else {column: entry}
-
-
-def _is_row(content: dict[str, Any], column: str) -> bool:
-    from fasp_lightning.text.reading.chats import columns_of
-
-    return bool(columns_of(content, column))
 
 
 def _separated(file: Path, choose: Choice, delimiter: str | None) -> Rows:
@@ -104,13 +108,12 @@ def _separated(file: Path, choose: Choice, delimiter: str | None) -> Rows:
     with opened(file) as stream:
         lines = io.TextIOWrapper(stream, encoding="utf-8-sig", newline="")
         header = lines.readline()
-        lines.seek(0)
         delimiter = delimiter or max(",;\t", key=header.count)
-        reader = csv.reader(lines, delimiter=delimiter, strict=True)
+        reader = csv.reader(chain([header], lines), delimiter=delimiter, strict=True)
         start = 1
         try:
-            names = next(reader, [])
-            chosen = [(name, names.index(name)) for name in choose(names)]
+            names = next((fields for fields in reader if fields), [])
+            chosen = [(name, names.index(name)) for name in choose(names)] if names else []
             start = reader.line_num + 1
             for fields in reader:
                 if len(fields) > len(names):
