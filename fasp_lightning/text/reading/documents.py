@@ -6,6 +6,7 @@ import functools
 import io
 import logging
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -43,14 +44,16 @@ def local_documents(source: str, column: str, in_pieces: bool) -> Iterator[str]:
         FaspFileNotFoundError: If there is no such file.
         FaspError: If a file can't be read as what its suffix says, or its rows lack the column.
     """
+    found: Counter[str] = Counter()
     for file in announced_files(source):
         plain = kind_of(file) in PLAIN
         longest = 0 if plain else LONG * PIECE_LENGTH
-        for document in [_read(file)] if plain else _texts(_file_rows(file, column), column, str(file)):
+        for document in [_read(file)] if plain else _texts(_file_rows(file, column), column, str(file), found):
             if in_pieces and len(document) > longest and not isinstance(document, Chat):
                 yield from pieces(document)
             else:
                 yield document
+    _say_passed(source, found)
 
 
 def announced_files(source: str) -> list[Path]:
@@ -76,7 +79,9 @@ def hub_documents(source: str, subset: str | None, split: str | None, column: st
     """
     if split is None:
         raise FaspError(f"split must name a split of the hub's {source!r}, for example train, got None")
-    yield from _texts(_hub_rows(source, subset, split), column, source)
+    found: Counter[str] = Counter()
+    yield from _texts(_hub_rows(source, subset, split), column, source, found)
+    _say_passed(source, found)
 
 
 def pieces(text: str) -> Iterator[str]:
@@ -108,30 +113,34 @@ def _file_rows(file: Path, column: str) -> Rows:
     return file_rows(file, column, choose)
 
 
-def _texts(rows: Rows, column: str, source: str) -> Iterator[str]:
-    """Pick the text out of each row, passing over rows without one.
+def _texts(rows: Rows, column: str, source: str, found: Counter[str]) -> Iterator[str]:
+    """Pick the text out of each row, passing over rows without one, and count both, and chats, in ``found``.
 
     Rows may differ in their columns, but one of the first ``PATIENCE`` must have those that hold text.
     """
-    number, without, chats = 0, 0, False
     lacking: dict[str, Any] | None = None
+    known = False
     for number, (place, row) in enumerate(rows, start=1):
-        columns = columns_of(row, column)
-        if not columns:
-            lacking = row if lacking is None else lacking
-        document = _document(row, column, place, source)
-        without += document is None
-        if lacking and without == number == PATIENCE:
+        known = known or bool(columns_of(row, column))
+        lacking = row if lacking is None else lacking
+        if not known and number == PATIENCE:
             break
-        if isinstance(document, Chat) and not chats:
-            chats = True
-            _say(f"{source}: chats, from {', '.join(columns)}: the tokenizer's chat template makes text of them")
+        document = _document(row, column, place, source)
+        found["rows"] += 1
+        found["passed over"] += document is None
+        if isinstance(document, Chat) and not found["chats"]:
+            found["chats"] += 1
+            columns = ", ".join(columns_of(row, column))
+            _say(f"{source}: the tokenizer's chat template makes text of the chats in {columns}")
         if document is not None:
             yield document
-    if lacking and without == number:
+    if lacking is not None and not known:
         _refuse_columns(column, source, lacking)
-    if without:
-        _say(f"{source}: {without:,} of {number:,} rows without text are passed over")
+
+
+def _say_passed(source: str, found: Counter[str]) -> None:
+    if found["passed over"]:
+        _say(f"{source}: {found['passed over']:,} of {found['rows']:,} rows have no text and are passed over")
 
 
 def _document(row: dict[str, Any], column: str, place: str, source: str) -> str | None:
