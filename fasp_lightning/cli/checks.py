@@ -14,7 +14,7 @@ from fasp_lightning.cli.jobs import ModelConfig, PruneJob
 from fasp_lightning.errors import FaspError, FaspOSError
 from fasp_lightning.staging import claimed
 from fasp_lightning.text.config import TextConfig, describe, for_role
-from fasp_lightning.text.files import local_files
+from fasp_lightning.text.reading.files import local_files
 
 
 def texts_of(job: PruneJob) -> tuple[list[TextConfig], list[TextConfig]]:

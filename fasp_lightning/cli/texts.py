@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +15,8 @@ from fasp_lightning.pruning.config import OwnTextConfig
 from fasp_lightning.pruning.own_text.writing import within_positions
 from fasp_lightning.text.batches import check_vocabulary, labelled
 from fasp_lightning.text.config import TextConfig, describe
-from fasp_lightning.text.files import local_files
-from fasp_lightning.text.tokens import token_batches
+from fasp_lightning.text.reading.files import data_set_of, listed, local_files
+from fasp_lightning.text.tokens import read_text
 
 CALIBRATED, OTHER = "calibrated", "other"
 
@@ -68,7 +68,7 @@ def single_source(calibration: Sequence[TextConfig], own: bool) -> str | None:
 
 def _source(text: TextConfig) -> set[tuple[str | None, ...] | Path]:
     if text.kind == "local":
-        return {file.resolve().parent for file in local_files(text.source)}
+        return {data_set_of(file) for file in local_files(text.source)}
     return {(text.source, text.subset)}
 
 
@@ -80,11 +80,13 @@ class Text:
         name: For tables.
         batches: (batch, seq) token ids.
         config: Where it came from.
+        read: What was read for it, unless it is built-in: documents, chats among them, and the files of a local text.
     """
 
     name: str
     batches: list[Tensor]
     config: TextConfig
+    read: dict[str, Any] = field(default_factory=dict)
 
     @property
     def tokens(self) -> int:
@@ -126,13 +128,17 @@ class Calibration:
 
     def to_dict(self) -> dict[str, Any]:
         """What the report says of it: the first text's settings, and those of the texts mixed in."""
-        first, *mix = map(_settings, self.configs) if self.texts else [{}]
+        first, *mix = map(_settings, self.texts) if self.texts else [{}]
         return {"name": self.name, **first, **({"mix": mix} if mix else {})}
 
 
-def _settings(text: TextConfig) -> dict[str, Any]:
-    """The fields of a text, those filled in that it leaves open."""
-    return {**dataclasses.asdict(text), **text.extent()._asdict()}
+def _settings(text: Text) -> dict[str, Any]:
+    """The fields of a text, those filled in that it leaves open, and what was read."""
+    return {
+        **dataclasses.asdict(text.config),
+        **text.config.extent()._asdict(),
+        **({"read": text.read} if text.read else {}),
+    }
 
 
 def calibration_name(texts: Sequence[TextConfig], own: OwnTextConfig | None) -> str:
@@ -165,11 +171,14 @@ def load_text(config: TextConfig, tokenizer: Any, model: Any, name: str) -> Text
     seq_len = config.extent().seq_len
     if isinstance(longest, int) and seq_len > longest:
         raise FaspError(f"{name}.seq_len must be at most {longest}, the positions of the model, got {seq_len}")
-    batches = token_batches(config, tokenizer)
+    batches, documents, chats = read_text(config, tokenizer)
     vocabulary = model.get_input_embeddings().num_embeddings
     for batch in batches:
         check_vocabulary(batch, vocabulary)
-    return Text(describe(config), batches, config)
+    read: dict[str, Any] = {} if config.kind == "builtin" else {"documents": documents, "chats": chats}
+    if config.kind == "local":
+        read["files"] = listed(local_files(config.source))
+    return Text(describe(config), batches, config, read)
 
 
 def load_calibration(texts: list[TextConfig], own: OwnTextConfig | None, tokenizer: Any, model: Any) -> Calibration:

@@ -16,7 +16,7 @@ from fasp_lightning.errors import FaspError
 from fasp_lightning.ops.likelihood import next_token_nll
 from fasp_lightning.structure.causal_lm import require_language_model
 from fasp_lightning.structure.modes import evaluating, own_modes
-from fasp_lightning.text.batches import TokenBatch, check_vocabulary, read_batch
+from fasp_lightning.text.batches import TokenBatch, check_vocabulary, each_batch, read_batch
 
 log = logging.getLogger(__name__)
 
@@ -54,7 +54,7 @@ def perplexity(model: nn.Module, batches: Iterable[Any]) -> float:
     Args:
         model: A causal language model of transformers.
         batches: (batch, seq) int64 token ids, or mappings with ``input_ids`` and optionally ``attention_mask``;
-            read once.
+            read once. Or a single one.
 
     Returns:
         exp(Σ NLL / predicted tokens).
@@ -84,7 +84,7 @@ def measure_perplexity(model: nn.Module, batches: Iterable[Any]) -> PerplexityRe
     Args:
         model: A causal language model of transformers.
         batches: (batch, seq) int64 token ids, or mappings with ``input_ids`` and optionally ``attention_mask``;
-            read once.
+            read once. Or a single one.
 
     Returns:
         The perplexity, and what it was measured on. It is infinite or NaN if the model's logits are.
@@ -97,7 +97,7 @@ def measure_perplexity(model: nn.Module, batches: Iterable[Any]) -> PerplexityRe
     nll, tokens, sequences, seq_len = 0.0, 0, 0, 0
     started = time.perf_counter()
     with evaluating(model):
-        for batch in batches:
+        for batch in each_batch(batches):
             given = read_batch(batch)
             if given.weight != 1:  # passing it over would report another perplexity than was asked for
                 raise FaspError(

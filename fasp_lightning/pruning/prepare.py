@@ -20,6 +20,7 @@ from fasp_lightning.pruning.own_text.generation import first_tokens
 from fasp_lightning.pruning.own_text.writing import calibration_starts, mixed, own_text
 from fasp_lightning.structure.modes import evaluating
 from fasp_lightning.structure.pair import ResolvedPair
+from fasp_lightning.text.batches import each_batch
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -77,7 +78,8 @@ def prepare(
     """
     processes, own = session.processes, config.own_text
     with processes.together():
-        batches = [] if own is not None and own.share == 1 else list(batches)  # own text alone needs no other
+        alone = own is not None and own.share == 1  # own text needs no other
+        batches = [] if alone else list(each_batch(batches))
         tokens = _check(model, pairs, batches)
     if own is None or own.share < 1:
         _require_tokens(processes.total(tokens)[0], own is not None)

@@ -99,7 +99,7 @@ def own_config(model: nn.Module) -> Any:
     for module in model.modules():
         seen: Any = getattr(module, "config", None)
         if seen is shared:
-            module.config = own  # type: ignore[assignment]
+            module.config = own
         elif isinstance(seen, BlockConfig):
             seen.shared = own
     return own

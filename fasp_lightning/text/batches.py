@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -56,6 +56,25 @@ class TokenBatch:
     def tokens(self) -> int:
         """Number of tokens, padding left out."""
         return self.input_ids.numel() if self.attention_mask is None else int(self.attention_mask.bool().sum())
+
+
+def each_batch(batches: Any) -> Iterable[Any]:
+    """Go through what is given as batches, of which a single one is all there are: its keys or rows are none.
+
+    Args:
+        batches: An iterable of batches, such as a tensor of three dimensions; or one batch, a mapping or a tensor.
+
+    Raises:
+        FaspTypeError: If it is neither.
+    """
+    if isinstance(batches, Mapping) or (isinstance(batches, Tensor) and batches.ndim <= 2):
+        return [batches]
+    if isinstance(batches, (str, bytes)) or not isinstance(batches, Iterable):
+        raise FaspTypeError(
+            f"batches must be an iterable of batches, or one batch, got {type(batches).__name__}; token_batches makes "
+            "them of a text, a tokenizer with return_tensors='pt' makes one"
+        )
+    return batches
 
 
 def read_batch(batch: Any, what: str = "a batch", remedy: str = "") -> TokenBatch:
@@ -136,13 +155,26 @@ def _read(batch: Any, what: str) -> TokenBatch:
 
 def _check_ids(input_ids: Any) -> None:
     if not isinstance(input_ids, Tensor):
-        raise FaspTypeError(f"input_ids must be a tensor of token ids, got {type(input_ids).__name__}")
+        raise FaspTypeError(f"input_ids must be a tensor of token ids, got {_without_tensor(input_ids)}")
     if input_ids.dtype != torch.int64:
         raise FaspError(f"input_ids must be int64, got {input_ids.dtype}; convert them with .long()")
     if input_ids.ndim != 2:
-        raise FaspError(f"input_ids must be (batch, seq), got shape {tuple(input_ids.shape)}")
+        one = "; make a batch of it with [None], or of several by a DataLoader" if input_ids.ndim == 1 else ""
+        raise FaspError(f"input_ids must be (batch, seq), got shape {tuple(input_ids.shape)}{one}")
     if input_ids.numel() == 0:
         raise FaspError(f"input_ids must hold at least one token, got shape {tuple(input_ids.shape)}")
+
+
+def _without_tensor(ids: Any) -> str:
+    """What ids are that are no tensor, and how they become one."""
+    name = type(ids).__name__
+    if not isinstance(ids, list):
+        return f"{name}; make one with torch.as_tensor"
+    if any(isinstance(one, Tensor) for one in ids):  # torch.utils.data.default_collate turns rows of lists into columns
+        return f"{name} of tensors; give the DataLoader the data set's with_format('torch'), or a collate_fn that pads"
+    return (
+        f"{name}; call the tokenizer with return_tensors='pt', or put a data set's with_format('torch') in a DataLoader"
+    )
 
 
 def _check_mask(mask: Any, input_ids: Tensor) -> None:

@@ -16,7 +16,7 @@ from fasp_lightning.staging import fingerprint, place, read_json, staged, write_
 from fasp_lightning.text.splits import distinct
 from fasp_lightning.text.tokens import document_groups, draw, encode_documents
 
-FORMAT = 3
+FORMAT = 4
 """Goes into every key: a change of the packing makes old files unused."""
 
 SEQUENCES_FILE, ABOUT_FILE = "sequences.arrow", "about.json"

@@ -10,6 +10,7 @@ from typing import Any
 
 from fasp_lightning.errors import FaspError
 from fasp_lightning.staging import place
+from fasp_lightning.text.reading.chats import rendered
 
 SPECIALS = ("<pad>", "<bos>", "<eos>")
 """Special tokens of a tokenizer trained here, ids 0, 1 and 2."""
@@ -94,7 +95,8 @@ def tokenizer_digest(tokenizer: Any) -> str:
     """Hash all that decides on a tokenizer's ids, as 64 hex digits."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     rules = backend.to_str() if backend is not None else f"{type(tokenizer)}{sorted(tokenizer.get_vocab().items())}"
-    return hashlib.sha256(f"{rules}{tokenizer.eos_token_id}".encode()).hexdigest()
+    template = getattr(tokenizer, "chat_template", None)
+    return hashlib.sha256(f"{rules}{tokenizer.eos_token_id}{template}".encode()).hexdigest()
 
 
 def check_vocabulary_size(tokenizer: Any, embeddings: int) -> None:
@@ -120,5 +122,5 @@ def _first(documents: Iterable[str], characters: int) -> Iterator[str]:
     for document in documents:
         if characters <= 0:
             return
-        yield document[:characters]
+        yield rendered(document, None)[:characters]
         characters -= len(document)

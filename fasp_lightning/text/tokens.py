@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,7 +12,8 @@ from fasp_lightning.errors import FaspError
 from fasp_lightning.text.batches import labelled
 from fasp_lightning.text.config import TextConfig, describe, unknown_split
 from fasp_lightning.text.corpora import builtin_splits
-from fasp_lightning.text.files import hub_documents, local_documents
+from fasp_lightning.text.reading.chats import Chat, rendered
+from fasp_lightning.text.reading.documents import hub_documents, local_documents
 from fasp_lightning.text.splits import split_of
 
 POOL_BLOCKS, POOL_FACTOR = 1024, 16
@@ -21,6 +22,20 @@ that a data set of any size costs little."""
 
 GROUP_LENGTH = 1_000_000
 """Characters, at least, tokenized by one call: tokenizers are fast on many texts at once."""
+
+
+class ReadText(NamedTuple):
+    """A text, read.
+
+    Attributes:
+        batches: (batch_size, seq_len) int64 token ids.
+        documents: Number of documents that were read.
+        chats: Number of those of which the tokenizer's chat template made text.
+    """
+
+    batches: list[Tensor]
+    documents: int
+    chats: int
 
 
 def documents(config: TextConfig) -> Iterator[str]:
@@ -86,15 +101,20 @@ def token_batches(config: TextConfig, tokenizer: Any) -> list[Tensor]:
         FaspError: If the source can't be read, or has fewer tokens than ``sequences`` (without it: one)
             sequences.
     """
+    return read_text(config, tokenizer).batches
+
+
+def read_text(config: TextConfig, tokenizer: Any) -> ReadText:
+    """Turn a text into batches, as :func:`token_batches`, and say what was read for them."""
     wanted, seq_len, batch_size, seed = config.extent()
     limit = None if wanted is None else pool_size(wanted) * seq_len
-    tokens = _tokens(config, tokenizer, limit)
+    tokens, documents, chats = _tokens(config, tokenizer, limit)
     blocks = tokens[: len(tokens) // seq_len * seq_len].view(-1, seq_len)
     if len(blocks) < (wanted or 1):
         raise FaspError(_shortage(config, len(tokens)))
     if wanted is not None:
         blocks = blocks[draw(len(blocks), wanted, seed)]
-    return list(blocks.split(batch_size))
+    return ReadText(list(blocks.split(batch_size)), documents, chats)
 
 
 def calibration_batches(texts: Iterable[TextConfig], tokenizer: Any) -> list[Any]:
@@ -127,14 +147,20 @@ def _shortage(config: TextConfig, found: int) -> str:
     )
 
 
-def _tokens(config: TextConfig, tokenizer: Any, limit: int | None) -> Tensor:
-    """Tokenize documents until there are ``limit`` tokens (``None``: all of them), giving (tokens,) int64."""
+def _tokens(config: TextConfig, tokenizer: Any, limit: int | None) -> tuple[Tensor, int, int]:
+    """Tokenize documents until there are ``limit`` tokens (``None``: all of them).
+
+    Returns:
+        (tokens,) int64, the number of documents, and of chats among them.
+    """
     tokens: list[int] = []
+    count = chats = 0
     for group in document_groups(documents(config)):
         tokens += encode_documents(group, tokenizer, config.separator)
+        count, chats = count + len(group), chats + sum(isinstance(one, Chat) for one in group)
         if limit is not None and len(tokens) >= limit:
-            return torch.tensor(tokens[:limit], dtype=torch.long)
-    return torch.tensor(tokens, dtype=torch.long)
+            break
+    return torch.tensor(tokens[:limit], dtype=torch.long), count, chats
 
 
 def encode_documents(group: list[str], tokenizer: Any, separator: str | None = None) -> list[int]:
@@ -146,6 +172,7 @@ def encode_documents(group: list[str], tokenizer: Any, separator: str | None = N
         separator: Text between two documents; ``None`` puts the tokenizer's end-of-text token there, or two line
             feeds where it has none.
     """
+    group = [rendered(document, tokenizer) for document in group]
     end = tokenizer.eos_token_id
     if separator is None and end is None:
         separator = "\n\n"
