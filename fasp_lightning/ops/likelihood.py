@@ -21,11 +21,11 @@ def next_token_nll(logits: Tensor, input_ids: Tensor, mask: Tensor | None = None
     """Sum −log p(x_t | x_<t) over the tokens that are predicted: t = 2 … T of each sequence.
 
     Position t − 1 of the logits predicts token t. A prediction counts iff its target and the token it is made
-    at are both unmasked. The logits are never copied as a whole.
+    at are both unmasked, and the target is not :data:`IGNORED`. The logits are never copied as a whole.
 
     Args:
         logits: (batch, seq, vocabulary), any floating dtype.
-        input_ids: (batch, seq) int64. Ids at masked positions may be anything.
+        input_ids: (batch, seq) int64 token ids, or labels. Ids at masked positions may be anything.
         mask: (batch, seq), true or non-zero at tokens, false or zero at padding; None means no padding.
 
     Returns:
@@ -42,7 +42,7 @@ def next_token_nll(logits: Tensor, input_ids: Tensor, mask: Tensor | None = None
         # the softmax of 16-bit logits is computed in fp32; the sum over a corpus needs fp64
         losses = functional.cross_entropy(logits[row, positions].float(), targets, reduction="none")
         nll += losses.sum(dtype=torch.float64)
-        tokens += targets.numel()
+        tokens += (targets != IGNORED).sum()
     return nll, tokens
 
 
@@ -64,16 +64,16 @@ def next_token_nll_gradient(logits: Tensor, input_ids: Tensor, mask: Tensor | No
         FaspError: If the shapes don't match.
     """
     _check_shapes(logits, input_ids, mask)
-    gradient, targets, ignored = torch.empty_like(logits), input_ids[:, 1:], None
+    gradient, targets = torch.empty_like(logits), input_ids[:, 1:]
     if mask is not None:
-        ignored = ~(mask[:, :-1].bool() & mask[:, 1:].bool())
-        targets = targets.masked_fill(ignored, IGNORED)
+        targets = targets.masked_fill(~(mask[:, :-1].bool() & mask[:, 1:].bool()), IGNORED)
+    ignored = targets == IGNORED
     predicting = gradient[:, :-1]
     for sequence in zip(logits[:, :-1], targets, predicting, strict=True):
         for rows, goals, slopes in row_chunks(*sequence):
             slopes.copy_(subtract_one_hot(rows.float().softmax(-1), goals))
     gradient[:, -1:] = 0
-    if ignored is not None:
+    if ignored.any():
         predicting.masked_fill_(ignored[..., None], 0)
     return gradient
 

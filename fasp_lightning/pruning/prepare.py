@@ -14,6 +14,7 @@ from fasp_lightning.pruning.blocks.samples import spread_samples
 from fasp_lightning.pruning.blocks.sensitivity import fisher_scores
 from fasp_lightning.pruning.blocks.session import Session
 from fasp_lightning.pruning.config import PruningConfig
+from fasp_lightning.pruning.inputs import ModelInputs, check_at_hand
 from fasp_lightning.pruning.own_text.writing import calibration_starts, mixed, own_text
 from fasp_lightning.structure.modes import evaluating
 from fasp_lightning.structure.pair import ResolvedPair
@@ -66,11 +67,13 @@ def prepare(
         config: ``own_text``, ``score``, ``allocation``, ``sensitivity_tokens`` and ``micro_batch_size`` are read.
 
     Raises:
-        FaspError: If there is no calibration batch, or a gradient or logit is not finite.
+        FaspError: If there is no calibration batch, one is refused (before own text is sampled), or a gradient or logit
+            is not finite.
     """
     processes, own = session.processes, config.own_text
     with processes.together():
         batches = [] if own is not None and own.share == 1 else list(batches)  # own text alone needs no other
+        check_at_hand(ModelInputs(model), batches, "calibration")
     if own is not None:
         with session.clock.phase("own text"), evaluating(model):
             written = own_text(model, own, processes, calibration_starts(batches, processes))

@@ -64,6 +64,37 @@ def test_a_second_evaluation_starts_from_zero(tiny_folder: Folder, tmp_path: Pat
     assert second == fresh
 
 
+def padded(tokens: torch.Tensor) -> list[dict[str, torch.Tensor]]:
+    """Rows with three tokens of padding on the left."""
+    mask = torch.nn.functional.pad(torch.ones_like(tokens), (3, 0))
+    rows = torch.nn.functional.pad(tokens, (3, 0), value=7)
+    return [{"input_ids": ids, "attention_mask": real} for ids, real in zip(rows, mask, strict=True)]
+
+
+def test_padding_on_the_left_changes_no_figure(tiny_folder: Folder, tmp_path: Path) -> None:
+    """GPT-2 would count it along."""
+    module, tokens = CausalLMModule(str(tiny_folder("gpt2"))), random_tokens(4)
+    (found,) = trainer(tmp_path).validate(module, DataLoader(padded(tokens), batch_size=2), verbose=False)
+    assert found["val_perplexity"] == pytest.approx(perplexity(module.model, [tokens]), rel=1e-5)
+    (batch,) = DataLoader(padded(tokens), batch_size=4)
+    steps_alike = [module.predict_step(one)["nll"] for one in (batch, tokens)]
+    torch.testing.assert_close(*steps_alike)
+
+
+@pytest.mark.parametrize(
+    ("batch", "message"),
+    [
+        (torch.full((1, 8), 97), r"input_ids must be in \[0, 97\).*got 97.*resize_token_embeddings"),
+        (random_tokens(1, 65), "must have at most 64 tokens.*got 65"),
+    ],
+)
+def test_a_batch_that_the_model_would_crash_on_is_refused_by_name(
+    batch: torch.Tensor, message: str, tiny_folder: Folder, tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        trainer(tmp_path).fit(CausalLMModule(str(tiny_folder("gpt2"))), DataLoader(batch))
+
+
 def test_predict_gives_each_sequence_its_likelihood(tiny_folder: Folder, tmp_path: Path) -> None:
     module = CausalLMModule(str(tiny_folder()))
     batches = trainer(tmp_path).predict(module, loader())

@@ -5,43 +5,28 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
-
 from fasp_lightning.errors import FaspError
 from fasp_lightning.pruning.blocks.samples import Call, Sample, Stored
 from fasp_lightning.pruning.blocks.standins import BlockTap, stand_ins
 from fasp_lightning.pruning.blocks.store import TensorStore
+from fasp_lightning.pruning.inputs import ModelInputs
 from fasp_lightning.structure.registry import spec_for
 from fasp_lightning.structure.resolve import find_blocks
-from fasp_lightning.text.batches import check_vocabulary, read_batch
+from fasp_lightning.text.batches import TokenBatch, read_batch
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-def micro_batches(
-    batches: Iterable[Any], size: int | None, vocabulary: int | None
-) -> Iterator[tuple[dict[str, Tensor], float, str]]:
-    """Batches in pieces of ``size`` sequences, checked.
+def micro_batches(batches: Iterable[Any], size: int | None) -> Iterator[TokenBatch]:
+    """Batches in pieces, each called as without padding where it has none.
 
     Args:
         batches: As :meth:`FASPPruner.prune` takes them.
         size: Sequences of a piece; ``None`` leaves the batches as they are.
-        vocabulary: Number of embeddings; ``None`` checks no token id.
-
-    Yields:
-        What the model is called with, the weight of each token, and the source.
     """
     for given in batches:
-        batch = read_batch(given)
-        if vocabulary is not None:
-            check_vocabulary(batch.input_ids, vocabulary)
-        inputs = batch.inputs
-        if batch.attention_mask is not None and bool(batch.attention_mask.bool().all()):
-            del inputs["attention_mask"]  # so that the blocks are called as without padding
-        step = size or len(batch.input_ids)
-        for start in range(0, len(batch.input_ids), step):
-            yield {name: value[start : start + step] for name, value in inputs.items()}, batch.weight, batch.source
+        yield from read_batch(given).unmasked().pieces(size)
 
 
 def capture(
@@ -62,7 +47,7 @@ def capture(
         The samples, and for each of them the (batch, seq, hidden) input of the first block.
 
     Raises:
-        FaspError: If there is no batch, a token id lies outside the vocabulary, or a batch is refused.
+        FaspError: If there is no batch, or one is refused by :meth:`ModelInputs.check`.
     """
     samples: list[Sample] = []
     hidden: list[Stored] = []
@@ -77,14 +62,15 @@ def capture(
         calls.append(Call(store.share(args[1:]), store.share(named), named_hidden=not args))
 
     replacements = {str(index): BlockTap(block, note, shape) for index, block in enumerate(blocks)}
-    embeddings: Any = model.get_input_embeddings()
-    device = embeddings.weight.device
+    inputs = ModelInputs(model)
     with stand_ins(blocks, replacements):
-        for inputs, weight, source in micro_batches(batches, micro_batch_size, embeddings.num_embeddings):
+        for batch in micro_batches(batches, micro_batch_size):
             calls.clear()
-            model.base_model(**{name: value.to(device) for name, value in inputs.items()}, use_cache=False)
-            on_cpu = {name: value.cpu() for name, value in inputs.items()}
-            samples.append(Sample(len(samples), source, on_cpu, weight, tuple(calls)))
+            named = inputs.checked(batch)
+            model.base_model(**named, use_cache=False)
+            on_cpu = {name: value.cpu() for name, value in named.items()}
+            targets = batch.targets.cpu()
+            samples.append(Sample(len(samples), batch.source, on_cpu, batch.weight, tuple(calls), targets=targets))
     if not samples:
         raise FaspError("batches must hold at least one calibration batch, got none")
     return samples, hidden
