@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from fasp_lightning.errors import FaspError
 from fasp_lightning.ops.likelihood import IGNORED
-from fasp_lightning.text.batches import TokenBatch, check_vocabulary, read_batch
+from fasp_lightning.text.batches import CALIBRATION, TokenBatch, check_vocabulary, read_batch
 
 PACKING = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "cu_seqlens", "seq_idx")
 """What collators say packed sequences by for some attention kernels; ``position_ids`` say the same to all of them."""
@@ -61,10 +61,11 @@ class ModelInputs:
                 that the model takes and that is not passed on.
         """
         self._check_other(batch, what)
-        check_vocabulary(batch.input_ids, self.vocabulary, batch.source)
+        text = what if batch.source == CALIBRATION else batch.source
+        check_vocabulary(batch.input_ids, self.vocabulary, text)
         if batch.given_labels is not None:
             labels = batch.given_labels
-            check_vocabulary(labels[labels != IGNORED], self.vocabulary, batch.source, "labels")
+            check_vocabulary(labels[labels != IGNORED], self.vocabulary, text, "labels")
         positions, length = self._positions(batch), batch.input_ids.shape[1]
         if positions is not None:
             self._check_positions(int(positions.min()), int(positions.max()))

@@ -18,6 +18,7 @@ from fasp_lightning.pruning.inputs import ModelInputs, check_at_hand
 from fasp_lightning.pruning.own_text.writing import calibration_starts, mixed, own_text
 from fasp_lightning.structure.modes import evaluating
 from fasp_lightning.structure.pair import ResolvedPair
+from fasp_lightning.text.batches import CALIBRATION
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -73,7 +74,7 @@ def prepare(
     processes, own = session.processes, config.own_text
     with processes.together():
         batches = [] if own is not None and own.share == 1 else list(batches)  # own text alone needs no other
-        check_at_hand(ModelInputs(model), batches, "calibration")
+        check_at_hand(ModelInputs(model), batches, CALIBRATION)
     if own is not None:
         with session.clock.phase("own text"), evaluating(model):
             written = own_text(model, own, processes, calibration_starts(batches, processes))

@@ -160,7 +160,7 @@ class CausalLMModule(L.LightningModule):
 
     def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         """Refuse a batch that the model would crash on, while looking at it waits for no accelerator."""
-        ModelInputs(self.model).check(read_batch(batch))
+        ModelInputs(self.model).check(read_batch(batch), "the data")
         return batch
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:

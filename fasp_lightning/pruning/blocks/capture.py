@@ -12,7 +12,7 @@ from fasp_lightning.pruning.blocks.store import TensorStore
 from fasp_lightning.pruning.inputs import ModelInputs
 from fasp_lightning.structure.registry import spec_for
 from fasp_lightning.structure.resolve import find_blocks
-from fasp_lightning.text.batches import TokenBatch, read_batch
+from fasp_lightning.text.batches import CALIBRATION, TokenBatch, read_batch
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -66,7 +66,7 @@ def capture(
     with stand_ins(blocks, replacements):
         for batch in micro_batches(batches, micro_batch_size):
             calls.clear()
-            named = inputs.checked(batch)
+            named = inputs.checked(batch, CALIBRATION)
             model.base_model(**named, use_cache=False)
             on_cpu = {name: value.cpu() for name, value in named.items()}
             targets = batch.targets.cpu()
