@@ -16,6 +16,7 @@ from fasp_lightning.pruning.own_text.writing import within_positions
 from fasp_lightning.text.batches import check_vocabulary, labelled
 from fasp_lightning.text.config import TextConfig, describe
 from fasp_lightning.text.files import local_files
+from fasp_lightning.text.tokenizer import bos_of
 from fasp_lightning.text.tokens import token_batches
 
 CALIBRATED, OTHER = "calibrated", "other"
@@ -80,11 +81,13 @@ class Text:
         name: For tables.
         batches: (batch, seq) token ids.
         config: Where it came from.
+        bos: Token that every sequence begins with; ``None`` where it begins with the text.
     """
 
     name: str
     batches: list[Tensor]
     config: TextConfig
+    bos: str | None = None
 
     @property
     def tokens(self) -> int:
@@ -126,13 +129,23 @@ class Calibration:
 
     def to_dict(self) -> dict[str, Any]:
         """What the report says of it: the first text's settings, and those of the texts mixed in."""
-        first, *mix = map(_settings, self.configs) if self.texts else [{}]
+        first, *mix = map(_settings, self.texts) if self.texts else [{}]
         return {"name": self.name, **first, **({"mix": mix} if mix else {})}
 
 
-def _settings(text: TextConfig) -> dict[str, Any]:
-    """The fields of a text, those filled in that it leaves open."""
-    return {**dataclasses.asdict(text), **text.extent()._asdict()}
+def _settings(text: Text) -> dict[str, Any]:
+    """The fields of a text, those filled in that it leaves open, and what its sequences begin with."""
+    bos = {} if text.bos is None else {"bos": text.bos}
+    return {**dataclasses.asdict(text.config), **text.config.extent()._asdict(), **bos}
+
+
+def begins_with(texts: Iterable[Text]) -> str | None:
+    """Say which texts have sequences that begin with the tokenizer's beginning-of-text token, if any."""
+    names = {text.name: text.bos for text in texts if text.bos is not None}
+    if not names:
+        return None
+    token = next(iter(names.values()))
+    return f"every sequence of {', '.join(names)} begins with the tokenizer's {token}, which add_bos=false leaves out"
 
 
 def calibration_name(texts: Sequence[TextConfig], own: OwnTextConfig | None) -> str:
@@ -168,8 +181,9 @@ def load_text(config: TextConfig, tokenizer: Any, model: Any, name: str) -> Text
     batches = token_batches(config, tokenizer)
     vocabulary = model.get_input_embeddings().num_embeddings
     for batch in batches:
-        check_vocabulary(batch, vocabulary)
-    return Text(describe(config), batches, config)
+        check_vocabulary(batch, vocabulary, describe(config))
+    bos = bos_of(tokenizer, config.add_bos, describe(config))
+    return Text(describe(config), batches, config, None if bos is None else tokenizer.convert_ids_to_tokens(bos))
 
 
 def load_calibration(texts: list[TextConfig], own: OwnTextConfig | None, tokenizer: Any, model: Any) -> Calibration:
