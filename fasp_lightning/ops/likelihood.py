@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 
 import torch
@@ -29,21 +30,23 @@ def next_token_nll(logits: Tensor, input_ids: Tensor, mask: Tensor | None = None
         mask: (batch, seq), true or non-zero at tokens, false or zero at padding; None means no padding.
 
     Returns:
-        The summed NLL (scalar, float64, in nats) and the number of predicted tokens (scalar, int64), on the
-        device of the logits.
+        The summed NLL (scalar, float64, in nats; on the CPU where the device has no float64) and the number of
+        predicted tokens (scalar, int64), on the device of the logits.
 
     Raises:
         FaspError: If the shapes don't match.
     """
     _check_shapes(logits, input_ids, mask)
-    nll = torch.zeros((), dtype=torch.float64, device=logits.device)
+    wide = torch.float64 if has_float64(logits.device) else torch.float32
+    sums = [torch.zeros((), dtype=wide, device=logits.device)]
     tokens = torch.zeros((), dtype=torch.int64, device=logits.device)
     for row, positions, targets in _predictions(logits, input_ids, mask):
         # the softmax of 16-bit logits is computed in fp32; the sum over a corpus needs fp64
         losses = functional.cross_entropy(logits[row, positions].float(), targets, reduction="none")
-        nll += losses.sum(dtype=torch.float64)
+        sums.append(losses.sum(dtype=wide))
         tokens += (targets != IGNORED).sum()
-    return nll, tokens
+    whole = torch.stack(sums)
+    return (whole if has_float64(whole.device) else whole.cpu().double()).sum(), tokens
 
 
 @torch.no_grad()
@@ -76,6 +79,20 @@ def next_token_nll_gradient(logits: Tensor, input_ids: Tensor, mask: Tensor | No
     if ignored.any():
         predicting.masked_fill_(ignored[..., None], 0)
     return gradient
+
+
+def has_float64(device: torch.device) -> bool:
+    """Whether tensors on a device can be float64; on MPS they cannot."""
+    return _makes_float64(device.type)
+
+
+@functools.cache
+def _makes_float64(device: str) -> bool:
+    try:
+        torch.zeros((), dtype=torch.float64, device=device)
+    except (TypeError, NotImplementedError):
+        return False
+    return True
 
 
 def subtract_one_hot(probabilities: Tensor, targets: Tensor) -> Tensor:

@@ -158,11 +158,6 @@ class CausalLMModule(L.LightningModule):
         logits: Tensor = self.model(input_ids=input_ids, use_cache=False, **inputs).logits
         return logits
 
-    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-        """Refuse a batch that the model would crash on, while looking at it waits for no accelerator."""
-        ModelInputs(self.model).check(read_batch(batch), "the data")
-        return batch
-
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Mean NLL of the batch's predicted tokens."""
         inputs, targets = self._read(batch)
@@ -199,8 +194,11 @@ class CausalLMModule(L.LightningModule):
     @torch.compiler.disable  # signatures are read, and values of a mask decide
     def _read(self, batch: Any) -> tuple[dict[str, Tensor], Tensor]:
         """What the model is called with on a batch, and the (batch, seq) labels that are predicted."""
-        given = read_batch(batch)
-        return ModelInputs(self.model)(given), given.targets
+        given, inputs = read_batch(batch), ModelInputs(self.model)
+        inputs.check(
+            given, "the data"
+        )  # waits for an accelerator once a step; an assertion on it would end the process
+        return inputs(given), given.targets
 
     def _log(self, stage: str, metric: Perplexity) -> None:
         """Log perplexity and loss, which is its logarithm: both over all tokens of all processes, no mean of means."""
