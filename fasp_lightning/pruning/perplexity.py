@@ -16,7 +16,7 @@ from fasp_lightning.errors import FaspError
 from fasp_lightning.ops.likelihood import next_token_nll
 from fasp_lightning.pruning.inputs import ModelInputs, check_at_hand
 from fasp_lightning.structure.modes import evaluating
-from fasp_lightning.text.batches import read_batch
+from fasp_lightning.text.batches import each_batch, read_batch
 
 log = logging.getLogger(__name__)
 
@@ -96,7 +96,7 @@ def measure_perplexity(model: nn.Module, batches: Iterable[Any]) -> PerplexityRe
     """
     nll, tokens, sequences, seq_len = 0.0, 0, 0, 0
     started = time.perf_counter()
-    inputs = ModelInputs(model)
+    inputs, batches = ModelInputs(model), each_batch(batches)
     check_at_hand(inputs, batches)
     with evaluating(model):
         for batch in batches:

@@ -9,16 +9,18 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from fasp_lightning.errors import FaspError
+from fasp_lightning.ops.likelihood import IGNORED
 from fasp_lightning.pruning.blocks.capture import capture
-from fasp_lightning.pruning.blocks.samples import spread_samples
+from fasp_lightning.pruning.blocks.samples import Sample, spread_samples
 from fasp_lightning.pruning.blocks.sensitivity import fisher_scores
 from fasp_lightning.pruning.blocks.session import Session
 from fasp_lightning.pruning.config import PruningConfig
 from fasp_lightning.pruning.inputs import ModelInputs, check_at_hand
 from fasp_lightning.pruning.own_text.writing import calibration_starts, mixed, own_text
+from fasp_lightning.pruning.processes import Processes
 from fasp_lightning.structure.modes import evaluating
 from fasp_lightning.structure.pair import ResolvedPair
-from fasp_lightning.text.batches import CALIBRATION
+from fasp_lightning.text.batches import CALIBRATION, each_batch
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -73,7 +75,9 @@ def prepare(
     """
     processes, own = session.processes, config.own_text
     with processes.together():
-        batches = [] if own is not None and own.share == 1 else list(batches)  # own text alone needs no other
+        batches = (
+            [] if own is not None and own.share == 1 else list(each_batch(batches))
+        )  # own text alone needs no other
         check_at_hand(ModelInputs(model), batches, CALIBRATION)
     if own is not None:
         with session.clock.phase("own text"), evaluating(model):
@@ -85,5 +89,18 @@ def prepare(
         with processes.together():
             samples, hidden = capture(model, batches, config.micro_batch_size, session.store)
         chosen = spread_samples(samples, config.sensitivity_tokens, processes)
+        _require_targets(chosen, processes)
         session.progress.expect(len(chosen) * len(pairs) + len(samples) * session.progress.passes)
         return Prepared(batches, fisher_scores(session, model, pairs, chosen, hidden))
+
+
+def _require_targets(samples: list[Sample], processes: Processes) -> None:
+    """Refuse samples without a loss: every unit would be as good as any other."""
+    mine = sum(int((sample.targets[:, 1:] != IGNORED).sum()) for sample in samples if sample.targets is not None)
+    (predicted,) = processes.total(mine)
+    if not predicted:
+        raise FaspError(
+            "batches must hold at least one token to predict where loss sensitivity is measured, got none; give "
+            "labels that are not all -100 and sequences of two tokens or more, or set score to 'wanda' and allocation "
+            "to 'uniform'"
+        )

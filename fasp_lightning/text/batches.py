@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -125,6 +125,11 @@ def read_batch(batch: Any, what: str = "a batch", remedy: str = "") -> TokenBatc
         if remedy:
             raise type(error)(f"{error}; {remedy}") from None
         raise
+
+
+def each_batch(batches: Iterable[Any]) -> Iterable[Any]:
+    """Batches to iterate over: a single one, as a tokenizer returns it, counts as one, not as its keys or rows."""
+    return [batches] if isinstance(batches, (Tensor, Mapping)) else batches
 
 
 def as_mapping(batch: Any) -> Any:

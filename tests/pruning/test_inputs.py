@@ -9,7 +9,7 @@ import torch
 from tiny import VOCAB, random_tokens, tiny_model
 from tiny_pruning import BOTH, INGREDIENTS, assert_same, assert_unchanged
 from torch import Tensor
-from transformers import DataCollatorWithFlattening
+from transformers import BatchEncoding, DataCollatorWithFlattening
 
 from fasp_lightning import FASPPruner, perplexity
 from fasp_lightning.pruning.inputs import ModelInputs
@@ -95,7 +95,11 @@ def test_labels_say_what_is_predicted_as_in_the_models_own_loss() -> None:
         ("bloom", {"position_ids": torch.arange(12).expand(2, 12)}, "not have position_ids for BloomForCausalLM"),
         ("gpt2", {"position_ids": torch.arange(53, 65).expand(2, 12)}, r"in \[0, 64\).*GPT2LMHeadModel.*got 64"),
         ("gpt2", {"position_ids": torch.arange(-1, 11).expand(2, 12)}, r"in \[0, 64\).*got -1"),
-        ("llama", {"labels": torch.full((2, 12), VOCAB)}, rf"labels must be in \[0, {VOCAB}\).*'calibration'"),
+        (
+            "llama",
+            {"labels": torch.full((2, 12), VOCAB)},
+            rf"labels must be in \[0, {VOCAB}\).*got {VOCAB}; the text is",
+        ),
     ],
 )
 def test_what_would_be_dropped_or_crash_is_refused_by_name(family: str, more: Named, message: str) -> None:
@@ -110,6 +114,23 @@ def test_what_the_model_knows_nothing_of_is_passed_over() -> None:
     model, tokens = tiny_model("llama"), random_tokens()
     more = {"token_type_ids": torch.ones_like(tokens), "length": [12, 12], "idx": 3, "inputs_embeds": None}
     assert perplexity(model, [{"input_ids": tokens, **more}]) == perplexity(model, [tokens])
+
+
+@pytest.mark.parametrize("form", [BatchEncoding, dict, lambda batch: batch["input_ids"]])
+def test_a_single_batch_counts_as_one(form: Any) -> None:
+    batch = form({"input_ids": random_tokens(8, 20)})
+    assert perplexity(tiny_model("llama"), batch) == perplexity(tiny_model("llama"), [batch])
+    one, other = tiny_model("llama"), tiny_model("llama")
+    FASPPruner(BOTH).prune(one, batch)
+    FASPPruner(BOTH).prune(other, [batch])
+    assert_same(one, other)
+
+
+def test_sensitivity_without_a_token_to_predict_is_refused() -> None:
+    model, tokens = tiny_model("llama"), random_tokens()
+    with pytest.raises(ValueError, match="at least one token to predict where loss sensitivity is measured"):
+        FASPPruner(INGREDIENTS["fisher"]).prune(model, [{"input_ids": tokens, "labels": torch.full_like(tokens, -100)}])
+    assert_unchanged(model)
 
 
 @pytest.mark.parametrize("family", ["gpt2", "opt"])

@@ -12,6 +12,7 @@ from lightning.pytorch.cli import ReduceLROnPlateau
 from tiny import random_tokens, tiny_model
 from tiny_lightning import SCRATCH, Folder, loader, logits, sgd, steps, trainer
 from torch.utils.data import DataLoader
+from transformers import DataCollatorWithFlattening
 
 from fasp_lightning import perplexity
 from fasp_lightning.training import module as module_file
@@ -80,6 +81,13 @@ def test_padding_on_the_left_changes_no_figure(tiny_folder: Folder, tmp_path: Pa
     with torch.no_grad():
         plain, shifted = (module.eval().predict_step(one)["nll"] for one in (tokens, batch))
     torch.testing.assert_close(shifted, plain, rtol=1e-5, atol=0)
+
+
+def test_packed_sequences_have_the_figures_of_the_same_apart(tiny_folder: Folder, tmp_path: Path) -> None:
+    module, rows = CausalLMModule(str(tiny_folder())), [random_tokens(1, length)[0] for length in (7, 11, 5)]
+    packed = DataCollatorWithFlattening()([{"input_ids": row.tolist()} for row in rows])
+    (found,) = trainer(tmp_path).validate(module, DataLoader([packed], batch_size=None), verbose=False)
+    assert found["val_perplexity"] == pytest.approx(perplexity(module.model, [row[None] for row in rows]), rel=1e-5)
 
 
 @pytest.mark.parametrize(
