@@ -42,10 +42,11 @@ class ModelInputs:
         self.name = type(inner).__name__
         self.table = _position_table(inner, embeddings)
         self._takes = _arguments(inner)
-        self._counts = self.table is None or "attention_mask" not in _arguments(self.table)
+        # whether positions would be those in the row: a table that is handed the mask leaves padding out by itself
+        self._counts_padding = self.table is None or "attention_mask" not in _arguments(self.table)
 
     def __call__(self, batch: TokenBatch) -> dict[str, Tensor]:
-        """The named inputs, (batch, seq) each; the values of ids and positions are not looked at."""
+        """The named inputs, (batch, seq) each, where they are."""
         inputs, positions = batch.inputs, self._positions(batch)
         return inputs if positions is None else inputs | {"position_ids": positions}
 
@@ -66,13 +67,11 @@ class ModelInputs:
         if batch.given_labels is not None:
             labels = batch.given_labels
             check_vocabulary(labels[labels != IGNORED], self.vocabulary, text, "labels")
-        positions, length = self._positions(batch), batch.input_ids.shape[1]
-        if positions is not None:
-            self._check_positions(int(positions.min()), int(positions.max()))
-        elif self._counts:
-            self.check_length(length, what)
+        positions = self._positions(batch)
+        if positions is None:
+            self.check_length(batch.input_ids.shape[1] if self._counts_padding else batch.longest, what)
         else:
-            self.check_length(batch.longest, what)
+            self._check_positions(int(positions.min()), int(positions.max()))
 
     def checked(self, batch: TokenBatch, what: str = "a batch") -> dict[str, Tensor]:
         """The inputs of a batch that is not refused, on the device of the embeddings."""
@@ -103,8 +102,10 @@ class ModelInputs:
     def _positions(self, batch: TokenBatch) -> Tensor | None:
         """(batch, seq) positions: those given, or derived where a model that takes them would count padding along."""
         mask = batch.attention_mask
-        if batch.position_ids is not None or mask is None or not self._counts or "position_ids" not in self._takes:
+        if batch.position_ids is not None or mask is None or not self._counts_padding:
             return batch.position_ids
+        if "position_ids" not in self._takes:
+            return None
         real = mask.bool().long()
         if not bool((real[:, 1:] > real[:, :-1]).any()):  # no padding before a token
             return None
