@@ -16,6 +16,7 @@ from fasp_lightning.pruning.own_text.writing import within_positions
 from fasp_lightning.text.batches import check_vocabulary, labelled
 from fasp_lightning.text.config import TextConfig, describe
 from fasp_lightning.text.reading.files import data_set_of, listed, local_files
+from fasp_lightning.text.tokenizer import bos_of
 from fasp_lightning.text.tokens import read_text
 
 CALIBRATED, OTHER = "calibrated", "other"
@@ -81,12 +82,14 @@ class Text:
         batches: (batch, seq) token ids.
         config: Where it came from.
         read: What was read for it, unless it is built-in: documents, chats among them, and the files of a local text.
+        bos: Token that every sequence begins with; ``None`` where it begins with the text.
     """
 
     name: str
     batches: list[Tensor]
     config: TextConfig
     read: dict[str, Any] = field(default_factory=dict)
+    bos: str | None = None
 
     @property
     def tokens(self) -> int:
@@ -133,12 +136,19 @@ class Calibration:
 
 
 def _settings(text: Text) -> dict[str, Any]:
-    """The fields of a text, those filled in that it leaves open, and what was read."""
-    return {
-        **dataclasses.asdict(text.config),
-        **text.config.extent()._asdict(),
-        **({"read": text.read} if text.read else {}),
-    }
+    """The fields of a text, those filled in that it leaves open, what was read, and what its sequences begin with."""
+    known = {"read": text.read, "bos": text.bos}
+    found = {name: value for name, value in known.items() if value}
+    return {**dataclasses.asdict(text.config), **text.config.extent()._asdict(), **found}
+
+
+def begins_with(texts: Iterable[Text]) -> str | None:
+    """Say which texts have sequences that begin with the tokenizer's beginning-of-text token, if any."""
+    names = {text.name: text.bos for text in texts if text.bos is not None}
+    if not names:
+        return None
+    token = next(iter(names.values()))
+    return f"every sequence of {', '.join(names)} begins with the tokenizer's {token}, which add_bos=false leaves out"
 
 
 def calibration_name(texts: Sequence[TextConfig], own: OwnTextConfig | None) -> str:
@@ -174,11 +184,13 @@ def load_text(config: TextConfig, tokenizer: Any, model: Any, name: str) -> Text
     batches, documents, chats = read_text(config, tokenizer)
     vocabulary = model.get_input_embeddings().num_embeddings
     for batch in batches:
-        check_vocabulary(batch, vocabulary)
+        check_vocabulary(batch, vocabulary, describe(config))
     read: dict[str, Any] = {} if config.kind == "builtin" else {"documents": documents, "chats": chats}
     if config.kind == "local":
         read["files"] = listed(local_files(config.source))
-    return Text(describe(config), batches, config, read)
+    bos = bos_of(tokenizer, config.add_bos, describe(config))
+    token = None if bos is None else tokenizer.convert_ids_to_tokens(bos)
+    return Text(describe(config), batches, config, read, token)
 
 
 def load_calibration(texts: list[TextConfig], own: OwnTextConfig | None, tokenizer: Any, model: Any) -> Calibration:

@@ -10,17 +10,20 @@ import torch
 from torch import Tensor
 
 from fasp_lightning.errors import FaspError
+from fasp_lightning.ops.likelihood import IGNORED
 from fasp_lightning.pruning.blocks.capture import capture, micro_batches
 from fasp_lightning.pruning.blocks.rehearsal import rehearse
-from fasp_lightning.pruning.blocks.samples import spread_samples
+from fasp_lightning.pruning.blocks.samples import Sample, spread_samples
 from fasp_lightning.pruning.blocks.sensitivity import fisher_scores
 from fasp_lightning.pruning.blocks.session import Session
 from fasp_lightning.pruning.config import PruningConfig
+from fasp_lightning.pruning.inputs import ModelInputs, check_at_hand
 from fasp_lightning.pruning.own_text.generation import first_tokens
 from fasp_lightning.pruning.own_text.writing import calibration_starts, mixed, own_text
+from fasp_lightning.pruning.processes import Processes
 from fasp_lightning.structure.modes import evaluating
 from fasp_lightning.structure.pair import ResolvedPair
-from fasp_lightning.text.batches import each_batch
+from fasp_lightning.text.batches import CALIBRATION, each_batch
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -94,21 +97,22 @@ def prepare(
         with processes.together():
             samples, hidden = capture(model, batches, config.micro_batch_size, session.store, bound)
         chosen = spread_samples(samples, config.sensitivity_tokens, processes)
-        later = sum(1 for _ in micro_batches(batches, config.micro_batch_size, None))
+        _require_targets(chosen, processes)
+        later = sum(1 for _ in micro_batches(batches, config.micro_batch_size))
         session.progress.expect(len(chosen) * len(pairs) + later * session.progress.passes)
         return Prepared(batches, fisher_scores(session, model, pairs, chosen, hidden))
 
 
 def _check(model: PreTrainedModel, pairs: list[list[ResolvedPair]], batches: list[Any]) -> int:
     """Refuse batches and models that cannot be used; returns the number of tokens in this process."""
-    embeddings: Any = model.get_input_embeddings()
+    inputs = ModelInputs(model)
+    check_at_hand(inputs, batches, CALIBRATION)
     tokens, example = 0, {"input_ids": first_tokens(model, 1, torch.Generator())[:, None]}
-    for number, (inputs, _, _) in enumerate(micro_batches(batches, 1, embeddings.num_embeddings)):
-        mask = inputs.get("attention_mask")
-        real = inputs["input_ids"].numel() if mask is None else int(mask.bool().sum())
-        tokens += real
-        if real and (number == 0 or (mask is not None and not mask[0, 0])):  # padding on the left may do harm
-            example = inputs
+    for number, batch in enumerate(micro_batches(batches, 1)):
+        mask = batch.attention_mask
+        tokens += batch.tokens
+        if batch.tokens and (number == 0 or (mask is not None and not mask[0, 0])):  # padding on the left may do harm
+            example = inputs(batch)
     rehearse(model, pairs, example)
     return tokens
 
@@ -117,3 +121,15 @@ def _require_tokens(tokens: float, own: bool) -> None:
     if not tokens:
         remedy = "; set own_text.share to 1 to calibrate on own text alone" if own else ""
         raise FaspError(f"batches must hold at least one calibration batch with a token in it, got none{remedy}")
+
+
+def _require_targets(samples: list[Sample], processes: Processes) -> None:
+    """Refuse samples without a loss: every unit would be as good as any other."""
+    mine = sum(int((sample.targets[:, 1:] != IGNORED).sum()) for sample in samples if sample.targets is not None)
+    (predicted,) = processes.total(mine)
+    if not predicted:
+        raise FaspError(
+            "batches must hold at least one token to predict where loss sensitivity is measured, got none; give "
+            "labels that are not all -100 and sequences of two tokens or more, or set score to 'wanda' and allocation "
+            "to 'uniform'"
+        )

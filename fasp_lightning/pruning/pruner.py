@@ -67,9 +67,11 @@ class FASPPruner:
         Args:
             model: A Hugging Face causal LM of a registered family, pruned before or not.
             batches: Any iterable of (batch, seq) token ids or of mappings with ``input_ids`` and optionally
-                ``attention_mask``, ``position_ids``, ``weight`` (how much each of its tokens counts) and ``source``
-                (the name of its text: each text has its share of the tokens that are held back, or that loss
-                sensitivity is measured on); read once. Padding enters no statistic. Or a single batch, or what
+                ``attention_mask``, ``position_ids``, ``labels``, ``weight`` (how much each of its tokens counts) and
+                ``source`` (the name of its text: each text has its share of the tokens that are held back, or that loss
+                sensitivity is measured on); read once. Padding, on either side, enters no statistic; a label of −100
+                takes its token out of the loss whose sensitivity is measured, not out of the statistics. Or a single
+                batch, or what
                 :meth:`prepare` made of them.
             progress: Called after each pass of a sample through a block.
             processes: Those that hold copies of this model and call this together, each with batches of its own:

@@ -50,6 +50,7 @@ class TextReport:
         before: Of the model before this pruning.
         after: Of the pruned model.
         unrestored: Of a model with the same columns and the weights as they were; ``None`` if not measured.
+        bos: Token that every sequence began with, which is not predicted; ``None`` where it began with the text.
     """
 
     name: str
@@ -57,6 +58,7 @@ class TextReport:
     before: PerplexityResult
     after: PerplexityResult
     unrestored: PerplexityResult | None = None
+    bos: str | None = None
 
     @property
     def restoration_effect(self) -> int:

@@ -63,6 +63,9 @@ class TextConfig:
             or response. The tokenizer's chat template makes text of chats. Rows without text are passed over.
         separator: Text between two documents; None puts the tokenizer's end-of-text token there. WikiText,
             whose rows on the hub are paragraphs, is commonly joined with two line feeds.
+        add_bos: Whether every sequence begins with the tokenizer's beginning-of-text token, which is then one of its
+            seq_len tokens and never predicted. "auto" is what the tokenizer itself does: those of LLaMA, Gemma and OPT
+            put it there, those of GPT-2 and SmolLM2 do not.
         sequences: Number of sequences, drawn at random by the seed where the text has more: from its first 1024, or
             from 16 times as many as are asked for, if that is more. None is the whole text. "auto" is 64 in the
             commands; in a data module it is the whole text, but of calibration text, and of validation and test
@@ -84,6 +87,7 @@ class TextConfig:
     split: str | None = None
     column: str = "text"
     separator: str | None = None
+    add_bos: bool | Literal["auto"] = "auto"
     sequences: int | Literal["auto"] | None = "auto"
     seed: int | None = None
     seq_len: int | None = None
@@ -108,6 +112,8 @@ class TextConfig:
             raise FaspError(f"seq_len must be 2 or more, got {self.seq_len}: one token predicts nothing")
         if isinstance(self.sequences, str) and self.sequences != "auto":
             raise FaspError(f"sequences must be a number, None or 'auto', got {self.sequences!r}")
+        if self.add_bos not in (True, False, "auto"):
+            raise FaspError(f"add_bos must be True, False or 'auto', got {self.add_bos!r}")
         for name, value in (("sequences", self.number), ("batch_size", self.batch_size)):
             if value is not None and value < 1:
                 raise FaspError(f"{name} must be 1 or more, got {value}")

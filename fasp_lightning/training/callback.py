@@ -164,7 +164,7 @@ class FASPPruning(Callback):
                 f"schedule entry {index}, {event.to_dict()!r}, must happen within the run, which ends before; "
                 "raise max_steps or max_epochs, or take the entry out"
             )
-        check_data(trainer, self._draw(trainer, pl_module), self.validation_batches)
+        check_data(trainer, self._model(pl_module), self._draw(trainer, pl_module), self.validation_batches)
         if self._random is not None:
             resuming.take_up(trainer, pl_module, self._unsaved)
             self._unsaved = {}

@@ -10,6 +10,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.utilities.seed import isolate_rng
 
 from fasp_lightning.pruning.config import PruningConfig
+from fasp_lightning.pruning.inputs import ModelInputs
 from fasp_lightning.pruning.perplexity import exp_nll
 from fasp_lightning.pruning.processes import Processes
 from fasp_lightning.pruning.pruner import FASPPruner
@@ -25,24 +26,25 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-def check_data(trainer: Trainer, draw: Draw, validation_batches: int) -> None:
+def check_data(trainer: Trainer, model: PreTrainedModel, draw: Draw, validation_batches: int) -> None:
     """Read a calibration batch and a batch of each validation loader, to refuse at the start what events cannot read.
 
     Args:
         trainer: In ``on_train_start``.
+        model: The causal LM.
         draw: The calibration sequences of the first event.
         validation_batches: Batches of each validation loader that perplexity is measured on; with 0 none is read.
 
     Raises:
-        FaspError: If a batch holds no token ids.
+        FaspError: If a batch holds no token ids, or the model cannot take it.
     """
     with isolate_rng():
-        processes = Processes.everyone()
+        processes, inputs = Processes.everyone(), ModelInputs(model)
         with processes.together():
-            next(draw.batches(processes.rank, processes.count))
+            inputs.check(read_batch(next(draw.batches(processes.rank, processes.count))), "calibration data")
             for loader in validation_loaders(trainer) if validation_batches else ():
                 for batch in islice(loader, 1):
-                    _read_validation(batch)
+                    inputs.check(_read_validation(batch), "validation data")
 
 
 def prune_model(
@@ -99,10 +101,8 @@ def validation_perplexity(trainer: Trainer, model: PreTrainedModel, batches: int
 
 def _update(metric: Perplexity, model: PreTrainedModel, batch: Any) -> None:
     given = _read_validation(batch)
-    embeddings: Any = model.get_input_embeddings()
-    device = embeddings.weight.device
-    logits = model(**{name: value.to(device) for name, value in given.inputs.items()}, use_cache=False).logits
-    metric.to(logits.device).update(logits, given.labels.to(logits.device))
+    logits = model(**ModelInputs(model).checked(given, "validation data"), use_cache=False).logits
+    metric.to(logits.device).update(logits, given.targets.to(logits.device))
 
 
 def _read_validation(batch: Any) -> TokenBatch:

@@ -17,6 +17,7 @@ from fasp_lightning.cli.quiet import quiet_libraries
 from fasp_lightning.cli.texts import (
     Calibration,
     Text,
+    begins_with,
     load_calibration,
     load_text,
     missing_domain,
@@ -77,6 +78,8 @@ def announce(job: PruneJob, setup: Setup, calibration: Calibration, evaluation: 
         note("output_dir is null: the pruned model will not be saved")
     if warning := single_source(calibration.configs, calibration.own is not None):
         note(f"warning: {warning}")
+    if begin := begins_with([*calibration.texts, *evaluation]):
+        note(begin)
     if missing := missing_domain(domains_of(job, calibration, evaluation)):
         note(missing)
 

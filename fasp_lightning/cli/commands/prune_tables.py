@@ -77,6 +77,8 @@ def print_perplexities(texts: list[TextReport]) -> None:
         ("predicted tokens", *(f"{text.after.tokens:,}" for text in texts)),
         ("seq_len", *(str(text.after.seq_len) for text in texts)),
     ]
+    if any(text.bos for text in texts):
+        rows.append(("sequences begin with", *(text.bos or "the text" for text in texts)))
     if any(text.unrestored for text in texts):
         plain = (f"{text.unrestored.perplexity:.3f}" if text.unrestored else "" for text in texts)
         rows.insert(4, ("same columns, nothing restored", *plain))

@@ -25,7 +25,15 @@ from fasp_lightning.cli.jobs import PruneJob
 from fasp_lightning.cli.measured import domains_of, measure, place, prune_measured, save
 from fasp_lightning.cli.model_setup import Setup, already_pruned, bytes_before, load, memory_of, saved_dtype, set_up
 from fasp_lightning.cli.quiet import quiet_libraries
-from fasp_lightning.cli.texts import Calibration, Text, load_calibration, load_text, missing_domain, single_source
+from fasp_lightning.cli.texts import (
+    Calibration,
+    Text,
+    begins_with,
+    load_calibration,
+    load_text,
+    missing_domain,
+    single_source,
+)
 from fasp_lightning.errors import FaspError, FaspFileExistsError
 from fasp_lightning.pruning.budget.widths import decide_budget
 from fasp_lightning.pruning.config import PruningConfig
@@ -199,6 +207,8 @@ class _Sweep:
         note(f"sweep of {points[0][1].source.name} over {sparsities} sparsity{done}")
         if self.job.pruning.sparsity != PruningConfig.sparsity:
             note(f"pruning.sparsity, {self.job.pruning.sparsity}, is not used: sparsities take its place")
+        if begin := begins_with([*self.calibration.texts, *self.evaluation]):
+            note(begin)
         if missing := missing_domain(domains_of(self.job, self.calibration, self.evaluation)):
             note(missing)
         if warning := single_source(self.calibration.configs, self.calibration.own is not None):
