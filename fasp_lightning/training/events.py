@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from lightning.pytorch import Trainer
-from lightning.pytorch.utilities.seed import isolate_rng
 
 from fasp_lightning.pruning.config import PruningConfig
 from fasp_lightning.pruning.perplexity import exp_nll
@@ -19,6 +18,7 @@ from fasp_lightning.text.batches import TokenBatch, read_batch
 from fasp_lightning.training.calibration import Draw
 from fasp_lightning.training.metrics import Perplexity
 from fasp_lightning.training.progress_bar import pruning_bar
+from fasp_lightning.training.trainer.random_state import isolated_random_state
 from fasp_lightning.training.trainer.surgery import eagerly, prune_attached, validation_loaders
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ def check_data(trainer: Trainer, draw: Draw, validation_batches: int) -> None:
     Raises:
         FaspError: If a batch holds no token ids.
     """
-    with isolate_rng():
+    with isolated_random_state():
         processes = Processes.everyone()
         with processes.together():
             next(draw.batches(processes.rank, processes.count))
@@ -65,7 +65,7 @@ def prune_model(
         with pruning_bar(trainer, f"pruning to {config.sparsity:.1%}") as progress:
             return FASPPruner(config).prune(model, batches, progress, processes)
 
-    with isolate_rng():
+    with isolated_random_state():
         torch.manual_seed(draw.seed)
         kv_groups = config.attention == "kv_groups"
         report: PruningReport = prune_attached(trainer, model, prune, attribute, kv_groups)
@@ -83,7 +83,7 @@ def validation_perplexity(trainer: Trainer, model: PreTrainedModel, batches: int
     Returns:
         exp(Σ NLL / predicted tokens); ``None`` if there is no validation data.
     """
-    with isolate_rng():
+    with isolated_random_state():
         loaders = validation_loaders(trainer)
         if not loaders or batches == 0:
             return None
