@@ -10,7 +10,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 
 from fasp_lightning.errors import FaspError
-from fasp_lightning.pruning.budget.widths import decide_budget, is_reached, present_budget
+from fasp_lightning.pruning.budget.widths import is_reached, present_budget
 from fasp_lightning.pruning.config import PruningConfig
 from fasp_lightning.pruning.processes import Processes
 from fasp_lightning.structure.adapters import has_adapters
@@ -21,6 +21,7 @@ from fasp_lightning.training.modeling.locate import find_causal_lm
 from fasp_lightning.training.modeling.lora import LoRAConfig, attach_lora, merge_lora
 from fasp_lightning.training.modeling.structure_state import carries_structure, carry_structure
 from fasp_lightning.training.recovery import MODES, Recovery, trained_names
+from fasp_lightning.training.rehearsal import rehearse
 from fasp_lightning.training.reporting import EventRecord, report_event, report_history, report_missed, report_structure
 from fasp_lightning.training.schedule import PruningSchedule, ScheduledPruning
 from fasp_lightning.training.trainer import resuming, surgery
@@ -132,9 +133,8 @@ class FASPPruning(Callback):
         if not has_calibration_loader(trainer, pl_module):
             surgery.check_training_source(trainer)
         cuts = present_budget(model).cuts
-        for event in self.schedule:
-            if not is_reached(model, self._config(event)):
-                cuts |= decide_budget(model, self._config(event)).cuts
+        for budget in rehearse(model, self.schedule, self.pruning):
+            cuts |= budget.cuts
         if self.export_to is not None:
             check_export(model, self.export_to, self.form, self.overwrite, cuts)
         self._set_up_recovery(trainer, model)

@@ -100,8 +100,8 @@ def test_model_is_saved_from_there_and_loaded(form: str, tmp_path: Any, second: 
 
 def test_tensors_of_two_devices_do_not_meet(second: torch.device) -> None:
     """The device refuses what an accelerator refuses; else the other tests would say nothing."""
-    with pytest.raises(RuntimeError, match="two devices|on one device"):
+    with pytest.raises(RuntimeError, match=r"two devices|on one device"):
         torch.ones(3, device=second) + torch.ones(3)
-    with pytest.raises(RuntimeError, match="two devices|on one device"):
+    with pytest.raises(RuntimeError, match=r"two devices|on one device"):
         torch.nn.functional.embedding(torch.ones(2, dtype=torch.long), torch.ones(3, 4, device=second))
     assert (torch.ones(3, device=second) + torch.tensor(1.0)).tolist() == [2, 2, 2]  # numbers may

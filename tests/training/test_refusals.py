@@ -62,6 +62,11 @@ def test_sparsity_that_cannot_be_reached(tmp_path: Any) -> None:
     refused(tmp_path, "sparsity must be at most", FASPPruning([{"step": 1, "sparsity": 0.9}], FFN_ONLY))
 
 
+def test_event_with_the_widths_of_the_one_before(tmp_path: Any) -> None:
+    events = [{"step": 1, "sparsity": 0.2}, {"step": 2, "sparsity": 0.21}]
+    refused(tmp_path, "schedule entry 1, .* must change a width", FASPPruning(events, basic(multiple_of=16)))
+
+
 def test_family_that_kv_groups_cannot_be_cut_from(tmp_path: Any) -> None:
     callback, module = FASPPruning(ONE, basic(attention="kv_groups")), UserModule(tiny_model("opt").train())
     refused(tmp_path, "attention='kv_groups' cannot be used with opt: ", callback, module=module)
