@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from fasp_lightning.ops.devices import device_function
+from fasp_lightning.pruning.processes import Processes
 
 
 def random_state() -> dict[str, Any]:
@@ -39,6 +40,24 @@ def restore_random_state(state: dict[str, Any]) -> None:
     random.setstate((version, tuple(words), gauss))
     kind, keys, position, has_gauss, cached = state["numpy"]
     np.random.set_state((kind, np.array(keys, dtype=np.uint32), position, has_gauss, cached))
+
+
+def random_states(processes: Processes) -> list[dict[str, Any] | None]:
+    """The random state of each process, by rank; ``None`` for those that are not asked.
+
+    Args:
+        processes: Those that call this together: all, or this one alone.
+    """
+    parts = processes.gather({Processes.everyone().rank: random_state()})
+    found = {rank: state for part in parts for rank, state in part.items()}
+    return [found.get(rank) for rank in range(max(found) + 1)]
+
+
+def restore_own(states: Sequence[dict[str, Any] | None]) -> None:
+    """Put back what :func:`random_states` has of this process, if anything."""
+    rank = Processes.everyone().rank
+    if rank < len(states) and (state := states[rank]) is not None:
+        restore_random_state(state)
 
 
 @contextmanager
