@@ -50,6 +50,10 @@ def prune_model(
 ) -> PruningReport:
     """Prune the model in a Trainer's run; optimizer states and averaged weights follow.
 
+    Calibration computes in the dtype of the weights, also where the Trainer's precision is mixed: least squares on
+    rounded inputs restores no better for the rounded model, and the choice of units is the same. Perplexities, which
+    are compared with those of validation, are measured as the Trainer validates.
+
     Args:
         trainer: Between two optimizer steps, its DDP taken off.
         model: The causal LM in its LightningModule.
