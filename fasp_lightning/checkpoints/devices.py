@@ -9,6 +9,7 @@ import time
 import torch
 
 from fasp_lightning.errors import FaspError
+from fasp_lightning.ops.devices import device_function
 
 log = logging.getLogger(__name__)
 
@@ -59,11 +60,12 @@ def home(device: torch.device, needed: int) -> tuple[torch.device, str | None]:
         needed: Bytes that the model and the work on it take there.
 
     Returns:
-        The device, and ``None``; or the CPU, if the device is an accelerator without that room, and the reason.
+        The device, and ``None``; or the CPU, if the device says that it lacks that room, and the reason.
     """
-    if device.type != "cuda":
+    memory = device_function(device, "mem_get_info")
+    if memory is None:
         return device, None
-    free = torch.cuda.mem_get_info(device)[0]
+    free = memory(device)[0]
     if needed <= free:
         return device, None
     return torch.device("cpu"), f"{device} has {free / 2**30:,.2f} GiB free of the {needed / 2**30:,.2f} GiB needed"

@@ -6,9 +6,8 @@ import time
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from fasp_lightning.errors import FaspError
+from fasp_lightning.ops.devices import device_function
 from fasp_lightning.pruning.blocks.session import Session
 from fasp_lightning.pruning.budget.allocation import adaptive_budget
 from fasp_lightning.pruning.budget.widths import budget_towards, decide_budget
@@ -95,8 +94,8 @@ class FASPPruner:
             return report
         session = Session.start(self.config, pairs, progress, processes)
         start = time.perf_counter()
-        if session.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(session.device)
+        if reset := device_function(session.device, "reset_peak_memory_stats"):
+            reset(session.device)
         configs = round_configs(budget, self.config)
         for number, config in enumerate(configs):
             budget = budget_towards(model, config, pairs)

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from lightning.pytorch import Trainer
-from lightning.pytorch.utilities.seed import isolate_rng
 
 from fasp_lightning.pruning.config import PruningConfig
 from fasp_lightning.pruning.inputs import ModelInputs
@@ -20,6 +19,7 @@ from fasp_lightning.text.batches import TokenBatch, read_batch
 from fasp_lightning.training.calibration import Draw
 from fasp_lightning.training.metrics import Perplexity
 from fasp_lightning.training.progress_bar import pruning_bar
+from fasp_lightning.training.trainer.random_state import isolated_random_state
 from fasp_lightning.training.trainer.surgery import eagerly, prune_attached, validation_loaders
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ def check_data(trainer: Trainer, model: PreTrainedModel, draw: Draw, validation_
     Raises:
         FaspError: If a batch holds no token ids, or the model cannot take it.
     """
-    with isolate_rng():
+    with isolated_random_state():
         processes, inputs = Processes.everyone(), ModelInputs(model)
         with processes.together():
             inputs.check(read_batch(next(draw.batches(processes.rank, processes.count))), "calibration data")
@@ -51,6 +51,10 @@ def prune_model(
     trainer: Trainer, model: PreTrainedModel, config: PruningConfig, draw: Draw, attribute: str | None
 ) -> PruningReport:
     """Prune the model in a Trainer's run; optimizer states and averaged weights follow.
+
+    Calibration computes in the dtype of the weights, also where the Trainer's precision is mixed: least squares on
+    rounded inputs restores no better for the rounded model, and the choice of units is the same. Perplexities, which
+    are compared with those of validation, are measured as the Trainer validates.
 
     Args:
         trainer: Between two optimizer steps, its DDP taken off.
@@ -67,7 +71,7 @@ def prune_model(
         with pruning_bar(trainer, f"pruning to {config.sparsity:.1%}") as progress:
             return FASPPruner(config).prune(model, batches, progress, processes)
 
-    with isolate_rng():
+    with isolated_random_state():
         torch.manual_seed(draw.seed)
         kv_groups = config.attention == "kv_groups"
         report: PruningReport = prune_attached(trainer, model, prune, attribute, kv_groups)
@@ -85,7 +89,7 @@ def validation_perplexity(trainer: Trainer, model: PreTrainedModel, batches: int
     Returns:
         exp(Σ NLL / predicted tokens); ``None`` if there is no validation data.
     """
-    with isolate_rng():
+    with isolated_random_state():
         loaders = validation_loaders(trainer)
         if not loaders or batches == 0:
             return None

@@ -96,7 +96,7 @@ def _print_memory(job: PruneJob, setup: Setup) -> None:
 
 def _parts(memory: PeakMemory, setup: Setup) -> list[tuple[str, int, str]]:
     stored = {"accelerator": str(setup.device), "cpu": "memory", "disk": "disk"}[setup.pruning.offload]
-    whole = "block by block if they do not fit" if setup.device.type == "cuda" else "at once"
+    whole = "block by block if they do not fit" if setup.device.type != "cpu" else "at once"
     return [
         ("weights", memory.weights, f"{setup.device}, or memory if they do not fit"),
         ("hidden states and consumer inputs of the calibration set", memory.calibration, stored),

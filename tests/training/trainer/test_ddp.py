@@ -20,7 +20,7 @@ from torch.distributed.algorithms.ddp_comm_hooks.powerSGD_hook import PowerSGDSt
 from fasp_lightning import load_pruned
 from fasp_lightning.training.modeling.lora import LoRAConfig
 from fasp_lightning.training.module import CausalLMModule
-from fasp_lightning.training.trainer.surgery import check_trainer
+from fasp_lightning.training.trainer.checks import check_trainer
 
 pytestmark = pytest.mark.slow
 
@@ -157,6 +157,8 @@ def test_spawned_processes_give_back_what_they_pruned(tmp_path: Path) -> None:
     for name, value in loaded.state_dict().items():
         assert torch.equal(module.model.state_dict()[name], value), name
     assert made.callback_metrics["fasp/sparsity"] == pytest.approx(0.2, abs=0.02)
+    assert [record.step for record in callback.records] == [1, 3]
+    assert callback.records[-1].parameters == loaded.num_parameters()
 
 
 def test_spawned_processes_are_refused_for_a_module_that_could_not_load_their_state(tmp_path: Path) -> None:
