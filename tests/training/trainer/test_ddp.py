@@ -120,14 +120,11 @@ def test_resumed_run_ends_as_the_uninterrupted_one(found: Found) -> None:
             assert all(torch.equal(value, other[name]) for name, value in state.items())
 
 
-@pytest.mark.parametrize(
-    ("run", "message"),
-    [("token", "FaspError: input_ids must be in [0, 97)"), ("validation", "IndexError: index out of range")],
-)
-def test_error_in_one_process_is_told_in_both(run: str, message: str, found: Found) -> None:
+@pytest.mark.parametrize("run", ["token", "validation"])
+def test_error_in_one_process_is_told_in_both(run: str, found: Found) -> None:
     """It comes from that process's part of the calibration, or of the validation data."""
     first, second = (process["message"] for process in found(run))
-    assert second.startswith(message)
+    assert second.startswith("FaspError: input_ids must be in [0, 97)")
     assert first == f"{raised_elsewhere(second)}: process 1 stopped with {second}"
 
 
