@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from fasp_lightning.checkpoints.devices import dtype_in
 from fasp_lightning.checkpoints.forms import FORMS, stock_part
 from fasp_lightning.checkpoints.source import PLAN_FILE, local_folder, require_no_adapters, why_unread
 from fasp_lightning.errors import FaspError, FaspFileNotFoundError, FaspOSError, as_refusal
@@ -65,12 +66,14 @@ def load_pruned(
     require_no_adapters(path, str(path))
     options = {"dtype": dtype, "attn_implementation": attn_implementation, "trust_remote_code": trust_remote_code}
     options |= {} if device_map is None else {"device_map": device_map}
+    with as_refusal(lambda error: FaspOSError(f"no readable config of '{path}': {why_unread(error)}")):
+        config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+    stored = dtype_in(config)
     if form == "compact":
-        with as_refusal(lambda error: FaspOSError(f"no readable config of '{path}': {why_unread(error)}")):
-            config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
         model = _load_compact(config, path, plan, options)
     else:
         model = attach_plan(_from_pretrained(AutoModelForCausalLM, path, **options), form, plan)
+    model.fasp_stored_dtype = stored  # type: ignore[assignment]
     report = path / REPORT_FILE
     model.fasp_report = read_json(report) if report.exists() else {}  # type: ignore[assignment]
     return model.eval()
