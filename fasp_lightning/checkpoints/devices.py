@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 import time
+from typing import Any
 
 import torch
 
@@ -129,6 +130,12 @@ def choose_dtype(
         return checkpoint_dtype
     log.info("dtype auto: fp32 instead of %s, which this CPU computes more slowly", checkpoint_dtype)
     return torch.float32
+
+
+def dtype_in(config: Any) -> torch.dtype | None:
+    """The dtype that a config says its checkpoint has, if it says so."""
+    stored = getattr(config, "dtype", None) or getattr(config, "torch_dtype", None)
+    return getattr(torch, stored, None) if isinstance(stored, str) else stored
 
 
 def choose_stored(

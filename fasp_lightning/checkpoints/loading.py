@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from fasp_lightning.checkpoints.devices import choose_device, choose_dtype, require_dtype
+from fasp_lightning.checkpoints.devices import choose_device, choose_dtype, dtype_in, require_dtype
 from fasp_lightning.checkpoints.pruned_folder import (
     load_pruned,
     require_in_memory,
@@ -136,10 +136,7 @@ def checkpoint_dtype(source: ModelSource, config: Any) -> torch.dtype | None:
     """
     if source.gguf_file is not None:
         return None
-    stored = getattr(config, "dtype", None) or getattr(config, "torch_dtype", None)
-    if isinstance(stored, str):
-        stored = getattr(torch, stored, None)
-    return stored or (_header_dtype(Path(source.location)) if source.local else None) or torch.float32
+    return dtype_in(config) or (_header_dtype(Path(source.location)) if source.local else None) or torch.float32
 
 
 def _header_dtype(folder: Path) -> torch.dtype | None:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from fasp_lightning.checkpoints.devices import dtype_in
 from fasp_lightning.checkpoints.forms import FORMS
 from fasp_lightning.checkpoints.source import local_folder, require_no_adapters, why_unread
 from fasp_lightning.errors import FaspError, FaspOSError, as_refusal
@@ -71,10 +72,12 @@ def load_pruned(
         config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
     options = {"dtype": dtype, "attn_implementation": attn_implementation, "trust_remote_code": trust_remote_code}
     options |= {} if device_map is None else {"device_map": device_map}
+    stored = dtype_in(config)
     if form_in(config, path) == "compact":
         model = _load_compact(config, path, options)
     else:
         model = adopt_plan(_from_pretrained(AutoModelForCausalLM, path, **options))
+    model.fasp_stored_dtype = stored  # type: ignore[assignment]
     report = path / REPORT_FILE
     model.fasp_report = read_json(report) if report.exists() else {}  # type: ignore[assignment]
     return model.eval()

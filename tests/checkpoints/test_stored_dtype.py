@@ -35,6 +35,8 @@ def test_a_checkpoint_does_not_grow_by_being_pruned(dtype: torch.dtype, tiny_fol
         assert load_pruned(saved.path).dtype == dtype
         assert stored_bytes(resolve_source(saved.path)) <= stored_bytes(resolve_source(source))
         torch.testing.assert_close(load_pruned(saved.path).lm_head.weight, model.lm_head.weight.to(dtype))
+        again = save_pruned(load_pruned(saved.path, dtype="float32"), tmp_path / f"{form} again", form=form)
+        assert stored(again.path) == {dtype}
     assert model.dtype == torch.float32
 
 

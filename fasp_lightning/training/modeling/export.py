@@ -90,10 +90,12 @@ def check_export(
 
     Raises:
         FaspFileExistsError: If ``path`` is not empty and ``overwrite`` is false, or is no pruned model.
+        FaspPermissionError: If the place is not writable.
         FaspError: If ``form`` cannot hold the model, it or the tokenizer cannot be saved, or a whole module was put
             aside to be trained beside adapters (``modules_to_save`` of peft).
     """
     check_output(Path(path), overwrite)
+    require_space(Path(path), 0)
     choose_form(form, spec_for(model), cuts)
     kept = [name for name, module in model.named_modules() if hasattr(module, "modules_to_save")]
     if kept:
