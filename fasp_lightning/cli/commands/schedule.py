@@ -19,9 +19,8 @@ from fasp_lightning.cli.console import note, percent
 from fasp_lightning.cli.quiet import one_thread, quiet_libraries
 from fasp_lightning.errors import FaspError
 from fasp_lightning.pruning.budget.budget import Budget
-from fasp_lightning.pruning.budget.widths import decide_budget
+from fasp_lightning.pruning.budget.steps import budgets_in_turn
 from fasp_lightning.pruning.config import PruningConfig
-from fasp_lightning.structure.plan import record_plan, resolve_pruned
 from fasp_lightning.training.callback import FASPPruning
 from fasp_lightning.training.modeling.building import new_model
 from fasp_lightning.training.schedule import PruningSchedule, ScheduledPruning
@@ -127,13 +126,14 @@ def _shapes(options: Any) -> Any:
 
 def _entries(model: Any, schedule: PruningSchedule, pruning: PruningConfig) -> Iterator[str]:
     """One YAML list entry an event, with what it leaves as a comment."""
+    configs = (dataclasses.replace(pruning, sparsity=event.sparsity) for event in schedule)
+    budgets = budgets_in_turn(model, configs)
     for index, event in enumerate(schedule):
         try:
-            budget = decide_budget(model, dataclasses.replace(pruning, sparsity=event.sparsity))
+            budget = next(budgets)
         except FaspError as error:
             raise FaspError(f"schedule entry {index}, {event.to_dict()!r}: {error}") from error
         yield from _entry(index, event, budget)
-        _cut(model, budget)
 
 
 def _entry(index: int, event: ScheduledPruning, budget: Budget) -> Iterator[str]:
@@ -154,14 +154,3 @@ def _widths(budget: Budget) -> Iterator[str]:
         shown = f"{after[0]} in each block" if len(set(after)) == 1 else f"{', '.join(map(str, after))} by block"
         shown += ", more or less as loss sensitivity decides" if budget.decided_later(kind) else ""
         yield f"{kind} width ({layer}): {shown}, of {pairs[0].original}"
-
-
-def _cut(model: Any, budget: Budget) -> None:
-    """Give the model the widths; which units stay does not matter, but that heads are even."""
-    pairs = resolve_pruned(model, kv_groups=budget.attention == "kv_groups")
-    for block, planned in zip(pairs, budget.pairs, strict=True):
-        for pair, width in zip(block, planned, strict=True):
-            groups = pair.layout.groups
-            heads = groups if pair.kept.numel() % groups == width.after % groups == 0 else 1
-            pair.cut(pair.kept.reshape(heads, -1)[:, : width.after // heads].reshape(-1))
-    record_plan(model, pairs)
