@@ -10,6 +10,7 @@ from fasp_lightning.errors import FaspError
 from fasp_lightning.ops.devices import device_function
 from fasp_lightning.pruning.blocks.session import Session
 from fasp_lightning.pruning.budget.allocation import adaptive_budget
+from fasp_lightning.pruning.budget.steps import budgets_in_turn
 from fasp_lightning.pruning.budget.widths import budget_towards, decide_budget
 from fasp_lightning.pruning.config import PruningConfig
 from fasp_lightning.pruning.prepare import Prepared, prepare
@@ -92,11 +93,13 @@ class FASPPruner:
         if not budget.changes:
             record_plan(model, pairs)
             return report
+        configs = round_configs(budget, self.config)
+        if len(configs) > 1 and budget.attention == "kv_groups":  # few steps: a later round may be out of reach
+            list(budgets_in_turn(model, configs, budget_towards))
         session = Session.start(self.config, pairs, progress, processes)
         start = time.perf_counter()
         if reset := device_function(session.device, "reset_peak_memory_stats"):
             reset(session.device)
-        configs = round_configs(budget, self.config)
         for number, config in enumerate(configs):
             budget = budget_towards(model, config, pairs)
             if not budget.changes:

@@ -10,7 +10,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 
 from fasp_lightning.errors import FaspError
-from fasp_lightning.pruning.budget.widths import is_reached, present_budget
+from fasp_lightning.pruning.budget.widths import is_reached
 from fasp_lightning.pruning.config import PruningConfig
 from fasp_lightning.pruning.processes import Processes
 from fasp_lightning.structure.adapters import has_adapters
@@ -21,7 +21,7 @@ from fasp_lightning.training.modeling.locate import find_causal_lm
 from fasp_lightning.training.modeling.lora import LoRAConfig, attach_lora, merge_lora
 from fasp_lightning.training.modeling.structure_state import carries_structure, carry_structure
 from fasp_lightning.training.recovery import MODES, Recovery, trained_names
-from fasp_lightning.training.rehearsal import rehearse
+from fasp_lightning.training.rehearsal import cuts_of
 from fasp_lightning.training.reporting import EventRecord, report_event, report_history, report_missed, report_structure
 from fasp_lightning.training.schedule import PruningSchedule, ScheduledPruning
 from fasp_lightning.training.trainer import checks, resuming, surgery
@@ -138,9 +138,7 @@ class FASPPruning(Callback):
         checks.check_spawn(trainer, pl_module, carried)
         if not has_calibration_loader(trainer, pl_module):
             checks.check_training_source(trainer)
-        cuts = present_budget(model).cuts
-        for budget in rehearse(model, self.schedule, self.pruning):
-            cuts |= budget.cuts
+        cuts = cuts_of(model, self.schedule, self.pruning)
         if self.export_to is not None:
             check_export(model, self.export_to, self.form, self.overwrite, cuts, data_tokenizer(trainer))
         self._set_up_recovery(trainer, model)

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from lightning.pytorch.utilities import rank_zero_warn
+
 from fasp_lightning.errors import FaspError
-from fasp_lightning.pruning.budget.budget import Budget, PairWidth
-from fasp_lightning.pruning.budget.widths import budget_towards, decide_budget, is_reached
+from fasp_lightning.pruning.budget.budget import Budget
+from fasp_lightning.pruning.budget.steps import budgets_in_turn
+from fasp_lightning.pruning.budget.widths import Pairs, budget_towards, decide_budget, present_budget
 from fasp_lightning.pruning.config import PruningConfig
-from fasp_lightning.structure.pair import ResolvedPair
-from fasp_lightning.structure.plan import resolve_pruned
-from fasp_lightning.training.schedule import PruningSchedule, ScheduledPruning
+from fasp_lightning.structure.cuts import Cuts
+from fasp_lightning.training.schedule import PruningSchedule
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -20,7 +23,8 @@ if TYPE_CHECKING:
 def rehearse(model: PreTrainedModel, schedule: PruningSchedule, pruning: PruningConfig) -> list[Budget]:
     """The budget of every event, each from the widths that the one before leaves; no weight is read.
 
-    Events that the model has reached already, as one that was pruned before, come first and change nothing.
+    Those whose widths are reached before, by an earlier event or in a model that was pruned already, change nothing;
+    :func:`passed_over` names them.
 
     Args:
         model: A causal LM as it is before the first event, on any device, ``meta`` included; it stays so.
@@ -28,36 +32,55 @@ def rehearse(model: PreTrainedModel, schedule: PruningSchedule, pruning: Pruning
         pruning: Settings; the sparsity is that of each event.
 
     Raises:
-        FaspError: If an event cannot happen, or would change nothing; the message names it.
+        FaspError: If an event cannot happen; the message names it.
     """
-    pairs = resolve_pruned(model, kv_groups=pruning.attention == "kv_groups")
     budgets: list[Budget] = []
+    configs = (replace(pruning, sparsity=event.sparsity) for event in schedule)
+    turn = budgets_in_turn(model, configs, _decide)
     for index, event in enumerate(schedule):
-        config = replace(pruning, sparsity=event.sparsity)
         try:
-            budget = budget_towards(model, config, pairs)
-            begun = any(earlier.changes for earlier in budgets)
-            if begun and not budget.changes:
-                raise FaspError(_unchanged(index - 1, list(schedule)[index - 1], config))
-            if not begun and not is_reached(model, config):
-                decide_budget(model, config, pairs)
+            budgets.append(next(turn))
         except FaspError as error:
             raise FaspError(f"schedule entry {index}, {event.to_dict()!r}: {error}") from error
-        pairs = [list(map(_left, *both)) for both in zip(pairs, budget.pairs, strict=True)]
-        budgets.append(budget)
     return budgets
 
 
-def _unchanged(index: int, before: ScheduledPruning, config: PruningConfig) -> str:
-    rounded = f"multiple_of={config.multiple_of}" if config.multiple_of > 1 else "whole units"
+def cuts_of(model: PreTrainedModel, schedule: PruningSchedule, pruning: PruningConfig) -> Cuts:
+    """What will be cut after all events; warns of those that will be passed over.
+
+    Args:
+        model: As for :func:`rehearse`, as the others.
+        schedule: The events.
+        pruning: Settings.
+
+    Raises:
+        FaspError: As :func:`rehearse`.
+    """
+    cuts, budgets = present_budget(model).cuts, rehearse(model, schedule, pruning)
+    if idle := passed_over(schedule, budgets):
+        rank_zero_warn(idle)
+    for budget in budgets:
+        cuts |= budget.cuts
+    return cuts
+
+
+def passed_over(schedule: PruningSchedule, budgets: Sequence[Budget]) -> str | None:
+    """Say which events will change nothing, if any: rounded, their widths are those that are there before them.
+
+    Args:
+        schedule: The events.
+        budgets: What :func:`rehearse` found for them.
+    """
+    idle = [f"{index} ({event.sparsity:g})" for index, event in enumerate(schedule) if not budgets[index].changes]
+    if not idle:
+        return None
     return (
-        f"sparsity must change a width, which rounded to {rounded} are those that entry {index}, {before.to_dict()!r}, "
-        "leaves; raise it, take the entry out" + (", or lower multiple_of" if config.multiple_of > 1 else "")
+        f"schedule entries that change no width are passed over: {', '.join(idle)}; whole units, or multiples of them, "
+        "come to what is left before these: lower multiple_of, space them wider, or take them out"
     )
 
 
-def _left(pair: ResolvedPair, width: PairWidth) -> ResolvedPair:
-    """The pair with so many units; which ones does not matter, but that heads are even."""
-    groups = pair.layout.groups
-    heads = groups if pair.kept.numel() % groups == width.after % groups == 0 else 1
-    return replace(pair, kept=pair.kept.reshape(heads, -1)[:, : width.after // heads].reshape(-1))
+def _decide(model: PreTrainedModel, config: PruningConfig, pairs: Pairs) -> Budget:
+    """An event may be passed over, but not where nothing was pruned before it."""
+    budget = budget_towards(model, config, pairs)
+    return budget if budget.changes or budget.sparsity_before else decide_budget(model, config, pairs)

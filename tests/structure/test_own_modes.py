@@ -11,6 +11,7 @@ import pytest
 import torch
 from tiny import random_tokens, tiny_model
 from tiny_pruning import OWN, assert_same, basic, calibration
+from torch.utils._pytree import tree_map
 
 from fasp_lightning import FASPPruner, apply_plan, load_pruned, perplexity, save_pruned
 from fasp_lightning.structure.modes import own_modes
@@ -73,7 +74,7 @@ def test_pruning_is_the_same_bit_for_bit_in_every_mode(mode: Mode) -> None:
     measured = perplexity(plain, batches)
     random = torch.get_rng_state()
     with mode():
-        given = [batch if isinstance(batch, dict) else batch.clone() for batch in batches]
+        given = [tree_map(torch.clone, batch) for batch in batches]
         inside = state()
         found = FASPPruner(EVERYTHING).prune(model, given)
         assert perplexity(model, given) == measured

@@ -21,7 +21,7 @@ from fasp_lightning.pruning.budget.budget import Budget
 from fasp_lightning.pruning.config import PruningConfig
 from fasp_lightning.training.callback import FASPPruning
 from fasp_lightning.training.modeling.building import new_model
-from fasp_lightning.training.rehearsal import rehearse
+from fasp_lightning.training.rehearsal import passed_over, rehearse
 from fasp_lightning.training.schedule import PruningSchedule, ScheduledPruning
 
 HEADER = """\
@@ -125,13 +125,16 @@ def _shapes(options: Any) -> Any:
 
 def _entries(model: Any, schedule: PruningSchedule, pruning: PruningConfig) -> Iterator[str]:
     """One YAML list entry an event, with what it leaves as a comment."""
-    for index, (event, budget) in enumerate(zip(schedule, rehearse(model, schedule, pruning), strict=True)):
+    budgets = rehearse(model, schedule, pruning)
+    if idle := passed_over(schedule, budgets):
+        note(idle)
+    for index, (event, budget) in enumerate(zip(schedule, budgets, strict=True)):
         yield from _entry(index, event, budget)
 
 
 def _entry(index: int, event: ScheduledPruning, budget: Budget) -> Iterator[str]:
     original, left = budget.original_parameters, budget.parameters_after
-    reached = "" if budget.changes else "; as the model is already"
+    reached = "" if budget.changes else "; as before it: passed over"
     yield f"\n# event {index}: {left:,} of {original:,} parameters left ({percent(left / original)}){reached}\n"
     yield from (f"#   {line}\n" for line in _widths(budget))
     first, *rest = (f"{name}: {value!r}" for name, value in event.to_dict().items())

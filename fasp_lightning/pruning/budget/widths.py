@@ -9,7 +9,7 @@ import torch
 
 from fasp_lightning.errors import FaspError
 from fasp_lightning.pruning.budget.budget import SHARED, Budget, PairWidth
-from fasp_lightning.pruning.budget.shares import level, removed, share_to_remove, size_of
+from fasp_lightning.pruning.budget.shares import level, missing, removed, share_to_remove, size_of
 from fasp_lightning.pruning.config import PruningConfig
 from fasp_lightning.structure.layout import PairLayout
 from fasp_lightning.structure.linears import linear_parameters, parameter_count
@@ -81,14 +81,13 @@ def budget_towards(model: PreTrainedModel, config: PruningConfig, pairs: Pairs |
     Raises:
         FaspError: As there, but for that.
     """
-    present = resolve_pruned(model, kv_groups=config.attention == "kv_groups")
-    pairs = pairs or present
+    pairs = pairs or resolve_pruned(model, kv_groups=config.attention == "kv_groups")
     attention = _decide_attention(pairs, config.attention)
     if attention == "value_dims" and config.head_balance == "even":
         _require_even(pairs)
     pruned = PRUNED[attention]
     counts = _group_counts(model, pairs) if attention == "kv_groups" else []
-    now, gone = (sum(removed(pair) for block in each for pair in block) for each in (present, pairs))
+    now, gone = (sum(count(pair) for block in pairs for pair in block) for count in (missing, removed))
     total = linear_parameters(model, spec_for(model)) + now
     left = _units_left(pairs, pruned, config, total, counts)
     widths = tuple(tuple(map(_width, block, units)) for block, units in zip(pairs, left, strict=True))
