@@ -21,8 +21,7 @@ if TYPE_CHECKING:
     from fasp_lightning.pruning.progress import ProgressEvent
     from fasp_lightning.pruning.pruner import FASPPruner
     from fasp_lightning.pruning.report import PairReport, PruningReport, TextReport
-    from fasp_lightning.structure.cuts import Cuts
-    from fasp_lightning.structure.layout import PairLayout
+    from fasp_lightning.structure.layout import Cuts, PairLayout
     from fasp_lightning.structure.plan import apply_plan
     from fasp_lightning.structure.pruning_plan import PairPlan, PruningPlan
     from fasp_lightning.structure.registry import register_architecture, spec_for
@@ -90,7 +89,7 @@ _HOMES = {
     "CausalLMDataModule": "training.data",
     "CausalLMModule": "training.module",
     "CoupledPair": "structure.spec",
-    "Cuts": "structure.cuts",
+    "Cuts": "structure.layout",
     "EventRecord": "training.reporting",
     "FASPPruner": "pruning.pruner",
     "FASPPruning": "training.callback",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from fasp_lightning.errors import FaspError
-from fasp_lightning.structure.cuts import Cuts
+from fasp_lightning.structure.layout import Cuts
 from fasp_lightning.structure.pruning_plan import PairPlan, PruningPlan
 from fasp_lightning.structure.spec import ArchitectureSpec
 from fasp_lightning.structure.stock_fields import stock_fields, stock_obstacle

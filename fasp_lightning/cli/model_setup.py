@@ -18,7 +18,7 @@ from fasp_lightning.pruning.budget.budget import Budget
 from fasp_lightning.pruning.budget.footprint import PeakMemory, peak_memory_estimate
 from fasp_lightning.pruning.budget.widths import decide_budget
 from fasp_lightning.pruning.config import PruningConfig, with_user_cache
-from fasp_lightning.structure.cuts import Cuts
+from fasp_lightning.structure.layout import Cuts
 from fasp_lightning.structure.registry import spec_for
 from fasp_lightning.structure.spec import ArchitectureSpec
 from fasp_lightning.text.config import TextConfig

@@ -12,8 +12,7 @@ from typing import Any
 import torch
 
 from fasp_lightning.errors import FaspError
-from fasp_lightning.structure.cuts import Cuts
-from fasp_lightning.structure.layout import PairLayout
+from fasp_lightning.structure.layout import Cuts, PairLayout
 from fasp_lightning.structure.resolve import Kept
 
 VERSION = 1

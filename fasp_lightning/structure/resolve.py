@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fasp_lightning.errors import FaspError
-from fasp_lightning.structure.adapters import adapters_of, require_in_place
+from fasp_lightning.structure.adapters import adapters_of, is_adapter_parameter, require_in_place
 from fasp_lightning.structure.causal_lm import is_dense
 from fasp_lightning.structure.layout import PairLayout
 from fasp_lightning.structure.ownership import require_plain, require_unshared
@@ -132,3 +132,27 @@ def linear_at(block: nn.Module, name: str, path: str) -> nn.Linear:
     require_plain(f"{name}.{path}", linear)
     adapters_of(f"{name}.{path}", linear)  # refuses those that cannot be cut along
     return linear
+
+
+def linear_parameters(model: nn.Module, spec: ArchitectureSpec) -> int:
+    """P_all of a model as it is: weights and biases of the linear layers in its decoder blocks.
+
+    A linear layer is a leaf module with a two-dimensional weight that is not an embedding, so that ``Conv1D`` and
+    a family's own linear classes count. Low-rank adapters do not: they end in the weights they belong to.
+    """
+    return sum(
+        sum(parameter.numel() for parameter in module.parameters(recurse=False))
+        for name, module in find_blocks(model, spec).named_modules()
+        if is_linear(module) and not is_adapter_parameter(name)
+    )
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Whether a module is a linear layer in the sense of :func:`linear_parameters`."""
+    weight = getattr(module, "weight", None)
+    return isinstance(weight, Tensor) and weight.ndim == 2 and not isinstance(module, nn.Embedding)
+
+
+def parameter_count(model: nn.Module) -> int:
+    """All parameters of a model; tied ones count once, low-rank adapters not at all."""
+    return sum(parameter.numel() for name, parameter in model.named_parameters() if not is_adapter_parameter(name))

@@ -9,8 +9,7 @@ from typing import Any
 from torch import nn
 
 from fasp_lightning.errors import of_library
-from fasp_lightning.structure.cuts import Cuts
-from fasp_lightning.structure.layout import PairLayout
+from fasp_lightning.structure.layout import Cuts, PairLayout
 from fasp_lightning.structure.pair import ResolvedPair
 from fasp_lightning.structure.spec import ArchitectureSpec
 

@@ -13,7 +13,7 @@ from fasp_lightning.pruning.budget.budget import Budget
 from fasp_lightning.pruning.budget.steps import budgets_in_turn
 from fasp_lightning.pruning.budget.widths import Pairs, budget_towards, decide_budget, present_budget
 from fasp_lightning.pruning.config import PruningConfig
-from fasp_lightning.structure.cuts import Cuts
+from fasp_lightning.structure.layout import Cuts
 from fasp_lightning.training.schedule import PruningSchedule
 
 if TYPE_CHECKING:

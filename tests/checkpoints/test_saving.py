@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from fasp_lightning import FaspError, FASPPruner, load_pruned, save_pruned, spec_for, staging
 from fasp_lightning.checkpoints import forms, saving
-from fasp_lightning.structure.cuts import Cuts
+from fasp_lightning.structure.layout import Cuts
 
 TOKENS = random_tokens(2, 12, seed=3)
 

@@ -18,9 +18,9 @@ from fasp_lightning import FASPPruner, PruningConfig, PruningPlan, apply_plan, l
 from fasp_lightning.pruning.budget.footprint import footprints
 from fasp_lightning.pruning.budget.widths import Budget, decide_budget
 from fasp_lightning.pruning.progress import ProgressEvent
-from fasp_lightning.structure.cuts import Cuts
-from fasp_lightning.structure.linears import linear_parameters
+from fasp_lightning.structure.layout import Cuts
 from fasp_lightning.structure.plan import conform, plan_of, resolve_pruned
+from fasp_lightning.structure.resolve import linear_parameters
 from fasp_lightning.training.modeling.lora import LoRAConfig, attach_lora, merge_lora
 
 ABLE = ["llama", "llama-gqa", "mistral", "qwen2", "qwen3", "gemma2", "gemma3", "phi", "phi3"]

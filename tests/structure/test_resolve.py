@@ -13,8 +13,7 @@ from torch import nn
 
 from fasp_lightning import ArchitectureSpec, CoupledPair, spec_for
 from fasp_lightning.structure.compact import width_hooks
-from fasp_lightning.structure.linears import linear_parameters, parameter_count
-from fasp_lightning.structure.resolve import ResolvedPair, resolve
+from fasp_lightning.structure.resolve import ResolvedPair, linear_parameters, parameter_count, resolve
 
 DOWN = CoupledPair("mlp.down_proj", ("mlp.gate_proj", "mlp.up_proj"), "ffn")
 

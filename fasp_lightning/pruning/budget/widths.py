@@ -12,10 +12,10 @@ from fasp_lightning.pruning.budget.budget import SHARED, Budget, PairWidth
 from fasp_lightning.pruning.budget.shares import level, missing, removed, share_to_remove, size_of
 from fasp_lightning.pruning.config import PruningConfig
 from fasp_lightning.structure.layout import PairLayout
-from fasp_lightning.structure.linears import linear_parameters, parameter_count
 from fasp_lightning.structure.pair import ResolvedPair
 from fasp_lightning.structure.plan import resolve_pruned
 from fasp_lightning.structure.registry import spec_for
+from fasp_lightning.structure.resolve import linear_parameters, parameter_count
 from fasp_lightning.structure.stock_fields import accepts, stock_fields
 
 if TYPE_CHECKING:

@@ -13,7 +13,7 @@ from fasp_lightning.checkpoints.saving import bytes_of, check_output, save_prune
 from fasp_lightning.errors import FaspError
 from fasp_lightning.staging import require_space, staged
 from fasp_lightning.structure.adapters import has_adapters
-from fasp_lightning.structure.cuts import Cuts
+from fasp_lightning.structure.layout import Cuts
 from fasp_lightning.structure.plan import plan_of
 from fasp_lightning.structure.registry import spec_for
 from fasp_lightning.training.modeling.lora import merge_lora

@@ -14,7 +14,7 @@ import yaml
 
 from fasp_lightning import load_pruned
 from fasp_lightning.cli.commands.lightning import TrainingCLI
-from fasp_lightning.structure.cuts import Cuts
+from fasp_lightning.structure.layout import Cuts
 from fasp_lightning.structure.plan import plan_of
 
 QUIET = {
