@@ -134,6 +134,7 @@ class FASPPruning(Callback):
         self._records, self._done, self._random = [], 0, None
         self._ended = self._halfway = False
         self._processes = Processes.everyone()
+        surgery.rejoin(trainer)
         checks.check_trainer(trainer)
         checks.check_spawn(trainer, pl_module, carried)
         if not has_calibration_loader(trainer, pl_module):

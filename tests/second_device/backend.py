@@ -18,7 +18,7 @@ import torch
 NAME = "second"
 SOURCE = Path(__file__).parent / "device.cpp"
 CACHE = Path(__file__).parents[2] / ".cache" / "second_device"
-COMPILER = shutil.which(os.environ.get("CXX", "c++"))
+COMPILER = shutil.which(os.environ.get("CXX", "c++")) if sys.platform == "linux" else None
 
 
 @functools.cache

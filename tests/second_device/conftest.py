@@ -19,5 +19,5 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def second() -> torch.device:
     """``second:0``: host memory under another name, whose tensors must not meet those of the CPU."""
     if COMPILER is None:
-        pytest.skip("needs a C++ compiler")
+        pytest.skip("needs Linux and a C++ compiler")
     return second_device()

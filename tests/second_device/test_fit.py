@@ -98,6 +98,7 @@ def test_run_is_that_on_the_cpu(recovery: Any, tmp_path: Any, second: torch.devi
     torch.testing.assert_close(*logits, atol=1e-2, rtol=1e-2)
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("recovery", ["none", "lora"])
 @pytest.mark.parametrize("step", [1, 5], ids=["event before the stop", "event after it"])
 def test_resumed_run_ends_as_the_uninterrupted(step: int, recovery: Any, tmp_path: Any, second: torch.device) -> None:

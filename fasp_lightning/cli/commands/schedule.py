@@ -4,23 +4,18 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Sequence
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-import torch
 from lightning.pytorch.cli import LightningArgumentParser
 
-from fasp_lightning.checkpoints.loading import load_config, model_shapes
-from fasp_lightning.checkpoints.source import resolve_source
 from fasp_lightning.cli.commands.lightning import TrainingCLI
+from fasp_lightning.cli.commands.rehearsing import planned, pruning_callbacks, shapes
 from fasp_lightning.cli.console import note, percent
 from fasp_lightning.cli.quiet import one_thread, quiet_libraries
 from fasp_lightning.errors import FaspError
 from fasp_lightning.pruning.budget.budget import Budget
 from fasp_lightning.pruning.config import PruningConfig
-from fasp_lightning.training.callback import FASPPruning
-from fasp_lightning.training.modeling.building import new_model
 from fasp_lightning.training.rehearsal import passed_over, rehearse
 from fasp_lightning.training.schedule import PruningSchedule, ScheduledPruning
 
@@ -47,12 +42,11 @@ def run(command: str, argv: Sequence[str]) -> int:
     """
     quiet_libraries()
     settings = ScheduleCLI(argv).settings
-    callback = _pruning_callback(settings)
-    schedule = PruningSchedule.parse(_plain(callback.schedule))
+    schedule, pruning = planned(_pruning_callback(settings))
     with one_thread():
-        model = _shapes(settings.model)
+        model = shapes(settings.model)
         text = HEADER.format(model=settings.model.name_or_path or f"a new {model.config.model_type} model")
-        text += "".join(_entries(model, schedule, _pruning(callback)))
+        text += "".join(_entries(model, schedule, pruning))
     if settings.output is None:
         sys.stdout.write(text)
     else:
@@ -87,40 +81,13 @@ class ScheduleCLI(TrainingCLI):
 
 def _pruning_callback(settings: Any) -> Any:
     """The options of the one FASPPruning."""
-    callbacks = settings.trainer.callbacks or []
-    callbacks = callbacks if isinstance(callbacks, list) else [callbacks]
-    found = [each for each in callbacks if issubclass(_class_of(each.class_path), FASPPruning)]
+    found = pruning_callbacks(settings)
     if len(found) != 1:
         raise FaspError(
             f"trainer.callbacks must hold one FASPPruning with a schedule, got {len(found)}; name a config by -c, "
             "or add --trainer.callbacks+=FASPPruning --trainer.callbacks.schedule ..."
         )
-    return found[0].init_args
-
-
-def _class_of(path: str) -> type:
-    module, _, name = path.rpartition(".")
-    found: type = getattr(import_module(module), name)
-    return found
-
-
-def _plain(value: Any) -> Any:
-    """What the parser made of a schedule, as the plain data it was."""
-    return value.as_dict() if hasattr(value, "as_dict") else value
-
-
-def _pruning(callback: Any) -> PruningConfig:
-    return PruningConfig(**_plain(callback.pruning)) if callback.pruning is not None else PruningConfig()
-
-
-def _shapes(options: Any) -> Any:
-    """The model on the ``meta`` device: no weight is read."""
-    if options.name_or_path is None:
-        with torch.device("meta"):
-            return new_model(_plain(options.config), "float32")
-    hub = {"revision": options.revision, "trust_remote_code": options.trust_remote_code}
-    config = load_config(options.name_or_path, **hub)
-    return model_shapes(resolve_source(options.name_or_path), config, options.trust_remote_code)
+    return found[0]
 
 
 def _entries(model: Any, schedule: PruningSchedule, pruning: PruningConfig) -> Iterator[str]:

@@ -42,6 +42,11 @@ def part(trainer: Trainer) -> None:
     trainer.strategy.barrier = lambda *_, **__: None  # type: ignore[method-assign]
 
 
+def rejoin(trainer: Trainer) -> None:
+    """Undo :func:`part`, in a further run of the same Trainer."""
+    vars(trainer.strategy).pop("barrier", None)
+
+
 def averages(trainer: Trainer) -> list[nn.Module]:
     """The averaged copies of the LightningModule that ``WeightAveraging`` callbacks hold."""
     return [average.module for average in _average_models(trainer)]

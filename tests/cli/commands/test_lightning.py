@@ -214,6 +214,33 @@ def test_mistake_is_one_line(fasp, config, argv: tuple[str, ...], words: str) ->
     assert "Traceback" not in outcome.err
 
 
+BEFORE_THE_WEIGHTS = {
+    "no text": (("--data.source", "no-such.txt"), "no-such.txt"),
+    "no sequence": (("--data.seq_len", "1"), "seq_len must be 2 or more, got 1"),
+    "sparsity out of reach": (
+        ("--trainer.callbacks+=FASPPruning", "--trainer.callbacks.schedule=[{step: 0, sparsity: 0.99}]"),
+        "schedule entry 0, {'step': 0, 'sparsity': 0.99}: sparsity must be at most",
+    ),
+    "form that cannot hold the cuts": (
+        (
+            "--trainer.callbacks+=FASPPruning",
+            "--trainer.callbacks.schedule=[{step: 0, sparsity: 0.3}]",
+            "--trainer.callbacks.export_to=out",
+            "--trainer.callbacks.form=stock",
+        ),
+        "form 'stock' cannot hold this model",
+    ),
+}
+
+
+@pytest.mark.usefixtures("no_weights")
+@pytest.mark.parametrize(("argv", "words"), BEFORE_THE_WEIGHTS.values(), ids=BEFORE_THE_WEIGHTS)
+def test_mistake_is_found_before_the_weights_are_read(fasp, config, argv: tuple[str, ...], words: str) -> None:
+    outcome = fasp("fit", "-c", config(), *argv)
+    assert outcome.code == 2, outcome.err
+    assert words in outcome.err.strip().splitlines()[-1]
+
+
 def test_bug_keeps_its_traceback(fasp, config, monkeypatch: pytest.MonkeyPatch) -> None:
     def bug(*_: object, **__: object) -> None:
         raise ZeroDivisionError("a bug")
