@@ -167,7 +167,8 @@ def encode_documents(group: list[str], tokenizer: Any, separator: str | None = N
     """Token ids of documents end to end, with what stands between two also after the last one.
 
     Args:
-        group: The documents; blank ones are passed over, unless a separator is given.
+        group: The documents; blank ones are passed over, unless a separator is given. Of chats, the text is what the
+            tokenizer's chat template makes of them.
         tokenizer: A tokenizer of transformers. It adds no special tokens.
         separator: Text between two documents; ``None`` puts the tokenizer's end-of-text token there, or two line
             feeds where it has none.
@@ -180,7 +181,7 @@ def encode_documents(group: list[str], tokenizer: Any, separator: str | None = N
         return _encode(tokenizer, [separator.join([*group, ""])])[0]
     tokens: list[int] = []
     for ids in _encode(tokenizer, [document for document in group if document.strip()]):
-        tokens += [*ids, end]
+        tokens += ids if ids[-1:] == [end] else [*ids, end]  # a chat's template may have put it there
     return tokens
 
 

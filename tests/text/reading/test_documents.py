@@ -100,6 +100,28 @@ def test_pieces_of_a_txt_file_are_its_lines(tmp_path: Path, monkeypatch: pytest.
     assert pieces == ["one\ntwo\nthree\n", "four\n\nfive\n", "six"]
 
 
+@pytest.mark.parametrize("spaces", [True, False])
+def test_a_long_line_is_cut_at_words_if_there_are_any(spaces: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(documents, "PIECE_LENGTH", 10)
+    text = "short\n" + ("abcdefg " if spaces else "abcdefgh") * 6
+    found = list(documents.pieces(text))
+    assert "".join(found) == text
+    assert all(10 <= len(piece) <= 20 for piece in found[:-1])
+    assert all(piece.endswith((" ", "\n")) for piece in found) is spaces
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_rows_are_cut_where_the_only_one_or_as_long_as_a_book(count: int, tmp_path: Path) -> None:
+    length = documents.PIECE_LENGTH if count == 1 else documents.LONG * documents.PIECE_LENGTH
+    for words, cut in ((length // 5, False), (length // 2, True)):
+        file = write_jsonl(tmp_path / "rows.jsonl", [{"text": "word " * words}] * count)
+        found = list(local_documents(str(file), "text", in_pieces=True))
+        assert (len(found) > count) is cut
+        assert "".join(found) == "word " * words * count
+    chats = write_jsonl(tmp_path / "chats.jsonl", [{"text": [{"role": "user", "content": "word " * length}]}])
+    assert len(list(local_documents(str(chats), "text", in_pieces=True))) == 1
+
+
 def test_a_txt_file_in_another_encoding_is_refused(tmp_path: Path) -> None:
     file = tmp_path / "text.txt"
     file.write_bytes("Grüße".encode("latin-1"))
