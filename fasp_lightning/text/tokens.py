@@ -179,9 +179,11 @@ def encode_documents(group: list[str], tokenizer: Any, separator: str | None = N
         separator = "\n\n"
     if separator is not None:
         return _encode(tokenizer, [separator.join([*group, ""])])[0]
+    texts = [document for document in group if document.strip()]
     tokens: list[int] = []
-    for ids in _encode(tokenizer, [document for document in group if document.strip()]):
-        tokens += ids if ids[-1:] == [end] else [*ids, end]  # a chat's template may have put it there
+    for text, ids in zip(texts, _encode(tokenizer, texts), strict=True):
+        ended = text.rstrip().endswith(tokenizer.eos_token)  # as a chat's template does
+        tokens += ids if ended else [*ids, end]
     return tokens
 
 

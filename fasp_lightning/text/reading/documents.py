@@ -14,7 +14,7 @@ from typing import Any
 
 from fasp_lightning.errors import FaspError, as_refusal, one_line
 from fasp_lightning.text.reading.chats import Chat, columns_of, document_of
-from fasp_lightning.text.reading.files import PLAIN, kind_of, listed, local_files, opened
+from fasp_lightning.text.reading.files import PLAIN, kind_of, local_files, opened, reading
 from fasp_lightning.text.reading.rows import Rows, file_rows
 
 PIECE_LENGTH = 4000
@@ -60,10 +60,10 @@ def local_documents(source: str, column: str, in_pieces: bool) -> Iterator[str]:
 
 
 def announced_files(source: str) -> list[Path]:
-    """The files of :func:`~fasp_lightning.text.reading.files.local_files`; the log names those found, once."""
+    """The files of :func:`~fasp_lightning.text.reading.files.local_files`; the log says once which are found."""
     files = local_files(source)
-    if files != [Path(source).expanduser()]:
-        _say(f"{source}: {listed(files)}")
+    if line := reading(source, files):
+        _say(line)
     return files
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from fasp_lightning.text.reading import documents
+from fasp_lightning.text.reading.chats import Chat
 from fasp_lightning.text.reading.documents import hub_documents, local_documents
 from fasp_lightning.text.reading.files import is_local, local_files
 
@@ -177,6 +178,14 @@ def hub_folder(tmp_path: Path) -> str:
 def test_hub_gives_the_subset_and_split_asked_for(subset: str, split: str, hub_folder: str) -> None:
     found = list(hub_documents(hub_folder, subset, split, "text"))
     assert found == [f"{subset} {split} 0", f"{subset} {split} 1"]
+
+
+def test_hub_gives_chats_too(tmp_path: Path) -> None:
+    messages = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a", "name": "x"}]
+    write_jsonl(tmp_path / "train.jsonl", [{"id": "x", "messages": messages}])
+    (found,) = hub_documents(str(tmp_path), None, "train", "text")
+    assert isinstance(found, Chat)
+    assert json.loads(found) == messages
 
 
 @pytest.mark.parametrize(("subset", "split"), [("tiny", "test"), ("small", "dev"), (None, "test")])
