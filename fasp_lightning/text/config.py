@@ -56,7 +56,7 @@ class TextConfig:
             document; for the hub a split of the data set. None is the split of the role that the text serves in
             (calibration reads the hub's train), but all of a local text. A DatasetDict that save_to_disk made has the
             splits it was saved with, like one on the hub. What several roles of a data module read is divided among
-            them by document; plain files, and rows of a book's length, then in pieces of some thousand characters.
+            them by document; a file's only one, or one of a book's length, then in pieces of some thousand characters.
         column: The column or key that holds a row's text, or the messages of a chat (a list with role and content, or
             from and value). Where there is no column text, the chat in messages, conversations or conversation is
             taken, or the one of prompt and completion, chosen or response, or of instruction (with input) and output
@@ -202,7 +202,7 @@ def describe(config: TextConfig) -> str:
     path = Path(name)
     name = path.name or name
     if name in saved_splits(str(path.parent)):
-        name = f"{path.parent.name} ({name})"
+        name = f"{path.absolute().parent.name} ({name})"
     subset = f", {config.subset}" if config.subset else ""
     split = f" ({config.split})" if config.split else ""
     return f"{name}{subset}{split}"

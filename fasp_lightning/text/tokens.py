@@ -220,7 +220,8 @@ def encode_documents(group: list[str], tokenizer: Any, separator: str | None = N
     """Token ids of documents end to end, with what stands between two also after the last one.
 
     Args:
-        group: The documents; blank ones are passed over, unless a separator is given.
+        group: The documents; blank ones are passed over, unless a separator is given. Of chats, the text is what the
+            tokenizer's chat template makes of them.
         tokenizer: A tokenizer of transformers. It adds no special tokens.
         separator: Text between two documents; ``None`` puts the tokenizer's end-of-text token there, or two line
             feeds where it has none.
@@ -231,9 +232,11 @@ def encode_documents(group: list[str], tokenizer: Any, separator: str | None = N
         separator = "\n\n"
     if separator is not None:
         return _encode(tokenizer, [separator.join([*group, ""])])[0]
+    texts = [document for document in group if document.strip()]
     tokens: list[int] = []
-    for ids in _encode(tokenizer, [document for document in group if document.strip()]):
-        tokens += [*ids, end]
+    for text, ids in zip(texts, _encode(tokenizer, texts), strict=True):
+        ended = text.rstrip().endswith(tokenizer.eos_token)  # as a chat's template does
+        tokens += ids if ended else [*ids, end]
     return tokens
 
 

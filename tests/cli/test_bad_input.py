@@ -144,6 +144,15 @@ def test_short_text_is_refused(prune, tiny_folder, tmp_path: Path, text: str, fo
 
 
 @pytest.mark.usefixtures("no_weights")
+def test_a_folder_of_several_kinds_is_refused(prune, tiny_folder, tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    for name in ("a.csv", "LICENSE.txt", "notes.md"):
+        (tmp_path / "data" / name).write_text("text\n")
+    outcome = prune(tiny_folder("llama"), "--calibration.source", tmp_path / "data")
+    assert_refused(outcome, ".csv, 1 file: a.csv; .md, 1 file: notes.md", "/data/**/*.csv")
+
+
+@pytest.mark.usefixtures("no_weights")
 @pytest.mark.parametrize(
     ("calibration", "evaluation", "shared"),
     [

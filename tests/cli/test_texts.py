@@ -41,6 +41,15 @@ def test_local_files_of_one_folder_are_one_source(tmp_path: Path) -> None:
     assert domain_of(three, [one]) == "other"
 
 
+def test_splits_of_a_saved_data_set_are_one_source(tmp_path: Path) -> None:
+    (tmp_path / "dataset_dict.json").write_text('{"splits": ["train", "test"]}')
+    for split in ("train", "test"):
+        (tmp_path / split).mkdir()
+        (tmp_path / split / "data-0.arrow").write_text("")
+    train, test = (TextConfig(str(tmp_path), split=split) for split in ("train", "test"))
+    assert domain_of(test, [train]) == "calibrated"
+
+
 def test_one_domain_alone_is_said_and_both_or_none_are_not() -> None:
     assert "--other_text" in (missing_domain(["calibrated"]) or "")
     assert "--evaluation" in (missing_domain(["other", "other"]) or "")

@@ -70,7 +70,9 @@ def test_a_trained_tokenizer_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyP
 def test_the_digest_tells_what_changes_the_ids(tiny_tokenizer: PreTrainedTokenizerFast) -> None:
     other_end = copy.deepcopy(tiny_tokenizer)
     other_end.eos_token = "<bos>"
-    tokenizers = (tiny_tokenizer, other_end, *(train_tokenizer(words(20, seed), SETTINGS) for seed in (0, 1)))
+    chats = copy.deepcopy(tiny_tokenizer)
+    chats.chat_template = "{{ messages }}"
+    tokenizers = (tiny_tokenizer, other_end, *(train_tokenizer(words(20, seed), SETTINGS) for seed in (0, 1)), chats)
     digests = [tokenizer_digest(one) for one in tokenizers]
     assert len(set(digests)) == len(digests)
     assert tokenizer_digest(copy.deepcopy(tiny_tokenizer)) == digests[0]

@@ -56,6 +56,12 @@ def test_documents_stand_end_to_end_with_eos_between(tmp_path: Path) -> None:
     assert batch.tolist() == [[4, 5, 6, EOS, 7, EOS, 8, 9, 10, 11, EOS]]
 
 
+def test_an_eos_that_ends_a_document_is_not_put_again(tmp_path: Path) -> None:
+    source = write(tmp_path / "rows.jsonl", [words(0, 2) + " <eos> ", words(2, 4)])
+    (batch,) = token_batches(TextConfig(source, seq_len=6, sequences=None), word_tokenizer())
+    assert batch.tolist() == [[4, 5, EOS, 6, 7, EOS]]
+
+
 def test_without_an_eos_line_feeds_stand_between(tmp_path: Path) -> None:
     source = write(tmp_path / "rows.jsonl", [words(0, 2), words(2, 4)])
     (batch,) = token_batches(TextConfig(source, seq_len=6, sequences=None), word_tokenizer(None))

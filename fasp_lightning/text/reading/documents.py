@@ -8,20 +8,21 @@ import logging
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
 from fasp_lightning.errors import FaspError, as_refusal, one_line
 from fasp_lightning.text.reading.chats import Chat, columns_of, document_of
-from fasp_lightning.text.reading.files import PLAIN, kind_of, listed, local_files, opened
+from fasp_lightning.text.reading.files import PLAIN, kind_of, local_files, opened, reading
 from fasp_lightning.text.reading.rows import Rows, file_rows
 
 PIECE_LENGTH = 4000
-"""Characters, at least, of the pieces into which a plain file is cut when a split of it is asked for; at most twice as
-many."""
+"""Characters, at least, of the pieces into which a file's only document is cut when a split of it is asked for; at most
+twice as many."""
 
 LONG = 16
-"""Lengths of a piece beyond which a row is cut into pieces, too."""
+"""Lengths of a piece beyond which one of several documents is cut, too."""
 
 PATIENCE = 1000
 """Rows, at most, that are read of a text of which none has the column."""
@@ -37,8 +38,8 @@ def local_documents(source: str, column: str, in_pieces: bool) -> Iterator[str]:
     Args:
         source: A file, a folder or a glob pattern.
         column: Where a row holds its text; see :func:`~fasp_lightning.text.reading.chats.columns_of`.
-        in_pieces: Cut plain files, and rows of a book's length, into pieces of whole lines (of words, where a line is
-            long), so that there is something to deal to splits. Chats stay whole.
+        in_pieces: Cut a file's only document, and those of a book's length, into pieces of whole lines (of words, where
+            a line is long), so that there is something to deal to splits. Chats stay whole.
 
     Raises:
         FaspFileNotFoundError: If there is no such file.
@@ -47,8 +48,10 @@ def local_documents(source: str, column: str, in_pieces: bool) -> Iterator[str]:
     found: Counter[str] = Counter()
     for file in announced_files(source):
         plain = kind_of(file) in PLAIN
-        longest = 0 if plain else LONG * PIECE_LENGTH
-        for document in [_read(file)] if plain else _texts(_file_rows(file, column), column, str(file), found):
+        documents = iter([_read(file)] if plain else _texts(_file_rows(file, column), column, str(file), found))
+        first = list(islice(documents, 2))
+        longest = LONG * PIECE_LENGTH if len(first) > 1 else PIECE_LENGTH
+        for document in chain(first, documents):
             if in_pieces and len(document) > longest and not isinstance(document, Chat):
                 yield from pieces(document)
             else:
@@ -57,10 +60,10 @@ def local_documents(source: str, column: str, in_pieces: bool) -> Iterator[str]:
 
 
 def announced_files(source: str) -> list[Path]:
-    """The files of :func:`~fasp_lightning.text.reading.files.local_files`; the log names those found, once."""
+    """The files of :func:`~fasp_lightning.text.reading.files.local_files`; the log says once which are found."""
     files = local_files(source)
-    if files != [Path(source).expanduser()]:
-        _say(f"{source}: {listed(files)}")
+    if line := reading(source, files):
+        _say(line)
     return files
 
 

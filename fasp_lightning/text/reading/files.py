@@ -113,13 +113,27 @@ def local_files(source: str) -> list[Path]:
         raise FaspError(
             f"source {source!r} is a data set with the splits {', '.join(splits)}; set split to one of them"
         )
-    found = sorted(_candidates(path))
+    found = sorted(file for file in _candidates(path) if kind_of(file) is not None)
     files = [file for file in found if not _ABOUT.fullmatch(file.name) or _asks_for_about(path)]
     if not files:
         beside = f" but what is no data, {listed(found)}; name one itself to read it" if found else "; check the path"
         raise FaspFileNotFoundError(f"source {source!r} names no file ending in {SUFFIXES}{beside}")
     _require_one_kind(source, files)
     return files
+
+
+def reading(source: str, files: list[Path]) -> str | None:
+    """Say which files of a folder or pattern are read, and which are not; ``None`` where a file itself is named.
+
+    Args:
+        source: The folder, pattern or file.
+        files: What :func:`local_files` gives.
+    """
+    path = Path(source).expanduser()
+    if path.is_file():
+        return None
+    left = sorted(set(_candidates(path)) - set(files))
+    return f"{source}: {listed(files)}" + (f"; not read, {listed(left)}" if left else "")
 
 
 def listed(files: list[Path]) -> str:
@@ -165,12 +179,12 @@ def corrupt(file: Path, fault: str) -> FaspError:
 
 
 def _candidates(path: Path) -> Iterable[Path]:
-    """Files of a known kind in a folder, hidden ones left out, or that a pattern means."""
+    """Files in a folder, hidden ones left out, or that a pattern means."""
     inside = path.is_dir()
     found = path.rglob("*") if inside else map(Path, glob.iglob(str(path), recursive=True))
     for file in found:
         hidden = inside and any(part.startswith((".", "__MACOSX")) for part in file.relative_to(path).parts)
-        if not hidden and kind_of(file) is not None and file.is_file():
+        if not hidden and file.is_file():
             yield file
 
 

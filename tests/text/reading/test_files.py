@@ -67,13 +67,15 @@ def test_files_of_several_kinds_are_refused_with_the_pattern_that_names_one(sour
 
 
 def test_the_log_says_which_files_are_read(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    make(tmp_path, *(f"{number}.csv" for number in range(7)), "sub/x.csv")
+    make(tmp_path, *(f"{number}.csv" for number in range(7)), "sub/x.csv", "LICENSE.txt", "sub/more.zip", ".git/x")
     with caplog.at_level("INFO", logger="fasp_lightning"):
         for _ in range(2):
             assert list(local_documents(str(tmp_path), "text", in_pieces=False)) == ["a"] * 8
         list(local_documents(f"{tmp_path}/0.csv", "text", in_pieces=False))
     line = "8 files: 0.csv, 1.csv, 2.csv, 3.csv, 4.csv and 3 more"
-    assert [record.getMessage() for record in caplog.records] == [f"{tmp_path}: {line}"]
+    assert [record.getMessage() for record in caplog.records] == [
+        f"{tmp_path}: {line}; not read, 2 files: LICENSE.txt, sub/more.zip"
+    ]
     assert listed(local_files(str(tmp_path))) == line
 
 
