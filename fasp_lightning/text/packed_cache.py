@@ -163,7 +163,7 @@ def _write(part: Path, documents: Iterable[str], packing: Packing, limit: int | 
         for blocks in pack(_noting(documents, seen), packing, limit):
             ids = array("q", chain.from_iterable(blocks))
             content.update(ids.tobytes())
-            largest = max(largest, *ids)
+            largest = max(largest, max(ids))
             writer.write_batch({"input_ids": blocks})
         writer.finalize()
     size = (part / SEQUENCES_FILE).stat().st_size

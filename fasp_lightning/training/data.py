@@ -143,11 +143,12 @@ class CausalLMDataModule(L.LightningDataModule):
             FaspError: If the text cannot be read, sequences are longer than the model's learned positions, or a token
                 that occurs in them has no embedding. Streamed batches are looked at one by one.
         """
-        if (inputs := self._model_inputs()) is not None:
+        inputs = self._model_inputs()
+        if inputs is not None:
             inputs.check_length(self.seq_len, "the data module")
         if stage == "fit" and not self.streaming:
             self._read("train")
-        if stage == "fit" and self._texts().ready("validation"):
+        if stage == "fit" and inputs is not None and self._texts().ready("validation"):
             self._read("validation")
 
     def train_dataloader(self) -> ResumableLoader | StreamLoader:
