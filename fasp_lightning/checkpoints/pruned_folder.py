@@ -7,9 +7,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from fasp_lightning.checkpoints.devices import dtype_in
 from fasp_lightning.checkpoints.forms import FORMS
-from fasp_lightning.errors import FaspError, FaspOSError, as_refusal, one_line
+from fasp_lightning.checkpoints.source import local_folder, require_no_adapters, why_unread
+from fasp_lightning.errors import FaspError, FaspOSError, as_refusal
 from fasp_lightning.staging import clear_left, read_json
+from fasp_lightning.structure.modes import own_modes
 from fasp_lightning.structure.plan import adopt_plan, plan_in
 
 if TYPE_CHECKING:
@@ -18,8 +21,15 @@ if TYPE_CHECKING:
 REPORT_FILE = "fasp_report.json"
 
 
+@own_modes(placing=True)
 def load_pruned(
-    path: str | Path, *, dtype: str | torch.dtype = "auto", attn_implementation: str | None = None
+    path: str | Path,
+    *,
+    dtype: str | torch.dtype = "auto",
+    device_map: Any = None,
+    attn_implementation: str | None = None,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
 ) -> PreTrainedModel:
     """Load a pruned model, in any form, with its plan; a zero-filled one comes back compact.
 
@@ -27,16 +37,21 @@ def load_pruned(
     the checkpoints of a ``transformers.Trainer``.
 
     Args:
-        path: The folder.
+        path: The folder, or the id of a repository on the hub that holds it.
         dtype: ``"auto"`` for the one it was saved in, or another.
+        device_map: As in ``from_pretrained``, which needs accelerate for it: a device, or which module goes where.
         attn_implementation: As in ``from_pretrained``.
+        revision: Branch, tag or commit on the hub.
+        trust_remote_code: Let code run that was saved along.
 
     Returns:
-        The model on the CPU, in evaluation mode.
+        The model in evaluation mode; on the CPU without a ``device_map``.
 
     Raises:
-        FaspError: If its config carries no plan, or one that is damaged or does not fit the weights.
-        FaspOSError: If its config or its weights cannot be read.
+        FaspFileNotFoundError: If the hub has no such repository.
+        FaspError: If its config carries no plan, or one that is damaged or does not fit the weights; if it holds
+            adapters too.
+        FaspOSError: If its config or its weights cannot be read, or the hub cannot be reached.
 
     Example::
 
@@ -50,15 +65,19 @@ def load_pruned(
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    path = Path(path)
+    path = local_folder(path, revision)
     clear_left(path)  # a kill while it was overwritten may have left it beside its place
-    with as_refusal(lambda error: FaspOSError(f"no readable config of '{path}': {one_line(error, first=True)}")):
-        config = AutoConfig.from_pretrained(path)
-    options = {"dtype": dtype, "attn_implementation": attn_implementation}
+    require_no_adapters(path, str(path))
+    with as_refusal(lambda error: FaspOSError(f"no readable config of '{path}': {why_unread(error)}")):
+        config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+    options = {"dtype": dtype, "attn_implementation": attn_implementation, "trust_remote_code": trust_remote_code}
+    options |= {} if device_map is None else {"device_map": device_map}
+    stored = dtype_in(config)
     if form_in(config, path) == "compact":
         model = _load_compact(config, path, options)
     else:
         model = adopt_plan(_from_pretrained(AutoModelForCausalLM, path, **options))
+    model.fasp_stored_dtype = stored  # type: ignore[assignment]
     report = path / REPORT_FILE
     model.fasp_report = read_json(report) if report.exists() else {}  # type: ignore[assignment]
     return model.eval()
@@ -90,7 +109,7 @@ def unreadable_weights(name: str, error: Exception) -> FaspOSError:
         name: The model's name.
         error: What it raised.
     """
-    reason = one_line(error, first=True)
+    reason = why_unread(error)
     if "ignore_mismatched_sizes" in reason:  # which is no advice: the weights would be drawn at random
         reason = "their shapes are not those that its config says; fetch or save it again"
     return FaspOSError(f"no readable weights of {name!r}: {reason}")
@@ -103,7 +122,8 @@ def _load_compact(config: Any, path: Path, options: dict[str, Any]) -> PreTraine
     """
     from transformers import AutoModelForCausalLM
 
-    stock: Any = AutoModelForCausalLM._model_mapping[type(config)]
+    with torch.device("meta"):  # a family's own class, or one that was saved along
+        stock: Any = type(AutoModelForCausalLM.from_config(config, trust_remote_code=options.pop("trust_remote_code")))
 
     def build(self: PreTrainedModel, *args: Any, **kwargs: Any) -> None:
         stock.__init__(self, *args, **kwargs)
@@ -124,5 +144,17 @@ def _from_pretrained(model_class: Any, path: Path, **options: Any) -> PreTrained
     if missing := sorted(info["missing_keys"]):
         names = f"{', '.join(missing[:3])} ({len(missing)} in all)"
         raise FaspOSError(f"{path} must hold all weights, got none for {names}")
+    require_in_memory(model)
     loaded: PreTrainedModel = model
     return loaded
+
+
+def require_in_memory(model: Any) -> None:
+    """Refuse a model that a ``device_map`` has left a part of on the disk, where nothing can be cut.
+
+    Raises:
+        FaspError: If a weight is not in memory.
+    """
+    if any(parameter.is_meta for parameter in model.parameters()):
+        places = getattr(model, "hf_device_map", None)
+        raise FaspError(f"device_map must leave every weight in memory, got {places}, which offloads some")

@@ -50,6 +50,7 @@ class TextReport:
         before: Of the model before this pruning.
         after: Of the pruned model.
         unrestored: Of a model with the same columns and the weights as they were; ``None`` if not measured.
+        bos: Token that every sequence began with, which is not predicted; ``None`` where it began with the text.
     """
 
     name: str
@@ -57,6 +58,7 @@ class TextReport:
     before: PerplexityResult
     after: PerplexityResult
     unrestored: PerplexityResult | None = None
+    bos: str | None = None
 
     @property
     def restoration_effect(self) -> int:
@@ -99,7 +101,7 @@ class PruningReport:
         tokens: Calibration tokens, padding left out.
         pairs: One entry for each pair that was cut, in the order of the cuts.
         seconds: Wall-clock seconds by phase: capture, forward, gram, solve, cut, apply, and total.
-        peak_memory: Bytes: ``"rss"`` of the process (its highest so far) and ``"cuda"``.
+        peak_memory: Bytes: ``"rss"`` of the process (its highest so far) and of the accelerator, such as ``"cuda"``.
         warnings: What the user should know.
         config: The settings.
         evaluation: Perplexity on each text that was measured: ``fasp prune`` fills it, the engine measures none.

@@ -74,6 +74,12 @@ class ResolvedPair:
         return cast(nn.Linear, self.block.get_submodule(path))
 
     @property
+    def linears(self) -> list[tuple[str, nn.Linear]]:
+        """Path in the model, and module, of the consumer and each producer."""
+        paths = (self.spec.consumer, *self.spec.producers)
+        return [(f"{self.name}.{path}", self._linear(path)) for path in paths]
+
+    @property
     def layer(self) -> str:
         """Path of the consumer in the model."""
         return f"{self.name}.{self.spec.consumer}"
@@ -107,11 +113,11 @@ class ResolvedPair:
 
     @torch.no_grad()
     def assign(self, factors: Sequence[Tensor], bias: Tensor | None = None) -> None:
-        """Write restored factors, and a refitted bias, into the cut consumer."""
+        """Write restored factors, and a refitted bias, into the consumer, whose weight the cut has made anew."""
         for target, value in zip(self.factors, factors, strict=True):
             target.copy_(value)
-        if bias is not None:
-            self.consumer.bias.copy_(bias)
+        if bias is not None:  # a new tensor, so that the old one can come back
+            self.consumer.bias.data = torch.empty_like(self.consumer.bias).copy_(bias)
 
     @property
     def unit_cost(self) -> int:

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import copy
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from fasp_lightning.errors import FaspError
+from fasp_lightning.structure.modes import own_modes
 from fasp_lightning.structure.pair import ResolvedPair, shape_of
 from fasp_lightning.structure.pruning_plan import PairPlan, PruningPlan, Widths, ascending
 from fasp_lightning.structure.registry import spec_for
 from fasp_lightning.structure.resolve import Kept, find_blocks, linear_at, resolve
 from fasp_lightning.structure.spec import ArchitectureSpec
-from fasp_lightning.structure.stock_fields import groups_obstacle, stock_fields, stock_obstacle
+from fasp_lightning.structure.stock_fields import describe, groups_obstacle, own_config, stock_fields, stock_obstacle
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -91,25 +91,16 @@ def record_plan(model: PreTrainedModel, pairs: list[list[ResolvedPair]]) -> Prun
         }
         for block in pairs
     )
-    plan, spec, config = PruningPlan(model.config.model_type, blocks), spec_for(model), _own_config(model)
+    plan, spec, config = PruningPlan(model.config.model_type, blocks), spec_for(model), own_config(model)
     model.fasp_plan = plan  # type: ignore[assignment]  # for the user to read; what counts is the config
     present = {
         first.spec.consumer: (first.layout, [first.kept.numel(), *(pair.kept.numel() for pair in rest)])
         for first, *rest in zip(*pairs, strict=True)  # one pair of every block
     }
     form = "compact" if stock_obstacle(spec, plan.cuts) else "stock"
-    for name, value in {**config_fields(spec, present), "fasp": {"form": form, **plan.to_dict()}}.items():
-        setattr(config, name, value)
+    fields = {**config_fields(spec, present), "fasp": {"form": form, **plan.to_dict()}}
+    describe(config, fields, (pair for block in pairs for pair in block))
     return plan
-
-
-def _own_config(model: PreTrainedModel) -> Any:
-    """The model's config, from now on a copy: another model may have been built from the same one."""
-    shared, own = model.config, copy.deepcopy(model.config)
-    for module in model.modules():
-        if getattr(module, "config", None) is shared:
-            module.config = own  # type: ignore[assignment]
-    return own
 
 
 def config_fields(spec: ArchitectureSpec, widths: Widths) -> dict[str, int]:
@@ -120,6 +111,7 @@ def config_fields(spec: ArchitectureSpec, widths: Widths) -> dict[str, int]:
     return fields
 
 
+@own_modes()
 def apply_plan(model: PreTrainedModel, plan: PruningPlan) -> PreTrainedModel:
     """Give a model the shapes of a plan, in place. Nothing is restored: the weights kept are the model's own.
 
@@ -134,7 +126,6 @@ def apply_plan(model: PreTrainedModel, plan: PruningPlan) -> PreTrainedModel:
         FaspError: If the plan belongs to another family or to other shapes, or keeps a unit that is gone.
 
     Example::
-
         from fasp_lightning import FASPPruner, PruningConfig, apply_plan, load_model
         FASPPruner(PruningConfig(sparsity=0.2)).prune(model, batches)
         same_shapes = apply_plan(load_model(name), model.fasp_plan)  # with the weights of ``name``, nothing restored
@@ -223,6 +214,7 @@ def _require_zeros(pair: ResolvedPair, kept: torch.Tensor) -> None:
         )
 
 
+@own_modes()
 def conform(model: PreTrainedModel, plan: PruningPlan | None) -> PreTrainedModel:
     """Give a model a plan's shapes, whatever it had: parameters keep their identity, units that come back are zero.
 

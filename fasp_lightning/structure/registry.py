@@ -7,6 +7,7 @@ from typing import Any
 from torch import nn
 
 from fasp_lightning.errors import FaspError
+from fasp_lightning.structure.causal_lm import require_causal_lm
 from fasp_lightning.structure.spec import ArchitectureSpec, CoupledPair
 
 _QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
@@ -132,11 +133,11 @@ def spec_for(model_or_config: Any) -> ArchitectureSpec:
         model_or_config: A causal LM, or a config with ``model_type``.
 
     Raises:
-        FaspError: If it is a model but no causal LM, or one in another module; or if its ``model_type`` is not in the
-            table: the message lists the known ones and shows the row that would register it.
+        FaspError: If its ``model_type`` is not in the table: the message lists the known ones and shows the row
+            that would register it. If a model is wrapped, headless or has another head: it says what to pass.
     """
-    if isinstance(model_or_config, nn.Module):
-        _require_causal_lm(model_or_config)
+    if isinstance(model_or_config, nn.Module) or not hasattr(model_or_config, "model_type"):
+        require_causal_lm(model_or_config)
     model_type = getattr(getattr(model_or_config, "config", model_or_config), "model_type", None)
     if model_type not in _REGISTRY:
         raise FaspError(
@@ -144,18 +145,3 @@ def spec_for(model_or_config: Any) -> ArchitectureSpec:
             f"kind register a row: {_EXAMPLE.format(model_type=model_type)}"
         )
     return _REGISTRY[model_type]
-
-
-def _require_causal_lm(model: nn.Module) -> None:
-    """Refuse a model around a causal LM, and one without a language-modelling head, saying what to pass."""
-    from transformers import PreTrainedModel
-
-    model = getattr(model, "_orig_mod", model)  # torch.compile hands all on
-    name = type(model).__name__
-    if isinstance(model, PreTrainedModel):
-        if model.get_output_embeddings() is None:
-            raise FaspError(f"model must be a causal LM, with its head, got {name}; load it with AutoModelForCausalLM")
-        return
-    inside = (path for path, module in model.named_modules() if isinstance(module, PreTrainedModel))
-    if path := next(inside, None):
-        raise FaspError(f"model must be the causal LM itself, got {name} around it; pass model.{path}")

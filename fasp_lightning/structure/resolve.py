@@ -10,7 +10,9 @@ from torch import Tensor, nn
 
 from fasp_lightning.errors import FaspError
 from fasp_lightning.structure.adapters import adapters_of, require_in_place
+from fasp_lightning.structure.causal_lm import is_dense
 from fasp_lightning.structure.layout import PairLayout
+from fasp_lightning.structure.ownership import require_plain, require_unshared
 from fasp_lightning.structure.pair import ResolvedPair, shape_of
 from fasp_lightning.structure.spec import ArchitectureSpec, CoupledPair
 
@@ -50,7 +52,7 @@ def resolve(
         For each block its pairs, in the order of the forward pass.
 
     Raises:
-        FaspError: If a path or shape does not fit; the message names the layer.
+        FaspError: If a path or shape does not fit, or a parameter cannot be cut; the message names the layer.
     """
     blocks = find_blocks(model, spec)
     heads = getattr(model.config, "num_attention_heads", None)
@@ -62,6 +64,7 @@ def resolve(
         name = f"{spec.layers}.{index}"
         before = kept[index] if kept else {}
         resolved.append([_resolve_pair(block, name, pair, spec.transposed, heads, before) for pair in pairs])
+    require_unshared(model, [layer for block in resolved for pair in block for layer in pair.linears])
     return resolved
 
 
@@ -123,8 +126,9 @@ def linear_at(block: nn.Module, name: str, path: str) -> nn.Linear:
         raise FaspError(f"{name} must have a module {path!r}; correct the row of this model_type") from None
     require_in_place(block, name, path)
     weight = getattr(linear, "weight", None)
-    if not isinstance(weight, Tensor) or weight.ndim != 2 or not weight.is_floating_point():
+    if not isinstance(weight, Tensor) or weight.ndim != 2 or not is_dense(weight):
         kind = f"{type(linear).__name__} of {getattr(weight, 'dtype', 'no weight')}"
         raise FaspError(f"{name}.{path} must be a linear layer with a floating-point weight, got {kind}")
+    require_plain(f"{name}.{path}", linear)
     adapters_of(f"{name}.{path}", linear)  # refuses those that cannot be cut along
     return linear

@@ -11,7 +11,8 @@ from typing import Any
 
 from fasp_lightning.errors import FaspError
 from fasp_lightning.text.config import TextConfig, describe, for_role
-from fasp_lightning.text.files import local_documents, local_files
+from fasp_lightning.text.reading.documents import announced_files, local_documents
+from fasp_lightning.text.reading.files import local_files
 from fasp_lightning.text.splits import HUB_SHARES, SHARES, Claim, claimant, meet, owner
 from fasp_lightning.text.tokens import documents
 
@@ -105,7 +106,7 @@ class RoleTexts:
         found = {"role": role, "source": text.source, "subset": text.subset, "split": text.split}
         found |= {"column": text.column, "separator": text.separator}
         if text.kind == "local":
-            files, claims = local_files(text.source), self._claims()
+            files, claims = announced_files(text.source), self._claims()
             stats = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
             return found | {"files": stats, "claims": [sorted(map(str, claims[file.resolve()])) for file in files]}
         python = sys.version if text.kind == "builtin" else ""  # built-in text is the running Python's

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -11,6 +12,8 @@ import torch
 from tiny import tiny_model
 from tokenizers import Tokenizer, models
 from transformers import BertConfig, PreTrainedTokenizerFast
+
+from fasp_lightning import writers
 
 
 def assert_refused(outcome, *fragments: str) -> None:
@@ -46,6 +49,7 @@ def assert_refused(outcome, *fragments: str) -> None:
         (("--form", "onnx"), ("form must be 'auto' or one of 'stock'", "got 'onnx'")),
         (("--form", "stock", "--pruning.attention", "value_dims"), ("form 'stock' cannot hold this model",)),
         (("--dtype", "int4"), ("dtype must be 'auto' or one of", "got 'int4'")),
+        (("--save_dtype", "int4"), ("save_dtype must be 'auto' or one of", "got 'int4'")),
         (("--device", "toaster"), ("device must be", "'toaster'")),
         (("--new_tokens", "0"), ("new_tokens must be at least 1, got 0",)),
         (("--model.tokenizer", "./missing"), ("no model at './missing'",)),
@@ -223,3 +227,23 @@ def test_weights_that_are_not_finite_are_named(prune, tiny_folder, tiny_tokenize
     assert outcome.code == 2
     assert "model.layers.1.mlp.down_proj" in " ".join(outcome.err.split())
     assert not (tmp_path / "pruned").exists()
+
+
+def test_tokenizer_that_cannot_be_saved_is_found_before_anything_is_spent(
+    prune, tiny_folder, no_weights, monkeypatch
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise NotImplementedError("no vocabulary")
+
+    folder = tiny_folder("llama")
+    monkeypatch.setattr(PreTrainedTokenizerFast, "save_pretrained", refuse)
+    assert_refused(prune(folder), "tokenizer cannot be saved: no vocabulary")
+
+
+def test_output_that_another_job_will_write_is_refused(prune, tiny_folder, no_weights, tmp_path: Path) -> None:
+    other = writers.Writer(writers.host(), str(os.getppid()), "0123abcd")
+    claim = tmp_path / ".pruned.{}.{}.{}.claim".format(*other)
+    claim.touch()
+    with writers.locked(claim):
+        run = prune(tiny_folder("llama"))
+    assert_refused(run, "written by one job at a time", str(claim))

@@ -7,9 +7,10 @@ from typing import Any
 import pytest
 import torch
 from tiny import TINY, tiny_model
-from tiny_pruning import BOTH, assert_unchanged, calibration
+from tiny_pruning import BOTH, assert_same, assert_unchanged, calibration
+from transformers import BatchEncoding
 
-from fasp_lightning import FASPPruner, PruningConfig
+from fasp_lightning import FASPPruner, PruningConfig, perplexity
 
 
 @pytest.mark.parametrize(
@@ -22,6 +23,16 @@ def test_bad_batches_leave_the_model_alone(batches: list[Any], error: str) -> No
     with pytest.raises(ValueError, match=error):
         FASPPruner(BOTH).prune(model, batches)
     assert_unchanged(model)
+
+
+def test_a_tokenizers_batch_alone_is_the_calibration() -> None:
+    one, listed = tiny_model("llama"), tiny_model("llama")
+    (batch,) = calibration(1)
+    given = BatchEncoding({"input_ids": batch["input_ids"] if isinstance(batch, dict) else batch})
+    FASPPruner(BOTH).prune(one, given)
+    FASPPruner(BOTH).prune(listed, [given])
+    assert_same(one, listed)
+    assert perplexity(one, given) == perplexity(one, [given])
 
 
 def test_model_without_weights_is_refused() -> None:

@@ -7,14 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny_text import words
+from tiny_text import with_bos, words
 from transformers import PreTrainedTokenizerFast
 
 from fasp_lightning.text import tokenizer as module
 from fasp_lightning.text.tokenizer import (
     SPECIALS,
     TokenizerTraining,
-    check_vocabulary_size,
+    bos_of,
     tokenizer_digest,
     train_tokenizer,
     trained_tokenizer,
@@ -77,7 +77,15 @@ def test_the_digest_tells_what_changes_the_ids(tiny_tokenizer: PreTrainedTokeniz
     assert tokenizer_digest(train_tokenizer(words(20), SETTINGS)) == digests[2]
 
 
-def test_a_tokenizer_beyond_the_embeddings_is_refused(tiny_tokenizer: PreTrainedTokenizerFast) -> None:
-    check_vocabulary_size(tiny_tokenizer, 97)
-    with pytest.raises(ValueError, match="ids below 96, the model's vocabulary, got one with ids up to 96"):
-        check_vocabulary_size(tiny_tokenizer, 96)
+def test_auto_is_what_the_tokenizer_itself_does(tiny_tokenizer: PreTrainedTokenizerFast) -> None:
+    adding, bos = with_bos(tiny_tokenizer), tiny_tokenizer.bos_token_id
+    assert [bos_of(tiny_tokenizer, how, "text") for how in ("auto", True, False)] == [None, bos, None]
+    assert [bos_of(adding, how, "text") for how in ("auto", True, False)] == [bos, bos, None]
+
+
+def test_a_tokenizer_without_bos_adds_none(tiny_tokenizer: PreTrainedTokenizerFast) -> None:
+    without = copy.deepcopy(tiny_tokenizer)
+    without.bos_token = None
+    assert bos_of(without, "auto", "text") is None
+    with pytest.raises(ValueError, match=r"add_bos must be false or 'auto'.*got True for 'text'"):
+        bos_of(without, True, "text")

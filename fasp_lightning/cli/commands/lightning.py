@@ -119,8 +119,7 @@ class TrainingCLI(LightningCLI):
         """Construct module, data, callbacks and trainer.
 
         Raises:
-            FaspError: If one of this package's classes refuses its arguments, or the tokenizer has more tokens than
-                the model.
+            FaspError: If one of this package's classes refuses its arguments.
         """
         try:
             super().instantiate_classes()
@@ -128,9 +127,6 @@ class TrainingCLI(LightningCLI):
             if (refusal := refusal_in(error)) is None:
                 raise
             raise refusal from None
-        embeddings = self.model.model.get_input_embeddings().num_embeddings
-        if self.datamodule.vocab_size > embeddings:  # a token without an embedding would be an error of some batch
-            self.datamodule.check_vocabulary(embeddings)
 
 
 def _is_refusal_of_lightning(error: Exception) -> bool:

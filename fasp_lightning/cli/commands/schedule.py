@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import sys
 from collections.abc import Iterator, Sequence
 from importlib import import_module
@@ -19,11 +18,10 @@ from fasp_lightning.cli.console import note, percent
 from fasp_lightning.cli.quiet import one_thread, quiet_libraries
 from fasp_lightning.errors import FaspError
 from fasp_lightning.pruning.budget.budget import Budget
-from fasp_lightning.pruning.budget.widths import decide_budget
 from fasp_lightning.pruning.config import PruningConfig
-from fasp_lightning.structure.plan import record_plan, resolve_pruned
 from fasp_lightning.training.callback import FASPPruning
 from fasp_lightning.training.modeling.building import new_model
+from fasp_lightning.training.rehearsal import passed_over, rehearse
 from fasp_lightning.training.schedule import PruningSchedule, ScheduledPruning
 
 HEADER = """\
@@ -127,18 +125,17 @@ def _shapes(options: Any) -> Any:
 
 def _entries(model: Any, schedule: PruningSchedule, pruning: PruningConfig) -> Iterator[str]:
     """One YAML list entry an event, with what it leaves as a comment."""
-    for index, event in enumerate(schedule):
-        try:
-            budget = decide_budget(model, dataclasses.replace(pruning, sparsity=event.sparsity))
-        except FaspError as error:
-            raise FaspError(f"schedule entry {index}, {event.to_dict()!r}: {error}") from error
+    budgets = rehearse(model, schedule, pruning)
+    if idle := passed_over(schedule, budgets):
+        note(idle)
+    for index, (event, budget) in enumerate(zip(schedule, budgets, strict=True)):
         yield from _entry(index, event, budget)
-        _cut(model, budget)
 
 
 def _entry(index: int, event: ScheduledPruning, budget: Budget) -> Iterator[str]:
     original, left = budget.original_parameters, budget.parameters_after
-    yield f"\n# event {index}: {left:,} of {original:,} parameters left ({percent(left / original)})\n"
+    reached = "" if budget.changes else "; as before it: passed over"
+    yield f"\n# event {index}: {left:,} of {original:,} parameters left ({percent(left / original)}){reached}\n"
     yield from (f"#   {line}\n" for line in _widths(budget))
     first, *rest = (f"{name}: {value!r}" for name, value in event.to_dict().items())
     yield f"- {first}\n"
@@ -154,14 +151,3 @@ def _widths(budget: Budget) -> Iterator[str]:
         shown = f"{after[0]} in each block" if len(set(after)) == 1 else f"{', '.join(map(str, after))} by block"
         shown += ", more or less as loss sensitivity decides" if budget.decided_later(kind) else ""
         yield f"{kind} width ({layer}): {shown}, of {pairs[0].original}"
-
-
-def _cut(model: Any, budget: Budget) -> None:
-    """Give the model the widths; which units stay does not matter, but that heads are even."""
-    pairs = resolve_pruned(model, kv_groups=budget.attention == "kv_groups")
-    for block, planned in zip(pairs, budget.pairs, strict=True):
-        for pair, width in zip(block, planned, strict=True):
-            groups = pair.layout.groups
-            heads = groups if pair.kept.numel() % groups == width.after % groups == 0 else 1
-            pair.cut(pair.kept.reshape(heads, -1)[:, : width.after // heads].reshape(-1))
-    record_plan(model, pairs)

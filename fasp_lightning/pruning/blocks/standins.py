@@ -17,11 +17,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
 
 from fasp_lightning.structure.compact import replace_module
+from fasp_lightning.structure.modes import insist
 
 
 class StandIn(nn.Module):
@@ -138,5 +140,4 @@ def stand_ins(root: nn.Module, replacements: Mapping[str, nn.Module]) -> Iterato
             replace_module(root, path, module)
         yield
     finally:
-        for path, module in reversed(originals.items()):
-            replace_module(root, path, module)
+        insist(*(partial(replace_module, root, path, module) for path, module in reversed(originals.items())))

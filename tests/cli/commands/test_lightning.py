@@ -188,9 +188,9 @@ BAD = {
         "schedule entry 0, {'step': 2, 'sparsity': 0.2}",
     ),
     "settings that do not go together": (("--trainer.limit_train_batches", "-1"), "limit_train_batches"),
-    "a tokenizer with more tokens than the model": (
+    "a token without an embedding": (
         ("--data.tokenizer={vocab_size: 300}",),
-        "tokenizer must have ids below 97, the model's vocabulary, got one with ids up to",
+        "input_ids must be in [0, 97), the model's vocabulary, got",
     ),
     "bad settings of the engine": (
         (

@@ -118,6 +118,10 @@ BAD = {
         ("--trainer.callbacks.schedule=[{step: 0, sparsity: 0.2}, {step: 1, sparsity: 0.95}]",),
         "schedule entry 1, {'step': 1, 'sparsity': 0.95}: sparsity must be at most",
     ),
+    "the widths of the one before": (
+        ("--trainer.callbacks.schedule=[{step: 0, sparsity: 0.2}, {step: 1, sparsity: 0.2001}]",),
+        "schedule entry 1, {'step': 1, 'sparsity': 0.2001}: sparsity must change a width",
+    ),
     "sparsity that falls": (
         ("--trainer.callbacks.schedule=[{step: 0, sparsity: 0.2}, {step: 1, sparsity: 0.1}]",),
         "schedule entry 1, {'step': 1, 'sparsity': 0.1}: sparsity must exceed the 0.2",

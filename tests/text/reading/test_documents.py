@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 
-from fasp_lightning.text import files
-from fasp_lightning.text.files import hub_documents, is_local, local_documents, local_files
+from fasp_lightning.text.reading import documents
+from fasp_lightning.text.reading.documents import hub_documents, local_documents
+from fasp_lightning.text.reading.files import is_local, local_files
 
 TEXTS = ["first", "second, with Grüße", "third"]
 
@@ -93,7 +94,7 @@ def test_a_txt_file_is_one_document(tmp_path: Path) -> None:
 
 
 def test_pieces_of_a_txt_file_are_its_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(files, "PIECE_LENGTH", 10)
+    monkeypatch.setattr(documents, "PIECE_LENGTH", 10)
     (tmp_path / "text.txt").write_text("one\ntwo\nthree\nfour\n\nfive\nsix", encoding="utf-8")
     pieces = list(local_documents(str(tmp_path / "text.txt"), "text", in_pieces=True))
     assert pieces == ["one\ntwo\nthree\n", "four\n\nfive\n", "six"]
@@ -109,7 +110,7 @@ def test_a_txt_file_in_another_encoding_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize("pattern", ["", "**/*.txt", "*"])
 def test_folders_and_patterns_give_text_files_sorted(pattern: str, tmp_path: Path) -> None:
     (tmp_path / "sub").mkdir()
-    for name in ("b.txt", "a.txt", "notes.md", "sub/c.txt"):
+    for name in ("b.txt", "a.txt", "notes.docx", "README.md", "sub/c.txt"):
         (tmp_path / name).write_text(name)
     found = [file.relative_to(tmp_path).as_posix() for file in local_files(str(tmp_path / pattern))]
     assert found == (["a.txt", "b.txt"] if pattern == "*" else ["a.txt", "b.txt", "sub/c.txt"])
@@ -117,7 +118,9 @@ def test_folders_and_patterns_give_text_files_sorted(pattern: str, tmp_path: Pat
 
 @pytest.mark.parametrize("name", ["missing.txt", "*.jsonl", "missing/"])
 def test_a_missing_file_is_named(name: str, tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=r"names no file ending in \.txt, \.jsonl, \.parquet") as caught:
+    with pytest.raises(
+        FileNotFoundError, match=r"names no file ending in \.txt, \.md, \.jsonl, .*check the path"
+    ) as caught:
         read(f"{tmp_path}/{name}")
     assert f"{tmp_path}/{name}" in str(caught.value)
 
@@ -125,7 +128,7 @@ def test_a_missing_file_is_named(name: str, tmp_path: Path) -> None:
 def test_a_file_of_another_kind_is_refused(tmp_path: Path) -> None:
     file = tmp_path / "text.docx"
     file.touch()
-    with pytest.raises(ValueError, match=rf"ending in \.txt, \.jsonl, \.parquet, got '{file}'"):
+    with pytest.raises(ValueError, match=rf"ending in \.txt, \.md, .*, \.parquet, \.arrow, got '{file}'"):
         read(file)
 
 
