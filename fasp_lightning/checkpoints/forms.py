@@ -42,8 +42,7 @@ def choose_form(form: str, spec: ArchitectureSpec, cuts: Cuts) -> str:
 
     * ``stock``: the FFN width, one for all blocks, and the number of heads stand in the config; loads with
       ``AutoModelForCausalLM``.
-    * ``compact``: small on disk whatever was cut; loads with :func:`~fasp_lightning.load_pruned` alone. Where stock
-      code can hold the shapes, that is stock.
+    * ``compact``: small on disk whatever was cut; loads with :func:`~fasp_lightning.load_pruned` alone.
     * ``zero_filled``: value pairs (and FFNs of a fixed width) in their original shapes, FFNs of different widths as
       wide as the widest, zeros where units are gone; loads with ``AutoModelForCausalLM``, saves nothing there.
 
@@ -61,7 +60,7 @@ def choose_form(form: str, spec: ArchitectureSpec, cuts: Cuts) -> str:
         raise FaspError(f"form 'stock' cannot hold this model: {obstacle}; use 'compact' or 'zero_filled'")
     if form == "auto":
         return "zero_filled" if obstacle else "stock"
-    return "stock" if form == "compact" and not obstacle else form
+    return form
 
 
 def stock_part(plan: PruningPlan, spec: ArchitectureSpec) -> PruningPlan:

@@ -217,11 +217,12 @@ def check_output(path: str | Path, overwrite: bool) -> None:
 
 @contextmanager
 def _config_of(model: PreTrainedModel, form: str, plan: PruningPlan) -> Iterator[None]:
-    """The model's config as the form wants it: a zero-filled one has the widths of the zeros."""
+    """The model's config as the form wants it: a compact one keeps the original widths, so that stock code refuses."""
     config, spec = cast(Any, model.config), spec_for(model)
-    wanted: dict[str, Any] = {"fasp": {**config.fasp, "form": form}}
-    if form == "zero_filled":
-        wanted |= config_fields(spec, stock_part(plan, spec).widths)
+    widths = stock_part(plan, spec).widths
+    if form == "compact":
+        widths = {path: (layout, [layout.width]) for path, (layout, _) in plan.widths.items()}
+    wanted = {"fasp": {**config.fasp, "form": form}, **config_fields(spec, widths)}
     before = {name: getattr(config, name) for name in wanted}
     for name, value in wanted.items():
         setattr(config, name, value)
