@@ -31,6 +31,9 @@ from fasp_lightning.checkpoints.source import (
 from fasp_lightning.errors import FaspError, FaspFileNotFoundError, FaspOSError, as_refusal, one_line
 from fasp_lightning.structure.plan import adopt_plan, plan_in
 
+SPREADS = ("auto", "balanced", "balanced_low_0", "sequential", "disk")
+"""What accelerate takes in a ``device_map`` beside devices."""
+
 
 def load_config(name_or_path: str | Path, *, revision: str | None = None, trust_remote_code: bool = False) -> Any:
     """Config of a model, without its weights.
@@ -105,7 +108,7 @@ def load_model(
         FaspOSError: If a file of it is damaged.
         FaspError: If the model is no causal LM, is quantised, has adapters, or dtype or device are unknown.
     """
-    source, place = resolve_source(name_or_path), choose_device(device)
+    source, place = resolve_source(name_or_path), _place(device if device_map is None else device_map)
     require_dtype(dtype)  # a misspelt name is refused before anything is read
     if config is None:
         config = load_config(name_or_path, revision=revision, trust_remote_code=trust_remote_code)
@@ -122,6 +125,13 @@ def load_model(
         model = _load_dense(source, config, chosen, **options)
     model.fasp_stored_dtype = stored
     return (model if device_map is not None else model.to(place)).eval()
+
+
+def _place(device_map: Any) -> torch.device:
+    """The device that a device or a ``device_map`` begins with, as far as it names one."""
+    first = next(iter(device_map.values()), "auto") if isinstance(device_map, dict) else device_map
+    named = isinstance(first, (str, torch.device)) and first not in SPREADS
+    return choose_device(first if named else "auto")
 
 
 def checkpoint_dtype(source: ModelSource, config: Any) -> torch.dtype | None:

@@ -176,7 +176,7 @@ def _converted(
     for name, tensor in state.items():
         key = (tensor.data_ptr(), tensor.shape)
         if tensor.dtype == computed and key not in done:
-            done[key] = tensor.to(dtype)
+            done[key] = tensor.to("cpu", dtype)  # an accelerator may have no room for another copy
             if tensor.numel() and done[key].isinf().any() and not tensor.isinf().any():
                 log.warning("saved in %s: %s has values that are too large for %s", computed, name, dtype)
                 return state, computed
