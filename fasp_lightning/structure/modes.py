@@ -84,7 +84,8 @@ def insist(*steps: Callable[[], Any]) -> None:
     Raises:
         BaseException: The last error that came up, once all steps are taken.
     """
-    left, error = list(steps), None
+    left = list(steps)
+    error: BaseException | None = None
     while left:
         try:
             while left:

@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from torch import nn
-
 from fasp_lightning.errors import of_library
 from fasp_lightning.structure.layout import PairLayout
 from fasp_lightning.structure.pair import ResolvedPair
@@ -97,7 +95,7 @@ def describe(config: Any, fields: dict[str, Any], pairs: Iterable[ResolvedPair])
             _see(pair.block.get_submodule(pair.spec.consumer.rpartition(".")[0]), own)
 
 
-def _see(attention: nn.Module, own: dict[str, Any]) -> None:
+def _see(attention: Any, own: dict[str, Any]) -> None:
     """Let an attention module read its own head counts from its config."""
     config: Any = getattr(attention, "config", None)
     shared = config.shared if isinstance(config, BlockConfig) else config
