@@ -151,8 +151,13 @@ class FASPPruner:
 
 
 def _require_weights(model: PreTrainedModel) -> None:
-    for name, parameter in model.named_parameters():
-        if parameter.is_meta:
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if tensor.is_meta:
             raise FaspError(
                 f"model must have its weights in memory, got {name} on the meta device; load it fully first"
+            )
+        if tensor.is_inference():
+            raise FaspError(
+                f"model must be made of tensors that can be trained, got {name} made in torch.inference_mode(); "
+                "load it outside of that"
             )

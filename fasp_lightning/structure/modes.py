@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
-DEVICE_TYPES = ("cpu", "cuda", "mps", "xpu", "hpu", "mtia", "xla", torch._C._get_privateuse1_backend_name())
-"""Each has an autocast of its own."""
+AUTOCAST = ("cpu", "cuda", "mps", "xpu", "hpu", "mtia", "xla")
+"""Types of devices that have an autocast of their own, beside the one that an extension of torch may add."""
 
 
 @contextmanager
@@ -30,7 +30,8 @@ def own_modes(*, placing: bool = False) -> Iterator[None]:
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
         stack.enter_context(torch.autograd.set_detect_anomaly(False))
-        for device in filter(torch.is_autocast_enabled, DEVICE_TYPES):
+        added = torch._C._get_privateuse1_backend_name()  # it may be renamed at any time
+        for device in filter(torch.is_autocast_enabled, (*AUTOCAST, added)):
             stack.enter_context(torch.autocast(device, enabled=False))
         if not placing and torch.get_default_device().type != "cpu":  # the mode costs time on every call
             stack.enter_context(torch.device("cpu"))

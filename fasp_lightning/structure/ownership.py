@@ -35,7 +35,8 @@ def require_plain(path: str, linear: nn.Module) -> None:
         value: Any = getattr(base, name, None)
         if value is None:
             continue
-        if base._parameters.get(name) is not value:
+        registered: Any = base._parameters.get(name)
+        if registered is not value:
             by, remedy = _computed_by(base, name)
             raise FaspError(
                 f"{path}.{name} must be a parameter of its own to be pruned, got one that is computed by {by}; make it "

@@ -42,6 +42,17 @@ def test_model_without_weights_is_refused() -> None:
         FASPPruner().prune(model, calibration())
 
 
+@pytest.mark.parametrize("name", ["model.norm.weight", "model.rotary_emb.inv_freq"])
+def test_tensor_that_could_never_be_trained_is_refused(name: str) -> None:
+    model = tiny_model("llama")
+    owner, attribute = model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]
+    with torch.inference_mode():
+        copied = getattr(owner, attribute).clone()
+        setattr(owner, attribute, torch.nn.Parameter(copied) if attribute == "weight" else copied)
+    with pytest.raises(ValueError, match=rf"got {name} made in torch\.inference_mode\(\); load it outside"):
+        FASPPruner(BOTH).prune(model, calibration())
+
+
 def test_refusals_come_before_the_first_batch() -> None:
     def batches() -> Any:
         pytest.fail("a batch was read")

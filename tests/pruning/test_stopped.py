@@ -14,6 +14,7 @@ from tiny_pruning import basic, calibration
 from torch import nn
 
 from fasp_lightning import FASPPruner, PruningConfig, apply_plan, load_pruned, save_pruned
+from fasp_lightning.errors import FaspOSError
 from fasp_lightning.ops.statistics import GramStatistics
 from fasp_lightning.pruning import round as rounds
 from fasp_lightning.pruning.blocks import standins
@@ -192,6 +193,23 @@ def test_a_second_interrupt_does_not_stop_the_way_back(monkeypatch: pytest.Monke
     monkeypatch.setattr(transaction, "_remembered", remembering)
     model, _ = stopped(monkeypatch, "llama-gqa", "record", 2, after=False)
     assert_whole(model, "llama-gqa")
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), RuntimeError("file write failed")])
+def test_a_full_disk_is_named_and_leaves_a_model_that_runs(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, save, calls = tiny_model("opt"), torch.save, [0]
+
+    def full(*args: Any) -> None:
+        calls[0] += 1
+        if calls[0] > 14:  # within the second block
+            raise error
+        save(*args)
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(FaspOSError, match=r"offload='disk' must find room in .*; set TMPDIR"):
+        FASPPruner(basic(0.3, attention="value_dims", offload="disk")).prune(model, calibration(4))
+    assert plan_of(model).blocks[0]
+    assert_whole(model, "opt")
 
 
 def interrupting() -> Iterator[Any]:
