@@ -6,6 +6,8 @@ import copy
 from collections.abc import Iterable
 from typing import Any
 
+from torch import nn
+
 from fasp_lightning.errors import of_library
 from fasp_lightning.structure.layout import Cuts, PairLayout
 from fasp_lightning.structure.pair import ResolvedPair
