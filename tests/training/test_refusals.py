@@ -62,9 +62,12 @@ def test_sparsity_that_cannot_be_reached(tmp_path: Any) -> None:
     refused(tmp_path, "sparsity must be at most", FASPPruning([{"step": 1, "sparsity": 0.9}], FFN_ONLY))
 
 
-def test_event_with_the_widths_of_the_one_before(tmp_path: Any) -> None:
-    events = [{"step": 1, "sparsity": 0.2}, {"step": 2, "sparsity": 0.21}]
-    refused(tmp_path, "schedule entry 1, .* must change a width", FASPPruning(events, basic(multiple_of=16)))
+def test_event_with_the_widths_of_the_one_before_is_said_and_passed_over(tmp_path: Any) -> None:
+    callback = FASPPruning([{"step": 1, "sparsity": 0.2}, {"step": 2, "sparsity": 0.21}], basic(multiple_of=16))
+    module = UserModule(tiny_model("llama").train())
+    with pytest.warns(UserWarning, match=r"entries that change no width are passed over: 1 \(0.21\);"):
+        trainer(tmp_path, callback, max_steps=3).fit(module, loader())
+    assert [record.step for record in callback.records] == [1]
 
 
 def test_family_that_kv_groups_cannot_be_cut_from(tmp_path: Any) -> None:
