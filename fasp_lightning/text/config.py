@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -96,6 +97,7 @@ class TextConfig:
     token_weight: float = 1.0
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "source", os.fspath(self.source))  # a path will do
         kind = self.kind  # refuses an unknown source
         if kind == "local" and self.split is not None and (splits := saved_splits(self.source)):
             if self.split not in splits:

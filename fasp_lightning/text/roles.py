@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -31,7 +32,7 @@ def as_texts(texts: Iterable[TextConfig | Mapping[str, Any] | str] | None) -> tu
     """
     if texts is None:
         return None
-    texts = [texts] if isinstance(texts, str | TextConfig) else texts
+    texts = [texts] if isinstance(texts, str | os.PathLike | TextConfig) else texts
     found = tuple(_as_text(text) for text in texts)
     if not found:
         raise FaspError("a list of texts must hold one at least, got an empty one; leave it out for the default")
@@ -42,8 +43,8 @@ def as_texts(texts: Iterable[TextConfig | Mapping[str, Any] | str] | None) -> tu
 
 
 def _as_text(text: TextConfig | Mapping[str, Any] | str) -> TextConfig:
-    if isinstance(text, str):
-        return TextConfig(text)
+    if isinstance(text, str | os.PathLike):
+        return TextConfig(os.fspath(text))
     if isinstance(text, TextConfig):
         return text
     known = [one.name for one in dataclasses.fields(TextConfig)]

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from fasp_lightning.text.config import Extent, TextConfig, describe, for_role
+from fasp_lightning.text.roles import as_texts
 
 
 @pytest.mark.parametrize(
@@ -76,6 +77,11 @@ def test_a_saved_data_set_has_its_own_splits(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"split of source '.*set' must be one of test, train, got 'calibration'"):
         TextConfig(source, split="calibration")
     assert TextConfig(f"{source}/train", split="calibration").split == "calibration"
+
+
+def test_a_source_may_be_a_path() -> None:
+    assert TextConfig(Path("far/a.txt")) == TextConfig("far/a.txt")  # type: ignore[arg-type]
+    assert as_texts([Path("far/a.txt")]) == as_texts(Path("far/a.txt")) == (TextConfig("far/a.txt"),)  # type: ignore
 
 
 def test_an_unknown_role_is_refused() -> None:
