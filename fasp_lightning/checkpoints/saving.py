@@ -45,8 +45,8 @@ class SavedModel:
         dtype: Dtype of the stored weights.
         bytes: Size of the folder's files.
         loaders: Which loaders take it, and why.
-        logit_difference: Largest difference of the reloaded model's logits, ``None`` if not verified. It holds the
-            rounding of the weights where they are stored in a narrower dtype than the model's.
+        logit_difference: Largest difference of the reloaded model's logits, ``None`` if not verified; from those with
+            weights rounded to ``dtype``, if that is narrower than the model's.
     """
 
     path: Path
@@ -247,7 +247,7 @@ def _zero_filled(model: PreTrainedModel, plan: PruningPlan) -> dict[str, Tensor]
 def _verify(model: PreTrainedModel, stage: Path, form: str, stored: torch.dtype) -> float:
     """Largest difference between the model's logits and those of what was written, as its users load it.
 
-    Both are computed in the model's dtype: what is stored in a narrower one differs by the rounding of its weights.
+    Both are computed in the model's dtype, with weights as the stored one rounds them.
     """
     from transformers import AutoModelForCausalLM
 
@@ -257,16 +257,30 @@ def _verify(model: PreTrainedModel, stage: Path, form: str, stored: torch.dtype)
     load: Any = load_pruned if form == "compact" else AutoModelForCausalLM.from_pretrained
     embeddings: Any = model.get_input_embeddings()
     device, vocabulary = embeddings.weight.device, embeddings.num_embeddings
-    reloaded = load(stage, **options).to(device)
     ids = (torch.arange(16, device=device) * 37 % vocabulary).unsqueeze(0)
-    with evaluating(model), evaluating(reloaded):
+    with evaluating(model), _rounded(model, stored):
         expected = model(input_ids=ids, use_cache=False).logits.float()
+    reloaded = load(stage, **options).to(device)
+    with evaluating(reloaded):
         found = reloaded(input_ids=ids, use_cache=False).logits.float()
     difference = (found - expected).abs().max().item()
-    narrower = min(model.dtype, stored, key=lambda dtype: dtype.itemsize)
-    allowed = TOLERANCE.get(narrower, HALF_TOLERANCE) * max(1.0, expected.abs().max().item())
+    allowed = TOLERANCE.get(options["dtype"], HALF_TOLERANCE) * max(1.0, expected.abs().max().item())
     if not difference <= allowed:
         raise RuntimeError(
             f"logits of the saved model must equal the model's within {allowed:.1e}, got {difference:.1e}"
         )
     return difference
+
+
+@contextmanager
+def _rounded(model: PreTrainedModel, stored: torch.dtype) -> Iterator[None]:
+    """Let the model compute with its weights as a narrower dtype has them; no more memory than another copy of it."""
+    held = {id(tensor): tensor for tensor in model.state_dict(keep_vars=True).values()}
+    kept = [(tensor, tensor.data) for tensor in held.values() if tensor.dtype == model.dtype]
+    for tensor, data in kept if stored != model.dtype else ():
+        tensor.data = data.to(stored).to(data.dtype)
+    try:
+        yield
+    finally:
+        for tensor, data in kept:
+            tensor.data = data
