@@ -90,7 +90,9 @@ def hooks(model: nn.Module) -> list[Any]:
 
 
 def described(config: Any) -> dict[str, Any]:
-    return {name: value for name, value in config.to_dict().items() if "transformers" not in name}
+    fields = {name: value for name, value in config.to_dict().items() if "transformers" not in name}
+    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return fields | {"head_dim": size}  # spelt out, or left to its default
 
 
 def assert_whole(model: Any, case: str) -> None:
