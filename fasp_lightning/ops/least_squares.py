@@ -34,20 +34,23 @@ class Restoration(NamedTuple):
 def restore_weight(
     weight: Tensor, gram: Tensor, kept: Tensor, *, damping: float, ridge: str = "original"
 ) -> Restoration:
-    """Least-squares weight on the kept columns M: min ‖W X − Ŵ X_M‖² + λ‖Ŵ − A‖², G = X Xᵀ.
+    """Least-squares weight on the kept columns M: min ‖W X − Ŵ X_M‖² + d Σ_j r_j ‖ŵ_j − a_j‖², G = X Xᵀ, R = diag(r).
 
-    * ``ridge="original"``, A = W[:, M]:  Ŵ = W[:, M] + W[:, P] G[P, M] (G[M, M] + λI)⁻¹, P the removed columns.
-      Its calibration error never exceeds the unrestored one.
-    * ``ridge="zero"``, A = 0:  Ŵ = W G[:, M] (G[M, M] + λI)⁻¹. With strong damping it shrinks the weights.
+    * ``ridge="original"``, A = W[:, M]:  Ŵ = W[:, M] + W[:, P] G[P, M] (G[M, M] + d R)⁻¹, P the removed columns, and
+      r_j = G_jj: each column is held by its own energy, so that a column of massive activations holds no other one,
+      and rescaled columns (X_j by c, W_j by 1/c) give the same outputs. Its calibration error never exceeds the
+      unrestored one.
+    * ``ridge="zero"``, A = 0:  Ŵ = W G[:, M] (G[M, M] + d R)⁻¹ with r_j = mean(diag G), the textbook's λI. With strong
+      damping it shrinks the weights.
 
-    λ = damping · mean(diag G). Do not use it with far fewer tokens than kept columns and a small damping: the
-    system is then singular, and the solution fits the calibration text only.
+    Do not use it with far fewer tokens than kept columns and a small damping d: the system is then singular, and the
+    solution fits the calibration text only.
 
     Args:
         weight: (out, n) consumer weight, any floating dtype.
         gram: (n, n) gram of its inputs, float32 or float64. Centre it to refit a bias (:func:`refit_bias`).
         kept: (m,) ascending indices of the kept columns.
-        damping: Ridge as a multiple of the mean diagonal of G, ≥ 0.
+        damping: d, the ridge as a multiple of r, ≥ 0.
         ridge: ``"original"`` or ``"zero"``.
 
     Returns:
@@ -70,25 +73,31 @@ def restore_weight(
         target = weight[:, removed] @ gram[removed[:, None], kept].double()
     else:
         target = weight @ gram[:, kept].double()
-    scale = gram.diagonal().double().mean().item()
+    energies = gram.diagonal().double()
+    scale = energies[kept] if ridge == "original" else energies.mean().expand(kept.numel())
     solved, used, solver = _solve(gram[kept[:, None], kept].double(), target, damping, scale)
     return Restoration(base + solved if ridge == "original" else solved, used, solver)
 
 
-def _solve(block: Tensor, target: Tensor, damping: float, scale: float) -> tuple[Tensor, float, str]:
-    """target · (block + damping · scale · I)⁻¹ by Cholesky, a damping ladder, and at last an eigendecomposition."""
+def _solve(block: Tensor, target: Tensor, damping: float, scale: Tensor) -> tuple[Tensor, float, str]:
+    """target · (block + damping · R)⁻¹, R = diag(scale), by Cholesky, a damping ladder, and at last eigenvectors.
+
+    Cholesky sees R^-½ block R^-½ + damping · I, so that a pivot is measured by its own column and not by others.
+    """
     # A dead column (always zero input) has a zero row: a unit pivot keeps the system regular, its target is 0.
+    scale = torch.where(scale > 0, scale, 1.0)
     diagonal = block.diagonal()
-    diagonal[diagonal <= 0] = scale if scale > 0 else 1.0
-    done = 0.0
+    diagonal.copy_(torch.where(diagonal > 0, diagonal, scale))
+    roots, done = scale.rsqrt(), 0.0
+    scaled = roots[:, None] * block * roots
     for factor in LADDER:
         used = damping if factor == 1.0 else max(damping, LADDER_FLOOR) * factor
-        diagonal += (used - done) * scale
+        scaled.diagonal().add_(used - done)
         done = used
-        lower, info = torch.linalg.cholesky_ex(block)
+        lower, info = torch.linalg.cholesky_ex(scaled)
         if info.item() == 0 and _is_regular(lower):
-            return torch.cholesky_solve(target.T, lower).T, used, "cholesky"
-    values, vectors = torch.linalg.eigh(block)
+            return torch.cholesky_solve((target * roots).T, lower).T * roots, used, "cholesky"
+    values, vectors = torch.linalg.eigh(block + (used * scale).diag())
     # Directions without energy carry nothing that could be restored. A gram has no negative eigenvalue but for
     # rounding, so that the lowest one measures how much of the rest is noise.
     floor = torch.maximum(values.abs().max() * values.numel() * torch.finfo(values.dtype).eps, -values.min())
@@ -121,26 +130,55 @@ def refit_bias(bias: Tensor, weight: Tensor, restored: Tensor, mean: Tensor, kep
     return bias.double() + weight.double() @ mean - restored.double() @ mean[kept]
 
 
-def output_energy(weight: Tensor, gram: Tensor) -> float:
-    """‖W X‖²_F = tr(W G Wᵀ), computed in the dtype of the gram.
+def output_energies(weight: Tensor, gram: Tensor) -> Tensor:
+    """‖w_i X‖² of each output i, the diagonal of W G Wᵀ; computed in the dtype of the gram.
 
     Args:
         weight: (out, n).
         gram: (n, n) gram of X.
+
+    Returns:
+        (out,) float64.
     """
     weight = weight.to(gram.dtype)
-    return ((weight @ gram) * weight).sum(dtype=torch.float64).clamp_min(0).item()
+    return ((weight @ gram) * weight).sum(1, dtype=torch.float64).clamp_min(0)
 
 
-def residual_energy(weight: Tensor, restored: Tensor, gram: Tensor, kept: Tensor) -> float:
-    """‖W X − Ŵ X_M‖²_F, with :func:`output_energy` of the difference of both weights.
+def residual_energies(weight: Tensor, restored: Tensor, gram: Tensor, kept: Tensor) -> Tensor:
+    """‖w_i X − ŵ_i X_M‖² of each output i, with :func:`output_energies` of the difference of both weights.
 
     Args:
         weight: (out, n) original weight.
         restored: (out, m) weight on the kept columns.
         gram: (n, n) gram of X; the centred one if the bias is refitted.
         kept: (m,) kept columns.
+
+    Returns:
+        (out,) float64.
     """
     difference = weight.to(gram.dtype).clone()
     difference[:, kept] -= restored.to(gram.dtype)
-    return output_energy(difference, gram)
+    return output_energies(difference, gram)
+
+
+def relative_error(residuals: Tensor, energies: Tensor) -> float:
+    """‖WX − ŴX_M‖_F / ‖WX‖_F. A few massive outputs or tokens decide on it: see :func:`error_per_output`.
+
+    Args:
+        residuals: (out,) of :func:`residual_energies`.
+        energies: (out,) of :func:`output_energies`.
+    """
+    energy = energies.sum()
+    return (residuals.sum() / energy).sqrt().item() if energy > 0 else 0.0
+
+
+def error_per_output(residuals: Tensor, energies: Tensor) -> float:
+    """Root mean square over the outputs i of ‖w_i X − ŵ_i X_M‖ / ‖w_i X‖, each at most 1: massive ones count as others.
+
+    Args:
+        residuals: (out,) of :func:`residual_energies`.
+        energies: (out,) of :func:`output_energies`; outputs without any are left out.
+    """
+    alive = energies > 0
+    ratios = (residuals[alive] / energies[alive]).clamp_max(1)
+    return ratios.mean().sqrt().item() if len(ratios) else 0.0

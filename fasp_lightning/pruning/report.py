@@ -24,6 +24,9 @@ class PairReport:
         width_after: Units after it.
         error_before: ‖WX − W_M X_M‖/‖WX‖, the relative reconstruction error without restoration.
         error_after: ‖WX − ŴX_M‖/‖WX‖, with it.
+        output_error_before: Root mean square of the same ratio of each output of the consumer, at most 1 each. Where a
+            few tokens of massive activations hold most of ‖WX‖, this tells what happens to the rest.
+        output_error_after: That, with restoration.
         damping: Damping that was used; 0 if nothing was solved.
         solver: ``"cholesky"``, ``"eigh"`` or ``"none"``.
         seconds: Wall-clock seconds of statistics, solve and cut.
@@ -35,6 +38,8 @@ class PairReport:
     width_after: int
     error_before: float
     error_after: float
+    output_error_before: float
+    output_error_after: float
     damping: float
     solver: str
     seconds: float

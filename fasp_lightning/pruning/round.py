@@ -150,7 +150,8 @@ class PruningRound:
             pair.cut(units)
             pair.assign(restored.factors, restored.bias)
             record_plan(self.model, self.pairs)
-        log.debug("%s: %d -> %d, error %.4f", width.layer, width.before, width.after, entry.error_after)
+        errors = entry.error_after, entry.output_error_after
+        log.debug("%s: %d -> %d, error %.4f, per output %.4f", width.layer, width.before, width.after, *errors)
         entry.seconds = time.perf_counter() - start
         self.report.pairs.append(entry)
         with processes.together():

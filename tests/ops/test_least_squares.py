@@ -7,7 +7,14 @@ import torch
 from torch import Tensor
 
 from fasp_lightning.ops import least_squares
-from fasp_lightning.ops.least_squares import output_energy, refit_bias, residual_energy, restore_weight
+from fasp_lightning.ops.least_squares import (
+    error_per_output,
+    output_energies,
+    refit_bias,
+    relative_error,
+    residual_energies,
+    restore_weight,
+)
 from fasp_lightning.ops.selection import complement
 from fasp_lightning.ops.statistics import centre
 
@@ -31,10 +38,11 @@ def kept_columns(width: int, keep: int) -> Tensor:
 
 
 def ridge_lstsq(weight: Tensor, inputs: Tensor, kept: Tensor, damping: float, target: Tensor) -> Tensor:
-    """min ‖W X − Ŵ X_M‖² + λ‖Ŵ − A‖² by stacking, with A = ``target``."""
-    strength = (damping * inputs.square().sum(0).mean()).sqrt()
-    left = torch.cat([inputs[:, kept], strength * torch.eye(len(kept), dtype=torch.float64)])
-    right = torch.cat([inputs @ weight.double().T, strength * target.double().T])
+    """min ‖W X − Ŵ X_M‖² + d Σ_j r_j ‖ŵ_j − a_j‖² by stacking; r is a column's energy, or with A = 0 their mean."""
+    energy = inputs.square().sum(0)
+    strength = (damping * (energy[kept] if target.any() else energy.mean().expand(len(kept)))).sqrt()
+    left = torch.cat([inputs[:, kept], strength.diag()])
+    right = torch.cat([inputs @ weight.double().T, strength[:, None] * target.double().T])
     return torch.linalg.lstsq(left, right, driver="gelsd").solution.T
 
 
@@ -64,8 +72,8 @@ def test_undamped_restoration_reaches_the_least_error(ridge: str, conditioning: 
     gram = inputs.T @ inputs
     found = restore_weight(weight, gram, kept, damping=0.0, ridge=ridge)
     best = torch.linalg.lstsq(inputs[:, kept], inputs @ weight.T, driver="gelsd").solution.T
-    least, reached = (residual_energy(weight, candidate, gram, kept) for candidate in (best, found.weight))
-    assert reached <= least + 1e-5 * output_energy(weight, gram)
+    least, reached = (residual_energies(weight, candidate, gram, kept).sum() for candidate in (best, found.weight))
+    assert reached <= least + 1e-5 * output_energies(weight, gram).sum()
 
 
 @pytest.mark.parametrize("conditioning", CONDITIONING)
@@ -75,8 +83,8 @@ def test_restoration_towards_the_original_never_raises_the_error(damping: float,
     kept = kept_columns(20, 13)
     gram = inputs.T @ inputs
     restored = restore_weight(weight, gram, kept, damping=damping).weight
-    plain = residual_energy(weight, weight[:, kept], gram, kept)
-    assert residual_energy(weight, restored, gram, kept) <= plain * (1 + 1e-9)
+    plain = residual_energies(weight, weight[:, kept], gram, kept).sum()
+    assert residual_energies(weight, restored, gram, kept).sum() <= plain * (1 + 1e-9)
 
 
 def test_heavy_damping_pulls_towards_the_anchor() -> None:
@@ -162,12 +170,37 @@ def test_energies_are_the_squared_norms_of_the_outputs() -> None:
     weight, inputs = problem(6, 20, "well")
     kept, gram = kept_columns(20, 13), inputs.T @ inputs
     restored = torch.randn(6, 13, dtype=torch.float64)
-    exact = (inputs @ weight.T - inputs[:, kept] @ restored.T).square().sum().item()
-    assert output_energy(weight, gram) == pytest.approx((inputs @ weight.T).square().sum().item())
-    assert residual_energy(weight, restored, gram, kept) == pytest.approx(exact)
+    outputs = inputs @ weight.T
+    exact = (outputs - inputs[:, kept] @ restored.T).square().sum(0)
+    energies, residuals = output_energies(weight, gram), residual_energies(weight, restored, gram, kept)
+    torch.testing.assert_close(energies, outputs.square().sum(0))
+    torch.testing.assert_close(residuals, exact)
     removed = complement(kept, 20)
-    plain = residual_energy(weight, weight[:, kept], gram, kept)
-    assert output_energy(weight[:, removed], gram[removed[:, None], removed]) == pytest.approx(plain)
+    plain = residual_energies(weight, weight[:, kept], gram, kept)
+    torch.testing.assert_close(output_energies(weight[:, removed], gram[removed[:, None], removed]), plain)
+    assert relative_error(residuals, energies) == pytest.approx((exact.sum().sqrt() / outputs.norm()).item())
+
+
+def test_error_per_output_weighs_all_outputs_alike() -> None:
+    energies, residuals = torch.tensor([4.0, 1e12, 0.0, 1.0]), torch.tensor([1.0, 0.0, 0.0, 9.0])
+    assert error_per_output(residuals, energies) == pytest.approx(((0.25 + 0 + 1) / 3) ** 0.5)  # at most 1 each
+    assert error_per_output(torch.zeros(2), torch.zeros(2)) == relative_error(torch.zeros(2), torch.zeros(2)) == 0
+    assert relative_error(residuals, energies) < 1e-5
+
+
+@pytest.mark.parametrize("ridge", ["original", "zero"])
+def test_only_the_ridge_towards_the_original_is_blind_to_the_scale_of_columns(ridge: str) -> None:
+    """Inputs by c and their columns of W by 1/c are the same model: a column of massive activations holds no other."""
+    weight, inputs = problem(6, 20, "well")
+    kept, scales = kept_columns(20, 13), torch.ones(20, dtype=torch.float64)
+    scales[kept[:2]], scales[kept[2]] = 1e6, 1e-6
+    plain, scaled = (
+        restore_weight(weight / by, (inputs * by).T @ (inputs * by), kept, damping=0.1, ridge=ridge)
+        for by in (torch.ones_like(scales), scales)
+    )
+    assert scaled.solver == "cholesky"
+    same = torch.allclose(scaled.weight * scales[kept], plain.weight, rtol=1e-6, atol=1e-9)
+    assert same == (ridge == "original")
 
 
 def test_bad_settings_are_named() -> None:
