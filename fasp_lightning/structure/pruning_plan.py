@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import numpy as np
 import torch
 
 from fasp_lightning.errors import FaspError
@@ -151,7 +152,10 @@ class PruningPlan:
 
 def ascending(kept: Sequence[int], width: int) -> bool:
     """Whether these are units of a pair, at least one, each once and in order."""
-    units = torch.tensor(kept, dtype=torch.long, device="cpu")
+    return _ascending(torch.tensor(kept, dtype=torch.long, device="cpu"), width)
+
+
+def _ascending(units: torch.Tensor, width: int) -> bool:
     return bool(units.numel() and units[0] >= 0 and units[-1] < width and (units[1:] > units[:-1]).all())
 
 
@@ -162,12 +166,12 @@ def _cut(pair: PairPlan | None, layout: PairLayout) -> PairPlan | None:
 
 def _bits(pair: PairPlan) -> bytes:
     """A bit a unit, the first one the lowest, set where it is kept."""
-    width = pair.layout.width
-    if not ascending(pair.kept, width):
+    width, units = pair.layout.width, torch.tensor(pair.kept, dtype=torch.long, device="cpu")
+    if not _ascending(units, width):
         raise FaspError(f"a plan must keep ascending units out of the {width} that a pair has, got {pair.kept!s:.60}")
-    mask = torch.zeros(-(-width // 8) * 8, dtype=torch.int32, device="cpu")
-    mask[torch.tensor(pair.kept, device="cpu")] = 1
-    return bytes((mask.view(-1, 8) << torch.arange(8, device="cpu")).sum(1).tolist())
+    mask = torch.zeros(width, dtype=torch.bool, device="cpu")
+    mask[units] = True
+    return np.packbits(mask.numpy(), bitorder="little").tobytes()
 
 
 def _taken(layout: PairLayout, count: int, bits: bytes) -> tuple[PairPlan, bytes]:
@@ -177,9 +181,8 @@ def _taken(layout: PairLayout, count: int, bits: bytes) -> tuple[PairPlan, bytes
         FaspError: If they keep another number of units.
     """
     size = -(-layout.width // 8)
-    mask = torch.tensor(list(bits[:size]), dtype=torch.int32, device="cpu")
-    units = (mask.unsqueeze(1) >> torch.arange(8, device="cpu") & 1).reshape(-1).nonzero().squeeze(1)
-    pair = PairPlan(layout, tuple(units.tolist()))
+    mask = np.unpackbits(np.frombuffer(bits[:size], dtype=np.uint8), bitorder="little")
+    pair = PairPlan(layout, tuple(mask.nonzero()[0].tolist()))
     if len(pair.kept) != count or not ascending(pair.kept, layout.width):
         raise FaspError(f"{count!r} units out of {layout.width}, of which kept marks {len(pair.kept)}")
     return pair, bits[size:]
