@@ -21,9 +21,9 @@ if TYPE_CHECKING:
     from fasp_lightning.pruning.progress import ProgressEvent
     from fasp_lightning.pruning.pruner import FASPPruner
     from fasp_lightning.pruning.report import PairReport, PruningReport, TextReport
-    from fasp_lightning.structure.cuts import Cuts
-    from fasp_lightning.structure.layout import PairLayout
-    from fasp_lightning.structure.plan import PairPlan, PruningPlan, apply_plan
+    from fasp_lightning.structure.layout import Cuts, PairLayout
+    from fasp_lightning.structure.plan import apply_plan
+    from fasp_lightning.structure.pruning_plan import PairPlan, PruningPlan
     from fasp_lightning.structure.registry import register_architecture, spec_for
     from fasp_lightning.structure.spec import ArchitectureSpec, CoupledPair
     from fasp_lightning.text.config import TextConfig
@@ -89,7 +89,7 @@ _HOMES = {
     "CausalLMDataModule": "training.data",
     "CausalLMModule": "training.module",
     "CoupledPair": "structure.spec",
-    "Cuts": "structure.cuts",
+    "Cuts": "structure.layout",
     "EventRecord": "training.reporting",
     "FASPPruner": "pruning.pruner",
     "FASPPruning": "training.callback",
@@ -98,7 +98,7 @@ _HOMES = {
     "LoaderSupport": "checkpoints.forms",
     "OwnTextConfig": "pruning.config",
     "PairLayout": "structure.layout",
-    "PairPlan": "structure.plan",
+    "PairPlan": "structure.pruning_plan",
     "PairReport": "pruning.report",
     "Perplexity": "training.metrics",
     "PerplexityResult": "pruning.perplexity",
@@ -106,7 +106,7 @@ _HOMES = {
     "Processes": "pruning.processes",
     "ProgressEvent": "pruning.progress",
     "PruningConfig": "pruning.config",
-    "PruningPlan": "structure.plan",
+    "PruningPlan": "structure.pruning_plan",
     "PruningReport": "pruning.report",
     "PruningSchedule": "training.schedule",
     "SavedModel": "checkpoints.saving",

@@ -1,8 +1,10 @@
 """Writing folders and files so that nothing is lost: beside the old one, then renamed; and plain data as JSON.
 
 Whatever is written stands beside its place until it is whole, as ``.NAME.HOST.PID.MARK.new``, and so does what it takes
-the place of for the moment between two renames, as ``.old``. The name says which process writes: what a killed one
-left is cleared by the next one that writes to the same place, and what a living one is writing is left alone.
+the place of for the moment between two renames, as ``.old``. The name says which process writes, and a lock on it that
+it lives: what a killed one left is cleared by the next one that writes to the same place, and what a living one is
+writing is left alone. A job of hours claims the place that it will write, as ``.claim``: a second one that wants it is
+refused at its start.
 """
 
 from __future__ import annotations
@@ -11,24 +13,14 @@ import errno
 import hashlib
 import json
 import os
-import platform
-import re
 import shutil
-import time
-import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from fasp_lightning.errors import FaspError, FaspOSError, FaspPermissionError
-
-ABANDONED_AFTER = 24 * 3600.0
-"""Seconds without a change after which what a process of another machine writes counts as left by a killed one:
-whether it lives cannot be seen from here."""
-
-_writing: set[str] = set()
-"""Marks of what this process is writing. A restarted container may give a process the number of the killed one."""
+from fasp_lightning.errors import FaspError, FaspFileExistsError, FaspOSError, FaspPermissionError
+from fasp_lightning.writers import last_change, left_beside, lives, locked, stem_of
 
 
 @contextmanager
@@ -47,12 +39,13 @@ def staged(path: Path, replace: bool = True) -> Iterator[Path]:
     """
     with _beside(path) as names:
         names.new.mkdir()
-        yield names.new
-        _flush_folder(names.new)
-        if replace:
-            _replace(names.new, path, names.old)
-        else:
-            _give_way(names.new, path)
+        with locked(names.new):
+            yield names.new
+            _flush_folder(names.new)
+            if replace:
+                _replace(names.new, path, names.old)
+            else:
+                _give_way(names.new, path)
 
 
 def place(path: Path, write: Callable[[Path], Any]) -> None:
@@ -80,10 +73,54 @@ def write_beside(file: Path, content: bytes) -> None:
         OSError: If it cannot be written.
     """
     with _beside(file) as names:
-        names.new.write_bytes(content)
-        _flush(names.new)
-        names.new.replace(file)
+        names.new.touch()
+        with locked(names.new):
+            names.new.write_bytes(content)
+            _flush(names.new)
+            names.new.replace(file)
         _flush(file.parent)
+
+
+@contextmanager
+def claimed(path: Path) -> Iterator[None]:
+    """Keep a place for a job of this process, which will write there at its end.
+
+    Args:
+        path: The file or folder.
+
+    Raises:
+        FaspPermissionError: If the place is not writable.
+        FaspFileExistsError: If another process that lives has claimed it before.
+    """
+    require_space(path, 0)
+    with _beside(path) as names:
+        claim = names.new.with_suffix(".claim")
+        claim.touch()
+        try:
+            with locked(claim):
+                require_unclaimed(path, claim)
+                yield
+        finally:
+            _remove(claim)
+
+
+def require_unclaimed(path: Path, claim: Path | None = None) -> None:
+    """Refuse a place that another process that lives has claimed.
+
+    Args:
+        path: The file or folder.
+        claim: The claim of the caller: of two at one moment, the first wins.
+
+    Raises:
+        FaspFileExistsError: If there is one.
+    """
+    for other, writer in left_beside(path):
+        if other.suffix != ".claim" or writer.here or (claim and _order(claim) < _order(other)):
+            continue
+        raise FaspFileExistsError(
+            f"{str(path)!r} must be written by one job at a time, and process {writer.process} is at it; choose "
+            f"another place, wait for its end, or remove {str(other)!r} if that is no job which lives"
+        )
 
 
 def clear_left(path: Path) -> None:
@@ -92,16 +129,12 @@ def clear_left(path: Path) -> None:
     Args:
         path: The file or folder that they were writing.
     """
-    if not path.parent.is_dir():
-        return
-    pattern = re.compile(rf"\.{re.escape(path.name)}\.([0-9a-f]+)\.(\d+)\.([0-9a-f]+)\.(new|old)")
-    found = ((left, pattern.fullmatch(left.name)) for left in path.parent.iterdir())
-    dead = [left for left, match in found if match and not _alive(left, *match.groups()[:3])]
-    for left in sorted(dead, key=_age):  # the youngest old folder is the one that stood there last
+    dead = [left for left, writer in left_beside(path) if not lives(left, writer)]
+    for left in sorted(dead, key=last_change):  # the youngest old folder is the one that stood there last
         if left.suffix == ".old" and not os.path.lexists(path):
             with suppress(OSError):  # another process was faster
                 left.rename(path)
-        elif left.suffix == ".new" or os.path.lexists(path):
+        elif left.suffix != ".old" or os.path.lexists(path):
             _remove(left)
 
 
@@ -176,19 +209,25 @@ def _beside(path: Path) -> Iterator[_Names]:
     """Names beside a place for what this process writes; what still stands under the first one at the end goes."""
     path.parent.mkdir(parents=True, exist_ok=True)
     clear_left(path)
-    mark = uuid.uuid4().hex[:8]
-    stem = f".{path.name}.{_host()}.{os.getpid()}.{mark}"
-    names = _Names(path.with_name(f"{stem}.new"), path.with_name(f"{stem}.old"))
-    _writing.add(mark)
-    try:
-        yield names
-    finally:
-        _remove(names.new)
-        _writing.discard(mark)
+    with stem_of(path) as stem:
+        names = _Names(path.with_name(f"{stem}.new"), path.with_name(f"{stem}.old"))
+        try:
+            yield names
+        finally:
+            _remove(names.new)
+
+
+def _order(claim: Path) -> tuple[float, str]:
+    return last_change(claim), claim.name
 
 
 def _replace(stage: Path, path: Path, old: Path) -> None:
     """Put a folder into the place of another one."""
+    with locked(path) if path.exists() else nullcontext():  # beside its place it is no killed process's
+        _swap(stage, path, old)
+
+
+def _swap(stage: Path, path: Path, old: Path) -> None:
     if path.exists():
         path.rename(old)
     try:
@@ -212,37 +251,6 @@ def _give_way(stage: Path, path: Path) -> None:
             raise
     else:
         _flush(path.parent)
-
-
-def _alive(left: Path, host: str, process: str, mark: str) -> bool:
-    """Whether the process lives that is writing there, as far as can be seen."""
-    number = int(process)
-    if host != _host() or os.name != "posix":  # elsewhere than on POSIX, signal 0 is no mere question
-        return time.time() - _age(left) < ABANDONED_AFTER
-    if number == os.getpid():
-        return mark in _writing
-    try:
-        os.kill(number, 0)
-    except (ProcessLookupError, OverflowError):
-        return False
-    except OSError:  # it is another user's
-        return True
-    return True
-
-
-def _age(left: Path) -> float:
-    """When a file or folder, or a file in it, was last changed; 0 if it is gone."""
-    inside = (Path(folder, name) for folder, _, names in os.walk(left) for name in names)
-    times = [0.0]
-    for one in (left, *inside):
-        with suppress(OSError):
-            times.append(one.lstat().st_mtime)
-    return max(times)
-
-
-def _host() -> str:
-    """This machine, in characters that any file name may have."""
-    return hashlib.sha256(platform.node().encode()).hexdigest()[:8]
 
 
 def _remove(path: Path) -> None:

@@ -9,12 +9,13 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
+from tiny import with_positions
 from torch import Tensor, nn
 
 from fasp_lightning.pruning.budget.widths import decide_budget
 from fasp_lightning.pruning.config import PruningConfig
 from fasp_lightning.structure.layout import PairLayout
-from fasp_lightning.structure.plan import PruningPlan
+from fasp_lightning.structure.pruning_plan import PruningPlan
 from fasp_lightning.structure.registry import spec_for
 
 
@@ -54,8 +55,8 @@ def consumer_inputs(model: nn.Module, consumer: nn.Module, batches: Iterable[Any
     handle = consumer.register_forward_pre_hook(lambda _, args: found.append(args[0]))
     rows = []
     for batch in batches:
-        ids, mask = (batch, None) if isinstance(batch, Tensor) else (batch["input_ids"], batch["attention_mask"])
-        model(input_ids=ids, attention_mask=mask, use_cache=False)
+        mask = None if isinstance(batch, Tensor) else batch["attention_mask"]
+        model(**with_positions(model, batch), use_cache=False)
         inputs = found.pop()
         inputs = inputs.reshape(-1, inputs.shape[-1])
         rows.append(inputs if mask is None else inputs[mask.bool().reshape(-1)])

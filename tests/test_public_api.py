@@ -65,8 +65,9 @@ PUBLIC = (*ENGINE, *TRAINING)
 SIGNATURES = {
     "FASPPruner.prune": "(self, model, batches)",
     "apply_plan": "(model, plan)",
-    "save_pruned": "(model, path, tokenizer=None, form='auto', verify=True, overwrite=False)",
-    "load_pruned": "(path)",
+    "save_pruned": "(model, path, tokenizer=None, form='auto', verify=True, overwrite=False, dtype='auto')",
+    "load_pruned": "(path, dtype='auto', device_map=None, attn_implementation=None, revision=None, "
+    "trust_remote_code=False)",
     "perplexity": "(model, batches)",
     "register_architecture": "(model_type, spec, overwrite=False)",
     "spec_for": "(model_or_config)",

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from fasp_lightning import staging
+from fasp_lightning import staging, writers
 from fasp_lightning.staging import clear_left, fingerprint, place, read_json, staged, write_beside, write_json
 
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(Path(staging.__file__).parents[1])}
@@ -19,7 +19,7 @@ ENVIRONMENT = {**os.environ, "PYTHONPATH": str(Path(staging.__file__).parents[1]
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from fasp_lightning import staging
+from fasp_lightning import staging, writers
 
 def kill(*_):
     os.kill(os.getpid(), signal.SIGKILL)
@@ -184,12 +184,12 @@ def left(path: Path, host: str, process: int) -> Path:
 
 def test_what_a_process_of_the_same_number_left_is_cleared(tmp_path: Path) -> None:
     """A restarted container counts its processes from 1 again."""
-    left(tmp_path / "model", staging._host(), os.getpid())
+    left(tmp_path / "model", writers.host(), os.getpid())
     clear_left(tmp_path / "model")
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize(("seconds", "stays"), [(0, True), (staging.ABANDONED_AFTER + 60, False)])
+@pytest.mark.parametrize(("seconds", "stays"), [(0, True), (writers.ABANDONED_AFTER + 60, False)])
 def test_another_machines_work_is_cleared_when_it_stands_still(seconds: float, stays: bool, tmp_path: Path) -> None:
     stage = left(tmp_path / "model", "0" * 8, 1)
     for one in (stage / "content", stage):

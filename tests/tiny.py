@@ -127,3 +127,11 @@ def _randomise(model: PreTrainedModel, generator: torch.Generator) -> None:
 def random_tokens(batch: int = 2, seq_len: int = SEQ_LEN, seed: int = 0) -> torch.Tensor:
     """(batch, seq_len) token ids without the special ones."""
     return torch.randint(3, VOCAB, (batch, seq_len), generator=torch.Generator().manual_seed(seed))
+
+
+def with_positions(model: PreTrainedModel, batch: torch.Tensor | dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """What a model is to be called with on a batch: GPT-2 counts padding along unless it is given positions."""
+    named = {"input_ids": batch} if isinstance(batch, torch.Tensor) else dict(batch)
+    if model.config.model_type == "gpt2" and "attention_mask" in named:
+        named["position_ids"] = (named["attention_mask"].cumsum(1) - 1).clamp(min=0)
+    return named

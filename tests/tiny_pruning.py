@@ -12,6 +12,7 @@ from torch import nn
 from fasp_lightning import FASPPruner, PruningConfig
 from fasp_lightning.pruning.blocks.standins import StandIn
 from fasp_lightning.pruning.config import OwnTextConfig
+from fasp_lightning.structure.compact import CompactPaths, WidthHook
 
 
 def basic(sparsity: float = 0.2, **options: Any) -> PruningConfig:
@@ -65,9 +66,13 @@ def assert_unchanged(model: nn.Module, name: str = "llama") -> None:
 
 
 def leftovers(model: nn.Module) -> list[str]:
-    """Stand-ins and hooks that a model still has."""
+    """Stand-ins and hooks that a model still has, but for the hooks of its compact layers."""
     return [
         name
         for name, module in model.named_modules()
-        if isinstance(module, StandIn) or module._forward_hooks or module._forward_pre_hooks
+        if isinstance(module, StandIn)
+        or not all(
+            isinstance(hook, (WidthHook, CompactPaths))
+            for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
+        )
     ]

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from oracle import consumer_columns
+from tiny import with_positions
 from tiny_pruning import basic, calibration
 from torch import Tensor, nn
 
@@ -61,7 +62,7 @@ def naive(model: Any, batches: list[Any], kv_groups: bool = False) -> Scores:
                     kept[key] = args[0]
 
                 handles.append(pair.consumer.register_forward_pre_hook(keep))
-        given = {"input_ids": batch} if isinstance(batch, Tensor) else batch
+        given = with_positions(model, batch)
         log_p = model(**given, use_cache=False).logits.double().log_softmax(-1)
         ids, mask = given["input_ids"], given.get("attention_mask", torch.ones_like(given["input_ids"])).bool()
         losses = -log_p[:, :-1].gather(-1, ids[:, 1:, None]).squeeze(-1)

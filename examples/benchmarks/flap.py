@@ -18,10 +18,10 @@ from torch import Tensor, nn
 
 from fasp_lightning import PruningConfig, spec_for
 from fasp_lightning.pruning.budget.widths import decide_budget
-from fasp_lightning.structure.linears import is_linear, linear_parameters
 from fasp_lightning.structure.modes import evaluating
 from fasp_lightning.structure.pair import ResolvedPair
 from fasp_lightning.structure.plan import resolve_pruned
+from fasp_lightning.structure.resolve import is_linear, linear_parameters
 
 
 class Moments:

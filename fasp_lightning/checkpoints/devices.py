@@ -5,10 +5,12 @@ from __future__ import annotations
 import functools
 import logging
 import time
+from typing import Any
 
 import torch
 
 from fasp_lightning.errors import FaspError
+from fasp_lightning.ops.devices import device_function
 
 log = logging.getLogger(__name__)
 
@@ -59,18 +61,23 @@ def home(device: torch.device, needed: int) -> tuple[torch.device, str | None]:
         needed: Bytes that the model and the work on it take there.
 
     Returns:
-        The device, and ``None``; or the CPU, if the device is an accelerator without that room, and the reason.
+        The device, and ``None``; or the CPU, if the device says that it lacks that room, and the reason.
     """
-    if device.type != "cuda":
+    memory = device_function(device, "mem_get_info")
+    if memory is None:
         return device, None
-    free = torch.cuda.mem_get_info(device)[0]
+    free = memory(device)[0]
     if needed <= free:
         return device, None
     return torch.device("cpu"), f"{device} has {free / 2**30:,.2f} GiB free of the {needed / 2**30:,.2f} GiB needed"
 
 
-def parse_dtype(requested: str | torch.dtype) -> torch.dtype:
+def parse_dtype(requested: str | torch.dtype, name: str = "dtype") -> torch.dtype:
     """The dtype a name such as ``"bf16"`` or ``"float32"`` stands for.
+
+    Args:
+        requested: A dtype, or its name.
+        name: The argument it was given as, for the message.
 
     Raises:
         FaspError: If the name is unknown.
@@ -78,18 +85,22 @@ def parse_dtype(requested: str | torch.dtype) -> torch.dtype:
     if isinstance(requested, torch.dtype):
         return requested
     if requested not in DTYPES:
-        raise FaspError(f"dtype must be 'auto' or one of {', '.join(DTYPES)}, got {requested!r}")
+        raise FaspError(f"{name} must be 'auto' or one of {', '.join(DTYPES)}, got {requested!r}")
     return DTYPES[requested]
 
 
-def require_dtype(requested: str | torch.dtype) -> None:
+def require_dtype(requested: str | torch.dtype, name: str = "dtype") -> None:
     """Refuse what is neither a dtype, nor the name of one, nor ``"auto"``.
+
+    Args:
+        requested: What was given.
+        name: The argument it was given as, for the message.
 
     Raises:
         FaspError: If it is none of these.
     """
     if requested != "auto":
-        parse_dtype(requested)
+        parse_dtype(requested, name)
 
 
 def choose_dtype(
@@ -119,6 +130,35 @@ def choose_dtype(
         return checkpoint_dtype
     log.info("dtype auto: fp32 instead of %s, which this CPU computes more slowly", checkpoint_dtype)
     return torch.float32
+
+
+def dtype_in(config: Any) -> torch.dtype | None:
+    """The dtype that a config says its checkpoint has, if it says so."""
+    stored = getattr(config, "dtype", None) or getattr(config, "torch_dtype", None)
+    return getattr(torch, stored, None) if isinstance(stored, str) else stored
+
+
+def choose_stored(
+    requested: str | torch.dtype, checkpoint_dtype: torch.dtype | None, computed: torch.dtype
+) -> torch.dtype:
+    """The dtype to store a model's weights in.
+
+    ``"auto"`` is that of the checkpoint that they came from: that a device computes in fp32 shall not make the file
+    larger. A model that was asked for in a narrower dtype is stored in that one.
+
+    Args:
+        requested: ``"auto"`` or a dtype.
+        checkpoint_dtype: Dtype of the checkpoint; ``None`` if it is not known.
+        computed: Dtype of the weights in memory.
+
+    Raises:
+        FaspError: If ``requested`` is no known dtype.
+    """
+    if requested != "auto":
+        return parse_dtype(requested)
+    if checkpoint_dtype is None or checkpoint_dtype.itemsize > computed.itemsize:
+        return computed
+    return checkpoint_dtype
 
 
 @functools.cache

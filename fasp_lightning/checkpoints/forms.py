@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from fasp_lightning.errors import FaspError
-from fasp_lightning.structure.cuts import Cuts
-from fasp_lightning.structure.plan import PairPlan, PruningPlan
+from fasp_lightning.structure.layout import Cuts
+from fasp_lightning.structure.pruning_plan import PairPlan, PruningPlan
 from fasp_lightning.structure.spec import ArchitectureSpec
-from fasp_lightning.structure.stock_fields import stock_fields
+from fasp_lightning.structure.stock_fields import stock_fields, stock_obstacle
 
 FORMS = ("stock", "compact", "zero_filled")
 
@@ -55,22 +55,12 @@ def choose_form(form: str, spec: ArchitectureSpec, cuts: Cuts) -> str:
         FaspError: If ``form`` is unknown, or ``"stock"`` and stock code cannot hold these shapes.
     """
     require_form(form)
-    obstacle = _obstacle(spec, cuts)
+    obstacle = stock_obstacle(spec, cuts)
     if form == "stock" and obstacle:
         raise FaspError(f"form 'stock' cannot hold this model: {obstacle}; use 'compact' or 'zero_filled'")
     if form == "auto":
         return "zero_filled" if obstacle else "stock"
     return form
-
-
-def _obstacle(spec: ArchitectureSpec, cuts: Cuts) -> str | None:
-    if "value" in cuts.kinds:
-        return "stock attention has one head size for queries, keys and values"
-    if "ffn" in cuts.kinds and spec.width_field is None:
-        return "the FFN width is fixed in the model's code"
-    if cuts.uneven:
-        return "blocks have different FFN widths, and the config holds one for all"
-    return None
 
 
 def stock_part(plan: PruningPlan, spec: ArchitectureSpec) -> PruningPlan:
@@ -83,14 +73,8 @@ def stock_part(plan: PruningPlan, spec: ArchitectureSpec) -> PruningPlan:
     for path, (layout, units) in plan.widths.items():
         if max(units) < layout.width and stock_fields(spec, layout, max(units)):
             for part, block in zip(blocks, plan.blocks, strict=True):
-                part[path] = PairPlan(layout, _padded(block[path].kept, max(units), layout.width))
+                part[path] = block[path].padded(max(units))
     return PruningPlan(plan.model_type, blocks)
-
-
-def _padded(kept: tuple[int, ...], units: int, width: int) -> tuple[int, ...]:
-    """Ascending units: those kept, and the first others, so many in all."""
-    others = sorted(set(range(width)) - set(kept))
-    return tuple(sorted([*kept, *others[: units - len(kept)]]))
 
 
 def loaders_for(form: str, spec: ArchitectureSpec, cuts: Cuts) -> list[LoaderSupport]:
@@ -101,7 +85,7 @@ def loaders_for(form: str, spec: ArchitectureSpec, cuts: Cuts) -> list[LoaderSup
         spec: The family's row.
         cuts: See :func:`choose_form`.
     """
-    ours = LoaderSupport("fasp_lightning.load_pruned", True, "reads fasp_plan.json")
+    ours = LoaderSupport("fasp_lightning.load_pruned", True, "reads the plan in config.json")
     if form == "compact":
         reason = "shapes differ from the config; ignore_mismatched_sizes=True would re-initialise the weights"
         return [

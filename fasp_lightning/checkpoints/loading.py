@@ -7,14 +7,32 @@ from typing import Any
 
 import torch
 
-from fasp_lightning.checkpoints.devices import choose_device, choose_dtype, require_dtype
-from fasp_lightning.checkpoints.pruned_folder import attach_plan, load_pruned, read_plan, unreadable_weights
-from fasp_lightning.checkpoints.refused_models import quantization_method, require_prunable
-from fasp_lightning.checkpoints.source import ModelSource, check_files, resolve_source, weight_files
+from fasp_lightning.checkpoints.devices import choose_device, choose_dtype, dtype_in, require_dtype
+from fasp_lightning.checkpoints.pruned_folder import (
+    load_pruned,
+    require_in_memory,
+    unreadable_weights,
+)
+from fasp_lightning.checkpoints.refused_models import (
+    DEQUANTIZED,
+    drop_quantization,
+    quantization_method,
+    require_prunable,
+)
+from fasp_lightning.checkpoints.source import (
+    ModelSource,
+    check_files,
+    require_no_adapters,
+    resolve_source,
+    weight_files,
+    why_unread,
+    with_adapters,
+)
 from fasp_lightning.errors import FaspError, FaspFileNotFoundError, FaspOSError, as_refusal, one_line
+from fasp_lightning.structure.plan import adopt_plan, plan_in
 
-GGUF_MARKS = ("hf_quantizer", "is_quantized", "quantization_method")
-"""Attributes for which transformers takes a dequantised GGUF model for a quantised one."""
+SPREADS = ("auto", "balanced", "balanced_low_0", "sequential", "disk")
+"""What accelerate takes in a ``device_map`` beside devices."""
 
 
 def load_config(name_or_path: str | Path, *, revision: str | None = None, trust_remote_code: bool = False) -> Any:
@@ -54,8 +72,7 @@ def load_tokenizer(name_or_path: str | Path, *, revision: str | None = None, tru
     hub = {"revision": revision} if revision else {}
 
     def refusal(error: Exception) -> FaspOSError:
-        reason = one_line(error, first=True)
-        return FaspOSError(f"no readable tokenizer in {source.name!r}: {reason}; name another one to load")
+        return FaspOSError(f"no readable tokenizer in {source.name!r}: {why_unread(error)}; name another one to load")
 
     with as_refusal(refusal):
         return AutoTokenizer.from_pretrained(
@@ -71,9 +88,10 @@ def load_model(
     revision: str | None = None,
     trust_remote_code: bool = False,
     attn_implementation: str | None = None,
+    device_map: Any = None,
     config: Any = None,
 ) -> torch.nn.Module:
-    """A causal LM in evaluation mode; an already pruned folder comes back with its plan.
+    """A causal LM in evaluation mode; one that was pruned before comes back with its plan.
 
     Args:
         name_or_path: Hub id, folder, ``.gguf`` file, or ``package:NAME``.
@@ -82,27 +100,38 @@ def load_model(
         revision: Branch, tag or commit on the hub.
         trust_remote_code: Let the repository's own code run.
         attn_implementation: ``"eager"``, ``"sdpa"``, …; ``None`` for the default of transformers.
+        device_map: As for :func:`~fasp_lightning.load_pruned`, instead of ``device``.
         config: The config that :func:`load_config` gave before; to read it out of a GGUF file takes seconds.
 
     Raises:
         FaspFileNotFoundError: If there is no such model.
         FaspOSError: If a file of it is damaged.
-        FaspError: If the model is no causal LM, is quantised, or dtype or device are unknown.
+        FaspError: If the model is no causal LM, is quantised, has adapters, or dtype or device are unknown.
     """
-    source, place = resolve_source(name_or_path), choose_device(device)
+    source, place = resolve_source(name_or_path), _place(device if device_map is None else device_map)
     require_dtype(dtype)  # a misspelt name is refused before anything is read
     if config is None:
         config = load_config(name_or_path, revision=revision, trust_remote_code=trust_remote_code)
     check_files(source)
-    chosen = choose_dtype(dtype, checkpoint_dtype(source, config), place)
+    stored = checkpoint_dtype(source, config)
+    chosen = choose_dtype(dtype, stored, place)
+    given = {"revision": revision, "attn_implementation": attn_implementation, "device_map": device_map}
+    options = {name: value for name, value in given.items() if value is not None}
+    options["trust_remote_code"] = trust_remote_code
     model: Any
-    if source.pruned:
-        model = load_pruned(source.location, dtype=chosen, attn_implementation=attn_implementation)
+    if plan_in(config) is not None:
+        model = load_pruned(source.location, dtype=chosen, **options)
     else:
-        hub = {"revision": revision} if revision else {}
-        attention = {"attn_implementation": attn_implementation} if attn_implementation else {}
-        model = _load_dense(source, config, chosen, trust_remote_code=trust_remote_code, **hub, **attention)
-    return model.to(place).eval()
+        model = _load_dense(source, config, chosen, **options)
+    model.fasp_stored_dtype = stored
+    return (model if device_map is not None else model.to(place)).eval()
+
+
+def _place(device_map: Any) -> torch.device:
+    """The device that a device or a ``device_map`` begins with, as far as it names one."""
+    first = next(iter(device_map.values()), "auto") if isinstance(device_map, dict) else device_map
+    named = isinstance(first, (str, torch.device)) and first not in SPREADS
+    return choose_device(first if named else "auto")
 
 
 def checkpoint_dtype(source: ModelSource, config: Any) -> torch.dtype | None:
@@ -117,10 +146,7 @@ def checkpoint_dtype(source: ModelSource, config: Any) -> torch.dtype | None:
     """
     if source.gguf_file is not None:
         return None
-    stored = getattr(config, "dtype", None) or getattr(config, "torch_dtype", None)
-    if isinstance(stored, str):
-        stored = getattr(torch, stored, None)
-    return stored or (_header_dtype(Path(source.location)) if source.local else None) or torch.float32
+    return dtype_in(config) or (_header_dtype(Path(source.location)) if source.local else None) or torch.float32
 
 
 def _header_dtype(folder: Path) -> torch.dtype | None:
@@ -141,15 +167,17 @@ def _read_config(source: ModelSource, revision: str | None, trust_remote_code: b
     from transformers import AutoConfig
 
     hub = {"revision": revision} if revision else {}
+    if source.local and source.gguf_file is None:
+        require_no_adapters(Path(source.location), source.name)
     if source.local and source.gguf_file is None and not (Path(source.location) / "config.json").is_file():
         raise FaspFileNotFoundError(f"no model at {source.name!r}: the folder has no config.json")
     kind = "config of" if source.local else "folder or reachable hub model"
-    with as_refusal(lambda error: FaspOSError(f"no readable {kind} {source.name!r}: {one_line(error, first=True)}")):
+    with as_refusal(lambda error: FaspOSError(f"no readable {kind} {source.name!r}: {why_unread(error)}")):
         config = AutoConfig.from_pretrained(
             source.location, trust_remote_code=trust_remote_code, **hub, **source.arguments()
         )
     if source.gguf_file is not None or quantization_method(config) is None:
-        _drop_quantization(config)
+        drop_quantization(config)
     return config
 
 
@@ -159,10 +187,13 @@ def _load_dense(source: ModelSource, config: Any, dtype: torch.dtype, **argument
     if source.gguf_file is not None:
         arguments |= source.arguments() | _dequantize()
     with as_refusal(lambda error: unreadable_weights(source.name, error)):
-        model = AutoModelForCausalLM.from_pretrained(source.location, config=config, dtype=dtype, **arguments)
-    for mark in GGUF_MARKS if source.gguf_file is not None else ():
+        model: Any = AutoModelForCausalLM.from_pretrained(source.location, config=config, dtype=dtype, **arguments)
+    require_in_memory(model)
+    if getattr(model, "_hf_peft_config_loaded", False):  # from a hub's repository that holds both
+        raise FaspError(with_adapters(source.name))
+    for mark in DEQUANTIZED if source.gguf_file is not None else ():
         vars(model).pop(mark, None)
-    _drop_quantization(model.config)
+    drop_quantization(model.config)
     return model
 
 
@@ -173,11 +204,6 @@ def _dequantize() -> dict[str, Any]:
     except ImportError:
         return {}
     return {"quantization_config": GgufConfig(dequantize=True)}
-
-
-def _drop_quantization(config: Any) -> None:
-    vars(config).pop("quantization_config", None)
-    vars(config).pop("_is_quantized", None)
 
 
 def model_shapes(source: ModelSource, config: Any, trust_remote_code: bool = False) -> Any:
@@ -195,7 +221,7 @@ def model_shapes(source: ModelSource, config: Any, trust_remote_code: bool = Fal
 
     with as_refusal(lambda error: _no_model(source, config, error)), torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
-    return attach_plan(model, *read_plan(source.location)) if source.pruned else model
+    return adopt_plan(model)
 
 
 def _no_model(source: ModelSource, config: Any, error: Exception) -> FaspError:

@@ -1,11 +1,17 @@
-"""Which checkpoints can be pruned, told from the config alone."""
+"""Which models can be pruned: told of a checkpoint from its config alone, of a model in memory from its weights."""
 
 from __future__ import annotations
 
 from typing import Any
 
+import torch
+
 from fasp_lightning.errors import FaspError
+from fasp_lightning.structure.causal_lm import is_dense
 from fasp_lightning.structure.registry import known_architectures
+
+DEQUANTIZED = ("hf_quantizer", "is_quantized", "quantization_method")
+"""Attributes for which transformers takes a model that it has read from packed weights for a quantised one."""
 
 
 def require_prunable(config: Any, name: str) -> None:
@@ -44,6 +50,30 @@ def quantization_method(config: Any) -> str | None:
         if method != "gguf":
             return method
     return None
+
+
+def require_dense(model: Any) -> None:
+    """Refuse a model whose weights are packed; one that was made dense when it was read may still be marked.
+
+    Raises:
+        FaspError: Naming the parameter and the quantisation.
+    """
+    marked = quantization_method(model.config) is not None
+    for name, weight in model.named_parameters():
+        if not is_dense(weight) or (
+            marked and type(weight.data) is not torch.Tensor
+        ):  # torchao packs in a tensor of its own kind
+            kind = quantization_method(model.config) or weight.dtype
+            raise FaspError(
+                f"model must have its weights in full precision, got {name} quantised ({kind}); load the checkpoint "
+                "that it was made from, and quantise the pruned model afterwards"
+            )
+
+
+def drop_quantization(config: Any) -> None:
+    """Take the quantisation off the config of a dense model."""
+    vars(config).pop("quantization_config", None)
+    vars(config).pop("_is_quantized", None)
 
 
 def _not_causal(config: Any) -> str | None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,18 +13,22 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor
 
+from fasp_lightning.checkpoints.devices import choose_stored
+from fasp_lightning.checkpoints.dry_save import require_savable, runs_remote_code, savable, save_tokenizer
 from fasp_lightning.checkpoints.forms import LoaderSupport, choose_form, loaders_for, stock_part
 from fasp_lightning.checkpoints.pruned_folder import REPORT_FILE, load_pruned
-from fasp_lightning.checkpoints.source import PLAN_FILE
 from fasp_lightning.errors import FaspError, FaspFileExistsError
-from fasp_lightning.staging import clear_left, require_space, staged, write_json
+from fasp_lightning.staging import clear_left, require_space, require_unclaimed, staged, write_json
 from fasp_lightning.structure.adapters import has_adapters
-from fasp_lightning.structure.modes import evaluating
-from fasp_lightning.structure.plan import PruningPlan, config_fields, plan_of, resolve_pruned, targets
+from fasp_lightning.structure.modes import evaluating, own_modes
+from fasp_lightning.structure.plan import adopt_plan, config_fields, plan_of, resolve_pruned, targets
+from fasp_lightning.structure.pruning_plan import PruningPlan
 from fasp_lightning.structure.registry import spec_for
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+log = logging.getLogger(__name__)
 
 TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-8}
 HALF_TOLERANCE = 3e-2
@@ -37,18 +42,22 @@ class SavedModel:
     Attributes:
         path: The folder.
         form: ``"stock"``, ``"compact"`` or ``"zero_filled"``.
+        dtype: Dtype of the stored weights.
         bytes: Size of the folder's files.
         loaders: Which loaders take it, and why.
-        logit_difference: Largest difference of the reloaded model's logits, ``None`` if not verified.
+        logit_difference: Largest difference of the reloaded model's logits, ``None`` if not verified; from those with
+            weights rounded to ``dtype``, if that is narrower than the model's.
     """
 
     path: Path
     form: str
+    dtype: torch.dtype
     bytes: int
     loaders: list[LoaderSupport]
     logit_difference: float | None
 
 
+@own_modes()
 def save_pruned(
     model: PreTrainedModel,
     path: str | Path,
@@ -56,8 +65,9 @@ def save_pruned(
     form: str = "auto",
     verify: bool = True,
     overwrite: bool = False,
+    dtype: str | torch.dtype = "auto",
 ) -> SavedModel:
-    """Write a pruned model as safetensors, config, plan and report; all or nothing.
+    """Write a pruned model as safetensors, config with its plan, and report; all or nothing.
 
     Everything is written to a folder beside ``path``, reloaded and compared, and then renamed. A crash, a full disk
     or a kill leaves what was at ``path``.
@@ -70,12 +80,15 @@ def save_pruned(
             :func:`fasp_lightning.checkpoints.forms.choose_form`.
         verify: Load the result again (a second copy of the model in memory) and compare the logits.
         overwrite: Replace a folder that holds a pruned model.
+        dtype: Dtype of the stored weights; ``"auto"`` is that of the checkpoint which :func:`load_model` read them
+            from, or the model's own if that is narrower, or the model came another way.
 
     Returns:
         What was written, and who can load it.
 
     Raises:
-        FaspError: If the model carries no plan, or ``form`` cannot hold it.
+        FaspError: If the model carries no plan, ``form`` cannot hold it, or it cannot be saved, see
+            :func:`~fasp_lightning.checkpoints.dry_save.require_savable`.
         FaspFileExistsError: If ``path`` is not empty and ``overwrite`` is false, or is no pruned model.
         FaspOSError: If the disk has too little room, or the place is not writable.
         RuntimeError: If the reloaded model's logits differ.
@@ -91,26 +104,83 @@ def save_pruned(
             print(loader.name, loader.ok, loader.reason)
     """
     path = Path(path)
-    plan, spec = require_plan(model), spec_for(model)
+    require_savable(model, tokenizer)
     if has_adapters(model):
         raise FaspError("model must have its LoRA merged before it is saved, or its keys would not be stock ones")
-    form = choose_form(form, spec, plan.cuts)
+    plan, spec = require_plan(model), spec_for(model)
+    form, stored = choose_form(form, spec, plan.cuts), stored_in(model, dtype)
     check_output(path, overwrite)
+    adopt_plan(model)  # a zero-filled one, loaded by stock code, is no wider than its plan
     tensors = _zero_filled(model, plan) if form == "zero_filled" else {}
-    require_space(path, sum(tensor.nbytes for tensor in (*model.parameters(), *tensors.values())))
+    require_space(path, bytes_of((*model.parameters(), *tensors.values()), stored))
     with staged(path) as stage:
-        with _config_of(model, form, plan):
-            state = {**model.state_dict(), **tensors} if tensors else None
-            model.save_pretrained(stage, state_dict=state)
+        with savable(model), _config_of(model, form, plan):
+            stored = write_weights(model, stage, stored, tensors)
         if tokenizer is not None:
-            tokenizer.save_pretrained(stage)
-        write_json(stage / PLAN_FILE, {"form": form, **plan.to_dict()})
+            save_tokenizer(tokenizer, stage)
         write_json(stage / REPORT_FILE, getattr(model, "fasp_report", {}))
         for file in stage.glob("*.safetensors"):  # safetensors writes them for their owner alone
-            shutil.copymode(stage / PLAN_FILE, file)
-        difference = _verify(model, stage, form) if verify else None
+            shutil.copymode(stage / REPORT_FILE, file)
+        difference = _verify(model, stage, form, stored) if verify else None
     size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
-    return SavedModel(path, form, size, loaders_for(form, spec, plan.cuts), difference)
+    return SavedModel(path, form, stored, size, loaders_for(form, spec, plan.cuts), difference)
+
+
+def stored_in(model: PreTrainedModel, requested: str | torch.dtype) -> torch.dtype:
+    """The dtype that a model's weights are stored in.
+
+    Args:
+        model: The model.
+        requested: ``"auto"`` or a dtype.
+
+    Raises:
+        FaspError: If ``requested`` is no known dtype.
+    """
+    return choose_stored(requested, getattr(model, "fasp_stored_dtype", None), model.dtype)
+
+
+def bytes_of(tensors: Iterable[Tensor], dtype: torch.dtype) -> int:
+    """Bytes that tensors take in a dtype."""
+    return sum(tensor.numel() * dtype.itemsize for tensor in tensors)
+
+
+def write_weights(
+    model: PreTrainedModel, folder: Path, dtype: torch.dtype, replaced: dict[str, Tensor] | None = None
+) -> torch.dtype:
+    """Write a model's weights and configs in a dtype.
+
+    Args:
+        model: The model, as :func:`~fasp_lightning.checkpoints.dry_save.savable` has it.
+        folder: Where to.
+        dtype: Dtype of the weights that are in the model's; others, such as a router kept in fp32, keep theirs.
+        replaced: Entries of its state to write instead of its own.
+
+    Returns:
+        The dtype that they were written in: the model's own if ``dtype`` does not reach as far as they do.
+    """
+    state = model.state_dict() | (replaced or {})
+    if dtype != model.dtype:
+        state, dtype = _converted(state, model.dtype, dtype)
+    model.save_pretrained(folder, state_dict=state)
+    if dtype != model.dtype:  # which PreTrainedModel.save_pretrained writes into the config
+        model.config.dtype = dtype
+        model.config.save_pretrained(folder)
+    return dtype
+
+
+def _converted(
+    state: dict[str, Tensor], computed: torch.dtype, dtype: torch.dtype
+) -> tuple[dict[str, Tensor], torch.dtype]:
+    """Weights in another dtype, those that share memory sharing it, or as they are if one of them would overflow."""
+    done: dict[tuple[int, torch.Size], Tensor] = {}
+    for name, tensor in state.items():
+        key = (tensor.data_ptr(), tensor.shape)
+        if tensor.dtype == computed and key not in done:
+            done[key] = tensor.to("cpu", dtype)  # an accelerator may have no room for another copy
+            if tensor.numel() and done[key].isinf().any() and not tensor.isinf().any():
+                log.warning("saved in %s: %s has values that are too large for %s", computed, name, dtype)
+                return state, computed
+    return {name: done.get((tensor.data_ptr(), tensor.shape), tensor) for name, tensor in state.items()}, dtype
 
 
 def require_plan(model: PreTrainedModel) -> PruningPlan:
@@ -129,17 +199,19 @@ def check_output(path: str | Path, overwrite: bool) -> None:
     """Refuse an output folder before anything is spent.
 
     Raises:
-        FaspFileExistsError: If it is not empty and ``overwrite`` is false, or holds something else than a pruned model.
+        FaspFileExistsError: If it is not empty and ``overwrite`` is false, or holds something else than a pruned model,
+            or another job that lives will write there.
     """
     path = Path(path)
     clear_left(path)  # a kill may have left the model that stood here beside it
+    require_unclaimed(path)
     if not path.exists() or (path.is_dir() and not any(path.iterdir())):
         return
     if not overwrite:
         raise FaspFileExistsError(f"output folder {path} must be empty; choose another one, or overwrite it")
-    if not (path / PLAN_FILE).is_file():
+    if not (path / REPORT_FILE).is_file():
         raise FaspFileExistsError(
-            f"output folder {path} holds no pruned model ({PLAN_FILE}) and is not overwritten; empty it first"
+            f"output folder {path} holds no pruned model ({REPORT_FILE}) and is not overwritten; empty it first"
         )
 
 
@@ -150,19 +222,13 @@ def _config_of(model: PreTrainedModel, form: str, plan: PruningPlan) -> Iterator
     widths = stock_part(plan, spec).widths
     if form == "compact":
         widths = {path: (layout, [layout.width]) for path, (layout, _) in plan.widths.items()}
-    fields = config_fields(spec, widths)
-    before = {name: getattr(config, name) for name in (*fields, "fasp") if hasattr(config, name)}
-    for name, value in fields.items():
+    wanted = {"fasp": {**config.fasp, "form": form}, **config_fields(spec, widths)}
+    before = {name: getattr(config, name) for name in wanted}
+    for name, value in wanted.items():
         setattr(config, name, value)
-    if form == "compact":
-        config.fasp = {"form": form, "plan": PLAN_FILE}
-    elif hasattr(config, "fasp"):
-        del config.fasp
     try:
         yield
     finally:
-        if hasattr(config, "fasp"):
-            del config.fasp
         for name, value in before.items():
             setattr(config, name, value)
 
@@ -178,19 +244,24 @@ def _zero_filled(model: PreTrainedModel, plan: PruningPlan) -> dict[str, Tensor]
     }
 
 
-def _verify(model: PreTrainedModel, stage: Path, form: str) -> float:
-    """Largest difference between the model's logits and those of what was written, as its users load it."""
+def _verify(model: PreTrainedModel, stage: Path, form: str, stored: torch.dtype) -> float:
+    """Largest difference between the model's logits and those of what was written, as its users load it.
+
+    Both are computed in the model's dtype, with weights as the stored one rounds them.
+    """
     from transformers import AutoModelForCausalLM
 
     attention = getattr(model.config, "_attn_implementation", None)
-    options: dict[str, Any] = {"dtype": next(model.parameters()).dtype, "attn_implementation": attention}
+    options: dict[str, Any] = {"dtype": model.dtype, "attn_implementation": attention}
+    options["trust_remote_code"] = runs_remote_code(model)
     load: Any = load_pruned if form == "compact" else AutoModelForCausalLM.from_pretrained
     embeddings: Any = model.get_input_embeddings()
     device, vocabulary = embeddings.weight.device, embeddings.num_embeddings
-    reloaded = load(stage, **options).to(device)
     ids = (torch.arange(16, device=device) * 37 % vocabulary).unsqueeze(0)
-    with evaluating(model), evaluating(reloaded):
+    with evaluating(model), _rounded(model, stored):
         expected = model(input_ids=ids, use_cache=False).logits.float()
+    reloaded = load(stage, **options).to(device)
+    with evaluating(reloaded):
         found = reloaded(input_ids=ids, use_cache=False).logits.float()
     difference = (found - expected).abs().max().item()
     allowed = TOLERANCE.get(options["dtype"], HALF_TOLERANCE) * max(1.0, expected.abs().max().item())
@@ -199,3 +270,17 @@ def _verify(model: PreTrainedModel, stage: Path, form: str) -> float:
             f"logits of the saved model must equal the model's within {allowed:.1e}, got {difference:.1e}"
         )
     return difference
+
+
+@contextmanager
+def _rounded(model: PreTrainedModel, stored: torch.dtype) -> Iterator[None]:
+    """Let the model compute with its weights as a narrower dtype has them; no more memory than another copy of it."""
+    held = {id(tensor): tensor for tensor in model.state_dict(keep_vars=True).values()}
+    kept = [(tensor, tensor.data) for tensor in held.values() if tensor.dtype == model.dtype]
+    for tensor, data in kept if stored != model.dtype else ():
+        tensor.data = data.to(stored).to(data.dtype)
+    try:
+        yield
+    finally:
+        for tensor, data in kept:
+            tensor.data = data

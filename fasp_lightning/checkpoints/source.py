@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import importlib.util
 import json
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from fasp_lightning.errors import FaspError, FaspFileNotFoundError, FaspOSError
-
-PLAN_FILE = "fasp_plan.json"
+from fasp_lightning.errors import FaspError, FaspFileNotFoundError, FaspOSError, as_refusal, one_line
 
 PACKAGE_PREFIX = "package:"
+FETCHED = ["*.json", "*.safetensors", "*.py", "*.model", "*.txt", "*.jinja"]
+"""What a hub's repository may hold of a saved model; not its weights in other formats."""
+ADAPTERS_FILE = "adapter_config.json"
 WEIGHTS_INDEX = "model.safetensors.index.json"
 
 
@@ -24,14 +26,12 @@ class ModelSource:
         location: Hub id, or path of a folder.
         gguf_file: File inside ``location`` that holds the weights, or ``None`` for an ordinary checkpoint.
         local: ``location`` is a folder on this machine.
-        pruned: The folder was written by ``save_pruned``: it holds a plan.
     """
 
     name: str
     location: str
     gguf_file: str | None = None
     local: bool = False
-    pruned: bool = False
 
     def arguments(self) -> dict[str, str]:
         """Keyword arguments that every ``from_pretrained`` of transformers needs for this source."""
@@ -56,7 +56,7 @@ def resolve_source(name_or_path: str | Path) -> ModelSource:
         return _gguf(name, _packaged_gguf(name.removeprefix(PACKAGE_PREFIX)))
     path = Path(name).expanduser()
     if path.is_dir():
-        return ModelSource(name, str(path), local=True, pruned=(path / PLAN_FILE).is_file())
+        return ModelSource(name, str(path), local=True)
     if path.suffix == ".gguf" and path.is_file():
         return _gguf(name, path)
     if path.is_file():
@@ -64,6 +64,75 @@ def resolve_source(name_or_path: str | Path) -> ModelSource:
     if not _may_be_hub_id(name):
         raise FaspFileNotFoundError(f"no model at {name!r}: there is no such folder or file; check the path")
     return ModelSource(name, name)
+
+
+def why_unread(error: Exception) -> str:
+    """Why transformers did not read a model, on one line.
+
+    Args:
+        error: What it raised.
+    """
+    trust = "trust_remote_code" in str(error) and "custom code" in str(error)
+    return one_line(error, first=True) + ("; pass trust_remote_code=True if you trust it" if trust else "")
+
+
+def local_folder(name_or_path: str | Path, revision: str | None = None) -> Path:
+    """A folder, or where the hub's files are once they are fetched.
+
+    Args:
+        name_or_path: A folder, or a hub id.
+        revision: Branch, tag or commit on the hub.
+
+    Raises:
+        FaspOSError: If the hub cannot be reached, or has no such repository.
+    """
+    path = Path(name_or_path).expanduser()
+    if path.exists() or not _may_be_hub_id(str(name_or_path)):
+        return path
+    from huggingface_hub import snapshot_download
+
+    def refusal(error: Exception) -> FaspOSError:
+        return FaspFileNotFoundError(f"no folder or reachable hub model {str(name_or_path)!r}: {why_unread(error)}")
+
+    with as_refusal(refusal):
+        return Path(snapshot_download(str(name_or_path), revision=revision, allow_patterns=FETCHED))
+
+
+def stored_bytes(source: ModelSource, revision: str | None = None) -> int | None:
+    """Bytes of the files that hold a model's weights; ``None`` if none is on this machine.
+
+    Args:
+        source: The resolved model.
+        revision: Branch, tag or commit on the hub.
+    """
+    folder = Path(source.location)
+    if source.gguf_file is not None:
+        return (folder / source.gguf_file).stat().st_size
+    if not source.local:
+        from huggingface_hub import snapshot_download
+
+        with suppress(Exception):  # whatever hinders it, it is not in the cache
+            folder = Path(snapshot_download(source.location, revision=revision, local_files_only=True))
+    files = [file for file in weight_files(folder) or folder.glob("pytorch_model*.bin") if file.is_file()]
+    return sum(file.stat().st_size for file in files) or None
+
+
+def require_no_adapters(folder: Path, name: str) -> None:
+    """Refuse a folder with adapters, which transformers attaches by itself to the model beside them.
+
+    Raises:
+        FaspError: If there are some; the message says how to merge them.
+    """
+    if (folder / ADAPTERS_FILE).is_file():
+        raise FaspError(with_adapters(name))
+
+
+def with_adapters(name: str) -> str:
+    """What is said of a model that comes with adapters."""
+    return (
+        f"model {name!r} must be one without adapters, got {ADAPTERS_FILE} in its folder; merge them first "
+        "(AutoPeftModelForCausalLM.from_pretrained(folder).merge_and_unload().save_pretrained(merged)), or move it away"
+    )
 
 
 def check_files(source: ModelSource) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +12,9 @@ from fasp_lightning.checkpoints.loading import load_tokenizer
 from fasp_lightning.checkpoints.saving import check_output
 from fasp_lightning.cli.jobs import ModelConfig, PruneJob
 from fasp_lightning.errors import FaspError, FaspOSError
+from fasp_lightning.staging import claimed
 from fasp_lightning.text.config import TextConfig, describe, for_role
-from fasp_lightning.text.files import local_files
+from fasp_lightning.text.reading.files import local_files
 
 
 def texts_of(job: PruneJob) -> tuple[list[TextConfig], list[TextConfig]]:
@@ -73,6 +76,17 @@ def tokenizer_of(model: ModelConfig) -> Any:
         if own:
             raise FaspOSError(f"{error} with --model.tokenizer") from error
         raise
+
+
+@contextmanager
+def claimed_output(job: PruneJob) -> Iterator[None]:
+    """Keep the output folder of a job for it, from its start to its end.
+
+    Raises:
+        FaspFileExistsError: If another job that lives has it.
+    """
+    with nullcontext() if job.output_dir is None else claimed(Path(job.output_dir)):
+        yield
 
 
 def check_output_dir(job: PruneJob) -> None:

@@ -67,7 +67,9 @@ class PruneJob:
         overwrite: Replace a pruned model in output_dir.
         verify: Load what was saved again and compare the logits.
         dtype: "auto" (the checkpoint's, on a CPU only if it is not slower than float32), "float32",
-            "bfloat16" or "float16".
+            "bfloat16" or "float16"; in which the model computes.
+        save_dtype: In which it is saved: "auto" (the checkpoint's; dtype where that is narrower, and of a GGUF file,
+            which has none), or one of the others.
         device: "auto", "cpu", "cuda" or "cuda:N".
         seed: Seed of the drawing of calibration sequences, instead of each text's own.
         prompt: Print how the model continues this text, before and after.
@@ -86,6 +88,7 @@ class PruneJob:
     overwrite: bool = False
     verify: bool = True
     dtype: str = "auto"
+    save_dtype: str = "auto"
     device: str = "auto"
     seed: int | None = None
     prompt: str | None = None
@@ -103,6 +106,7 @@ class PruneJob:
             raise FaspError(f"seed must be from {SEEDS[0]} to {SEEDS[-1]}, got {self.seed}")
         require_form(self.form)
         require_dtype(self.dtype)
+        require_dtype(self.save_dtype, "save_dtype")
         if self.new_tokens < 1:
             raise FaspError(f"new_tokens must be at least 1, got {self.new_tokens}")
 

@@ -70,8 +70,9 @@ def prune_measured(
     after = measure(model, evaluation, "pruned")
     plain = _unrestored(model, again(), evaluation) if job.compares else [None] * len(evaluation)
     domains = domains_of(job, calibration, evaluation)
-    names = [text.name for text in evaluation]
-    report.evaluation = [TextReport(*row) for row in zip(names, domains, before, after, plain, strict=True)]
+    names, begins = [text.name for text in evaluation], [text.bos for text in evaluation]
+    rows = zip(names, domains, before, after, plain, begins, strict=True)
+    report.evaluation = [TextReport(*row) for row in rows]
     if message := single_source(calibration.configs, calibration.own is not None):
         report.warnings.append(message)  # announced before
     if message := restoration_warning(report.evaluation):
@@ -101,4 +102,12 @@ def save(model: Any, tokenizer: Any, job: PruneJob, setup: Setup) -> SavedModel 
     if job.output_dir is None:
         return None
     note(f"saving to {job.output_dir}")
-    return save_pruned(model, job.output_dir, tokenizer, form=setup.form, verify=job.verify, overwrite=job.overwrite)
+    return save_pruned(
+        model,
+        job.output_dir,
+        tokenizer,
+        form=setup.form,
+        verify=job.verify,
+        overwrite=job.overwrite,
+        dtype=setup.stored,
+    )

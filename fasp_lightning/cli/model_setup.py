@@ -8,17 +8,17 @@ from typing import Any
 
 import torch
 
-from fasp_lightning.checkpoints.devices import choose_device, choose_dtype
+from fasp_lightning.checkpoints.devices import choose_device, choose_dtype, choose_stored
 from fasp_lightning.checkpoints.forms import choose_form
 from fasp_lightning.checkpoints.loading import checkpoint_dtype, load_config, load_model, model_shapes
-from fasp_lightning.checkpoints.source import ModelSource, resolve_source
-from fasp_lightning.cli.console import percent
+from fasp_lightning.checkpoints.source import ModelSource, resolve_source, stored_bytes
+from fasp_lightning.cli.console import dtype_name, percent
 from fasp_lightning.cli.jobs import ModelConfig, PruneJob
 from fasp_lightning.pruning.budget.budget import Budget
 from fasp_lightning.pruning.budget.footprint import PeakMemory, peak_memory_estimate
 from fasp_lightning.pruning.budget.widths import decide_budget
 from fasp_lightning.pruning.config import PruningConfig, with_user_cache
-from fasp_lightning.structure.cuts import Cuts
+from fasp_lightning.structure.layout import Cuts
 from fasp_lightning.structure.registry import spec_for
 from fasp_lightning.structure.spec import ArchitectureSpec
 from fasp_lightning.text.config import TextConfig
@@ -37,6 +37,7 @@ class Setup:
         budget: Widths before and after.
         device: Where to compute.
         dtype: Dtype to load in.
+        stored: Dtype to save in.
         form: Form to save in.
         cuts: What will be cut.
     """
@@ -49,6 +50,7 @@ class Setup:
     budget: Budget
     device: torch.device
     dtype: torch.dtype
+    stored: torch.dtype
     form: str
     cuts: Cuts
 
@@ -61,7 +63,7 @@ class Setup:
     @property
     def stored_bytes(self) -> int:
         """Bytes of the weights that will be saved, zeros of a zero-filled model among them; the most it can be."""
-        size, budget = self.dtype.itemsize, self.budget
+        size, budget = self.stored.itemsize, self.budget
         if self.form != "zero_filled":
             return size * budget.parameters_after
         padded = self.spec.width_field is None or self.cuts.uneven  # how wide the widest will be is not known
@@ -88,9 +90,11 @@ def set_up(job: PruneJob) -> Setup:
     pruning = dataclasses.replace(job.pruning, device=job.pruning.device or str(device), own_text=own)
     budget = decide_budget(model, pruning)
     cuts = budget.cuts
-    dtype = choose_dtype(job.dtype, checkpoint_dtype(source, config), device)
+    checkpoint = checkpoint_dtype(source, config)
+    dtype = choose_dtype(job.dtype, checkpoint, device)
+    stored = choose_stored(job.save_dtype, checkpoint, dtype)
     form = choose_form(job.form, spec, cuts)
-    return Setup(source, config, model, spec, pruning, budget, device, dtype, form, cuts)
+    return Setup(source, config, model, spec, pruning, budget, device, dtype, stored, form, cuts)
 
 
 def already_pruned(setup: Setup) -> str:
@@ -99,6 +103,19 @@ def already_pruned(setup: Setup) -> str:
         f"{setup.source.name} is already pruned by {percent(setup.already_pruned)} of its blocks' linear "
         "parameters: it is pruned further, and sparsity counts from the original model"
     )
+
+
+def bytes_before(setup: Setup, job: PruneJob) -> int:
+    """Bytes of the model's files of weights, or what they would be in the dtype it is saved in."""
+    found = stored_bytes(setup.source, job.model.revision)
+    return found or setup.budget.parameters_before * setup.stored.itemsize
+
+
+def saved_dtype(setup: Setup) -> str:
+    """In which dtype a model is saved, where that is not the one it is computed in, or the checkpoint has none."""
+    if setup.source.gguf_file is not None and setup.stored.itemsize > 2:
+        return f"; saved in {dtype_name(setup.stored)}, since a GGUF file has no dtype (save_dtype: bfloat16 halves it)"
+    return "" if setup.stored == setup.dtype else f"; saved in {dtype_name(setup.stored)}"
 
 
 def config_of(model: ModelConfig) -> Any:

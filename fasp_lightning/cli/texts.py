@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +15,9 @@ from fasp_lightning.pruning.config import OwnTextConfig
 from fasp_lightning.pruning.own_text.writing import within_positions
 from fasp_lightning.text.batches import check_vocabulary, labelled
 from fasp_lightning.text.config import TextConfig, describe
-from fasp_lightning.text.files import local_files
-from fasp_lightning.text.tokens import token_batches
+from fasp_lightning.text.reading.files import data_set_of, listed, local_files
+from fasp_lightning.text.tokenizer import bos_of
+from fasp_lightning.text.tokens import read_text
 
 CALIBRATED, OTHER = "calibrated", "other"
 
@@ -68,7 +69,7 @@ def single_source(calibration: Sequence[TextConfig], own: bool) -> str | None:
 
 def _source(text: TextConfig) -> set[tuple[str | None, ...] | Path]:
     if text.kind == "local":
-        return {file.resolve().parent for file in local_files(text.source)}
+        return {data_set_of(file) for file in local_files(text.source)}
     return {(text.source, text.subset)}
 
 
@@ -80,11 +81,15 @@ class Text:
         name: For tables.
         batches: (batch, seq) token ids.
         config: Where it came from.
+        read: What was read for it, unless it is built-in: documents, chats among them, and the files of a local text.
+        bos: Token that every sequence begins with; ``None`` where it begins with the text.
     """
 
     name: str
     batches: list[Tensor]
     config: TextConfig
+    read: dict[str, Any] = field(default_factory=dict)
+    bos: str | None = None
 
     @property
     def tokens(self) -> int:
@@ -126,13 +131,24 @@ class Calibration:
 
     def to_dict(self) -> dict[str, Any]:
         """What the report says of it: the first text's settings, and those of the texts mixed in."""
-        first, *mix = map(_settings, self.configs) if self.texts else [{}]
+        first, *mix = map(_settings, self.texts) if self.texts else [{}]
         return {"name": self.name, **first, **({"mix": mix} if mix else {})}
 
 
-def _settings(text: TextConfig) -> dict[str, Any]:
-    """The fields of a text, those filled in that it leaves open."""
-    return {**dataclasses.asdict(text), **text.extent()._asdict()}
+def _settings(text: Text) -> dict[str, Any]:
+    """The fields of a text, those filled in that it leaves open, what was read, and what its sequences begin with."""
+    known = {"read": text.read, "bos": text.bos}
+    found = {name: value for name, value in known.items() if value}
+    return {**dataclasses.asdict(text.config), **text.config.extent()._asdict(), **found}
+
+
+def begins_with(texts: Iterable[Text]) -> str | None:
+    """Say which texts have sequences that begin with the tokenizer's beginning-of-text token, if any."""
+    names = {text.name: text.bos for text in texts if text.bos is not None}
+    if not names:
+        return None
+    token = next(iter(names.values()))
+    return f"every sequence of {', '.join(names)} begins with the tokenizer's {token}, which add_bos=false leaves out"
 
 
 def calibration_name(texts: Sequence[TextConfig], own: OwnTextConfig | None) -> str:
@@ -165,11 +181,16 @@ def load_text(config: TextConfig, tokenizer: Any, model: Any, name: str) -> Text
     seq_len = config.extent().seq_len
     if isinstance(longest, int) and seq_len > longest:
         raise FaspError(f"{name}.seq_len must be at most {longest}, the positions of the model, got {seq_len}")
-    batches = token_batches(config, tokenizer)
+    batches, documents, chats = read_text(config, tokenizer)
     vocabulary = model.get_input_embeddings().num_embeddings
     for batch in batches:
-        check_vocabulary(batch, vocabulary)
-    return Text(describe(config), batches, config)
+        check_vocabulary(batch, vocabulary, describe(config))
+    read: dict[str, Any] = {} if config.kind == "builtin" else {"documents": documents, "chats": chats}
+    if config.kind == "local":
+        read["files"] = listed(local_files(config.source))
+    bos = bos_of(tokenizer, config.add_bos, describe(config))
+    token = None if bos is None else tokenizer.convert_ids_to_tokens(bos)
+    return Text(describe(config), batches, config, read, token)
 
 
 def load_calibration(texts: list[TextConfig], own: OwnTextConfig | None, tokenizer: Any, model: Any) -> Calibration:

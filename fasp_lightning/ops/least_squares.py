@@ -121,26 +121,55 @@ def refit_bias(bias: Tensor, weight: Tensor, restored: Tensor, mean: Tensor, kep
     return bias.double() + weight.double() @ mean - restored.double() @ mean[kept]
 
 
-def output_energy(weight: Tensor, gram: Tensor) -> float:
-    """‖W X‖²_F = tr(W G Wᵀ), computed in the dtype of the gram.
+def output_energies(weight: Tensor, gram: Tensor) -> Tensor:
+    """‖w_i X‖² of each output i, the diagonal of W G Wᵀ; computed in the dtype of the gram.
 
     Args:
         weight: (out, n).
         gram: (n, n) gram of X.
+
+    Returns:
+        (out,) float64.
     """
     weight = weight.to(gram.dtype)
-    return ((weight @ gram) * weight).sum(dtype=torch.float64).clamp_min(0).item()
+    return ((weight @ gram) * weight).sum(1, dtype=torch.float64).clamp_min(0)
 
 
-def residual_energy(weight: Tensor, restored: Tensor, gram: Tensor, kept: Tensor) -> float:
-    """‖W X − Ŵ X_M‖²_F, with :func:`output_energy` of the difference of both weights.
+def residual_energies(weight: Tensor, restored: Tensor, gram: Tensor, kept: Tensor) -> Tensor:
+    """‖w_i X − ŵ_i X_M‖² of each output i, with :func:`output_energies` of the difference of both weights.
 
     Args:
         weight: (out, n) original weight.
         restored: (out, m) weight on the kept columns.
         gram: (n, n) gram of X; the centred one if the bias is refitted.
         kept: (m,) kept columns.
+
+    Returns:
+        (out,) float64.
     """
     difference = weight.to(gram.dtype).clone()
     difference[:, kept] -= restored.to(gram.dtype)
-    return output_energy(difference, gram)
+    return output_energies(difference, gram)
+
+
+def relative_error(residuals: Tensor, energies: Tensor) -> float:
+    """‖WX − ŴX_M‖_F / ‖WX‖_F. A few massive outputs or tokens decide on it: see :func:`error_per_output`.
+
+    Args:
+        residuals: (out,) of :func:`residual_energies`.
+        energies: (out,) of :func:`output_energies`.
+    """
+    energy = energies.sum()
+    return (residuals.sum() / energy).sqrt().item() if energy > 0 else 0.0
+
+
+def error_per_output(residuals: Tensor, energies: Tensor) -> float:
+    """Root mean square over the outputs i of ‖w_i X − ŵ_i X_M‖ / ‖w_i X‖, each at most 1: massive ones count as others.
+
+    Args:
+        residuals: (out,) of :func:`residual_energies`.
+        energies: (out,) of :func:`output_energies`; outputs without any are left out.
+    """
+    alive = energies > 0
+    ratios = (residuals[alive] / energies[alive]).clamp_max(1)
+    return ratios.mean().sqrt().item() if len(ratios) else 0.0

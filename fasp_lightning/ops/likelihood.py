@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 
 import torch
@@ -21,29 +22,31 @@ def next_token_nll(logits: Tensor, input_ids: Tensor, mask: Tensor | None = None
     """Sum −log p(x_t | x_<t) over the tokens that are predicted: t = 2 … T of each sequence.
 
     Position t − 1 of the logits predicts token t. A prediction counts iff its target and the token it is made
-    at are both unmasked. The logits are never copied as a whole.
+    at are both unmasked, and the target is not :data:`IGNORED`. The logits are never copied as a whole.
 
     Args:
         logits: (batch, seq, vocabulary), any floating dtype.
-        input_ids: (batch, seq) int64. Ids at masked positions may be anything.
+        input_ids: (batch, seq) int64 token ids, or labels. Ids at masked positions may be anything.
         mask: (batch, seq), true or non-zero at tokens, false or zero at padding; None means no padding.
 
     Returns:
-        The summed NLL (scalar, float64, in nats) and the number of predicted tokens (scalar, int64), on the
-        device of the logits.
+        The summed NLL (scalar, float64, in nats; on the CPU where the device has no float64) and the number of
+        predicted tokens (scalar, int64), on the device of the logits.
 
     Raises:
         FaspError: If the shapes don't match.
     """
     _check_shapes(logits, input_ids, mask)
-    nll = torch.zeros((), dtype=torch.float64, device=logits.device)
+    wide = torch.float64 if has_float64(logits.device) else torch.float32
+    sums = [torch.zeros((), dtype=wide, device=logits.device)]
     tokens = torch.zeros((), dtype=torch.int64, device=logits.device)
     for row, positions, targets in _predictions(logits, input_ids, mask):
         # the softmax of 16-bit logits is computed in fp32; the sum over a corpus needs fp64
         losses = functional.cross_entropy(logits[row, positions].float(), targets, reduction="none")
-        nll += losses.sum(dtype=torch.float64)
-        tokens += targets.numel()
-    return nll, tokens
+        sums.append(losses.sum(dtype=wide))
+        tokens += (targets != IGNORED).sum()
+    whole = torch.stack(sums)
+    return (whole if has_float64(whole.device) else whole.cpu().double()).sum(), tokens
 
 
 @torch.no_grad()
@@ -64,18 +67,32 @@ def next_token_nll_gradient(logits: Tensor, input_ids: Tensor, mask: Tensor | No
         FaspError: If the shapes don't match.
     """
     _check_shapes(logits, input_ids, mask)
-    gradient, targets, ignored = torch.empty_like(logits), input_ids[:, 1:], None
+    gradient, targets = torch.empty_like(logits), input_ids[:, 1:]
     if mask is not None:
-        ignored = ~(mask[:, :-1].bool() & mask[:, 1:].bool())
-        targets = targets.masked_fill(ignored, IGNORED)
+        targets = targets.masked_fill(~(mask[:, :-1].bool() & mask[:, 1:].bool()), IGNORED)
+    ignored = targets == IGNORED
     predicting = gradient[:, :-1]
     for sequence in zip(logits[:, :-1], targets, predicting, strict=True):
         for rows, goals, slopes in row_chunks(*sequence):
             slopes.copy_(subtract_one_hot(rows.float().softmax(-1), goals))
     gradient[:, -1:] = 0
-    if ignored is not None:
+    if ignored.any():
         predicting.masked_fill_(ignored[..., None], 0)
     return gradient
+
+
+def has_float64(device: torch.device) -> bool:
+    """Whether tensors on a device can be float64; on MPS they cannot."""
+    return _makes_float64(device.type)
+
+
+@functools.cache
+def _makes_float64(device: str) -> bool:
+    try:
+        torch.zeros((), dtype=torch.float64, device=device)
+    except (TypeError, NotImplementedError):
+        return False
+    return True
 
 
 def subtract_one_hot(probabilities: Tensor, targets: Tensor) -> Tensor:

@@ -34,9 +34,8 @@ def sequence_nll(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     Returns:
         (batch,) sums in float64, and (batch,) predicted tokens.
     """
-    rows = zip(logits.split(1), labels.split(1), strict=True)
-    nll = torch.stack([next_token_nll(*row)[0] for row in rows])  # an ignored label adds a loss of 0
-    return nll, (_targets(labels) != IGNORED).sum(1)
+    rows = [next_token_nll(*row) for row in zip(logits.split(1), labels.split(1), strict=True)]
+    return torch.stack([nll for nll, _ in rows]), torch.stack([tokens for _, tokens in rows])
 
 
 class _MeanNLL(torch.autograd.Function):

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fasp_lightning.errors import FaspError
+from fasp_lightning.ops.devices import sums_halves
 
 DOUBLE_LIMIT = 8192
 """Widest consumer whose gram is kept in float64; beyond it n² doubles cost more memory than they are worth."""
@@ -118,7 +119,8 @@ class GramStatistics:
 
 def _summable(inputs: Tensor) -> Tensor:
     """16-bit inputs stay as they are where the matmul itself sums in float32, and are upcast elsewhere."""
-    if inputs.dtype in (torch.float16, torch.bfloat16) and inputs.device.type != "cuda":
+    halves = inputs.dtype in (torch.float16, torch.bfloat16)
+    if halves and not sums_halves(inputs.device.type, inputs.dtype):
         return inputs.float()
     return inputs
 

@@ -10,12 +10,14 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from fasp_lightning.errors import FaspError
 from fasp_lightning.ops.likelihood import next_token_nll
-from fasp_lightning.structure.modes import evaluating
-from fasp_lightning.text.batches import TokenBatch, check_vocabulary, read_batch
+from fasp_lightning.pruning.inputs import ModelInputs, check_at_hand
+from fasp_lightning.structure.causal_lm import require_language_model
+from fasp_lightning.structure.modes import evaluating, own_modes
+from fasp_lightning.text.batches import each_batch, read_batch
 
 log = logging.getLogger(__name__)
 
@@ -27,7 +29,7 @@ class PerplexityResult:
     Attributes:
         perplexity: exp(nll / tokens).
         nll: Summed negative log-likelihood, in nats.
-        tokens: Predicted tokens: T − 1 of a sequence of T tokens, padding aside.
+        tokens: Predicted tokens: T − 1 of a sequence of T tokens, padding and labels of −100 aside.
         sequences: Number of sequences.
         seq_len: Tokens of the longest sequence, padding included.
         seconds: Time it took.
@@ -52,14 +54,15 @@ def perplexity(model: nn.Module, batches: Iterable[Any]) -> float:
 
     Args:
         model: A causal language model of transformers.
-        batches: (batch, seq) int64 token ids, or mappings with ``input_ids`` and optionally ``attention_mask``;
-            read once.
+        batches: (batch, seq) int64 token ids, or mappings with ``input_ids`` and optionally ``attention_mask``,
+            ``position_ids`` and ``labels``; read once. Or a single one.
 
     Returns:
         exp(Σ NLL / predicted tokens).
 
     Raises:
-        FaspError: If there is no token to predict, an id is outside the vocabulary, or a batch has a weight.
+        FaspError: If there is no token to predict, an id is outside the vocabulary, a sequence is longer than a table
+            of learned positions, or a batch has a weight or an input that is not passed on.
 
     Example::
 
@@ -72,26 +75,33 @@ def perplexity(model: nn.Module, batches: Iterable[Any]) -> float:
     return measure_perplexity(model, batches).perplexity
 
 
+@own_modes()
 def measure_perplexity(model: nn.Module, batches: Iterable[Any]) -> PerplexityResult:
     """Measure the perplexity of a model: exp(Σ NLL / predicted tokens), both summed over all sequences.
 
     The model is evaluated in eval mode, without gradients and without a cache, on the device where it is; the
-    modes of its modules are as before afterwards. Padding belongs on the right, where no token's position
-    depends on it.
+    modes of its modules are as before afterwards. Padding on either side changes nothing. ``labels`` say what is
+    predicted, as in the model's own loss: packed sequences have −100 where one begins. A beginning-of-text token is
+    context alone, never predicted.
 
     Args:
         model: A causal language model of transformers.
-        batches: (batch, seq) int64 token ids, or mappings with ``input_ids`` and optionally ``attention_mask``;
-            read once.
+        batches: (batch, seq) int64 token ids, or mappings with ``input_ids`` and optionally ``attention_mask``,
+            ``position_ids`` and ``labels``; read once. Or a single one.
 
     Returns:
         The perplexity, and what it was measured on. It is infinite or NaN if the model's logits are.
 
     Raises:
-        FaspError: If there is no token to predict, an id is outside the vocabulary, or a batch has a weight.
+        FaspError: If there is no token to predict, an id is outside the vocabulary, a sequence is longer than a table
+            of learned positions, or a batch has a weight or an input that is not passed on, or the
+            model gives no logits over the vocabulary.
     """
+    require_language_model(model)
     nll, tokens, sequences, seq_len = 0.0, 0, 0, 0
     started = time.perf_counter()
+    inputs, batches = ModelInputs(model), each_batch(batches)
+    check_at_hand(inputs, batches)
     with evaluating(model):
         for batch in batches:
             given = read_batch(batch)
@@ -100,7 +110,7 @@ def measure_perplexity(model: nn.Module, batches: Iterable[Any]) -> PerplexityRe
                     f"weight of a batch must be 1 where perplexity is measured, got {given.weight}: every token counts "
                     "alike; leave the weight out"
                 )
-            batch_nll, batch_tokens = _batch_nll(model, given)
+            batch_nll, batch_tokens = _batch_nll(model, inputs.checked(given), given.targets)
             nll, tokens = nll + batch_nll, tokens + batch_tokens
             sequences, seq_len = sequences + len(given.input_ids), max(seq_len, given.input_ids.shape[1])
     seconds = time.perf_counter() - started
@@ -112,16 +122,10 @@ def measure_perplexity(model: nn.Module, batches: Iterable[Any]) -> PerplexityRe
     return PerplexityResult(exp_nll(nll / tokens), nll, tokens, sequences, seq_len, seconds, tokens / seconds)
 
 
-def _batch_nll(model: nn.Module, batch: TokenBatch) -> tuple[float, int]:
+def _batch_nll(model: nn.Module, inputs: dict[str, Tensor], targets: Tensor) -> tuple[float, int]:
     """Summed NLL and predicted tokens of one batch."""
-    embeddings = model.get_input_embeddings()  # type: ignore[operator]  # a method of every transformers model
-    check_vocabulary(batch.input_ids, embeddings.weight.shape[0])
-    device = embeddings.weight.device
-    inputs = {name: value.to(device) for name, value in batch.inputs.items()}
     logits = model(**inputs, use_cache=False).logits
-    # a model spread over devices answers on its last one
-    moved = {name: value.to(logits.device) for name, value in inputs.items()}
-    nll, tokens = next_token_nll(logits, moved["input_ids"], moved.get("attention_mask"))
+    nll, tokens = next_token_nll(logits, targets.to(logits.device))  # a model over devices answers on its last one
     return float(nll), int(tokens)
 
 

@@ -6,20 +6,30 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
 from fasp_lightning.errors import FaspError
-from fasp_lightning.pruning.blocks.capture import capture
-from fasp_lightning.pruning.blocks.samples import spread_samples
+from fasp_lightning.ops.likelihood import IGNORED
+from fasp_lightning.pruning.blocks.capture import capture, micro_batches
+from fasp_lightning.pruning.blocks.rehearsal import rehearse
+from fasp_lightning.pruning.blocks.samples import Sample, spread_samples
 from fasp_lightning.pruning.blocks.sensitivity import fisher_scores
 from fasp_lightning.pruning.blocks.session import Session
 from fasp_lightning.pruning.config import PruningConfig
+from fasp_lightning.pruning.inputs import ModelInputs, check_at_hand
+from fasp_lightning.pruning.own_text.generation import first_tokens
 from fasp_lightning.pruning.own_text.writing import calibration_starts, mixed, own_text
+from fasp_lightning.pruning.processes import Processes
 from fasp_lightning.structure.modes import evaluating
 from fasp_lightning.structure.pair import ResolvedPair
+from fasp_lightning.text.batches import CALIBRATION, each_batch
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+PIECES = 8
+"""Of one text, loss sensitivity takes this many pieces or more: so it goes at most one in so many beyond its tokens."""
 
 
 @dataclass(frozen=True)
@@ -66,11 +76,16 @@ def prepare(
         config: ``own_text``, ``score``, ``allocation``, ``sensitivity_tokens`` and ``micro_batch_size`` are read.
 
     Raises:
-        FaspError: If there is no calibration batch, or a gradient or logit is not finite.
+        FaspError: Before anything is computed, if a batch is refused, there is no token, or the model does not run its
+            blocks as it must; later, if a gradient or logit is not finite.
     """
     processes, own = session.processes, config.own_text
     with processes.together():
-        batches = [] if own is not None and own.share == 1 else list(batches)  # own text alone needs no other
+        alone = own is not None and own.share == 1  # own text needs no other
+        batches = [] if alone else list(each_batch(batches))
+        tokens = _check(model, pairs, batches)
+    if own is None or own.share < 1:
+        _require_tokens(processes.total(tokens)[0], own is not None)
     if own is not None:
         with session.clock.phase("own text"), evaluating(model):
             written = own_text(model, own, processes, calibration_starts(batches, processes))
@@ -78,8 +93,43 @@ def prepare(
     if not config.needs_sensitivity:
         return Prepared(batches, [])
     with session.clock.phase("sensitivity"), evaluating(model), session.store:
+        bound = max(1, config.sensitivity_tokens // PIECES)
         with processes.together():
-            samples, hidden = capture(model, batches, config.micro_batch_size, session.store)
+            samples, hidden = capture(model, batches, config.micro_batch_size, session.store, bound)
         chosen = spread_samples(samples, config.sensitivity_tokens, processes)
-        session.progress.expect(len(chosen) * len(pairs) + len(samples) * session.progress.passes)
+        _require_targets(chosen, processes)
+        later = sum(1 for _ in micro_batches(batches, config.micro_batch_size))
+        session.progress.expect(len(chosen) * len(pairs) + later * session.progress.passes)
         return Prepared(batches, fisher_scores(session, model, pairs, chosen, hidden))
+
+
+def _check(model: PreTrainedModel, pairs: list[list[ResolvedPair]], batches: list[Any]) -> int:
+    """Refuse batches and models that cannot be used; returns the number of tokens in this process."""
+    inputs = ModelInputs(model)
+    check_at_hand(inputs, batches, CALIBRATION)
+    tokens, example = 0, {"input_ids": first_tokens(model, 1, torch.Generator())[:, None]}
+    for number, batch in enumerate(micro_batches(batches, 1)):
+        mask = batch.attention_mask
+        tokens += batch.tokens
+        if batch.tokens and (number == 0 or (mask is not None and not mask[0, 0])):  # padding on the left may do harm
+            example = inputs(batch)
+    rehearse(model, pairs, example)
+    return tokens
+
+
+def _require_tokens(tokens: float, own: bool) -> None:
+    if not tokens:
+        remedy = "; set own_text.share to 1 to calibrate on own text alone" if own else ""
+        raise FaspError(f"batches must hold at least one calibration batch with a token in it, got none{remedy}")
+
+
+def _require_targets(samples: list[Sample], processes: Processes) -> None:
+    """Refuse samples without a loss: every unit would be as good as any other."""
+    mine = sum(int((sample.targets[:, 1:] != IGNORED).sum()) for sample in samples if sample.targets is not None)
+    (predicted,) = processes.total(mine)
+    if not predicted:
+        raise FaspError(
+            "batches must hold at least one token to predict where loss sensitivity is measured, got none; give "
+            "labels that are not all -100 and sequences of two tokens or more, or set score to 'wanda' and allocation "
+            "to 'uniform'"
+        )

@@ -117,8 +117,10 @@ class Processes:
     @property
     def _wire(self) -> torch.device:
         """Where the backend takes tensors from."""
-        nccl = dist.get_backend(self._group) == "nccl"
-        return torch.device("cuda", torch.cuda.current_device()) if nccl else torch.device("cpu")
+        kinds = dist.Backend.backend_capability.get(dist.get_backend(self._group), ["cpu"])
+        if "cpu" in kinds:
+            return torch.device("cpu")
+        return torch.device(kinds[0], torch.accelerator.current_device_index())
 
 
 def _on_cpu(value: Any) -> Any:

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 
 import torch
 
+from fasp_lightning.ops.devices import device_function, synchronize
+
 
 @dataclass(frozen=True)
 class ProgressEvent:
@@ -73,7 +75,7 @@ class Stopwatch:
     """Wall-clock seconds by phase. Phases nest: an inner phase's time is taken off the outer one's.
 
     Args:
-        device: Work queued on a CUDA device is waited for, so that it counts where it was asked for.
+        device: Work queued on an accelerator is waited for, so that it counts where it was asked for.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -94,15 +96,14 @@ class Stopwatch:
             self._inner[-1] += spent
 
     def _now(self) -> float:
-        if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
+        synchronize(self._device)
         return time.perf_counter()
 
 
 def peak_memory(device: torch.device) -> dict[str, int]:
-    """Highest resident set of the process so far, and of CUDA since its last reset, in bytes."""
+    """Highest resident set of the process so far, and of an accelerator since its last reset, in bytes."""
     unit = 1 if sys.platform == "darwin" else 1024
     peak = {"rss": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit}
-    if device.type == "cuda":
-        peak["cuda"] = torch.cuda.max_memory_allocated(device)
+    if measure := device_function(device, "max_memory_allocated"):
+        peak[device.type] = measure(device)
     return peak

@@ -6,11 +6,11 @@ import time
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from fasp_lightning.errors import FaspError
+from fasp_lightning.ops.devices import device_function
 from fasp_lightning.pruning.blocks.session import Session
 from fasp_lightning.pruning.budget.allocation import adaptive_budget
+from fasp_lightning.pruning.budget.steps import budgets_in_turn
 from fasp_lightning.pruning.budget.widths import budget_towards, decide_budget
 from fasp_lightning.pruning.config import PruningConfig
 from fasp_lightning.pruning.prepare import Prepared, prepare
@@ -18,8 +18,9 @@ from fasp_lightning.pruning.processes import Processes
 from fasp_lightning.pruning.progress import Progress, peak_memory
 from fasp_lightning.pruning.report import PruningReport
 from fasp_lightning.pruning.round import PruningRound, passes_over, round_configs
+from fasp_lightning.structure.modes import own_modes
 from fasp_lightning.structure.pair import ResolvedPair
-from fasp_lightning.structure.plan import record_plan, resolve_pruned
+from fasp_lightning.structure.plan import adopt_plan, record_plan, resolve_pruned
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -43,6 +44,7 @@ class FASPPruner:
     def __init__(self, config: PruningConfig | None = None) -> None:
         self.config = config or PruningConfig()
 
+    @own_modes()
     def prune(
         self,
         model: PreTrainedModel,
@@ -50,17 +52,27 @@ class FASPPruner:
         progress: Progress | None = None,
         processes: Processes | None = None,
     ) -> PruningReport:
-        """Prune ``model`` in place. Afterwards it carries its plan as ``model.fasp_plan``.
+        """Prune ``model`` in place. Afterwards it carries its plan, which ``model.fasp_plan`` shows.
 
-        If this raises half-way, the blocks done so far stay pruned and the model's plan says so.
+        The plan stands in the model's config (as ``config.fasp``; the config is a copy from then on), so every way of
+        saving keeps it: :func:`~fasp_lightning.save_pruned`, which chooses the form, as ``save_pretrained``,
+        ``push_to_hub`` and the checkpoints of a ``transformers.Trainer``, which
+        :func:`~fasp_lightning.load_pruned` reads. Stock code, too, loads them where it can build the shapes, and
+        refuses those of value dims or uneven blocks as a size mismatch. Sparsity counts from the original model,
+        whoever loaded it; a zero-filled one that stock code loaded loses its zeros first.
+
+        Whatever stops it half-way, a Ctrl-C included, the pairs cut so far stay cut, each wholly, the model's plan and
+        config say which, and the model runs, and can be pruned further and saved.
 
         Args:
             model: A Hugging Face causal LM of a registered family, pruned before or not.
             batches: Any iterable of (batch, seq) token ids or of mappings with ``input_ids`` and optionally
-                ``attention_mask``, ``position_ids``, ``weight`` (how much each of its tokens counts) and ``source``
-                (the name of its text: each text has its share of the tokens that are held back, or that loss
-                sensitivity is measured on); read once. Padding enters no statistic. Or what :meth:`prepare` made of
-                them.
+                ``attention_mask``, ``position_ids``, ``labels``, ``weight`` (how much each of its tokens counts) and
+                ``source`` (the name of its text: each text has its share of the tokens that are held back, or that loss
+                sensitivity is measured on); read once. Padding, on either side, enters no statistic; a label of −100
+                takes its token out of the loss whose sensitivity is measured, not out of the statistics. Or a single
+                batch, or what
+                :meth:`prepare` made of them.
             progress: Called after each pass of a sample through a block.
             processes: Those that hold copies of this model and call this together, each with batches of its own:
                 statistics are summed, one solves, all cut alike. By default this process alone.
@@ -69,8 +81,9 @@ class FASPPruner:
             Widths, errors, seconds and memory.
 
         Raises:
-            FaspError: Before the first batch is read, if the family is unknown, its shapes do not fit or the
-                sparsity cannot be reached; later, if an activation is not finite (the message names the layer).
+            FaspError: Before the first batch is read, if the family is unknown, its shapes do not fit, or are others
+                than the plan in its config says, or the sparsity cannot be reached; later, if an activation is not
+                finite (the message names the layer).
             RuntimeError: If another process raised an error.
         """
         pairs = self._pairs(model)
@@ -80,11 +93,13 @@ class FASPPruner:
         if not budget.changes:
             record_plan(model, pairs)
             return report
+        configs = round_configs(budget, self.config)
+        if len(configs) > 1 and budget.attention == "kv_groups":  # few steps: a later round may be out of reach
+            list(budgets_in_turn(model, configs, budget_towards))
         session = Session.start(self.config, pairs, progress, processes)
         start = time.perf_counter()
-        if session.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(session.device)
-        configs = round_configs(budget, self.config)
+        if reset := device_function(session.device, "reset_peak_memory_stats"):
+            reset(session.device)
         for number, config in enumerate(configs):
             budget = budget_towards(model, config, pairs)
             if not budget.changes:
@@ -104,6 +119,7 @@ class FASPPruner:
         model.fasp_report = report.to_dict()  # type: ignore[assignment]  # saved along
         return report
 
+    @own_modes()
     def prepare(
         self,
         model: PreTrainedModel,
@@ -130,12 +146,18 @@ class FASPPruner:
         return prepare(session, model, pairs, batches, self.config)
 
     def _pairs(self, model: PreTrainedModel) -> list[list[ResolvedPair]]:
+        adopt_plan(model)
         return resolve_pruned(model, kv_groups=self.config.attention == "kv_groups")
 
 
 def _require_weights(model: PreTrainedModel) -> None:
-    for name, parameter in model.named_parameters():
-        if parameter.is_meta:
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if tensor.is_meta:
             raise FaspError(
                 f"model must have its weights in memory, got {name} on the meta device; load it fully first"
+            )
+        if tensor.is_inference():
+            raise FaspError(
+                f"model must be made of tensors that can be trained, got {name} made in torch.inference_mode(); "
+                "load it outside of that"
             )

@@ -24,6 +24,9 @@ class PairReport:
         width_after: Units after it.
         error_before: ‖WX − W_M X_M‖/‖WX‖, the relative reconstruction error without restoration.
         error_after: ‖WX − ŴX_M‖/‖WX‖, with it.
+        output_error_before: Root mean square of the same ratio of each output of the consumer, at most 1 each. Where a
+            few tokens of massive activations hold most of ‖WX‖, this tells what happens to the rest.
+        output_error_after: That, with restoration.
         damping: Damping that was used; 0 if nothing was solved.
         solver: ``"cholesky"``, ``"eigh"`` or ``"none"``.
         seconds: Wall-clock seconds of statistics, solve and cut.
@@ -35,6 +38,8 @@ class PairReport:
     width_after: int
     error_before: float
     error_after: float
+    output_error_before: float
+    output_error_after: float
     damping: float
     solver: str
     seconds: float
@@ -50,6 +55,7 @@ class TextReport:
         before: Of the model before this pruning.
         after: Of the pruned model.
         unrestored: Of a model with the same columns and the weights as they were; ``None`` if not measured.
+        bos: Token that every sequence began with, which is not predicted; ``None`` where it began with the text.
     """
 
     name: str
@@ -57,6 +63,7 @@ class TextReport:
     before: PerplexityResult
     after: PerplexityResult
     unrestored: PerplexityResult | None = None
+    bos: str | None = None
 
     @property
     def restoration_effect(self) -> int:
@@ -99,7 +106,7 @@ class PruningReport:
         tokens: Calibration tokens, padding left out.
         pairs: One entry for each pair that was cut, in the order of the cuts.
         seconds: Wall-clock seconds by phase: capture, forward, gram, solve, cut, apply, and total.
-        peak_memory: Bytes: ``"rss"`` of the process (its highest so far) and ``"cuda"``.
+        peak_memory: Bytes: ``"rss"`` of the process (its highest so far) and of the accelerator, such as ``"cuda"``.
         warnings: What the user should know.
         config: The settings.
         evaluation: Perplexity on each text that was measured: ``fasp prune`` fills it, the engine measures none.

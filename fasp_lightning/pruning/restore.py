@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -11,9 +10,11 @@ from torch import Tensor
 
 from fasp_lightning.ops.least_squares import (
     Restoration,
-    output_energy,
+    error_per_output,
+    output_energies,
     refit_bias,
-    residual_energy,
+    relative_error,
+    residual_energies,
     restore_weight,
 )
 from fasp_lightning.ops.selection import complement
@@ -77,23 +78,25 @@ def restore_pair(
     if held is not None:
         statistics.add(held)  # once the damping is chosen, every token serves
     gram = statistics.gram()
-    energy, plain = output_energy(problem.weight, gram), problem.plain_error(gram)
+    energies, plain = output_energies(problem.weight, gram), problem.plain_errors(gram)
     best = _Solution([factor[:, kept] for factor in problem.factors], None, 0.0, "none")
-    error = plain
+    errors = plain
     if damping is not None:
         rows, used = problem.system(statistics, gram)
         found = problem.solution(restore_weight(rows, used, kept, damping=damping, ridge=config.ridge), statistics)
-        found_error = problem.error(found, statistics, gram)
+        found_errors = problem.errors(found, statistics, gram)
         # A ridge towards zero shrinks the weights: with strong damping that does more harm than the columns that went.
-        if found_error <= plain and not (held and problem.gain(found, held) < 0):
-            best, error = found, found_error
+        if found_errors.sum() <= plain.sum() and not (held and problem.gain(found, held) < 0):
+            best, errors = found, found_errors
     entry = PairReport(
         layer=width.layer,
         kind=width.kind,
         width_before=width.before,
         width_after=width.after,
-        error_before=_relative(plain, energy),
-        error_after=_relative(error, energy),
+        error_before=relative_error(plain, energies),
+        error_after=relative_error(errors, energies),
+        output_error_before=error_per_output(plain, energies),
+        output_error_after=error_per_output(errors, energies),
         damping=best.damping,
         solver=best.solver,
         seconds=0.0,
@@ -172,21 +175,21 @@ class _Problem:
         rows = list(found.weight.split([factor.shape[0] for factor in self.factors]))
         return _Solution(rows, None if self.bias is None else statistics.mean(), found.damping, found.solver)
 
-    def error(self, solution: _Solution, statistics: GramStatistics, gram: Tensor) -> float:
-        """‖W X − Ŵ X_M‖² over the tokens of ``statistics``, with the refitted bias if there is one."""
+    def errors(self, solution: _Solution, statistics: GramStatistics, gram: Tensor) -> Tensor:
+        """(out,) ‖w_i X − ŵ_i X_M‖² over the tokens of ``statistics``, with the refitted bias if there is one."""
         if solution.mean is not None:
             gram = centre(gram, statistics.mean(), statistics.tokens, about=solution.mean)
-        return residual_energy(self.weight, self.pair.effective(solution.factors), gram, self.kept)
+        return residual_energies(self.weight, self.pair.effective(solution.factors), gram, self.kept)
 
-    def plain_error(self, gram: Tensor) -> float:
-        """What the removed columns gave, ‖W_P X_P‖²."""
+    def plain_errors(self, gram: Tensor) -> Tensor:
+        """(out,) what the removed columns gave, ‖w_iP X_P‖²."""
         removed = complement(self.kept, self.weight.shape[1])
-        return output_energy(self.weight[:, removed], gram[removed[:, None], removed])
+        return output_energies(self.weight[:, removed], gram[removed[:, None], removed])
 
     def gain(self, solution: _Solution, statistics: GramStatistics) -> float:
         """By how much the error on some tokens is below that of no restoration."""
         gram = statistics.gram()
-        return self.plain_error(gram) - self.error(solution, statistics, gram)
+        return (self.plain_errors(gram) - self.errors(solution, statistics, gram)).sum().item()
 
     def refitted(self, solution: _Solution) -> Tensor | None:
         """The bias that goes with a solution."""
@@ -194,7 +197,3 @@ class _Problem:
             return None
         restored = self.pair.effective(solution.factors)
         return refit_bias(self.bias, self.weight, restored, solution.mean, self.kept)
-
-
-def _relative(error: float, energy: float) -> float:
-    return math.sqrt(error / energy) if energy > 0 else 0.0

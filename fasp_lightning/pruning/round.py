@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import sys
@@ -30,6 +31,7 @@ from fasp_lightning.structure.modes import evaluating, placed
 from fasp_lightning.structure.pair import ResolvedPair
 from fasp_lightning.structure.plan import record_plan
 from fasp_lightning.structure.registry import spec_for
+from fasp_lightning.structure.transaction import all_or_nothing
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -81,7 +83,7 @@ class PruningRound:
     def prune(self, prepared: Prepared) -> None:
         """Prune block after block, later ones seeing what is left of the earlier ones.
 
-        If this raises half-way, the blocks done so far stay pruned and the model's plan says so.
+        If this raises half-way, the pairs cut so far stay cut, each wholly, and the model's plan says which.
 
         Args:
             prepared: The calibration set, and the loss sensitivity where the settings ask for it.
@@ -95,12 +97,9 @@ class PruningRound:
             session.progress.expect(len(samples) * passes_over(budget))
             self._count_tokens(samples, budget)
             by_sensitivity = prepared.sensitivity if config.scores_by_sensitivity else None
-            try:
-                for index in range(len(self.pairs)):
-                    scores = None if by_sensitivity is None else by_sensitivity[index]
-                    self._prune_block(index, scores, samples, hidden)
-            finally:
-                record_plan(self.model, self.pairs)
+            for index in range(len(self.pairs)):
+                scores = None if by_sensitivity is None else by_sensitivity[index]
+                self._prune_block(index, scores, samples, hidden)
 
     def _count_tokens(self, samples: list[Sample], budget: Budget) -> None:
         """Note the size of the calibration set, and warn if it is small."""
@@ -147,10 +146,12 @@ class PruningRound:
         units, columns, restored, entry = processes.from_first(decided)
         if restored.singular:
             self._warn(f"{width.layer}: the gram was singular; solved by {entry.solver} with damping {entry.damping:g}")
-        with clock.phase("cut"):
+        with clock.phase("cut"), all_or_nothing(self.model, pair), processes.together():
             pair.cut(units)
             pair.assign(restored.factors, restored.bias)
-        log.debug("%s: %d -> %d, error %.4f", width.layer, width.before, width.after, entry.error_after)
+            record_plan(self.model, self.pairs)
+        errors = entry.error_after, entry.output_error_after
+        log.debug("%s: %d -> %d, error %.4f, per output %.4f", width.layer, width.before, width.after, *errors)
         entry.seconds = time.perf_counter() - start
         self.report.pairs.append(entry)
         with processes.together():
@@ -192,6 +193,6 @@ def passes_over(budget: Budget) -> int:
 def _frames_inside() -> int:
     """Stack level of the caller outside this package, seen from where this is called."""
     frame, level = sys._getframe(1), 1
-    while frame is not None and frame.f_code.co_filename.startswith(PACKAGE):
+    while frame is not None and frame.f_code.co_filename.startswith((PACKAGE, contextlib.__file__)):  # decorators
         frame, level = frame.f_back, level + 1  # type: ignore[assignment]
     return level

@@ -32,6 +32,30 @@ def base_of(linear: nn.Module) -> nn.Module:
     return getattr(linear, "base_layer", linear)
 
 
+def require_in_place(block: nn.Module, name: str, path: str) -> None:
+    """Refuse a layer of which, or around which, a copy is trained: the model has two of it then, and cuts one.
+
+    Args:
+        block: The decoder block.
+        name: Its path, for messages.
+        path: Path of the layer in it.
+
+    Raises:
+        FaspError: If there is such a copy.
+    """
+    parts = path.split(".")
+    for place in (".".join(parts[: count + 1]) for count in range(len(parts))):
+        if _is_set_aside(block.get_submodule(place)):
+            raise FaspError(
+                f"{name}.{place} must be the one module at its place to be pruned, got a copy that is trained beside "
+                "it (modules_to_save of peft); call merge_and_unload() first, or leave it out of modules_to_save"
+            )
+
+
+def _is_set_aside(module: nn.Module) -> bool:
+    return hasattr(module, "original_module")
+
+
 def is_adapted(linear: nn.Module) -> bool:
     """Whether a linear layer has adapters."""
     return hasattr(linear, "base_layer")
@@ -50,15 +74,27 @@ def adapters_of(name: str, linear: nn.Module) -> list[Adapter]:
     if not is_adapted(linear):
         return []
     adapted: Any = linear
-    if not hasattr(linear, "lora_A") or getattr(linear, "lora_variant", None):
-        kind = type(linear).__name__
-        raise FaspError(f"{name}: an adapter must be plain LoRA to be pruned along, got {kind}; merge it first")
+    if not _is_plain_lora(adapted):
+        kinds = [type(one) for one in getattr(adapted, "lora_variant", {}).values()] or [type(adapted)]
+        got = ", ".join(f"{kind.__module__}.{kind.__name__}" for kind in kinds)
+        raise FaspError(
+            f"{name}: an adapter must be plain LoRA to be pruned along, got {got}; call merge_and_unload() first"
+        )
     on = set() if getattr(adapted, "disable_adapters", False) else set(adapted.active_adapters)
     on -= set(getattr(adapted, "merged_adapters", ()))
     return [
         Adapter(first, adapted.lora_B[key], adapted.scaling[key] if key in on else 0.0)
         for key, first in adapted.lora_A.items()
     ]
+
+
+def _is_plain_lora(adapted: Any) -> bool:
+    """Whether all that an adapter does is to add a product of two matrices to the layer's own."""
+    if getattr(adapted, "lora_variant", None) or hasattr(adapted, "parameter_name"):  # DoRA and others; of a parameter
+        return False
+    if not hasattr(adapted, "lora_A"):
+        return False
+    return all(isinstance(one, nn.Linear) for one in (*adapted.lora_A.values(), *adapted.lora_B.values()))
 
 
 def effective_weight(base: Tensor, factors: list[Tensor], adapters: list[Adapter]) -> Tensor:
@@ -81,5 +117,5 @@ def is_adapter_parameter(name: str) -> bool:
 
 
 def has_adapters(model: nn.Module) -> bool:
-    """Whether any layer of a model is adapted."""
-    return any(is_adapted(module) for module in model.modules())
+    """Whether any layer of a model is adapted, or trained as a copy beside adapters."""
+    return any(is_adapted(module) or _is_set_aside(module) for module in model.modules())

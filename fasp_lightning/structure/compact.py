@@ -1,101 +1,183 @@
-"""Run-time modules for value pairs: the stock attention code sees its full widths, the weights are compact.
+"""Value pairs at run time: the stock attention code sees its full widths, the layers have fewer rows and columns.
 
-Both are transparent to ``state_dict``: the keys are those of the module inside, so that a compact checkpoint meets
-a stock model with a size mismatch, loudly, and never with a key that is quietly initialised anew.
+The layers of a cut pair stay the modules that they were, under the names that they had, with the features that their
+weights have now. What lies between them and the attention's code is done from outside, by forward hooks on whatever
+module stands at their path: an adapter that a library puts around such a layer works on the layer's own widths, and
+its result is scattered, or its input gathered, like that of the plain layer.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, cast
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
+from typing import Any
 
+import torch
 from torch import Tensor, nn
-
-_INNER = "linear."
-
-
-class _Transparent(nn.Module):
-    """Holds one linear module and hides its own level from the keys of the state dict.
-
-    The positions are no buffer: averages of a model would round a mean of equal integers down.
-
-    Attributes:
-        positions: (m,) where the linear module's rows or columns are in the full width; moves with the module.
-        hides_level: Set it to false where keys must be the paths of the parameters, as ``torch.distributed`` has it;
-            such keys are read in either case.
-    """
-
-    def __init__(self, linear: nn.Module, positions: Tensor) -> None:
-        super().__init__()
-        self.linear = linear
-        self.positions = positions
-        self.hides_level = True
-        self.training = linear.training
-        self.register_state_dict_post_hook(_strip_level)
-        self.register_load_state_dict_pre_hook(_add_level)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> _Transparent:
-        """What ``to``, ``cuda`` and the like go through."""
-        super()._apply(fn, recurse)
-        self.positions = fn(self.positions)
-        return self
+from torch.utils.hooks import RemovableHandle
 
 
-def _strip_level(module: nn.Module, state: dict[str, Any], prefix: str, _metadata: Any) -> None:
-    if not module.hides_level:
-        return
-    for key in [key for key in state if key.startswith(prefix + _INNER)]:
-        state[prefix + key.removeprefix(prefix + _INNER)] = state.pop(key)
+class WidthHook(ABC):
+    """A forward hook between a compact layer and code that knows its full width.
 
-
-def _add_level(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
-    for key in [key for key in state if key.startswith(prefix) and not key.startswith(prefix + _INNER)]:
-        state[prefix + _INNER + key.removeprefix(prefix)] = state.pop(key)
-
-
-class ScatterRows(_Transparent):
-    """A producer with fewer rows whose output is scattered into zeros of the full width.
+    The positions are no buffer of a module: averages of a model would round a mean of equal integers down.
 
     Args:
-        linear: The producer; its weight has one row an entry of ``rows``.
+        positions: (m,) where the layer's rows or columns are in the full width.
+    """
+
+    def __init__(self, positions: Tensor) -> None:
+        with torch.inference_mode(False):  # autograd saves them, whatever mode the cut was made in
+            self.positions = positions.cpu().clone()
+        self._near = self.positions
+        self._handle: RemovableHandle | None = None
+        self._id = -1  # the handle's, which torch.compile can read; the handle itself it cannot
+
+    def positions_on(self, device: torch.device) -> Tensor:
+        """The positions on a device; the copy on the last one is kept."""
+        near = self._near  # read once: the replicas of a model run in threads
+        if near.device != device:
+            with torch.inference_mode(False):
+                self._near = near = self.positions.to(device)
+        return near
+
+    def stands_on(self, module: nn.Module) -> bool:
+        """Whether the hook is on a module."""
+        return self._hooks(module).get(self._id) is self
+
+    def put_on(self, module: nn.Module) -> None:
+        """Take the hook off the module that it is on, and those that came with copied layers off the copies."""
+        for hook in [self, *(hook for each in module.modules() for hook in self._hooks(each).values())]:
+            if isinstance(hook, type(self)):
+                hook.remove()
+        self._handle = self._register(module)
+        self._id = self._handle.id
+
+    def remove(self) -> None:
+        """Take the hook off the module that it is on."""
+        if self._handle is not None:
+            self._handle.remove()
+
+    @abstractmethod
+    def _register(self, module: nn.Module) -> RemovableHandle: ...
+
+    @staticmethod
+    @abstractmethod
+    def _hooks(module: nn.Module) -> Mapping[int, Any]: ...
+
+
+class ScatterRows(WidthHook):
+    """Scatters the output of a producer with fewer rows into zeros of the full width.
+
+    Args:
         rows: (m,) positions of its outputs in the full width.
         width: Full output width.
     """
 
-    def __init__(self, linear: nn.Module, rows: Tensor, width: int) -> None:
-        super().__init__(linear, rows)
+    def __init__(self, rows: Tensor, width: int) -> None:
+        super().__init__(rows)
         self.width = width
 
-    def forward(self, inputs: Tensor) -> Tensor:
-        """(…, in) → (…, width)."""
-        outputs = self.linear(inputs)
+    def __call__(self, module: nn.Module, args: Any, outputs: Tensor) -> Tensor:
+        """(…, m) → (…, width)."""
         full = outputs.new_zeros(*outputs.shape[:-1], self.width)
-        return full.index_copy(-1, self.positions.to(outputs.device), outputs)  # sharding moves parameters alone
+        return full.index_copy_(-1, self.positions_on(outputs.device), outputs)
+
+    def _register(self, module: nn.Module) -> RemovableHandle:
+        return module.register_forward_hook(self)
+
+    @staticmethod
+    def _hooks(module: nn.Module) -> Mapping[int, Any]:
+        return module._forward_hooks
 
 
-class GatherColumns(_Transparent):
-    """A consumer with fewer columns that gathers them from an input of the full width.
+class GatherColumns(WidthHook):
+    """Gathers what a consumer with fewer columns reads from an input of the full width."""
 
-    Args:
-        linear: The consumer; its weight has one column an entry of ``columns``.
-        columns: (m,) positions of its inputs in the full width.
+    def __call__(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        """(…, full width) → (…, m), in the first argument; an input of m columns is gathered already."""
+        if args:
+            return (self._gather(args[0]), *args[1:]), kwargs
+        (name, inputs), *others = kwargs.items()
+        return args, {name: self._gather(inputs), **dict(others)}
+
+    def _gather(self, inputs: Tensor) -> Tensor:
+        if inputs.shape[-1] == len(self.positions):
+            return inputs
+        return inputs.index_select(-1, self.positions_on(inputs.device))
+
+    def _register(self, module: nn.Module) -> RemovableHandle:
+        # first, so that other hooks see the inputs that the module's features tell of
+        return module.register_forward_pre_hook(self, prepend=True, with_kwargs=True)
+
+    @staticmethod
+    def _hooks(module: nn.Module) -> Mapping[int, Any]:
+        return module._forward_pre_hooks
+
+
+class CompactPaths:
+    """Forward pre-hook of a block: each width hook stands on the module that is at its path now.
+
+    Adapter libraries put their modules around a layer, and the layer back in its place, at any time and unasked.
+
+    Attributes:
+        hooks: Path of a layer below the block → its hook.
     """
 
-    def __init__(self, linear: nn.Module, columns: Tensor) -> None:
-        super().__init__(linear, columns)
+    def __init__(self) -> None:
+        self.hooks: dict[str, WidthHook] = {}
 
-    def gather(self, inputs: Tensor) -> Tensor:
-        """(…, full width) → (…, m)."""
-        return inputs.index_select(-1, self.positions.to(inputs.device))
+    def __call__(self, block: nn.Module, args: Any = ()) -> None:
+        """Move the hooks whose module was replaced."""
+        for path, hook in self.hooks.items():
+            module = _module_at(block, path)
+            if not hook.stands_on(module):
+                hook.put_on(module)
 
-    def forward(self, inputs: Tensor) -> Tensor:
-        """(…, full width) → (…, out)."""
-        return self.linear(self.gather(inputs))
+    def replace(self, block: nn.Module, hooks: Mapping[str, WidthHook | None]) -> None:
+        """Put other hooks at paths, or none."""
+        for path, hook in hooks.items():
+            if path in self.hooks:
+                self.hooks.pop(path).remove()
+            if hook is not None:
+                self.hooks[path] = hook
+        self(block)
 
 
-def inner(module: nn.Module) -> nn.Linear:
-    """The linear module itself, whether or not it is wrapped; a ``Conv1D`` is typed as what it is used like."""
-    return cast(nn.Linear, module.linear if isinstance(module, _Transparent) else module)
+def _module_at(block: nn.Module, path: str) -> nn.Module:
+    """What ``get_submodule`` finds, in a tenth of the time: each forward of a block asks for it."""
+    module: Any = block
+    for name in path.split("."):
+        # stand-ins and wrappers answer for what is in their original
+        module = module._modules.get(name) or getattr(module, name)
+    return module
+
+
+def set_widths(block: nn.Module, hooks: Mapping[str, WidthHook | None]) -> None:
+    """Let layers of a block have the full width for their neighbours, or their own again.
+
+    Args:
+        block: A decoder block.
+        hooks: Path of a layer below the block → its hook, which takes the place of an earlier one, or ``None``.
+    """
+    paths = _paths_of(block)
+    if paths is None and any(hooks.values()):
+        paths = CompactPaths()
+        block.register_forward_pre_hook(paths)
+    if paths is not None:
+        paths.replace(block, hooks)
+
+
+def width_hooks(model: nn.Module) -> Iterator[tuple[str, WidthHook]]:
+    """The width hooks below a module, each with the path of its layer."""
+    for name, block in model.named_modules():
+        paths = _paths_of(block)
+        for path, hook in paths.hooks.items() if paths else ():
+            yield f"{name}.{path}", hook
+
+
+def _paths_of(block: nn.Module) -> CompactPaths | None:
+    return next((hook for hook in block._forward_pre_hooks.values() if isinstance(hook, CompactPaths)), None)
 
 
 def replace_module(root: nn.Module, path: str, module: nn.Module) -> None:

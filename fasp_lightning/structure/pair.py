@@ -4,14 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 
 from fasp_lightning.ops.slicing import expand, shrink
 from fasp_lightning.structure.adapters import adapters_of, base_of, effective_weight
-from fasp_lightning.structure.compact import GatherColumns, ScatterRows, inner, replace_module, set_features, set_heads
+from fasp_lightning.structure.compact import (
+    GatherColumns,
+    ScatterRows,
+    WidthHook,
+    set_features,
+    set_heads,
+    set_widths,
+)
 from fasp_lightning.structure.layout import PairLayout
 from fasp_lightning.structure.spec import CoupledPair
 
@@ -55,12 +62,22 @@ class ResolvedPair:
     @property
     def consumer(self) -> nn.Linear:
         """The consumer's linear module, with its adapters."""
-        return inner(self.block.get_submodule(self.spec.consumer))
+        return self._linear(self.spec.consumer)
 
     @property
     def producers(self) -> list[nn.Linear]:
         """The producers' linear modules, with their adapters."""
-        return [inner(self.block.get_submodule(path)) for path in self.spec.producers]
+        return [self._linear(path) for path in self.spec.producers]
+
+    def _linear(self, path: str) -> nn.Linear:
+        """A ``Conv1D`` is typed as what it is used like."""
+        return cast(nn.Linear, self.block.get_submodule(path))
+
+    @property
+    def linears(self) -> list[tuple[str, nn.Linear]]:
+        """Path in the model, and module, of the consumer and each producer."""
+        paths = (self.spec.consumer, *self.spec.producers)
+        return [(f"{self.name}.{path}", self._linear(path)) for path in paths]
 
     @property
     def layer(self) -> str:
@@ -96,11 +113,11 @@ class ResolvedPair:
 
     @torch.no_grad()
     def assign(self, factors: Sequence[Tensor], bias: Tensor | None = None) -> None:
-        """Write restored factors, and a refitted bias, into the cut consumer."""
+        """Write restored factors, and a refitted bias, into the consumer, whose weight the cut has made anew."""
         for target, value in zip(self.factors, factors, strict=True):
             target.copy_(value)
-        if bias is not None:
-            self.consumer.bias.copy_(bias)
+        if bias is not None:  # a new tensor, so that the old one can come back
+            self.consumer.bias.data = torch.empty_like(self.consumer.bias).copy_(bias)
 
     @property
     def unit_cost(self) -> int:
@@ -137,23 +154,19 @@ class ResolvedPair:
             old, new = self.positions(piece, before), self.positions(piece, after)
             yield piece.parameter, piece.dim, torch.searchsorted(old, new)
 
-    def cut(self, kept: Tensor, *, wrap: bool = True) -> None:
+    def cut(self, kept: Tensor) -> None:
         """Remove all units but ``kept`` on both sides, in place.
 
         Args:
             kept: Ascending units in original numbering, a subset of those left.
-            wrap: Let the stock attention code go on seeing full widths. Without, the model cannot run until
-                :meth:`wrap` was called; loaders that address parameters by path need that.
         """
         kept = kept.to("cpu")
         if torch.equal(kept, self.kept):
             return
         for parameter, dim, index in self.slices(self.kept, kept):
             shrink(parameter, index, dim)
-        self._set_features()
         self.kept = kept
-        if wrap:
-            self.wrap()
+        self._set_features()
 
     def widen(self) -> None:
         """Give the pair its original shapes again, in place, with zeros where units are gone."""
@@ -161,22 +174,8 @@ class ResolvedPair:
         for piece in self.pieces():
             piece.parameter.grad = None
             piece.parameter.data = self._expanded(piece, whole)
-        self._set_features()
         self.kept = whole
-        for path in (self.spec.consumer, *self.spec.producers):
-            replace_module(self.block, path, inner(self.block.get_submodule(path)))
-
-    def wrap(self) -> None:
-        """Put a cut value pair behind its run-time modules; other pairs, narrower on all sides, need none."""
-        if self.spec.kind != "value":
-            return
-        consumer = self.consumer
-        columns = self.layout.columns(self.kept).to(consumer.weight.device)
-        replace_module(self.block, self.spec.consumer, GatherColumns(consumer, columns))
-        for index, (path, producer) in enumerate(zip(self.spec.producers, self.producers, strict=True)):
-            rows = self.layout.rows(index, self.kept).to(producer.weight.device)
-            scatter = ScatterRows(producer, rows, self.layout.producer_rows[index])
-            replace_module(self.block, path, scatter)
+        self._set_features()
 
     def zero_filled(self, units: Tensor) -> dict[str, Tensor]:
         """The pair's tensors in the shapes of ``units``, zero where they are gone; keys are paths in the block.
@@ -202,6 +201,17 @@ class ResolvedPair:
             groups = self.columns // (self.layout.repeats * self.layout.head_size)
             attention = self.block.get_submodule(self.spec.consumer.rpartition(".")[0])
             set_heads(attention, groups * self.layout.repeats, groups)
+        if self.spec.kind == "value":
+            set_widths(self.block, self._width_hooks())
+
+    def _width_hooks(self) -> dict[str, WidthHook | None]:
+        """What lets stock attention code go on seeing full widths; other pairs are narrower on all sides."""
+        paths = (self.spec.consumer, *self.spec.producers)
+        if self.kept.numel() == self.layout.width:
+            return dict.fromkeys(paths)
+        rows = [self.layout.rows(index, self.kept) for index in range(len(self.spec.producers))]
+        scatters = map(ScatterRows, rows, self.layout.producer_rows)
+        return dict(zip(paths, (GatherColumns(self.layout.columns(self.kept)), *scatters), strict=True))
 
 
 def shape_of(linear: nn.Linear, transposed: bool) -> tuple[int, int]:

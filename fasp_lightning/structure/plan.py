@@ -1,139 +1,55 @@
-"""The one outcome that checkpoint, resume and export share: which units are left, as plain data."""
+"""The plan that a model's config carries, which every way of saving copies, and the shapes that it gives the model."""
 
 from __future__ import annotations
 
-import json
-from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 
 from fasp_lightning.errors import FaspError
-from fasp_lightning.structure.cuts import Cuts
-from fasp_lightning.structure.layout import PairLayout
-from fasp_lightning.structure.pair import ResolvedPair
+from fasp_lightning.structure.modes import own_modes
+from fasp_lightning.structure.pair import ResolvedPair, shape_of
+from fasp_lightning.structure.pruning_plan import PairPlan, PruningPlan, Widths, ascending
 from fasp_lightning.structure.registry import spec_for
-from fasp_lightning.structure.resolve import Kept, resolve
+from fasp_lightning.structure.resolve import Kept, find_blocks, linear_at, resolve
 from fasp_lightning.structure.spec import ArchitectureSpec
-from fasp_lightning.structure.stock_fields import groups_obstacle, stock_fields
+from fasp_lightning.structure.stock_fields import describe, groups_obstacle, own_config, stock_fields, stock_obstacle
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-VERSION = 1
-
-Widths = dict[str, tuple[PairLayout, list[int]]]
-"""Consumer path → layout, and the units that each block has of it."""
-
-
-@dataclass(frozen=True)
-class PairPlan:
-    """One pair of one block.
-
-    Attributes:
-        layout: Numbering of the original pair.
-        kept: Units that are left, ascending, in that numbering.
-    """
-
-    layout: PairLayout
-    kept: tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class PruningPlan:
-    """Kept units of a whole model. Plain data: JSON in both directions, no tensors.
-
-    Attributes:
-        model_type: The family, ``config.model_type``.
-        blocks: One mapping a decoder block: consumer path → :class:`PairPlan`. Pairs that were not cut are absent.
-
-    Example::
-
-        from fasp_lightning import FASPPruner, PruningConfig, PruningPlan
-        FASPPruner(PruningConfig(sparsity=0.2)).prune(model, batches)
-        assert PruningPlan.from_json(model.fasp_plan.to_json()) == model.fasp_plan
-    """
-
-    model_type: str
-    blocks: tuple[dict[str, PairPlan], ...]
-
-    @property
-    def widths(self) -> Widths:
-        """Units left of each pair that is cut in some block."""
-        layouts = {path: pair.layout for block in self.blocks for path, pair in block.items()}
-        return {
-            path: (layout, [len(block[path].kept) if path in block else layout.width for block in self.blocks])
-            for path, layout in layouts.items()
-        }
-
-    @property
-    def cuts(self) -> Cuts:
-        """What is cut."""
-        uneven = any(layout.kind != "value" and len(set(units)) > 1 for layout, units in self.widths.values())
-        return Cuts(frozenset(layout.kind for layout, _ in self.widths.values()), uneven)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain dictionaries and lists."""
-        blocks = [{path: _plain(pair) for path, pair in block.items()} for block in self.blocks]
-        return {"version": VERSION, "model_type": self.model_type, "blocks": blocks}
-
-    @classmethod
-    def from_dict(cls, data: dict[str, Any]) -> PruningPlan:
-        """Inverse of :meth:`to_dict`.
-
-        Raises:
-            FaspError: If ``data`` is not a plan, or one of another version.
-        """
-        if not isinstance(data, dict) or data.get("version") != VERSION:
-            raise FaspError(f"a plan must be a mapping with version {VERSION}, got {str(data)[:60]!r}")
-        try:
-            blocks = tuple({path: _pair_plan(pair) for path, pair in block.items()} for block in data["blocks"])
-            return cls(data["model_type"], blocks)
-        except (AttributeError, KeyError, TypeError) as error:
-            reason = f"a plan must hold model_type, blocks and the layout of each pair; missing: {error}"
-            raise FaspError(reason) from None
-
-    def to_json(self) -> str:
-        """The plan as one line of JSON."""
-        return json.dumps(self.to_dict(), separators=(",", ":"))
-
-    @classmethod
-    def from_json(cls, text: str) -> PruningPlan:
-        """Inverse of :meth:`to_json`.
-
-        Raises:
-            FaspError: If the text is not the JSON of a plan.
-        """
-        try:
-            data = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise FaspError(f"a plan must be JSON, got {text[:60]!r}: {error}") from None
-        return cls.from_dict(data)
-
-    def kept(self) -> list[Kept]:
-        """The plan as :func:`~fasp_lightning.structure.resolve.resolve` takes it."""
-        return [
-            {path: (pair.layout, torch.tensor(pair.kept, dtype=torch.long)) for path, pair in block.items()}
-            for block in self.blocks
-        ]
-
-
-def _plain(pair: PairPlan) -> dict[str, Any]:
-    rows = list(pair.layout.producer_rows)
-    return {**asdict(pair.layout), "producer_rows": rows, "kept": list(pair.kept)}
-
-
-def _pair_plan(data: dict[str, Any]) -> PairPlan:
-    layout = {**data, "producer_rows": tuple(data["producer_rows"])}
-    kept = tuple(layout.pop("kept"))
-    if not all(type(unit) is int for unit in kept):  # a tensor of integers would round others, or not take them
-        raise FaspError(f"a plan must keep units by their number, got {kept!s:.60}")
-    return PairPlan(PairLayout(**layout), kept)
+REMEDY = "save the pruned model again, or set config.fasp to None to count this one as whole"
 
 
 def plan_of(model: PreTrainedModel) -> PruningPlan | None:
-    """The plan that a pruned model carries, or ``None``."""
-    return getattr(model, "fasp_plan", None)
+    """The plan that a pruned model carries in its config, or ``None``.
+
+    Raises:
+        FaspError: As :func:`plan_in`.
+    """
+    return plan_in(getattr(model, "config", None))
+
+
+def plan_in(config: Any) -> PruningPlan | None:
+    """The plan that a config carries as its field ``fasp``, or ``None``.
+
+    Beside the plan that field holds the form of the weights: ``"stock"``, ``"compact"`` or ``"zero_filled"``.
+
+    Raises:
+        FaspError: If that is no plan, or one of another family.
+    """
+    data = getattr(config, "fasp", None)
+    if data is None:
+        return None
+    try:
+        plan = PruningPlan.from_dict(data)
+    except FaspError as error:
+        raise FaspError(f"config.fasp is damaged: {error}; {REMEDY}") from None
+    if plan.model_type != config.model_type:
+        kind = f"the plan of a {config.model_type} model"
+        raise FaspError(f"config.fasp must be {kind}, got one of {plan.model_type!r}; {REMEDY}")
+    return plan
 
 
 def resolve_pruned(model: PreTrainedModel, *, kv_groups: bool = False) -> list[list[ResolvedPair]]:
@@ -175,14 +91,15 @@ def record_plan(model: PreTrainedModel, pairs: list[list[ResolvedPair]]) -> Prun
         }
         for block in pairs
     )
-    plan = PruningPlan(model.config.model_type, blocks)
-    model.fasp_plan = plan  # type: ignore[assignment]
+    plan, spec, config = PruningPlan(model.config.model_type, blocks), spec_for(model), own_config(model)
+    model.fasp_plan = plan  # type: ignore[assignment]  # for the user to read; what counts is the config
     present = {
         first.spec.consumer: (first.layout, [first.kept.numel(), *(pair.kept.numel() for pair in rest)])
         for first, *rest in zip(*pairs, strict=True)  # one pair of every block
     }
-    for name, value in config_fields(spec_for(model), present).items():
-        setattr(model.config, name, value)
+    form = "compact" if stock_obstacle(spec, plan.cuts) else "stock"
+    fields = {**config_fields(spec, present), "fasp": {"form": form, **plan.to_dict()}}
+    describe(config, fields, (pair for block in pairs for pair in block))
     return plan
 
 
@@ -194,13 +111,13 @@ def config_fields(spec: ArchitectureSpec, widths: Widths) -> dict[str, int]:
     return fields
 
 
-def apply_plan(model: PreTrainedModel, plan: PruningPlan, *, wrap: bool = True) -> PreTrainedModel:
+@own_modes()
+def apply_plan(model: PreTrainedModel, plan: PruningPlan) -> PreTrainedModel:
     """Give a model the shapes of a plan, in place. Nothing is restored: the weights kept are the model's own.
 
     Args:
         model: The original model (any device, ``meta`` included), or one pruned less far.
         plan: What to keep.
-        wrap: See :meth:`fasp_lightning.structure.pair.ResolvedPair.cut`.
 
     Returns:
         The same model, which now carries the plan.
@@ -209,22 +126,95 @@ def apply_plan(model: PreTrainedModel, plan: PruningPlan, *, wrap: bool = True) 
         FaspError: If the plan belongs to another family or to other shapes, or keeps a unit that is gone.
 
     Example::
-
         from fasp_lightning import FASPPruner, PruningConfig, apply_plan, load_model
         FASPPruner(PruningConfig(sparsity=0.2)).prune(model, batches)
         same_shapes = apply_plan(load_model(name), model.fasp_plan)  # with the weights of ``name``, nothing restored
     """
+    _settle(model)
     pairs = resolve_pruned(model, kv_groups="groups" in plan.cuts.kinds)
     wanted = targets(model, pairs, plan)
     for pair, kept in wanted:  # all are checked before the first is cut
         if not torch.isin(kept, pair.kept).all():
             raise FaspError(_bad_units(pair, pair.kept.numel()))
     for pair, kept in wanted:
-        pair.cut(kept, wrap=wrap)
+        pair.cut(kept)
     record_plan(model, pairs)
     return model
 
 
+def adopt_plan(model: PreTrainedModel) -> PreTrainedModel:
+    """Give a model that was built from its config alone, as stock code does it, the shapes of the plan in there.
+
+    A zero-filled model that ``transformers`` loaded loses its zeros. One that has these shapes, or no plan, stays.
+
+    Args:
+        model: The model; on ``meta`` its weights are still to come.
+
+    Returns:
+        The same model.
+
+    Raises:
+        FaspError: If the plan does not fit the weights, or says that units are gone for which they hold values.
+    """
+    return _settle(model, check=True)
+
+
+def _settle(model: PreTrainedModel, *, check: bool = False) -> PreTrainedModel:
+    plan = plan_of(model)
+    if plan is None:
+        return model
+    pairs = _as_built(model, plan)
+    wider = [(pair, kept) for pair, kept in targets(model, pairs, plan) if kept.numel() < pair.kept.numel()]
+    for pair, kept in wider if check else ():
+        _require_zeros(pair, kept)
+    for pair, kept in wider:
+        pair.cut(kept)
+    if wider:
+        record_plan(model, pairs)
+    model.fasp_plan = plan  # type: ignore[assignment]
+    return model
+
+
+def _as_built(model: PreTrainedModel, plan: PruningPlan) -> list[list[ResolvedPair]]:
+    """The pairs of a model, some of them wider than its plan has them."""
+    spec = spec_for(model)
+    blocks = find_blocks(model, spec)
+    if len(plan.blocks) != len(blocks):
+        kind = f"the plan of {len(blocks)} blocks as the model has"
+        raise FaspError(f"config.fasp must be {kind}, got one of {len(plan.blocks)}; {REMEDY}")
+    there: list[Kept] = [
+        {
+            path: (planned.layout, _units_there(linear_at(block, f"{spec.layers}.{index}", path), planned, spec))
+            for path, planned in cut.items()
+            if path in {pair.consumer for pair in spec.pairs}
+        }
+        for index, (block, cut) in enumerate(zip(blocks, plan.blocks, strict=True))
+    ]
+    return resolve(model, spec, there, "groups" in plan.cuts.kinds)
+
+
+def _units_there(consumer: nn.Linear, planned: PairPlan, spec: ArchitectureSpec) -> torch.Tensor:
+    """As many units as a consumer has columns of, the kept ones first; the kept ones if it has no more."""
+    width, columns = planned.layout.width, shape_of(consumer, spec.transposed)[1]
+    units = columns * width // planned.layout.columns(torch.arange(width)).numel()
+    there = planned.padded(units) if len(planned.kept) < units <= width else planned
+    return torch.tensor(there.kept, dtype=torch.long)
+
+
+def _require_zeros(pair: ResolvedPair, kept: torch.Tensor) -> None:
+    """Refuse to cut units that change the output."""
+    gone = pair.kept[~torch.isin(pair.kept, kept)]
+    columns = torch.searchsorted(pair.layout.columns(pair.kept), pair.layout.columns(gone))
+    weight = pair.weight.detach()
+    if not weight.is_meta and weight[:, columns.to(weight.device)].any():
+        raise FaspError(
+            f"{pair.layer} must have {kept.numel()} of {pair.layout.width} units as the plan in config.fasp has it, "
+            f"got weights for {pair.kept.numel()}: the model was built from a pruned one's config. Load that one with "
+            "load_pruned; give new weights its shapes with apply_plan; or set config.fasp to None if none are gone"
+        )
+
+
+@own_modes()
 def conform(model: PreTrainedModel, plan: PruningPlan | None) -> PreTrainedModel:
     """Give a model a plan's shapes, whatever it had: parameters keep their identity, units that come back are zero.
 
@@ -235,6 +225,7 @@ def conform(model: PreTrainedModel, plan: PruningPlan | None) -> PreTrainedModel
     Raises:
         FaspError: If the plan belongs to another family or to other shapes.
     """
+    _settle(model)
     plan = plan or PruningPlan(model.config.model_type, tuple({} for _ in resolve_pruned(model)))
     _change_units(model, plan)
     pairs = resolve_pruned(model, kv_groups="groups" in plan.cuts.kinds)
@@ -288,11 +279,10 @@ def _target(pair: ResolvedPair, planned: PairPlan | None) -> torch.Tensor:
     """Units to keep; all of them if the plan has nothing on this pair."""
     if planned is not None and planned.layout != pair.layout:
         raise FaspError(f"plan of {pair.layer} must be for {pair.layout}, got {planned.layout}")
-    kept = torch.tensor(planned.kept if planned else range(pair.layout.width), dtype=torch.long)
-    inside = kept.numel() and kept[0] >= 0 and kept[-1] < pair.layout.width
-    if not inside or not (kept[1:] > kept[:-1]).all():
+    kept = planned.kept if planned else range(pair.layout.width)
+    if not ascending(kept, pair.layout.width):
         raise FaspError(_bad_units(pair, pair.layout.width))
-    return kept
+    return torch.tensor(kept, dtype=torch.long)
 
 
 def _bad_units(pair: ResolvedPair, width: int) -> str:

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+from torch import nn
+
 from fasp_lightning.errors import FaspError
+from fasp_lightning.structure.causal_lm import require_causal_lm
 from fasp_lightning.structure.spec import ArchitectureSpec, CoupledPair
 
 _QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
@@ -130,9 +133,11 @@ def spec_for(model_or_config: Any) -> ArchitectureSpec:
         model_or_config: A causal LM, or a config with ``model_type``.
 
     Raises:
-        FaspError: If its ``model_type`` is not in the table; the message lists the known ones and shows the row
-            that would register it.
+        FaspError: If its ``model_type`` is not in the table: the message lists the known ones and shows the row
+            that would register it. If a model is wrapped, headless or has another head: it says what to pass.
     """
+    if isinstance(model_or_config, nn.Module) or not hasattr(model_or_config, "model_type"):
+        require_causal_lm(model_or_config)
     model_type = getattr(getattr(model_or_config, "config", model_or_config), "model_type", None)
     if model_type not in _REGISTRY:
         raise FaspError(

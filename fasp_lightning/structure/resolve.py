@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
 from fasp_lightning.errors import FaspError
-from fasp_lightning.structure.adapters import adapters_of
-from fasp_lightning.structure.compact import inner
+from fasp_lightning.structure.adapters import adapters_of, is_adapter_parameter, require_in_place
 from fasp_lightning.structure.layout import PairLayout
+from fasp_lightning.structure.ownership import require_plain, require_unshared
 from fasp_lightning.structure.pair import ResolvedPair, shape_of
 from fasp_lightning.structure.spec import ArchitectureSpec, CoupledPair
 
@@ -50,7 +51,7 @@ def resolve(
         For each block its pairs, in the order of the forward pass.
 
     Raises:
-        FaspError: If a path or shape does not fit; the message names the layer.
+        FaspError: If a path or shape does not fit, or a parameter cannot be cut; the message names the layer.
     """
     blocks = find_blocks(model, spec)
     heads = getattr(model.config, "num_attention_heads", None)
@@ -62,16 +63,19 @@ def resolve(
         name = f"{spec.layers}.{index}"
         before = kept[index] if kept else {}
         resolved.append([_resolve_pair(block, name, pair, spec.transposed, heads, before) for pair in pairs])
+    require_unshared(model, [layer for block in resolved for pair in block for layer in pair.linears])
     return resolved
 
 
 def _resolve_pair(
     block: nn.Module, name: str, pair: CoupledPair, transposed: bool, heads: int | None, before: Kept
 ) -> ResolvedPair:
-    columns = shape_of(_linear_at(block, name, pair.consumer), transposed)[1]
-    rows = tuple(shape_of(_linear_at(block, name, path), transposed)[0] for path in pair.producers)
+    columns = shape_of(linear_at(block, name, pair.consumer), transposed)[1]
+    rows = tuple(shape_of(linear_at(block, name, path), transposed)[0] for path in pair.producers)
     if pair.consumer in before:
         layout, kept = before[pair.consumer]
+        if (layout.kind, layout.fused, len(layout.producer_rows)) != (pair.kind, pair.fused, len(rows)):
+            raise FaspError(f"plan of {name}.{pair.consumer} must be for a pair of kind {pair.kind!r}, got {layout}")
     else:
         layout = _fresh_layout(f"{name}.{pair.consumer}", pair, columns, rows, heads)
         kept = torch.arange(layout.width, device="cpu")
@@ -79,7 +83,8 @@ def _resolve_pair(
     expected = (layout.columns(kept).numel(), *(layout.rows(i, kept).numel() for i in range(len(rows))))
     for path, found, wanted in zip((pair.consumer, *pair.producers), (columns, *rows), expected, strict=True):
         if found != wanted:
-            raise FaspError(f"{name}.{path} must have a width of {wanted} to match {pair.consumer}, got {found}")
+            reason = "as the plan in config.fasp has it" if pair.consumer in before else f"to match {pair.consumer}"
+            raise FaspError(f"{name}.{path} must have a width of {wanted} {reason}, got {found}")
     return resolved
 
 
@@ -108,14 +113,45 @@ def _fresh_layout(name: str, pair: CoupledPair, columns: int, rows: tuple[int, .
     return PairLayout("value", groups * size, groups, heads // groups, pair.fused, rows)
 
 
-def _linear_at(block: nn.Module, name: str, path: str) -> nn.Linear:
+def linear_at(block: nn.Module, name: str, path: str) -> nn.Linear:
+    """A linear layer of a block, by its path there.
+
+    Raises:
+        FaspError: If there is none, or one that cannot be cut; the message has ``name``, the block's path.
+    """
     try:
-        linear = inner(block.get_submodule(path))
+        linear = cast(nn.Linear, block.get_submodule(path))
     except AttributeError:
         raise FaspError(f"{name} must have a module {path!r}; correct the row of this model_type") from None
+    require_in_place(block, name, path)
     weight = getattr(linear, "weight", None)
     if not isinstance(weight, Tensor) or weight.ndim != 2 or not weight.is_floating_point():
         kind = f"{type(linear).__name__} of {getattr(weight, 'dtype', 'no weight')}"
         raise FaspError(f"{name}.{path} must be a linear layer with a floating-point weight, got {kind}")
+    require_plain(f"{name}.{path}", linear)
     adapters_of(f"{name}.{path}", linear)  # refuses those that cannot be cut along
     return linear
+
+
+def linear_parameters(model: nn.Module, spec: ArchitectureSpec) -> int:
+    """P_all of a model as it is: weights and biases of the linear layers in its decoder blocks.
+
+    A linear layer is a leaf module with a two-dimensional weight that is not an embedding, so that ``Conv1D`` and
+    a family's own linear classes count. Low-rank adapters do not: they end in the weights they belong to.
+    """
+    return sum(
+        sum(parameter.numel() for parameter in module.parameters(recurse=False))
+        for name, module in find_blocks(model, spec).named_modules()
+        if is_linear(module) and not is_adapter_parameter(name)
+    )
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Whether a module is a linear layer in the sense of :func:`linear_parameters`."""
+    weight = getattr(module, "weight", None)
+    return isinstance(weight, Tensor) and weight.ndim == 2 and not isinstance(module, nn.Embedding)
+
+
+def parameter_count(model: nn.Module) -> int:
+    """All parameters of a model; tied ones count once, low-rank adapters not at all."""
+    return sum(parameter.numel() for name, parameter in model.named_parameters() if not is_adapter_parameter(name))

@@ -1,11 +1,16 @@
-"""What a stock config can say of a model's widths."""
+"""What a stock config can say of a model's widths, and what it is told."""
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Iterable
 from typing import Any
 
+from torch import nn
+
 from fasp_lightning.errors import of_library
-from fasp_lightning.structure.layout import PairLayout
+from fasp_lightning.structure.layout import Cuts, PairLayout
+from fasp_lightning.structure.pair import ResolvedPair
 from fasp_lightning.structure.spec import ArchitectureSpec
 
 
@@ -26,6 +31,17 @@ def stock_fields(spec: ArchitectureSpec, layout: PairLayout, units: int) -> dict
         heads = {"num_attention_heads": units * layout.repeats, "num_key_value_heads": units}
         return {**heads, "head_dim": layout.head_size}
     return {}
+
+
+def stock_obstacle(spec: ArchitectureSpec, cuts: Cuts) -> str | None:
+    """Why stock code cannot build a model in its cut shapes, or ``None`` if it can."""
+    if "value" in cuts.kinds:
+        return "stock attention has one head size for queries, keys and values"
+    if "ffn" in cuts.kinds and spec.width_field is None:
+        return "the FFN width is fixed in the model's code"
+    if cuts.uneven:
+        return "blocks have different FFN widths, and the config holds one for all"
+    return None
 
 
 def accepts(config: Any, fields: dict[str, int]) -> bool:
@@ -54,3 +70,65 @@ def groups_obstacle(spec: ArchitectureSpec, config: Any) -> str | None:
     if getattr(config, "qk_layernorm", False):
         return "qk_layernorm has norms of hidden_size / num_attention_heads"
     return None
+
+
+class BlockConfig:
+    """The shared config as one block sees it, whose number of heads is not that of all.
+
+    Args:
+        shared: The model's config; what is set there later is seen here.
+        fields: What is otherwise in this block.
+    """
+
+    shared: Any
+
+    def __init__(self, shared: Any, fields: dict[str, Any]) -> None:
+        self.__dict__.update(fields, shared=shared)
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__") or "shared" not in self.__dict__:  # while it is copied or unpickled
+            raise AttributeError(name)
+        return getattr(self.__dict__["shared"], name)
+
+
+def own_config(model: nn.Module) -> Any:
+    """The model's config, from now on a copy: another model may have been built from the same one."""
+    shared: Any = model.config
+    own = copy.deepcopy(shared)
+    for module in model.modules():
+        seen: Any = getattr(module, "config", None)
+        if seen is shared:
+            module.config = own
+        elif isinstance(seen, BlockConfig):
+            seen.shared = own
+    return own
+
+
+def describe(config: Any, fields: dict[str, Any], pairs: Iterable[ResolvedPair]) -> None:
+    """Write what all blocks share into the model's config; blocks with other heads keep saying so themselves.
+
+    Phi3Attention.forward (transformers, models/phi3/modeling_phi3.py) splits its fused projection by the heads in the
+    config: where a pruning has stopped half-way, no number there is right for all blocks.
+
+    Args:
+        config: The model's.
+        fields: Values that stock code builds the model with.
+        pairs: The pairs of all blocks.
+    """
+    for name, value in fields.items():
+        setattr(config, name, value)
+    for pair in pairs:
+        if pair.spec.kind == "groups":
+            units, repeats = pair.kept.numel(), pair.layout.repeats
+            own = {"num_attention_heads": units * repeats, "num_key_value_heads": units}
+            _see(pair.block.get_submodule(pair.spec.consumer.rpartition(".")[0]), own)
+
+
+def _see(attention: Any, own: dict[str, Any]) -> None:
+    """Let an attention module read its own head counts from its config."""
+    config = getattr(attention, "config", None)
+    shared = config.shared if isinstance(config, BlockConfig) else config
+    if shared is None:
+        return
+    agrees = all(getattr(shared, name, value) == value for name, value in own.items())
+    attention.config = shared if agrees else BlockConfig(shared, own)

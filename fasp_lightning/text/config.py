@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Literal, NamedTuple
 
 from fasp_lightning.errors import FaspError
 from fasp_lightning.text.corpora import BUILTIN
-from fasp_lightning.text.files import is_local
+from fasp_lightning.text.reading.files import SUFFIXES, is_local, saved_splits
 from fasp_lightning.text.splits import SHARES
 
 SPLITS = tuple(SHARES)
@@ -47,16 +48,25 @@ class TextConfig:
 
     Attributes:
         source: builtin:topics (Python's help topics), builtin:docstrings (of the standard library's modules),
-            a local .txt, .jsonl or .parquet file, a folder or glob pattern of such files, or the id of a data
-            set on the hub.
+            a local file, a folder or glob pattern of files of one kind, or the id of a data set on the hub. Files are
+            .txt or .md (one document each), .jsonl, .json, .csv, .tsv, .parquet or .arrow (a document a row), all but
+            the last two also with .gz, .bz2, .xz or .zst after it. A folder may be what save_to_disk of datasets made;
+            hidden files in it, and those about the data (LICENSE, README and the like), are no text.
         subset: The configuration of a data set on the hub, where it has several.
         split: For built-in and local text one of calibration, train, test, validation, which share no
             document; for the hub a split of the data set. None is the split of the role that the text serves in
-            (calibration reads the hub's train), but all of a local text. What several roles of a data module read
-            is divided among them by document.
-        column: The column or key of a .jsonl file, .parquet file or data set that holds the text.
+            (calibration reads the hub's train), but all of a local text. A DatasetDict that save_to_disk made has the
+            splits it was saved with, like one on the hub. What several roles of a data module read is divided among
+            them by document; a file's only one, or one of a book's length, then in pieces of some thousand characters.
+        column: The column or key that holds a row's text, or the messages of a chat (a list with role and content, or
+            from and value). Where there is no column text, the chat in messages, conversations or conversation is
+            taken, or the one of prompt and completion, chosen or response, or of instruction (with input) and output
+            or response. The tokenizer's chat template makes text of chats. Rows without text are passed over.
         separator: Text between two documents; None puts the tokenizer's end-of-text token there. WikiText,
             whose rows on the hub are paragraphs, is commonly joined with two line feeds.
+        add_bos: Whether every sequence begins with the tokenizer's beginning-of-text token, which is then one of its
+            seq_len tokens and never predicted. "auto" is what the tokenizer itself does: those of LLaMA, Gemma and OPT
+            put it there, those of GPT-2 and SmolLM2 do not.
         sequences: Number of sequences, drawn at random by the seed where the text has more: from its first 1024, or
             from 16 times as many as are asked for, if that is more. None is the whole text. "auto" is 64 in the
             commands; in a data module it is the whole text, but of calibration text, and of validation and test
@@ -78,6 +88,7 @@ class TextConfig:
     split: str | None = None
     column: str = "text"
     separator: str | None = None
+    add_bos: bool | Literal["auto"] = "auto"
     sequences: int | Literal["auto"] | None = "auto"
     seed: int | None = None
     seq_len: int | None = None
@@ -86,7 +97,15 @@ class TextConfig:
     token_weight: float = 1.0
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "source", os.fspath(self.source))  # a path will do
         kind = self.kind  # refuses an unknown source
+        if kind == "local" and self.split is not None and (splits := saved_splits(self.source)):
+            if self.split not in splits:
+                raise FaspError(
+                    f"split of source {self.source!r} must be one of {', '.join(splits)}, got {self.split!r}"
+                )
+            object.__setattr__(self, "source", f"{self.source.rstrip('/')}/{self.split}")
+            object.__setattr__(self, "split", None)
         if kind != "hub" and self.split is not None and self.split not in SPLITS:
             raise FaspError(unknown_split(self))
         if kind != "hub" and self.subset is not None:
@@ -95,6 +114,8 @@ class TextConfig:
             raise FaspError(f"seq_len must be 2 or more, got {self.seq_len}: one token predicts nothing")
         if isinstance(self.sequences, str) and self.sequences != "auto":
             raise FaspError(f"sequences must be a number, None or 'auto', got {self.sequences!r}")
+        if self.add_bos not in (True, False, "auto"):
+            raise FaspError(f"add_bos must be True, False or 'auto', got {self.add_bos!r}")
         for name, value in (("sequences", self.number), ("batch_size", self.batch_size)):
             if value is not None and value < 1:
                 raise FaspError(f"{name} must be 1 or more, got {value}")
@@ -113,8 +134,8 @@ class TextConfig:
             if _HUB_ID.fullmatch(self.source):
                 return "hub"
         raise FaspError(
-            f"source must be one of {', '.join(BUILTIN)}, a .txt, .jsonl or .parquet file, a folder or glob "
-            f"pattern of them, or a data set on the hub, got {self.source!r}"
+            f"source must be one of {', '.join(BUILTIN)}, a file ending in {SUFFIXES}, a folder or glob pattern of "
+            f"such files, or a data set on the hub, got {self.source!r}"
         )
 
     @property
@@ -153,8 +174,8 @@ def for_role(config: TextConfig, role: str) -> TextConfig:
         role: What it serves for, one of ``SPLITS``.
 
     Returns:
-        The config with that split (of the hub: "train" for calibration); unchanged where a split is set, and
-        for local text, all of which is meant unless a split is named.
+        The config with that split (of the hub, and of a saved ``DatasetDict``: "train" for calibration); unchanged
+        where a split is set, and for other local text, all of which is meant unless a split is named.
 
     Raises:
         FaspError: If there is no such role, or the text has a weight that means nothing in it.
@@ -171,16 +192,19 @@ def for_role(config: TextConfig, role: str) -> TextConfig:
             f"epoch_weight must be None for all but training text, got {config.epoch_weight} for {describe(config)}: "
             f"only a training epoch is divided by it; leave it out{' or set token_weight' * (role == 'calibration')}"
         )
-    if config.split is not None or config.kind == "local":
-        return config
     split = role if config.kind == "builtin" else _HUB_SPLITS.get(role, role)
+    if config.split is not None or (config.kind == "local" and split not in saved_splits(config.source)):
+        return config
     return dataclasses.replace(config, split=split)
 
 
 def describe(config: TextConfig) -> str:
     """Name a text for a table: "topics (test)", "articles.jsonl", "wikitext, wikitext-2-raw-v1 (test)"."""
     name = config.source.removeprefix("builtin:")
-    name = Path(name).name or name
+    path = Path(name)
+    name = path.name or name
+    if name in saved_splits(str(path.parent)):
+        name = f"{path.absolute().parent.name} ({name})"
     subset = f", {config.subset}" if config.subset else ""
     split = f" ({config.split})" if config.split else ""
     return f"{name}{subset}{split}"

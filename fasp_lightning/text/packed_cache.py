@@ -13,10 +13,11 @@ from typing import Any
 
 from fasp_lightning.errors import FaspError, FaspOSError
 from fasp_lightning.staging import fingerprint, place, read_json, staged, write_json
+from fasp_lightning.text.batches import check_vocabulary
 from fasp_lightning.text.splits import distinct
-from fasp_lightning.text.tokens import document_groups, draw, encode_documents
+from fasp_lightning.text.tokens import Packing, document_groups, draw
 
-FORMAT = 3
+FORMAT = 4
 """Goes into every key: a change of the packing makes old files unused."""
 
 SEQUENCES_FILE, ABOUT_FILE = "sequences.arrow", "about.json"
@@ -38,12 +39,28 @@ class Tokenised:
         sequences: A ``datasets.Dataset`` with the column input_ids, ``seq_len`` ids a row, memory-mapped.
         documents: Marks of the documents that were read, as :func:`~fasp_lightning.text.splits.distinct` gives them.
         content: Hash of the sequences themselves, the same wherever and whenever the text's files were copied.
+        largest: Largest token id of the text, which what is drawn of it may not have.
     """
 
     key: str
     sequences: Any
     documents: frozenset[str]
     content: str
+    largest: int
+
+    def check_vocabulary(self, vocab_size: int, name: str) -> None:
+        """Refuse sequences with a token that has no embedding.
+
+        Args:
+            vocab_size: Number of embeddings.
+            name: Name of the text, for the message.
+
+        Raises:
+            FaspError: If there is one.
+        """
+        if self.largest >= vocab_size:
+            for rows in self.sequences.iter(1000):
+                check_vocabulary(rows["input_ids"], vocab_size, name)
 
 
 def default_cache() -> Path:
@@ -57,9 +74,7 @@ def tokenised(
     folder: Path,
     key: str,
     documents: Callable[[], Iterable[str]],
-    tokenizer: Any,
-    seq_len: int,
-    separator: str | None = None,
+    packing: Packing,
     limit: int | None = None,
 ) -> Tokenised:
     """Load a text's sequences from the cache, or tokenise it and put them there.
@@ -70,9 +85,7 @@ def tokenised(
         folder: The cache.
         key: Name of the text in it, which tells apart whatever gives other sequences.
         documents: Opens the text; called only if the cache hasn't it.
-        tokenizer: A tokenizer of transformers.
-        seq_len: Tokens of a sequence.
-        separator: Text between two documents; ``None`` puts the tokenizer's end-of-text token there.
+        packing: How it is cut.
         limit: Number of sequences to stop at; ``None`` takes all.
 
     Returns:
@@ -85,7 +98,7 @@ def tokenised(
     entry = folder / key
 
     def write(part: Path) -> None:
-        _write(part, documents(), tokenizer, seq_len, separator, limit)
+        _write(part, documents(), packing, limit)
 
     if not entry.is_dir():
         place(entry, write)
@@ -131,30 +144,31 @@ def _read(entry: Path) -> Tokenised | None:
         if file.stat().st_size != about["bytes"]:
             raise FaspError(f"{file.name} must have {about['bytes']} bytes, got {file.stat().st_size}")
         rows = Dataset.from_file(str(file)).with_format("torch")
-        return Tokenised(entry.name, rows, frozenset(about["documents"]), about["content"])
+        return Tokenised(entry.name, rows, frozenset(about["documents"]), about["content"], about["largest"])
     except (OSError, ValueError, KeyError, TypeError, ArrowException) as error:
         reason = " ".join(f"{type(error).__name__}: {error}".split())
         log.warning("the cached text %s is damaged (%s): it is tokenised anew", entry, reason)
         return None
 
 
-def _write(
-    part: Path, documents: Iterable[str], tokenizer: Any, seq_len: int, separator: str | None, limit: int | None
-) -> None:
+def _write(part: Path, documents: Iterable[str], packing: Packing, limit: int | None) -> None:
     """Write the two files of an entry."""
     from datasets import Features, Sequence, Value
     from datasets.arrow_writer import ArrowWriter
 
     seen: dict[str, None] = {}
-    content = hashlib.sha256()
-    features = Features({"input_ids": Sequence(Value("int32"), length=seq_len)})
+    content, largest = hashlib.sha256(), 0
+    features = Features({"input_ids": Sequence(Value("int32"), length=packing.seq_len)})
     with ArrowWriter(path=str(part / SEQUENCES_FILE), features=features) as writer:
-        for blocks in pack(_noting(documents, seen), tokenizer, seq_len, separator, limit):
-            content.update(array("q", chain.from_iterable(blocks)).tobytes())
+        for blocks in pack(_noting(documents, seen), packing, limit):
+            ids = array("q", chain.from_iterable(blocks))
+            content.update(ids.tobytes())
+            largest = max(largest, max(ids))
             writer.write_batch({"input_ids": blocks})
         writer.finalize()
     size = (part / SEQUENCES_FILE).stat().st_size
-    write_json(part / ABOUT_FILE, {"documents": list(seen), "content": content.hexdigest(), "bytes": size})
+    about = {"documents": list(seen), "content": content.hexdigest(), "largest": largest, "bytes": size}
+    write_json(part / ABOUT_FILE, about)
 
 
 def _noting(documents: Iterable[str], seen: dict[str, None]) -> Iterator[str]:
@@ -165,20 +179,16 @@ def _noting(documents: Iterable[str], seen: dict[str, None]) -> Iterator[str]:
         yield document
 
 
-def pack(
-    documents: Iterable[str], tokenizer: Any, seq_len: int, separator: str | None = None, limit: int | None = None
-) -> Iterator[list[list[int]]]:
+def pack(documents: Iterable[str], packing: Packing, limit: int | None = None) -> Iterator[list[list[int]]]:
     """Cut documents, put end to end, into sequences; yields some at a time.
 
     Args:
         documents: The text.
-        tokenizer: A tokenizer of transformers.
-        seq_len: Tokens of a sequence.
-        separator: Text between two documents; ``None`` puts the tokenizer's end-of-text token there.
+        packing: How it is cut.
         limit: Number of sequences to stop at; ``None`` takes all.
 
     Yields:
-        One or more sequences, each a list of ``seq_len`` ids; what is left at the end of the text is left out.
+        One or more sequences, each a list of ``packing.seq_len`` ids; what is left at the end of the text is left out.
 
     Raises:
         TooShort: At the end, if there was not one.
@@ -186,18 +196,18 @@ def pack(
     tokens: list[int] = []
     total = count = 0
     for group in document_groups(documents):
-        ids = encode_documents(group, tokenizer, separator)
+        ids, taken = packing.encode(group), packing.taken
         tokens, total = tokens + ids, total + len(ids)
-        ends = range(seq_len, len(tokens) + 1, seq_len)
-        blocks = [tokens[end - seq_len : end] for end in ends][: None if limit is None else limit - count]
-        tokens = tokens[len(ends) * seq_len :]
+        starts = range(0, len(tokens) - taken + 1, taken)[: None if limit is None else limit - count]
+        blocks = [packing.sequence(tokens[start : start + taken]) for start in starts]
+        tokens = tokens[len(starts) * taken :]
         count += len(blocks)
         if blocks:
             yield blocks
         if limit is not None and count >= limit:
             return
     if not count:
-        raise TooShort(f"it has {total} tokens, and one sequence of seq_len={seq_len} needs {seq_len}")
+        raise TooShort(f"it has {total} tokens, and {packing.need}")
 
 
 def without(documents: Iterable[str], taken: Set[str]) -> Iterator[str]:

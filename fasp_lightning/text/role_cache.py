@@ -13,7 +13,7 @@ from fasp_lightning.text.config import TextConfig, describe
 from fasp_lightning.text.packed_cache import FORMAT, Tokenised, TooShort, drawn, tokenised, without
 from fasp_lightning.text.roles import ROLES, RoleTexts
 from fasp_lightning.text.tokenizer import tokenizer_digest
-from fasp_lightning.text.tokens import POOL_BLOCKS, pool_size
+from fasp_lightning.text.tokens import POOL_BLOCKS, Packing, pool_size
 
 log = logging.getLogger(__name__)
 
@@ -34,6 +34,12 @@ class RoleCache:
         seed: Seed of the drawing of sequences, of texts that set none.
         folder: The cache.
         short: Roles of which "auto" sequences are the first ``POOL_BLOCKS``, instead of all.
+
+    Attributes:
+        packings: How each text of a role is cut.
+
+    Raises:
+        FaspError: If sequences of a text should begin with a token that the tokenizer hasn't.
     """
 
     def __init__(
@@ -41,6 +47,9 @@ class RoleCache:
     ) -> None:
         self.roles, self.tokenizer, self.seq_len, self.seed = roles, tokenizer, seq_len, seed
         self.folder, self.short = folder, short
+        self.packings = {
+            role: [Packing.of(text, tokenizer, seq_len) for text in texts] for role, texts in roles.texts.items()
+        }
         self._digest = tokenizer_digest(tokenizer)
         self._found: dict[str, list[Tokenised] | Exception] = {}
 
@@ -93,7 +102,8 @@ class RoleCache:
             limit: Number of sequences that are tokenised at most.
         """
         earlier = [text.key for text in self.before(role)]
-        parts = {"text": self.roles.identity(role, index), "limit": limit, "without": earlier}
+        bos = self.packings[role][index].bos
+        parts = {"text": self.roles.identity(role, index), "bos": bos, "limit": limit, "without": earlier}
         return fingerprint(FORMAT, self._digest, self.seq_len, parts)
 
     def _text(self, role: str, index: int) -> Tokenised:
@@ -104,7 +114,7 @@ class RoleCache:
         opened = partial(self._documents, role, index)
         key = self.key(role, index, limit)
         try:
-            found = tokenised(self.folder, key, opened, self.tokenizer, self.seq_len, text.separator, limit)
+            found = tokenised(self.folder, key, opened, self.packings[role][index], limit)
             return found if text.number is None else drawn(found, text.number, text.extent(seed=self.seed).seed)
         except TooShort as error:
             raise FaspError(_shortage(text, role, self.roles.sharing(text), error)) from error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -11,7 +12,8 @@ from typing import Any
 
 from fasp_lightning.errors import FaspError
 from fasp_lightning.text.config import TextConfig, describe, for_role
-from fasp_lightning.text.files import local_documents, local_files
+from fasp_lightning.text.reading.documents import announced_files, local_documents
+from fasp_lightning.text.reading.files import local_files
 from fasp_lightning.text.splits import HUB_SHARES, SHARES, Claim, claimant, meet, owner
 from fasp_lightning.text.tokens import documents
 
@@ -30,7 +32,7 @@ def as_texts(texts: Iterable[TextConfig | Mapping[str, Any] | str] | None) -> tu
     """
     if texts is None:
         return None
-    texts = [texts] if isinstance(texts, str | TextConfig) else texts
+    texts = [texts] if isinstance(texts, str | os.PathLike | TextConfig) else texts
     found = tuple(_as_text(text) for text in texts)
     if not found:
         raise FaspError("a list of texts must hold one at least, got an empty one; leave it out for the default")
@@ -41,8 +43,8 @@ def as_texts(texts: Iterable[TextConfig | Mapping[str, Any] | str] | None) -> tu
 
 
 def _as_text(text: TextConfig | Mapping[str, Any] | str) -> TextConfig:
-    if isinstance(text, str):
-        return TextConfig(text)
+    if isinstance(text, str | os.PathLike):
+        return TextConfig(os.fspath(text))
     if isinstance(text, TextConfig):
         return text
     known = [one.name for one in dataclasses.fields(TextConfig)]
@@ -105,7 +107,7 @@ class RoleTexts:
         found = {"role": role, "source": text.source, "subset": text.subset, "split": text.split}
         found |= {"column": text.column, "separator": text.separator}
         if text.kind == "local":
-            files, claims = local_files(text.source), self._claims()
+            files, claims = announced_files(text.source), self._claims()
             stats = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
             return found | {"files": stats, "claims": [sorted(map(str, claims[file.resolve()])) for file in files]}
         python = sys.version if text.kind == "builtin" else ""  # built-in text is the running Python's

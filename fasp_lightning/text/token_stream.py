@@ -11,7 +11,8 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from fasp_lightning.text.mixing import next_text
 from fasp_lightning.text.shuffling import generator
-from fasp_lightning.text.token_shards import Encoder, ShardReader
+from fasp_lightning.text.token_shards import ShardReader
+from fasp_lightning.text.tokens import Packing
 
 WINDOW = 256
 """Sequences, at least, that are shuffled at a time. A resumed worker packs its last window again."""
@@ -30,9 +31,7 @@ class TokenStream(IterableDataset[dict[str, Any]]):
     Args:
         texts: Pairs of name and opener of each text.
         weights: Weight of each text; ``None`` weighs them alike.
-        tokenizer: A tokenizer of transformers.
-        separators: Text between two documents of each text; ``None`` puts the end-of-text token there.
-        seq_len: Tokens of a sequence.
+        packings: How each text is cut.
         batch_size: Sequences of a batch.
         seed: Seed of the shuffling.
         rank: This process.
@@ -48,18 +47,16 @@ class TokenStream(IterableDataset[dict[str, Any]]):
         self,
         texts: Sequence[tuple[str, Callable[[], Iterable[str]]]],
         weights: Sequence[float] | None,
-        tokenizer: Any,
-        separators: Sequence[str | None],
-        seq_len: int,
+        packings: Sequence[Packing],
         batch_size: int,
         seed: int,
         rank: int = 0,
         world_size: int = 1,
         workers: int = 1,
     ) -> None:
-        self.texts, self.separators, self.tokenizer = list(texts), list(separators), tokenizer
+        self.texts, self.packings = list(texts), list(packings)
         self.weights = [1.0] * len(self.texts) if weights is None else list(weights)
-        self.seq_len, self.batch_size, self.seed = seq_len, batch_size, seed
+        self.batch_size, self.seed = batch_size, seed
         self.rank, self.workers, self.shards = rank, workers, workers * world_size
         self.window = -(-WINDOW // batch_size) * batch_size  # no batch lies in two windows
         self.states = [self.start() for _ in range(workers)]
@@ -91,11 +88,10 @@ class TokenStream(IterableDataset[dict[str, Any]]):
 
     def _readers(self, shard: int, cursors: list[list[int]]) -> list[ShardReader]:
         """A reader of each text."""
-        readers = []
-        for (name, documents), separator, cursor in zip(self.texts, self.separators, cursors, strict=True):
-            encode = Encoder(self.tokenizer, separator)
-            readers.append(ShardReader(documents, name, encode, self.seq_len, shard, self.shards, cursor))
-        return readers
+        return [
+            ShardReader(documents, name, packing, shard, self.shards, cursor)
+            for (name, documents), packing, cursor in zip(self.texts, self.packings, cursors, strict=True)
+        ]
 
     def _next_text(self, counts: list[int]) -> int:
         """Choose a text, and count it."""

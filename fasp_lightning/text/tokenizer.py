@@ -6,10 +6,11 @@ import hashlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from fasp_lightning.errors import FaspError
 from fasp_lightning.staging import place
+from fasp_lightning.text.reading.chats import rendered
 
 SPECIALS = ("<pad>", "<bos>", "<eos>")
 """Special tokens of a tokenizer trained here, ids 0, 1 and 2."""
@@ -94,25 +95,32 @@ def tokenizer_digest(tokenizer: Any) -> str:
     """Hash all that decides on a tokenizer's ids, as 64 hex digits."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     rules = backend.to_str() if backend is not None else f"{type(tokenizer)}{sorted(tokenizer.get_vocab().items())}"
-    return hashlib.sha256(f"{rules}{tokenizer.eos_token_id}".encode()).hexdigest()
+    template = getattr(tokenizer, "chat_template", None)
+    return hashlib.sha256(f"{rules}{tokenizer.eos_token_id}{template}".encode()).hexdigest()
 
 
-def check_vocabulary_size(tokenizer: Any, embeddings: int) -> None:
-    """Refuse a tokenizer whose ids go beyond a model's embeddings.
+def bos_of(tokenizer: Any, add_bos: bool | Literal["auto"], text: str) -> int | None:
+    """The token that every sequence of a text begins with; ``None`` where it begins with the text.
 
     Args:
         tokenizer: A tokenizer of transformers.
-        embeddings: Number of embeddings of the model.
+        add_bos: Whether there is one; "auto" is what the tokenizer itself does, which is tried: it may add the token
+            by a setting, or by a post-processor that no attribute tells of.
+        text: The text, for the message.
 
     Raises:
-        FaspError: If it has a larger id.
+        FaspError: If there should be one, and the tokenizer has none.
     """
-    largest = max(tokenizer.get_vocab().values(), default=-1)
-    if largest >= embeddings:
+    bos: int | None = tokenizer.bos_token_id
+    if add_bos == "auto":
+        plain, own = (tokenizer("x", add_special_tokens=special)["input_ids"] for special in (False, True))
+        return bos if bos is not None and own[:1] == [bos] != plain[:1] else None
+    if add_bos and bos is None:
         raise FaspError(
-            f"tokenizer must have ids below {embeddings}, the model's vocabulary, got one with ids up to {largest}; "
-            "use the tokenizer that belongs to the model, or a model built for this tokenizer"
+            f"add_bos must be false or 'auto' for a tokenizer without a beginning-of-text token, got {add_bos} for "
+            f"{text!r}; give the tokenizer a bos_token, or leave add_bos out"
         )
+    return bos if add_bos else None
 
 
 def _first(documents: Iterable[str], characters: int) -> Iterator[str]:
@@ -120,5 +128,5 @@ def _first(documents: Iterable[str], characters: int) -> Iterator[str]:
     for document in documents:
         if characters <= 0:
             return
-        yield document[:characters]
+        yield rendered(document, None)[:characters]
         characters -= len(document)

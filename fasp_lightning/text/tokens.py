@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from fasp_lightning.errors import FaspError
 from fasp_lightning.text.batches import labelled
 from fasp_lightning.text.config import TextConfig, describe, unknown_split
 from fasp_lightning.text.corpora import builtin_splits
-from fasp_lightning.text.files import hub_documents, local_documents
+from fasp_lightning.text.reading.chats import Chat, rendered
+from fasp_lightning.text.reading.documents import hub_documents, local_documents
 from fasp_lightning.text.splits import split_of
+from fasp_lightning.text.tokenizer import bos_of
 
 POOL_BLOCKS, POOL_FACTOR = 1024, 16
 """n sequences are drawn from the first max(``POOL_BLOCKS``, ``POOL_FACTOR`` · n); what lies beyond is not read, so
@@ -21,6 +25,66 @@ that a data set of any size costs little."""
 
 GROUP_LENGTH = 1_000_000
 """Characters, at least, tokenized by one call: tokenizers are fast on many texts at once."""
+
+
+class ReadText(NamedTuple):
+    """A text, read.
+
+    Attributes:
+        batches: (batch_size, seq_len) int64 token ids.
+        documents: Number of documents that were read.
+        chats: Number of those of which the tokenizer's chat template made text.
+    """
+
+    batches: list[Tensor]
+    documents: int
+    chats: int
+
+
+@dataclass(frozen=True)
+class Packing:
+    """How documents are put end to end and cut into sequences, in memory, for the cache and in a stream.
+
+    Attributes:
+        tokenizer: A tokenizer of transformers. It adds no special tokens by itself.
+        seq_len: Tokens of a sequence.
+        separator: Text between two documents; ``None`` puts the tokenizer's end-of-text token there, or two line feeds
+            where it has none.
+        bos: The first of a sequence's tokens; ``None`` where all of them are the text's.
+    """
+
+    tokenizer: Any
+    seq_len: int
+    separator: str | None = None
+    bos: int | None = None
+
+    @classmethod
+    def of(cls, text: TextConfig, tokenizer: Any, seq_len: int) -> Packing:
+        """That of a text.
+
+        Raises:
+            FaspError: If its sequences should begin with a token that the tokenizer hasn't.
+        """
+        return cls(tokenizer, seq_len, text.separator, bos_of(tokenizer, text.add_bos, describe(text)))
+
+    @property
+    def taken(self) -> int:
+        """Tokens of the text that a sequence takes."""
+        return self.seq_len - (self.bos is not None)
+
+    def sequence(self, tokens: list[int]) -> list[int]:
+        """A sequence of ``taken`` tokens of the text."""
+        return tokens if self.bos is None else [self.bos, *tokens]
+
+    def encode(self, group: list[str]) -> list[int]:
+        """Token ids of documents end to end, by :func:`encode_documents`."""
+        return encode_documents(group, self.tokenizer, self.separator)
+
+    @property
+    def need(self) -> str:
+        """What a sequence needs, for messages."""
+        begin = "" if self.bos is None else ", its beginning-of-text token aside"
+        return f"one sequence of seq_len={self.seq_len} needs {self.taken}{begin}"
 
 
 def documents(config: TextConfig) -> Iterator[str]:
@@ -73,8 +137,9 @@ def token_batches(config: TextConfig, tokenizer: Any) -> list[Tensor]:
 
     Args:
         config: The text; what it leaves open are 64 sequences of 512 tokens, one a batch, drawn by seed 0.
-        tokenizer: A tokenizer of transformers. It adds no special tokens; its end-of-text token, or two line
-            feeds where it has none, stand between documents, unless ``config.separator`` says otherwise.
+        tokenizer: A tokenizer of transformers. Its end-of-text token, or two line feeds where it has none, stand
+            between documents, unless ``config.separator`` says otherwise; its beginning-of-text token begins every
+            sequence where ``config.add_bos`` says so, and it adds no other special tokens.
 
     Returns:
         Batches of (batch_size, seq_len) int64 token ids, the last one possibly smaller: every full sequence
@@ -83,18 +148,26 @@ def token_batches(config: TextConfig, tokenizer: Any) -> list[Tensor]:
 
     Raises:
         FaspFileNotFoundError: If a local file isn't there.
-        FaspError: If the source can't be read, or has fewer tokens than ``sequences`` (without it: one)
-            sequences.
+        FaspError: If the source can't be read, has fewer tokens than ``sequences`` (without it: one) sequences, or
+            the tokenizer has no beginning-of-text token and should.
     """
+    return read_text(config, tokenizer).batches
+
+
+def read_text(config: TextConfig, tokenizer: Any) -> ReadText:
+    """Turn a text into batches, as :func:`token_batches`, and say what was read for them."""
     wanted, seq_len, batch_size, seed = config.extent()
-    limit = None if wanted is None else pool_size(wanted) * seq_len
-    tokens = _tokens(config, tokenizer, limit)
-    blocks = tokens[: len(tokens) // seq_len * seq_len].view(-1, seq_len)
+    packing = Packing.of(config, tokenizer, seq_len)
+    limit = None if wanted is None else pool_size(wanted) * packing.taken
+    tokens, documents, chats = _tokens(config, packing, limit)
+    blocks = tokens[: len(tokens) // packing.taken * packing.taken].view(-1, packing.taken)
     if len(blocks) < (wanted or 1):
-        raise FaspError(_shortage(config, len(tokens)))
+        raise FaspError(_shortage(config, len(tokens), packing))
     if wanted is not None:
         blocks = blocks[draw(len(blocks), wanted, seed)]
-    return list(blocks.split(batch_size))
+    if packing.bos is not None:
+        blocks = functional.pad(blocks, (1, 0), value=packing.bos)
+    return ReadText(list(blocks.split(batch_size)), documents, chats)
 
 
 def calibration_batches(texts: Iterable[TextConfig], tokenizer: Any) -> list[Any]:
@@ -117,43 +190,53 @@ def calibration_batches(texts: Iterable[TextConfig], tokenizer: Any) -> list[Any
     ]
 
 
-def _shortage(config: TextConfig, found: int) -> str:
+def _shortage(config: TextConfig, found: int, packing: Packing) -> str:
     """Say what is missing of a text that is too short."""
-    sequences, seq_len = config.extent().sequences or 1, config.extent().seq_len
+    sequences, seq_len = config.extent().sequences or 1, packing.seq_len
     split = f" (split {config.split!r})" if config.split else ""
     return (
         f"source {config.source!r}{split} is too short: it has {found} tokens, and sequences={sequences} of "
-        f"seq_len={seq_len} need {sequences * seq_len}; give more text, or lower one of the two"
+        f"seq_len={seq_len} need {sequences * packing.taken}; give more text, or lower one of the two"
     )
 
 
-def _tokens(config: TextConfig, tokenizer: Any, limit: int | None) -> Tensor:
-    """Tokenize documents until there are ``limit`` tokens (``None``: all of them), giving (tokens,) int64."""
+def _tokens(config: TextConfig, packing: Packing, limit: int | None) -> tuple[Tensor, int, int]:
+    """Tokenize documents until there are ``limit`` tokens (``None``: all of them).
+
+    Returns:
+        (tokens,) int64, the number of documents, and of chats among them.
+    """
     tokens: list[int] = []
+    count = chats = 0
     for group in document_groups(documents(config)):
-        tokens += encode_documents(group, tokenizer, config.separator)
+        tokens += packing.encode(group)
+        count, chats = count + len(group), chats + sum(isinstance(one, Chat) for one in group)
         if limit is not None and len(tokens) >= limit:
-            return torch.tensor(tokens[:limit], dtype=torch.long)
-    return torch.tensor(tokens, dtype=torch.long)
+            break
+    return torch.tensor(tokens[:limit], dtype=torch.long), count, chats
 
 
 def encode_documents(group: list[str], tokenizer: Any, separator: str | None = None) -> list[int]:
     """Token ids of documents end to end, with what stands between two also after the last one.
 
     Args:
-        group: The documents; blank ones are passed over, unless a separator is given.
+        group: The documents; blank ones are passed over, unless a separator is given. Of chats, the text is what the
+            tokenizer's chat template makes of them.
         tokenizer: A tokenizer of transformers. It adds no special tokens.
         separator: Text between two documents; ``None`` puts the tokenizer's end-of-text token there, or two line
             feeds where it has none.
     """
+    group = [rendered(document, tokenizer) for document in group]
     end = tokenizer.eos_token_id
     if separator is None and end is None:
         separator = "\n\n"
     if separator is not None:
         return _encode(tokenizer, [separator.join([*group, ""])])[0]
+    texts = [document for document in group if document.strip()]
     tokens: list[int] = []
-    for ids in _encode(tokenizer, [document for document in group if document.strip()]):
-        tokens += [*ids, end]
+    for text, ids in zip(texts, _encode(tokenizer, texts), strict=True):
+        ended = text.rstrip().endswith(tokenizer.eos_token)  # as a chat's template does
+        tokens += ids if ended else [*ids, end]
     return tokens
 
 

@@ -13,7 +13,7 @@ from lightning.pytorch import LightningModule, Trainer
 from torch.utils.data import DataLoader, IterableDataset
 
 from fasp_lightning.errors import FaspError
-from fasp_lightning.text.batches import read_batch
+from fasp_lightning.text.batches import as_mapping, read_batch
 from fasp_lightning.training.trainer.surgery import training_loader
 
 
@@ -67,7 +67,7 @@ class Draw:
     event: int
 
     def batches(self, rank: int = 0, count: int = 1) -> Iterator[Any]:
-        """Yield one process's part of the sequences, each batch as the keyword arguments of the model.
+        """Yield one process's part of the sequences, each batch as a mapping, with all that it holds.
 
         Args:
             rank: Index of the process.
@@ -80,7 +80,7 @@ class Draw:
         left = -(-self.sequences // count)
         for batch in self._read(rank, count):
             given = read_batch(batch, "calibration data", "give the datamodule a calibration_dataloader()")
-            yield given.inputs
+            yield as_mapping(batch)
             left -= len(given.input_ids)
             if left <= 0:
                 return

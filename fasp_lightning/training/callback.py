@@ -10,22 +10,23 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 
 from fasp_lightning.errors import FaspError
-from fasp_lightning.pruning.budget.widths import decide_budget, is_reached, present_budget
+from fasp_lightning.pruning.budget.widths import is_reached
 from fasp_lightning.pruning.config import PruningConfig
 from fasp_lightning.pruning.processes import Processes
 from fasp_lightning.structure.adapters import has_adapters
 from fasp_lightning.training.calibration import Draw, calibration_loader, has_calibration_loader
 from fasp_lightning.training.events import check_data, prune_model, validation_perplexity
-from fasp_lightning.training.modeling.export import check_export, export_model
+from fasp_lightning.training.modeling.export import check_export, data_tokenizer, export_model
 from fasp_lightning.training.modeling.locate import find_causal_lm
 from fasp_lightning.training.modeling.lora import LoRAConfig, attach_lora, merge_lora
 from fasp_lightning.training.modeling.structure_state import carries_structure, carry_structure
 from fasp_lightning.training.recovery import MODES, Recovery, trained_names
+from fasp_lightning.training.rehearsal import cuts_of
 from fasp_lightning.training.reporting import EventRecord, report_event, report_history, report_missed, report_structure
 from fasp_lightning.training.schedule import PruningSchedule, ScheduledPruning
-from fasp_lightning.training.trainer import resuming, surgery
-from fasp_lightning.training.trainer.optimizer_state import check_optimizer
-from fasp_lightning.training.trainer.random_state import random_state, restore_random_state
+from fasp_lightning.training.trainer import checks, resuming, surgery
+from fasp_lightning.training.trainer.handover import Handover
+from fasp_lightning.training.trainer.random_state import random_states, restore_own
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -106,12 +107,21 @@ class FASPPruning(Callback):
         self.export_to = export_to
         self.form = form
         self.overwrite = overwrite
-        self.records: list[EventRecord] = []
+        self._records: list[EventRecord] = []
         self._done = 0
         self._injected = self._ended = self._halfway = False
         self._recovery = Recovery(recovery)
-        self._random: list[dict[str, Any]] | None = None
+        self._random: list[dict[str, Any] | None] | None = None
         self._unsaved: dict[str, dict[str, Tensor]] = {}
+        self._processes = Processes()
+        self._handover = Handover()
+
+    @property
+    def records(self) -> list[EventRecord]:
+        """What each event did; in the main process of spawned ones too."""
+        if not self._records:
+            self._records = [EventRecord(**record) for record in self._handover.take()]
+        return self._records
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Find the model, refuse what cannot work, and let checkpoints carry the plan."""
@@ -121,22 +131,17 @@ class FASPPruning(Callback):
             carry_structure(module, self.attribute)
         if stage != "fit":
             return
-        self.records, self._done, self._random = [], 0, None
+        self._records, self._done, self._random = [], 0, None
         self._ended = self._halfway = False
-        surgery.check_trainer(trainer)
-        if surgery.starts_by_spawn(trainer) and not carried:
-            raise FaspError(
-                f"strategy must be 'ddp' for {type(pl_module).__name__}, got one that spawns its processes, whose "
-                "pruned state the main process could not load; or call carry_structure(self) at the end of its __init__"
-            )
+        self._processes = Processes.everyone()
+        surgery.rejoin(trainer)
+        checks.check_trainer(trainer)
+        checks.check_spawn(trainer, pl_module, carried)
         if not has_calibration_loader(trainer, pl_module):
-            surgery.check_training_source(trainer)
-        cuts = present_budget(model).cuts
-        for event in self.schedule:
-            if not is_reached(model, self._config(event)):
-                cuts |= decide_budget(model, self._config(event)).cuts
+            checks.check_training_source(trainer)
+        cuts = cuts_of(model, self.schedule, self.pruning)
         if self.export_to is not None:
-            check_export(model, self.export_to, self.form, self.overwrite, cuts)
+            check_export(model, self.export_to, self.form, self.overwrite, cuts, data_tokenizer(trainer))
         self._set_up_recovery(trainer, model)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -146,30 +151,22 @@ class FASPPruning(Callback):
                 "ckpt_path must not be written in the middle of a pruning, got one that was, on an error in it; "
                 "resume from the checkpoint before"
             )
-        for optimizer in trainer.optimizers:
-            check_optimizer(optimizer)
+        checks.check_optimizers(trainer, self.schedule)
         model = self._model(pl_module)
         self._recovery.check(model, trainer.optimizers)
         with surgery.unwrapped(trainer):
-            self._recovery.apply(model, pruned=bool(self._done or self.records))
-        self._restore_random_state()
+            self._recovery.apply(model, bool(self._done or self._records), trainer.optimizers)
+        restore_own(self._random or ())
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Refuse a schedule that the run will not reach the end of, and data that gives no calibration."""
-        limits = trainer.max_steps, trainer.max_epochs, surgery.steps_per_epoch(trainer)
-        late = self.schedule.beyond(*limits, self._done)
-        if late is not None and not trainer.fast_dev_run:  # type: ignore[attr-defined]  # one batch of any config
-            index, event = late
-            raise FaspError(
-                f"schedule entry {index}, {event.to_dict()!r}, must happen within the run, which ends before; "
-                "raise max_steps or max_epochs, or take the entry out"
-            )
-        check_data(trainer, self._draw(trainer, pl_module), self.validation_batches)
+        checks.check_length(trainer, self.schedule, self._done)
+        check_data(trainer, self._model(pl_module), self._draw(trainer, pl_module), self.validation_batches)
         if self._random is not None:
             resuming.take_up(trainer, pl_module, self._unsaved)
             self._unsaved = {}
             if not resuming.begins_epoch(trainer):
-                self._restore_random_state()
+                restore_own(self._random)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Run the events whose time has come."""
@@ -180,7 +177,7 @@ class FASPPruning(Callback):
             if is_reached(model, self._config(event)):
                 # it was pruned so far before this run, whose checkpoint may have brought the weights alone
                 with surgery.unwrapped(trainer):
-                    self._recovery.apply(model, pruned=True)
+                    self._recovery.apply(model, True, trainer.optimizers)
             else:
                 self._run(trainer, pl_module, event)
             self._done += 1
@@ -189,11 +186,11 @@ class FASPPruning(Callback):
         """Measure what recovery brought."""
         self._ended = True
         report_missed(self.schedule, self._done)
-        if self.records:
+        if self._records:
             perplexity = self._perplexity(trainer, pl_module)
             self._close(trainer, perplexity)
             report_structure(trainer, self._model(pl_module), perplexity)
-            report_history(trainer, self.records)
+            report_history(trainer, self._records)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Merge the adapters that this callback attached, and export; after the last checkpoint, which has them."""
@@ -203,25 +200,30 @@ class FASPPruning(Callback):
         if self._injected:
             merge_lora(model)
             self._injected = False
+        records = [dataclasses.asdict(record) for record in self._records]
+        if checks.starts_by_spawn(trainer) and trainer.is_global_zero:
+            self._handover.give(records)
         if self.export_to is not None and trainer.is_global_zero:
-            events = {"events": [dataclasses.asdict(record) for record in self.records]}
-            model.fasp_report = getattr(model, "fasp_report", {}) | events  # type: ignore[assignment]  # saved along
-            tokenizer = getattr(trainer.datamodule, "tokenizer", None)  # type: ignore[attr-defined]
-            tokenizer = tokenizer if hasattr(tokenizer, "save_pretrained") else None
-            export_model(model, self.export_to, tokenizer, self.form, self.overwrite)
+            model.fasp_report = getattr(model, "fasp_report", {}) | {"events": records}  # type: ignore[assignment]  # saved along
+            export_model(model, self.export_to, data_tokenizer(trainer), self.form, self.overwrite)
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Add what Lightning leaves out, see :func:`~fasp_lightning.training.trainer.resuming.unsaved_state`."""
-        checkpoint[UNSAVED] = resuming.unsaved_state(trainer, pl_module)
+        checkpoint[UNSAVED] = resuming.unsaved_state(trainer, pl_module, self._processes)
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Keep what :meth:`on_save_checkpoint` added until the run starts."""
         self._unsaved = checkpoint.get(UNSAVED, {})
 
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Let a checkpoint of the error be written without the other processes, which may wait elsewhere for ever."""
+        self._processes = Processes()
+        surgery.part(trainer)
+
     def state_dict(self) -> dict[str, Any]:
         """Events done and the random state of each process, as plain data and tensors; called by all processes."""
-        records = [dataclasses.asdict(record) for record in self.records]
-        random = Processes.everyone().gather(random_state())
+        records = [dataclasses.asdict(record) for record in self._records]
+        random = random_states(self._processes)
         state = {"done": self._done, "halfway": self._halfway, "records": records, "random": random}
         return state | {"schedule": self.schedule.to_list()}
 
@@ -231,13 +233,8 @@ class FASPPruning(Callback):
         # of another schedule's events, on_train_batch_start finds those done whose sparsity the model has reached
         self._done = state_dict["done"] if same else 0
         self._halfway = state_dict["halfway"]
-        self.records = [EventRecord(**record) for record in state_dict["records"]]
+        self._records = [EventRecord(**record) for record in state_dict["records"]]
         self._random = state_dict["random"]
-
-    def _restore_random_state(self) -> None:
-        rank = Processes.everyone().rank
-        if self._random is not None and rank < len(self._random):
-            restore_random_state(self._random[rank])
 
     def _run(self, trainer: Trainer, pl_module: LightningModule, event: ScheduledPruning) -> None:
         """Run one event: measure, prune, measure, report."""
@@ -249,7 +246,7 @@ class FASPPruning(Callback):
         start, self._halfway = time.perf_counter(), True
         with surgery.unwrapped(trainer):
             report = prune_model(trainer, model, self._config(event), draw, self.attribute)
-            self._recovery.apply(model, pruned=True)
+            self._recovery.apply(model, True, trainer.optimizers)
         record = EventRecord(
             step=trainer.global_step,
             sparsity=report.sparsity,
@@ -259,17 +256,17 @@ class FASPPruning(Callback):
             perplexity_before=before,
             perplexity_pruned=self._perplexity(trainer, pl_module),
         )
-        self.records.append(record)
+        self._records.append(record)
         self._halfway = False
         surgery.forget_best(trainer)
         report_event(trainer, record, report)
         report_structure(trainer, model, record.perplexity_pruned)
-        report_history(trainer, self.records)
+        report_history(trainer, self._records)
 
     def _close(self, trainer: Trainer, perplexity: float | None) -> None:
         """Note and log the perplexity that the recovery from the last event ends with."""
-        if self.records and perplexity is not None:
-            self.records[-1].perplexity_recovered = perplexity
+        if self._records and perplexity is not None:
+            self._records[-1].perplexity_recovered = perplexity
             surgery.publish(trainer, {"fasp/perplexity_recovered": perplexity})
 
     def _perplexity(self, trainer: Trainer, pl_module: LightningModule) -> float | None:

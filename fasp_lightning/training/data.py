@@ -13,16 +13,18 @@ from transformers import PreTrainedTokenizerBase
 
 from fasp_lightning.checkpoints.loading import load_tokenizer
 from fasp_lightning.errors import FaspError
+from fasp_lightning.pruning.inputs import ModelInputs
 from fasp_lightning.staging import fingerprint
 from fasp_lightning.text.config import TextConfig, describe
-from fasp_lightning.text.packed_cache import FORMAT, default_cache
+from fasp_lightning.text.packed_cache import FORMAT, Tokenised, default_cache
 from fasp_lightning.text.role_cache import RoleCache
 from fasp_lightning.text.roles import ROLES, RoleTexts, as_texts
 from fasp_lightning.text.shuffling import EvaluationSampler
-from fasp_lightning.text.tokenizer import TokenizerTraining, check_vocabulary_size, trained_tokenizer
+from fasp_lightning.text.tokenizer import TokenizerTraining, trained_tokenizer
 from fasp_lightning.training.loaders.build import TrainingOptions, cached_loader, stream_loader
 from fasp_lightning.training.loaders.cached import PackedSequences, ResumableLoader
 from fasp_lightning.training.loaders.streamed import StreamLoader
+from fasp_lightning.training.modeling.locate import causal_lms
 from fasp_lightning.training.trainer.resuming import BatchProgress
 
 
@@ -125,14 +127,6 @@ class CausalLMDataModule(L.LightningDataModule):
         """Embeddings that a model for this text needs; reads nothing where the tokenizer is trained on the spot."""
         return self._given.vocab_size if isinstance(self._given, TokenizerTraining) else len(self.tokenizer)
 
-    def check_vocabulary(self, embeddings: int) -> None:
-        """Refuse a model with fewer embeddings than the tokenizer has tokens.
-
-        Raises:
-            FaspError: If it has.
-        """
-        check_vocabulary_size(self.tokenizer, embeddings)
-
     def prepare_data(self) -> None:
         """Tokenise what the run needs, in one process, for all to load."""
         cache = self._texts()
@@ -143,9 +137,19 @@ class CausalLMDataModule(L.LightningDataModule):
                 cache.ready(role)  # what can't be read is an error where it is asked for
 
     def setup(self, stage: str) -> None:
-        """Load the training text, so that an error comes before anything is spent."""
+        """Load the training text, and refuse what the model cannot take, before anything is spent.
+
+        Raises:
+            FaspError: If the text cannot be read, sequences are longer than the model's learned positions, or a token
+                that occurs in them has no embedding. Streamed batches are looked at one by one.
+        """
+        inputs = self._model_inputs()
+        if inputs is not None:
+            inputs.check_length(self.seq_len, "the data module")
         if stage == "fit" and not self.streaming:
-            self._texts().get("train")
+            self._read("train")
+        if stage == "fit" and inputs is not None and self._texts().ready("validation"):
+            self._read("validation")
 
     def train_dataloader(self) -> ResumableLoader | StreamLoader:
         """Batches to train on, in an order that depends on the seed and the epoch alone."""
@@ -233,8 +237,22 @@ class CausalLMDataModule(L.LightningDataModule):
             self._cache = RoleCache(self.roles, self.tokenizer, self.seq_len, self.seed, self._folder(), short)
         return self._cache
 
+    def _model_inputs(self) -> ModelInputs | None:
+        """What the run's model takes; ``None`` outside a run, or where its module does not hold one model."""
+        module = getattr(self.trainer, "lightning_module", None)
+        models = [] if module is None else list(causal_lms(module).values())
+        return ModelInputs(models[0]) if len(models) == 1 else None
+
+    def _read(self, role: str) -> list[Tokenised]:
+        """The texts of a role, whose tokens the model has embeddings for."""
+        found, inputs = self._texts().get(role), self._model_inputs()
+        if inputs is not None:
+            for text, config in zip(found, self.roles.texts[role], strict=True):
+                text.check_vocabulary(inputs.vocabulary, describe(config))
+        return found
+
     def _sequences(self, role: str) -> PackedSequences:
-        return PackedSequences([text.sequences for text in self._texts().get(role)])
+        return PackedSequences([text.sequences for text in self._read(role)])
 
     def _place(self) -> tuple[int, int]:
         """Rank and number of the processes that get different data."""
@@ -243,9 +261,9 @@ class CausalLMDataModule(L.LightningDataModule):
 
     def _training_loader(self) -> ResumableLoader | StreamLoader:
         progress = BatchProgress(lambda: self.trainer)
-        options = TrainingOptions(
-            self.batch_size, self.seed, self.sequences_per_epoch, self.num_workers, *self._place(), progress
-        )
+        sizes = self.batch_size, self.seed, self.sequences_per_epoch, self.num_workers
+        inputs = self._model_inputs()
+        options = TrainingOptions(*sizes, *self._place(), progress, None if inputs is None else inputs.vocabulary)
         return (stream_loader if self.streaming else cached_loader)(self._texts(), options)
 
     def _evaluation_loader(self, role: str) -> DataLoader[Any]:

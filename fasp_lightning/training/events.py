@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from lightning.pytorch import Trainer
-from lightning.pytorch.utilities.seed import isolate_rng
 
 from fasp_lightning.pruning.config import PruningConfig
+from fasp_lightning.pruning.inputs import ModelInputs
 from fasp_lightning.pruning.perplexity import exp_nll
 from fasp_lightning.pruning.processes import Processes
 from fasp_lightning.pruning.pruner import FASPPruner
@@ -19,36 +19,42 @@ from fasp_lightning.text.batches import TokenBatch, read_batch
 from fasp_lightning.training.calibration import Draw
 from fasp_lightning.training.metrics import Perplexity
 from fasp_lightning.training.progress_bar import pruning_bar
+from fasp_lightning.training.trainer.random_state import isolated_random_state
 from fasp_lightning.training.trainer.surgery import eagerly, prune_attached, validation_loaders
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-def check_data(trainer: Trainer, draw: Draw, validation_batches: int) -> None:
+def check_data(trainer: Trainer, model: PreTrainedModel, draw: Draw, validation_batches: int) -> None:
     """Read a calibration batch and a batch of each validation loader, to refuse at the start what events cannot read.
 
     Args:
         trainer: In ``on_train_start``.
+        model: The causal LM.
         draw: The calibration sequences of the first event.
         validation_batches: Batches of each validation loader that perplexity is measured on; with 0 none is read.
 
     Raises:
-        FaspError: If a batch holds no token ids.
+        FaspError: If a batch holds no token ids, or the model cannot take it.
     """
-    with isolate_rng():
-        processes = Processes.everyone()
+    with isolated_random_state():
+        processes, inputs = Processes.everyone(), ModelInputs(model)
         with processes.together():
-            next(draw.batches(processes.rank, processes.count))
+            inputs.check(read_batch(next(draw.batches(processes.rank, processes.count))), "calibration data")
             for loader in validation_loaders(trainer) if validation_batches else ():
                 for batch in islice(loader, 1):
-                    _read_validation(batch)
+                    inputs.check(_read_validation(batch), "validation data")
 
 
 def prune_model(
     trainer: Trainer, model: PreTrainedModel, config: PruningConfig, draw: Draw, attribute: str | None
 ) -> PruningReport:
     """Prune the model in a Trainer's run; optimizer states and averaged weights follow.
+
+    Calibration computes in the dtype of the weights, also where the Trainer's precision is mixed: least squares on
+    rounded inputs restores no better for the rounded model, and the choice of units is the same. Perplexities, which
+    are compared with those of validation, are measured as the Trainer validates.
 
     Args:
         trainer: Between two optimizer steps, its DDP taken off.
@@ -65,7 +71,7 @@ def prune_model(
         with pruning_bar(trainer, f"pruning to {config.sparsity:.1%}") as progress:
             return FASPPruner(config).prune(model, batches, progress, processes)
 
-    with isolate_rng():
+    with isolated_random_state():
         torch.manual_seed(draw.seed)
         kv_groups = config.attention == "kv_groups"
         report: PruningReport = prune_attached(trainer, model, prune, attribute, kv_groups)
@@ -83,7 +89,7 @@ def validation_perplexity(trainer: Trainer, model: PreTrainedModel, batches: int
     Returns:
         exp(Σ NLL / predicted tokens); ``None`` if there is no validation data.
     """
-    with isolate_rng():
+    with isolated_random_state():
         loaders = validation_loaders(trainer)
         if not loaders or batches == 0:
             return None
@@ -99,10 +105,8 @@ def validation_perplexity(trainer: Trainer, model: PreTrainedModel, batches: int
 
 def _update(metric: Perplexity, model: PreTrainedModel, batch: Any) -> None:
     given = _read_validation(batch)
-    embeddings: Any = model.get_input_embeddings()
-    device = embeddings.weight.device
-    logits = model(**{name: value.to(device) for name, value in given.inputs.items()}, use_cache=False).logits
-    metric.to(logits.device).update(logits, given.labels.to(logits.device))
+    logits = model(**ModelInputs(model).checked(given, "validation data"), use_cache=False).logits
+    metric.to(logits.device).update(logits, given.targets.to(logits.device))
 
 
 def _read_validation(batch: Any) -> TokenBatch:

@@ -10,7 +10,7 @@ from torch import Tensor
 from torchmetrics import Metric
 
 from fasp_lightning.errors import FaspError
-from fasp_lightning.ops.likelihood import IGNORED, next_token_nll
+from fasp_lightning.ops.likelihood import IGNORED, has_float64, next_token_nll
 
 
 class Perplexity(Metric):
@@ -70,13 +70,10 @@ class Perplexity(Metric):
                 f"got {tuple(logits.shape)} and {tuple(labels.shape)}"
             )
         labels = labels.masked_fill(labels == self.ignore_index, IGNORED)
-        nll, _ = next_token_nll(logits.detach(), labels, attention_mask)  # an IGNORED target adds a loss of 0
-        counts = labels[:, 1:] != IGNORED
-        if attention_mask is not None:
-            counts = counts & attention_mask[:, 1:].bool() & attention_mask[:, :-1].bool()
+        nll, tokens = next_token_nll(logits.detach(), labels, attention_mask)
         # not in place: a reset inside ``trainer.validate`` leaves inference tensors, which ``fit`` may not change
-        self.nll_sum = self.nll_sum + nll
-        self.tokens = self.tokens + counts.sum()
+        self.nll_sum = self.nll_sum + nll.to(self.nll_sum.device)
+        self.tokens = self.tokens + tokens.to(self.tokens.device)
 
     def compute(self) -> Tensor:
         """The perplexity as a float64 scalar; NaN if no token counted."""
@@ -86,13 +83,13 @@ class Perplexity(Metric):
         """Move the states to another device with the module, but never to another dtype.
 
         torchmetrics keeps its states out of ``.half()`` and the like, but not out of ``.to(torch.bfloat16)``, by
-        which Lightning casts a module: a bfloat16 count of tokens ends at 256.
+        which Lightning casts a module: a bfloat16 count of tokens ends at 256. On a device without float64 (MPS) the
+        module goes alone, and its states stay on the CPU.
         """
-        exact = {state: (getattr(self, state), self._defaults[state]) for state in self._defaults}
-        super()._apply(fn, exclude_state)
-        for state, (value, default) in exact.items():
-            device = getattr(self, state).device
-            setattr(self, state, value.to(device))
-            self._defaults[state] = default.to(device)  # type: ignore[union-attr]  # no state is a list
-        self._computed = None  # a cached value was cast along
+        self._computed = self._forward_cache = None  # float64 too, and cast or moved along
+        super()._apply(fn, tuple(self._defaults))
+        place = self.device if has_float64(self.device) else torch.device("cpu")
+        for state, default in self._defaults.items():
+            setattr(self, state, getattr(self, state).to(place))
+            self._defaults[state] = default.to(place)  # type: ignore[union-attr]  # no state is a list
         return self

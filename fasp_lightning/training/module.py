@@ -16,6 +16,7 @@ from torch import Tensor
 
 from fasp_lightning.errors import FaspError, as_refusal, one_line
 from fasp_lightning.ops.loss import next_token_loss, sequence_nll
+from fasp_lightning.pruning.inputs import ModelInputs
 from fasp_lightning.text.batches import read_batch
 from fasp_lightning.training.metrics import Perplexity
 from fasp_lightning.training.modeling.building import new_model, read_model, recompute_activations, seeded
@@ -30,8 +31,9 @@ _DEFAULT_OPTIMIZER = functools.partial(torch.optim.AdamW, lr=1e-4)
 class CausalLMModule(L.LightningModule):
     """Trains a causal LM to predict the next token; its checkpoints carry the pruning plan and load on any shapes.
 
-    Batches are (batch, seq) token ids, or mappings with ``input_ids`` and optionally ``attention_mask`` and
-    ``labels`` (-100 where nothing is predicted); without labels every token but padding is predicted. Logged are
+    Batches are (batch, seq) token ids, or mappings with ``input_ids`` and optionally ``attention_mask``,
+    ``position_ids`` (of packed sequences) and ``labels`` (-100 where nothing is predicted); without labels every token
+    but padding is predicted, and none at padding: on which side it is changes nothing. Logged are
     ``train_loss`` each step, and ``val_loss``, ``val_perplexity``, ``test_loss`` and ``test_perplexity`` over all
     predicted tokens. The model is ``self.model``, in training mode; call ``eval()`` to use it outside a Trainer.
 
@@ -158,9 +160,9 @@ class CausalLMModule(L.LightningModule):
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Mean NLL of the batch's predicted tokens."""
-        given = read_batch(batch)
-        loss = next_token_loss(self(**given.inputs), given.labels)
-        self.log("train_loss", loss, prog_bar=True, batch_size=len(given.input_ids))
+        inputs, targets = self._read(batch)
+        loss = next_token_loss(self(**inputs), targets)
+        self.log("train_loss", loss, prog_bar=True, batch_size=len(targets))
         return loss
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
@@ -173,8 +175,8 @@ class CausalLMModule(L.LightningModule):
 
     def predict_step(self, batch: Any, batch_idx: int = 0) -> dict[str, Tensor]:
         """Likelihood of each sequence: ``nll`` in nats, summed over its predicted ``tokens``; both (batch,)."""
-        given = read_batch(batch)
-        nll, tokens = sequence_nll(self(**given.inputs), given.labels)
+        inputs, targets = self._read(batch)
+        nll, tokens = sequence_nll(self(**inputs), targets)
         return {"nll": nll, "tokens": tokens}
 
     def on_validation_epoch_end(self) -> None:
@@ -186,8 +188,17 @@ class CausalLMModule(L.LightningModule):
         self._log("test", self.test_perplexity)
 
     def _evaluate(self, batch: Any, metric: Perplexity) -> None:
-        given = read_batch(batch)
-        metric.update(self(**given.inputs), given.labels)
+        inputs, targets = self._read(batch)
+        metric.update(self(**inputs), targets)
+
+    @torch.compiler.disable  # signatures are read, and values of a mask decide
+    def _read(self, batch: Any) -> tuple[dict[str, Tensor], Tensor]:
+        """What the model is called with on a batch, and the (batch, seq) labels that are predicted."""
+        given, inputs = read_batch(batch), ModelInputs(self.model)
+        inputs.check(
+            given, "the data"
+        )  # waits for an accelerator once a step; an assertion on it would end the process
+        return inputs(given), given.targets
 
     def _log(self, stage: str, metric: Perplexity) -> None:
         """Log perplexity and loss, which is its logarithm: both over all tokens of all processes, no mean of means."""
@@ -198,7 +209,7 @@ class CausalLMModule(L.LightningModule):
 
     @rank_zero_only
     def export(
-        self, path: str | Path, tokenizer: Any = None, form: str = "auto", overwrite: bool = False
+        self, path: str | Path, tokenizer: Any = None, form: str = "auto", overwrite: bool = False, dtype: str = "auto"
     ) -> Path | None:
         """Write the model, LoRA merged, as safetensors and config; it can go on training afterwards.
 
@@ -207,6 +218,7 @@ class CausalLMModule(L.LightningModule):
             tokenizer: Saved along if given.
             form: See :func:`~fasp_lightning.save_pruned`.
             overwrite: Replace a folder that holds a pruned model.
+            dtype: See :func:`~fasp_lightning.save_pruned`.
 
         Returns:
             The folder; ``None`` on all processes but the first, which write nothing.
@@ -215,7 +227,7 @@ class CausalLMModule(L.LightningModule):
             FaspFileExistsError: If ``path`` is not empty and ``overwrite`` is false, or is no pruned model.
             FaspError: If ``form`` cannot hold the model, or the model is sharded.
         """
-        return export_model(self.model, path, tokenizer, form, overwrite)
+        return export_model(self.model, path, tokenizer, form, overwrite, dtype)
 
 
 def _defaults() -> tuple[Any, ...]:

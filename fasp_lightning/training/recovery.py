@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from torch import nn
@@ -42,12 +42,13 @@ class Recovery:
             for name, parameter in model.named_parameters():
                 parameter.requires_grad_(self._is_own(model, name) or self._recovers(name))
 
-    def apply(self, model: PreTrainedModel, pruned: bool) -> None:
+    def apply(self, model: PreTrainedModel, pruned: bool, optimizers: Sequence[Optimizer] = ()) -> None:
         """Set the parameters for a phase of the run; a frozen one has no gradient, so that no optimizer moves it.
 
         Args:
             model: The causal LM, adapters attached.
             pruned: Whether the first pruning is done.
+            optimizers: All of the run; they forget the state of what is frozen, AdamW two moments a parameter.
         """
         if self.mode != "none":
             for name, parameter in model.named_parameters():
@@ -55,6 +56,8 @@ class Recovery:
                 parameter.requires_grad_(trains)
                 if not trains:
                     parameter.grad = None
+                    for optimizer in optimizers:
+                        optimizer.state.pop(parameter, None)
 
     def check(self, model: PreTrainedModel, optimizers: Iterable[Optimizer]) -> None:
         """Refuse optimizers that lack a parameter that recovery will train.
@@ -86,5 +89,5 @@ class Recovery:
 
 
 def trained_names(model: PreTrainedModel) -> set[str]:
-    """Names of the parameters that require gradients, as they would be without adapters and run-time modules."""
+    """Names of the parameters that require gradients, as they would be without adapters."""
     return {stock_name(model, name) for name, parameter in model.named_parameters() if parameter.requires_grad}

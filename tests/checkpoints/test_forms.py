@@ -16,8 +16,9 @@ from transformers import AutoModelForCausalLM
 from fasp_lightning import FASPPruner, PruningPlan, apply_plan, load_pruned, save_pruned, spec_for
 from fasp_lightning.checkpoints.forms import loaders_for
 from fasp_lightning.pruning.budget.widths import decide_budget
-from fasp_lightning.structure.cuts import Cuts
-from fasp_lightning.structure.plan import PairPlan, resolve_pruned
+from fasp_lightning.structure.layout import Cuts
+from fasp_lightning.structure.plan import resolve_pruned
+from fasp_lightning.structure.pruning_plan import PairPlan
 
 REASON = "blocks have different FFN widths"
 

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import tiny_model
+from tiny import random_tokens, tiny_model
+from tiny_pruning import BOTH, pruned
 from transformers import (
     BertConfig,
     CLIPConfig,
@@ -21,6 +22,7 @@ from transformers import (
     ViTConfig,
 )
 
+from fasp_lightning import FaspError, FASPPruner, load_pruned, save_pruned
 from fasp_lightning.checkpoints import loading
 from fasp_lightning.checkpoints.devices import parse_dtype
 from fasp_lightning.checkpoints.loading import load_config, load_model, load_tokenizer
@@ -182,3 +184,22 @@ def test_bad_argument_is_refused_before_reading(
 ) -> None:
     with pytest.raises(ValueError, match=f"{argument}.*{value}"):
         load_model(tiny_folder("llama"), **{argument: value})
+
+
+@pytest.mark.parametrize("device_map", ["cpu", {"": "cpu"}, "auto"], ids=str)
+def test_device_map_is_passed_on(tiny_folder: Folder, tmp_path: Path, device_map: object) -> None:
+    model = load_model(tiny_folder("llama"), device_map=device_map)
+    FASPPruner(BOTH).prune(model, [random_tokens()])
+    save_pruned(model, tmp_path / "p", form="compact")
+    loaded = load_pruned(tmp_path / "p", device_map=device_map, dtype="float64")
+    assert loaded.dtype == torch.float64
+    torch.testing.assert_close(loaded(random_tokens()).logits.float(), model(random_tokens()).logits, atol=1e-4, rtol=0)
+
+
+def test_a_device_map_that_leaves_weights_on_the_disk_is_refused(tiny_folder: Folder, tmp_path: Path) -> None:
+    save_pruned(pruned(), tmp_path / "p", form="compact", verify=False)
+    with pytest.raises(FaspError, match="device_map must leave every weight in memory"):
+        load_pruned(tmp_path / "p", device_map={"": "disk"})
+    for given, message in [({"": "disk"}, "device_map must leave every weight in memory"), ("toaster", "toaster")]:
+        with pytest.raises(FaspError, match=message):
+            load_model(tiny_folder("llama"), device_map=given)

@@ -13,9 +13,9 @@ from tiny import TINY, random_tokens, tiny_model
 from tiny_pruning import basic
 from transformers import AutoModelForCausalLM
 
-from fasp_lightning import FASPPruner, load_pruned, save_pruned, spec_for, staging
+from fasp_lightning import FaspError, FASPPruner, load_pruned, save_pruned, spec_for, staging
 from fasp_lightning.checkpoints import forms, saving
-from fasp_lightning.structure.cuts import Cuts
+from fasp_lightning.structure.layout import Cuts
 
 TOKENS = random_tokens(2, 12, seed=3)
 
@@ -242,17 +242,23 @@ def test_missing_weights_are_not_initialised(tmp_path: Path) -> None:
 
 
 def test_damaged_plans_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=r"holds no fasp_plan\.json"):
+    with pytest.raises(OSError, match="no readable config"):
         load_pruned(tmp_path)
-    for text, message in [
-        ("{", "must be JSON"),
-        ("[]", "must hold a mapping"),
-        ('{"form": "gguf"}', "got 'gguf'"),
-        ('{"form": "stock"}', "version"),
-        ('{"form": "stock", "version": 1}', "must hold model_type"),
+    tiny_model("llama").save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="carries no plan; load a model that is not pruned with transformers"):
+        load_pruned(tmp_path)
+    file = tmp_path / "config.json"
+    config = json.loads(file.read_text())
+    sound = pruned().config.fasp
+    for fasp, message in [
+        ([], "with version 1"),
+        ({"form": "stock"}, "with version 1"),
+        ({**sound, "kept": "x"}, "config.fasp is damaged: a plan must hold"),
+        ({**sound, "form": "gguf"}, "must name a form.*got 'gguf'"),
+        ({**sound, "model_type": "opt"}, "must be the plan of a llama model, got one of 'opt'"),
     ]:
-        (tmp_path / "fasp_plan.json").write_text(text)
-        with pytest.raises(ValueError, match=message):
+        file.write_text(json.dumps({**config, "fasp": fasp}))
+        with pytest.raises(FaspError, match=message):
             load_pruned(tmp_path)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -11,6 +12,8 @@ import torch
 from tiny import tiny_model
 from tokenizers import Tokenizer, models
 from transformers import BertConfig, PreTrainedTokenizerFast
+
+from fasp_lightning import writers
 
 
 def assert_refused(outcome, *fragments: str) -> None:
@@ -46,6 +49,7 @@ def assert_refused(outcome, *fragments: str) -> None:
         (("--form", "onnx"), ("form must be 'auto' or one of 'stock'", "got 'onnx'")),
         (("--form", "stock", "--pruning.attention", "value_dims"), ("form 'stock' cannot hold this model",)),
         (("--dtype", "int4"), ("dtype must be 'auto' or one of", "got 'int4'")),
+        (("--save_dtype", "int4"), ("save_dtype must be 'auto' or one of", "got 'int4'")),
         (("--device", "toaster"), ("device must be", "'toaster'")),
         (("--new_tokens", "0"), ("new_tokens must be at least 1, got 0",)),
         (("--model.tokenizer", "./missing"), ("no model at './missing'",)),
@@ -125,8 +129,9 @@ def test_corrupt_weights_are_named(prune, tiny_folder) -> None:
 
 def test_corrupt_plan_is_named(prune, tiny_folder, tmp_path: Path) -> None:
     prune(tiny_folder("llama"), "--output_dir", tmp_path / "first")
-    (tmp_path / "first" / "fasp_plan.json").write_text("{")
-    assert_refused(prune(tmp_path / "first"), "fasp_plan.json must be JSON")
+    file = tmp_path / "first" / "config.json"
+    file.write_text(file.read_text().replace('"units"', '"unites"'))
+    assert_refused(prune(tmp_path / "first"), "config.fasp is damaged", "units")
 
 
 @pytest.mark.usefixtures("no_weights")
@@ -136,6 +141,15 @@ def test_short_text_is_refused(prune, tiny_folder, tmp_path: Path, text: str, fo
     file.write_text(text)
     outcome = prune(tiny_folder("llama"), "--calibration.source", file)
     assert_refused(outcome, str(file), found, "need 128")
+
+
+@pytest.mark.usefixtures("no_weights")
+def test_a_folder_of_several_kinds_is_refused(prune, tiny_folder, tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    for name in ("a.csv", "LICENSE.txt", "notes.md"):
+        (tmp_path / "data" / name).write_text("text\n")
+    outcome = prune(tiny_folder("llama"), "--calibration.source", tmp_path / "data")
+    assert_refused(outcome, ".csv, 1 file: a.csv; .md, 1 file: notes.md", "/data/**/*.csv")
 
 
 @pytest.mark.usefixtures("no_weights")
@@ -222,3 +236,23 @@ def test_weights_that_are_not_finite_are_named(prune, tiny_folder, tiny_tokenize
     assert outcome.code == 2
     assert "model.layers.1.mlp.down_proj" in " ".join(outcome.err.split())
     assert not (tmp_path / "pruned").exists()
+
+
+def test_tokenizer_that_cannot_be_saved_is_found_before_anything_is_spent(
+    prune, tiny_folder, no_weights, monkeypatch
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise NotImplementedError("no vocabulary")
+
+    folder = tiny_folder("llama")
+    monkeypatch.setattr(PreTrainedTokenizerFast, "save_pretrained", refuse)
+    assert_refused(prune(folder), "tokenizer cannot be saved: no vocabulary")
+
+
+def test_output_that_another_job_will_write_is_refused(prune, tiny_folder, no_weights, tmp_path: Path) -> None:
+    other = writers.Writer(writers.host(), str(os.getppid()), "0123abcd")
+    claim = tmp_path / ".pruned.{}.{}.{}.claim".format(*other)
+    claim.touch()
+    with writers.locked(claim):
+        run = prune(tiny_folder("llama"))
+    assert_refused(run, "written by one job at a time", str(claim))

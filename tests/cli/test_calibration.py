@@ -70,6 +70,21 @@ def test_one_text_is_told_as_before(prune, tiny_folder, tmp_path: Path) -> None:
     assert TextConfig(**{name: value for name, value in told.items() if name != "name"}) == filled
 
 
+def test_chats_are_told_with_their_files(prune, tiny_folder, tmp_path: Path, caplog) -> None:
+    folder, template = tiny_folder("opt"), "{% for one in messages %}{{ one.content }}{% endfor %}"
+    (folder / "chat_template.jinja").write_text(template)
+    rows = [{"messages": [{"role": "user", "content": f"number {n} " * 9}]} for n in range(20)]
+    (tmp_path / "chats").mkdir()
+    (tmp_path / "chats" / "LICENSE.txt").write_text("licence " * 900)
+    (tmp_path / "chats" / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    outcome = prune(folder, "--calibration.source", tmp_path / "chats", *QUICK)
+    assert outcome.code == 0, outcome.err
+    assert "chats: 1 file: a.jsonl" in caplog.text
+    assert "chat template makes text of the chats in messages" in caplog.text
+    read = report_of(tmp_path / "pruned")["calibration"]["read"]
+    assert read == {"documents": 20, "chats": 20, "files": "1 file: a.jsonl"}
+
+
 def test_own_text_alone_needs_no_other(prune, tiny_folder, tmp_path: Path) -> None:
     alone = ("--calibration.source", "missing.txt", *OWN, "--pruning.own_text.share", 1)
     outcome = prune(tiny_folder("opt"), *alone, *QUICK)

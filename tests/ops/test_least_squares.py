@@ -7,7 +7,14 @@ import torch
 from torch import Tensor
 
 from fasp_lightning.ops import least_squares
-from fasp_lightning.ops.least_squares import output_energy, refit_bias, residual_energy, restore_weight
+from fasp_lightning.ops.least_squares import (
+    error_per_output,
+    output_energies,
+    refit_bias,
+    relative_error,
+    residual_energies,
+    restore_weight,
+)
 from fasp_lightning.ops.selection import complement
 from fasp_lightning.ops.statistics import centre
 
@@ -64,8 +71,8 @@ def test_undamped_restoration_reaches_the_least_error(ridge: str, conditioning: 
     gram = inputs.T @ inputs
     found = restore_weight(weight, gram, kept, damping=0.0, ridge=ridge)
     best = torch.linalg.lstsq(inputs[:, kept], inputs @ weight.T, driver="gelsd").solution.T
-    least, reached = (residual_energy(weight, candidate, gram, kept) for candidate in (best, found.weight))
-    assert reached <= least + 1e-5 * output_energy(weight, gram)
+    least, reached = (residual_energies(weight, candidate, gram, kept).sum() for candidate in (best, found.weight))
+    assert reached <= least + 1e-5 * output_energies(weight, gram).sum()
 
 
 @pytest.mark.parametrize("conditioning", CONDITIONING)
@@ -75,8 +82,8 @@ def test_restoration_towards_the_original_never_raises_the_error(damping: float,
     kept = kept_columns(20, 13)
     gram = inputs.T @ inputs
     restored = restore_weight(weight, gram, kept, damping=damping).weight
-    plain = residual_energy(weight, weight[:, kept], gram, kept)
-    assert residual_energy(weight, restored, gram, kept) <= plain * (1 + 1e-9)
+    plain = residual_energies(weight, weight[:, kept], gram, kept).sum()
+    assert residual_energies(weight, restored, gram, kept).sum() <= plain * (1 + 1e-9)
 
 
 def test_heavy_damping_pulls_towards_the_anchor() -> None:
@@ -162,12 +169,22 @@ def test_energies_are_the_squared_norms_of_the_outputs() -> None:
     weight, inputs = problem(6, 20, "well")
     kept, gram = kept_columns(20, 13), inputs.T @ inputs
     restored = torch.randn(6, 13, dtype=torch.float64)
-    exact = (inputs @ weight.T - inputs[:, kept] @ restored.T).square().sum().item()
-    assert output_energy(weight, gram) == pytest.approx((inputs @ weight.T).square().sum().item())
-    assert residual_energy(weight, restored, gram, kept) == pytest.approx(exact)
+    outputs = inputs @ weight.T
+    exact = (outputs - inputs[:, kept] @ restored.T).square().sum(0)
+    energies, residuals = output_energies(weight, gram), residual_energies(weight, restored, gram, kept)
+    torch.testing.assert_close(energies, outputs.square().sum(0))
+    torch.testing.assert_close(residuals, exact)
     removed = complement(kept, 20)
-    plain = residual_energy(weight, weight[:, kept], gram, kept)
-    assert output_energy(weight[:, removed], gram[removed[:, None], removed]) == pytest.approx(plain)
+    plain = residual_energies(weight, weight[:, kept], gram, kept)
+    torch.testing.assert_close(output_energies(weight[:, removed], gram[removed[:, None], removed]), plain)
+    assert relative_error(residuals, energies) == pytest.approx((exact.sum().sqrt() / outputs.norm()).item())
+
+
+def test_error_per_output_weighs_all_outputs_alike() -> None:
+    energies, residuals = torch.tensor([4.0, 1e12, 0.0, 1.0]), torch.tensor([1.0, 0.0, 0.0, 9.0])
+    assert error_per_output(residuals, energies) == pytest.approx(((0.25 + 0 + 1) / 3) ** 0.5)  # at most 1 each
+    assert error_per_output(torch.zeros(2), torch.zeros(2)) == relative_error(torch.zeros(2), torch.zeros(2)) == 0
+    assert relative_error(residuals, energies) < 1e-5
 
 
 def test_bad_settings_are_named() -> None:

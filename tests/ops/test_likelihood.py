@@ -127,3 +127,22 @@ def test_ids_of_another_shape_are_refused(shape: tuple[int, ...]) -> None:
 def test_a_mask_of_another_shape_is_refused() -> None:
     with pytest.raises(ValueError, match="mask must have the shape"):
         next_token_nll(*random_case(), torch.ones(BATCH, SEQ_LEN - 1))
+
+
+def test_a_device_without_float64_is_known_by_what_it_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And what is summed there ends up in float64 on the CPU."""
+    zeros = torch.zeros
+
+    def refusing(*args: object, **options: object) -> Tensor:
+        if options.get("dtype") == torch.float64:
+            raise TypeError("Cannot convert a MPS Tensor to float64 dtype")
+        return zeros(*args, **options)
+
+    case = random_case()
+    expected, count = next_token_nll(*case)
+    likelihood._makes_float64.cache_clear()
+    monkeypatch.setattr(torch, "zeros", refusing)
+    nll, tokens = next_token_nll(*case)
+    likelihood._makes_float64.cache_clear()
+    assert (nll.dtype, nll.device.type, int(tokens)) == (torch.float64, "cpu", int(count))
+    assert float(nll) == pytest.approx(float(expected), rel=1e-6)

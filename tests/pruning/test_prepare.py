@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import tiny_model
+from tiny import random_tokens, tiny_model
 from tiny_pruning import assert_same, assert_unchanged, basic, calibration
 
 from fasp_lightning import FASPPruner, PruningConfig
@@ -142,3 +142,41 @@ def test_seconds_of_own_text_and_sensitivity_are_told() -> None:
     assert {"own text", "sensitivity", "capture", "total"} <= set(report.seconds)
     parts = sum(seconds for phase, seconds in report.seconds.items() if phase != "total")
     assert 0 < parts <= report.seconds["total"]
+
+
+def test_one_huge_batch_is_cut_for_the_sensitivity(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is measured on the tokens asked for, and at most an eighth more."""
+    taken: list[int] = []
+    spread = preparing.spread_samples
+
+    def watched(*arguments: Any) -> Any:
+        chosen = spread(*arguments)
+        taken.append(sum(sample.tokens for sample in chosen))
+        return chosen
+
+    monkeypatch.setattr(preparing, "spread_samples", watched)
+    ids = random_tokens(64, 20)
+    settings = basic(score="fisher", sensitivity_tokens=320)
+    whole = FASPPruner(settings).prepare(tiny_model("llama"), [ids])
+    pieces = FASPPruner(settings).prepare(tiny_model("llama"), list(ids.split(2)))
+    assert taken == [320, 320]
+    for block, other in zip(whole.sensitivity, pieces.sensitivity, strict=True):
+        assert all(torch.equal(*scores) for scores in zip(block, other, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("batches", "error"),
+    [
+        ([], "at least one calibration batch with a token in it, got none; set own_text"),
+        ([{"input_ids": random_tokens(), "attention_mask": torch.zeros(2, 12).long()}], "with a token in it"),
+        ([random_tokens(), torch.full((1, 5), 97)], r"input_ids must be in \[0, 97\)"),
+        ([random_tokens(), random_tokens().int()], "input_ids must be int64"),
+    ],
+)
+def test_batches_are_refused_before_own_text_is_written(
+    batches: list[Any], error: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(preparing, "own_text", lambda *_: pytest.fail("own text was written"))
+    for call in (FASPPruner(basic(own_text=OWN)).prune, FASPPruner(basic(own_text=OWN)).prepare):
+        with pytest.raises(ValueError, match=error):
+            call(tiny_model("llama"), batches)

@@ -7,9 +7,10 @@ from typing import Any
 import pytest
 import torch
 from tiny import TINY, tiny_model
-from tiny_pruning import BOTH, assert_unchanged, calibration
+from tiny_pruning import BOTH, assert_same, assert_unchanged, calibration
+from transformers import BatchEncoding
 
-from fasp_lightning import FASPPruner, PruningConfig
+from fasp_lightning import FASPPruner, PruningConfig, perplexity
 
 
 @pytest.mark.parametrize(
@@ -24,11 +25,32 @@ def test_bad_batches_leave_the_model_alone(batches: list[Any], error: str) -> No
     assert_unchanged(model)
 
 
+def test_a_tokenizers_batch_alone_is_the_calibration() -> None:
+    one, listed = tiny_model("llama"), tiny_model("llama")
+    (batch,) = calibration(1)
+    given = BatchEncoding({"input_ids": batch["input_ids"] if isinstance(batch, dict) else batch})
+    FASPPruner(BOTH).prune(one, given)
+    FASPPruner(BOTH).prune(listed, [given])
+    assert_same(one, listed)
+    assert perplexity(one, given) == perplexity(one, [given])
+
+
 def test_model_without_weights_is_refused() -> None:
     with torch.device("meta"):
         model = type(tiny_model("llama"))(TINY["llama"].config())
     with pytest.raises(ValueError, match=r"weights in memory, got .* on the meta device"):
         FASPPruner().prune(model, calibration())
+
+
+@pytest.mark.parametrize("name", ["model.norm.weight", "model.rotary_emb.inv_freq"])
+def test_tensor_that_could_never_be_trained_is_refused(name: str) -> None:
+    model = tiny_model("llama")
+    owner, attribute = model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]
+    with torch.inference_mode():
+        copied = getattr(owner, attribute).clone()
+        setattr(owner, attribute, torch.nn.Parameter(copied) if attribute == "weight" else copied)
+    with pytest.raises(ValueError, match=rf"got {name} made in torch\.inference_mode\(\); load it outside"):
+        FASPPruner(BOTH).prune(model, calibration())
 
 
 def test_refusals_come_before_the_first_batch() -> None:

@@ -41,8 +41,8 @@ def test_a_weight_matters() -> None:
 
 
 def test_each_piece_of_a_batch_has_its_weight() -> None:
-    pieces = list(micro_batches([weighted(random_tokens(3), 2.5), random_tokens(2)], 1, None))
-    assert [weight for _, weight, _ in pieces] == [2.5, 2.5, 2.5, 1.0, 1.0]
+    pieces = list(micro_batches([weighted(random_tokens(3), 2.5), random_tokens(2)], 1))
+    assert [piece.weight for piece in pieces] == [2.5, 2.5, 2.5, 1.0, 1.0]
 
 
 def test_a_bad_weight_leaves_the_model_as_it_is() -> None:

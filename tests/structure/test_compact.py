@@ -1,142 +1,201 @@
-"""Run-time modules compute what the masked linear would, and hide from the state dict."""
+"""Compact layers are the modules that they were; hooks on them compute what the masked layer would."""
 
 from __future__ import annotations
 
 import copy
 import io
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
+from torch._dynamo.testing import CompileCounter
+from torch.utils.checkpoint import checkpoint
 from transformers.pytorch_utils import Conv1D
 
-from fasp_lightning.structure.compact import GatherColumns, ScatterRows, inner, replace_module, set_features
+from fasp_lightning.structure.compact import (
+    GatherColumns,
+    ScatterRows,
+    replace_module,
+    set_features,
+    set_widths,
+    width_hooks,
+)
 
 INDEX = torch.tensor([0, 3, 4])
 
 
-def scatter(bias: bool = True) -> ScatterRows:
-    return ScatterRows(nn.Linear(5, len(INDEX), bias=bias), INDEX, 7)
+class Block(nn.Module):
+    """Its layers stand two levels down, below a module that nobody calls."""
 
-
-def gather() -> GatherColumns:
-    return GatherColumns(nn.Linear(len(INDEX), 5), INDEX)
-
-
-class Attention(nn.Module):
-    """Nested as in a model: the run-time modules stand two levels down."""
-
-    def __init__(self) -> None:
+    def __init__(self, bias: bool = True) -> None:
         super().__init__()
-        self.norm = nn.LayerNorm(5)
-        self.attn = nn.ModuleDict({"v_proj": scatter(), "o_proj": GatherColumns(nn.Linear(3, 5), INDEX)})
+        self.attn = nn.ModuleDict({"v_proj": nn.Linear(5, len(INDEX), bias=bias), "o_proj": nn.Linear(len(INDEX), 5)})
+        self.plain = copy.deepcopy(self.attn)
+        set_widths(self, {"attn.v_proj": ScatterRows(INDEX, 7), "attn.o_proj": GatherColumns(INDEX)})
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
-        return self.attn["o_proj"](self.attn["v_proj"](self.norm(inputs)))
+        wide = self.attn["v_proj"](inputs)
+        assert wide.shape[-1] == 7
+        return self.attn["o_proj"](wide)
+
+    def expected(self, inputs: torch.Tensor) -> torch.Tensor:
+        return self.plain["o_proj"](self.plain["v_proj"](inputs))
+
+
+class Around(nn.Module):
+    """What an adapter library puts around a layer."""
+
+    def __init__(self, base: nn.Module) -> None:
+        super().__init__()
+        self.base = base
+        self.in_features, self.out_features = base.in_features, base.out_features
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        output = self.base(inputs)
+        assert inputs.shape[-1] == self.in_features
+        assert output.shape[-1] == self.out_features
+        return output
 
 
 @pytest.mark.parametrize("bias", [True, False])
 def test_scattered_rows_are_zero_where_they_were_cut(bias: bool) -> None:
-    module, inputs = scatter(bias), torch.randn(2, 6, 5)
+    block, inputs = Block(bias), torch.randn(2, 6, 5)
     full = nn.Linear(5, 7, bias=bias)
     with torch.no_grad():
-        for parameter, compact in zip(full.parameters(), module.parameters(), strict=True):
+        for parameter, compact in zip(full.parameters(), block.attn["v_proj"].parameters(), strict=True):
             parameter.zero_()
             parameter[INDEX] = compact
-    torch.testing.assert_close(module(inputs), full(inputs))
+    torch.testing.assert_close(block.attn["v_proj"](inputs), full(inputs))
 
 
-def test_gathered_columns_are_those_of_the_full_input() -> None:
-    module, inputs = gather(), torch.randn(2, 6, 7)
+@pytest.mark.parametrize("named", [False, True])
+def test_gathered_columns_are_those_of_the_full_input(named: bool) -> None:
+    module, inputs = Block().attn["o_proj"], torch.randn(2, 6, 7)
     full = nn.Linear(7, 5)
     with torch.no_grad():
         full.weight.zero_()
-        full.weight[:, INDEX] = module.linear.weight
-        full.bias.copy_(module.linear.bias)
-    torch.testing.assert_close(module(inputs), full(inputs))
-    assert torch.equal(module.gather(inputs), inputs[..., INDEX])
+        full.weight[:, INDEX] = module.weight
+        full.bias.copy_(module.bias)
+    torch.testing.assert_close(module(input=inputs) if named else module(inputs), full(inputs))
+
+
+def test_other_hooks_of_a_consumer_see_its_own_columns() -> None:
+    block, seen = Block(), []
+    late = GatherColumns(INDEX)
+    block.attn["o_proj"].register_forward_pre_hook(lambda module, args: seen.append(args[0].shape[-1]))
+    set_widths(block, {"attn.o_proj": late})  # again, behind the other hook
+    block(torch.randn(2, 5))
+    assert seen == [len(INDEX)]
 
 
 def test_gradients_reach_the_compact_weights_and_the_input() -> None:
-    model, inputs = Attention(), torch.randn(3, 5, requires_grad=True)
+    model, inputs = Block(), torch.randn(3, 5, requires_grad=True)
     model(inputs).sum().backward()
     assert inputs.grad is not None
-    assert all(parameter.grad is not None for parameter in model.parameters())
+    assert all(parameter.grad is not None for parameter in model.attn.parameters())
 
 
-@pytest.mark.parametrize("make", [scatter, gather])
-def test_keys_are_those_of_the_linear_inside(make) -> None:
-    module = make()
-    assert list(module.state_dict()) == ["weight", "bias"]
-    assert torch.equal(module.state_dict()["weight"], module.linear.weight)
-
-
-def test_nested_keys_are_those_of_the_stock_model() -> None:
-    keys = {"norm.weight", "norm.bias", *(f"attn.{n}.{p}" for n in ("v_proj", "o_proj") for p in ("weight", "bias"))}
-    assert set(Attention().state_dict()) == keys
-
-
-@pytest.mark.parametrize("assign", [True, False])
-def test_nested_state_saves_and_loads(assign: bool) -> None:
-    saved, other, inputs = Attention(), Attention(), torch.randn(3, 5)
-    buffer = io.BytesIO()
-    torch.save(saved.state_dict(), buffer)
-    buffer.seek(0)
-    result = other.load_state_dict(torch.load(buffer, weights_only=True), assign=assign)
-    assert result.missing_keys == result.unexpected_keys == []
-    assert torch.equal(other(inputs), saved(inputs))
-
-
-def test_loading_leaves_the_given_state_alone() -> None:
-    state = Attention().state_dict()
-    before = dict(state)
-    Attention().load_state_dict(state)
-    assert list(state) == list(before)
-
-
-def test_missing_and_unknown_keys_are_errors() -> None:
-    state = Attention().state_dict()
-    state["attn.v_proj.scale"] = state.pop("attn.v_proj.weight")
-    with pytest.raises(RuntimeError, match=r"(?s)Missing.*v_proj.*weight.*Unexpected.*v_proj.*scale"):
-        Attention().load_state_dict(state)
+def test_names_are_keys() -> None:
+    model = Block()
+    assert [name for name, _ in model.named_parameters()] == list(model.state_dict())
 
 
 def test_compact_state_meets_a_stock_linear_with_a_size_mismatch() -> None:
     with pytest.raises(RuntimeError, match="size mismatch for weight"):
-        nn.Linear(5, 7).load_state_dict(scatter().state_dict())
+        nn.Linear(5, 7).load_state_dict(Block().attn["v_proj"].state_dict())
 
 
-def test_copy_is_transparent_and_independent() -> None:
-    model, inputs = Attention(), torch.randn(3, 5)
-    copied = copy.deepcopy(model)
-    expected = model(inputs)
+def copied(model: nn.Module) -> nn.Module:
+    return copy.deepcopy(model)
+
+
+def pickled(model: nn.Module) -> nn.Module:
+    buffer = io.BytesIO()
+    torch.save(model, buffer)
+    buffer.seek(0)
+    return torch.load(buffer, weights_only=False)
+
+
+@pytest.mark.parametrize("twin_of", [copied, pickled])
+@pytest.mark.parametrize("moved", [False, True])
+def test_a_copy_computes_the_same_and_is_independent(twin_of: Any, moved: bool) -> None:
+    model, inputs = Block(), torch.randn(3, 5)
+    if moved:  # by a library, and not followed yet
+        replace_module(model, "attn.v_proj", Around(model.attn["v_proj"]))
+    twin = twin_of(model)
+    expected = model.expected(inputs)
+    set_widths(model, {path: None for path, _ in list(width_hooks(model))} | {"attn.v_proj": None})
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.zero_()
-    assert copied.state_dict().keys() == model.state_dict().keys()
-    assert torch.equal(copied(inputs), expected)
-    model.load_state_dict(copied.state_dict())
+    assert torch.equal(twin(inputs), expected)
+    assert torch.equal(twin(inputs), expected)
+
+
+def test_hooks_follow_the_path() -> None:
+    model, inputs = Block(), torch.randn(3, 5)
+    expected, layers = model.expected(inputs), dict(model.attn)
+    for wrap in (Around, lambda layer: layer, copy.deepcopy, lambda layer: Around(Around(layer))):
+        for name, layer in layers.items():
+            model.attn[name] = wrap(layer)
+        assert torch.equal(model(inputs), expected)
+    for name, layer in layers.items():
+        model.attn[name] = layer
+    assert torch.equal(model(inputs), expected)
+    assert [len(layer._forward_hooks) + len(layer._forward_pre_hooks) for layer in layers.values()] == [1, 1]
+
+
+def test_without_hooks_a_layer_has_its_own_widths() -> None:
+    model = Block()
+    set_widths(model, {"attn.v_proj": None})
+    assert model.attn["v_proj"](torch.randn(2, 5)).shape == (2, 3)
+    assert not model.attn["v_proj"]._forward_hooks
+    assert [path for path, _ in width_hooks(nn.ModuleList([model]))] == ["0.attn.o_proj"]
+
+
+def test_positions_survive_a_stay_on_the_meta_device() -> None:
+    model, inputs = Block(), torch.randn(3, 5)
+    state, expected = model.state_dict(), model.expected(inputs)
+    model.to("meta")
+    assert model(inputs.to("meta")).is_meta
+    model.to_empty(device="cpu").load_state_dict(state)
     assert torch.equal(model(inputs), expected)
 
 
-def test_index_moves_with_the_module() -> None:
-    module = scatter().to("meta")
-    assert module.positions.device.type == module.linear.weight.device.type == "meta"
-    assert scatter().half().positions.dtype == torch.long
+def test_a_model_cut_and_run_in_inference_mode_trains_afterwards() -> None:
+    with torch.inference_mode():
+        hooks = {"attn.v_proj": ScatterRows(INDEX.clone(), 7), "attn.o_proj": GatherColumns(INDEX.clone())}
+        model = Block()
+        set_widths(model, hooks)
+        model(torch.randn(2, 5))
+    assert not any(hook.positions.is_inference() for hook in hooks.values())
 
 
-@pytest.mark.parametrize("training", [True, False])
-def test_training_flag_is_that_of_the_linear(training: bool) -> None:
-    assert ScatterRows(nn.Linear(5, 3).train(training), INDEX, 7).training is training
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointed_gradients_are_the_same(reentrant: bool) -> None:
+    model, inputs = Block(), torch.randn(3, 5, requires_grad=True)
+    model.attn["v_proj"] = Around(model.attn["v_proj"])  # followed in the first call
+    checkpoint(model, inputs, use_reentrant=reentrant).sum().backward()
+    found = inputs.grad
+    inputs.grad = None
+    model(inputs).sum().backward()
+    assert torch.equal(found, inputs.grad)
 
 
-def test_inner_is_the_linear_wrapped_or_not() -> None:
-    linear = nn.Linear(3, 5)
-    assert inner(linear) is inner(GatherColumns(linear, INDEX)) is linear
+def test_a_block_compiles_as_one_graph_for_all_blocks_of_its_widths() -> None:
+    counter = CompileCounter()
+    blocks, inputs = [Block(), Block()], torch.randn(3, 5)
+    for block in blocks:
+        block.compile(backend=counter, fullgraph=True)
+        assert torch.equal(block(inputs), block.expected(inputs))
+    assert counter.frame_count == 1
+    set_widths(blocks[0], {"attn.v_proj": ScatterRows(INDEX, 7), "attn.o_proj": GatherColumns(INDEX + 1)})
+    assert not torch.equal(blocks[0](inputs), blocks[0].expected(inputs))  # other positions count at once
 
 
 def test_module_is_replaced_at_its_path() -> None:
-    model, linear = Attention(), nn.Linear(7, 5)
+    model, linear = Block(), nn.Linear(7, 5)
     replace_module(model, "attn.o_proj", linear)
     assert model.attn["o_proj"] is linear
     blocks = nn.ModuleList([nn.Linear(1, 1)])

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fasp_lightning.structure.layout import PairLayout
+from fasp_lightning.structure.layout import Cuts, PairLayout
 
 SIZE, GROUPS, REPEATS = 4, 2, 3
 HEADS = GROUPS * REPEATS
@@ -103,3 +103,13 @@ def test_ffn_unit_feeds_its_column() -> None:
 
 def test_size_is_the_head_size_or_the_width() -> None:
     assert (layout("value", None).size, layout("ffn", None).size) == (SIZE, WIDTH)
+
+
+def test_cuts_add_up() -> None:
+    ffn, value = frozenset({"ffn"}), frozenset({"value"})
+    assert Cuts(ffn) | Cuts(value, uneven=True) == Cuts(ffn | value, uneven=True)
+    assert Cuts(ffn, uneven=True) | Cuts() == Cuts(ffn, uneven=True)
+
+
+def test_nothing_is_cut_of_a_whole_model() -> None:
+    assert Cuts() == Cuts(frozenset(), uneven=False)

@@ -8,7 +8,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from fasp_lightning import spec_for
-from fasp_lightning.structure.linears import is_linear, linear_parameters, parameter_count
+from fasp_lightning.structure.resolve import is_linear, linear_parameters, parameter_count
 from fasp_lightning.training.modeling.lora import LoRAConfig, attach_lora
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from tiny import random_tokens, tiny_model
 
-from fasp_lightning.structure.modes import evaluating, frozen, placed, requiring_gradients
+from fasp_lightning.structure.modes import evaluating, frozen, insist, placed, requiring_gradients
 
 
 def state(model: Any) -> Any:
@@ -70,3 +70,18 @@ def test_a_part_computes_where_it_is_placed() -> None:
     with placed(linear, torch.device("meta")):
         assert moved == [torch.device("meta")]
     assert moved == [torch.device("meta"), torch.device("cpu")]
+
+
+@pytest.mark.parametrize(("error", "taken"), [(KeyboardInterrupt, "abbc"), (KeyError, "abc")])
+def test_every_step_of_a_way_back_is_taken(error: type[BaseException], taken: str) -> None:
+    """One that a Ctrl-C has interrupted twice; the error is raised at the end."""
+    done: list[str] = []
+
+    def second() -> None:
+        done.append("b")
+        if done.count("b") == 1:
+            raise error
+
+    with pytest.raises(error):
+        insist(lambda: done.append("a"), second, lambda: done.append("c"))
+    assert "".join(done) == taken

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import json
+from dataclasses import replace
+from itertools import product
 from typing import Any
 
 import pytest
@@ -13,7 +15,7 @@ from tiny import TINY, random_tokens, tiny_model
 from tiny_pruning import BOTH, FFN, assert_unchanged, basic, calibration, pruned
 from torch import nn
 
-from fasp_lightning import FASPPruner, PruningConfig, PruningPlan, apply_plan
+from fasp_lightning import FaspError, FASPPruner, PairLayout, PairPlan, PruningConfig, PruningPlan, apply_plan
 from fasp_lightning.structure.plan import plan_of
 
 FC2 = "fc2"
@@ -24,10 +26,10 @@ def shapes(model: nn.Module) -> dict[str, torch.Size]:
 
 
 def edited(plan: PruningPlan, **changes: Any) -> PruningPlan:
-    """A plan whose FFN pair of block 1 is changed in its plain form."""
-    data = plan.to_dict()
-    data["blocks"][1][FC2].update(changes)
-    return PruningPlan.from_dict(data)
+    """A plan whose FFN pair of block 1 is changed."""
+    pair = plan.blocks[1][FC2]
+    layout = replace(pair.layout, width=changes.pop("width", pair.layout.width))
+    return replace(plan, blocks=(plan.blocks[0], {**plan.blocks[1], FC2: replace(pair, layout=layout, **changes)}))
 
 
 @pytest.mark.parametrize("family", TINY)
@@ -78,13 +80,15 @@ def test_config_holds_the_width(family: str) -> None:
     changed = {
         name: value
         for name, value in model.config.to_dict().items()
-        if value != tiny_model(family).config.to_dict()[name]
+        if name != "fasp" and value != tiny_model(family).config.to_dict()[name]
     }
     assert list(changed.values()) == list(widths)
 
 
 def test_config_of_bloom_stays_as_it_is() -> None:
-    assert pruned("bloom", FFN, calibration(4)).config.to_dict() == tiny_model("bloom").config.to_dict()
+    config = pruned("bloom", FFN, calibration(4)).config.to_dict()
+    assert config.pop("fasp")["form"] == "compact"
+    assert config == tiny_model("bloom").config.to_dict()
 
 
 def test_model_that_was_never_pruned_has_no_plan() -> None:
@@ -145,9 +149,9 @@ def test_plan_cannot_bring_units_back(config: PruningConfig) -> None:
     [
         ("[]", "a plan must be a mapping with version 1"),
         ('{"version": 2, "model_type": "llama", "blocks": []}', "with version 1"),
-        ('{"version": 1, "blocks": []}', "missing: 'model_type'"),
+        ('{"version": 1, "blocks": 0, "pairs": [], "kept": "eJwDAAAAAAE="}', "must hold model_type"),
         ('{"version": 1, "model_type": "llama"}', "missing: 'blocks'"),
-        ('{"version": 1, "model_type": "llama", "blocks": [{"fc2": {"kept": [1]}}]}', "producer_rows"),
+        ('{"version": 1, "model_type": "llama", "blocks": 1, "kept": "eJwDAAAAAAE=", "pairs": [{}]}', "producer_rows"),
         ('{"version": 1, "model_type": "llama", "blocks": [7]}', "a plan must hold"),
         ("{", "Expecting property name"),
     ],
@@ -155,3 +159,53 @@ def test_plan_cannot_bring_units_back(config: PruningConfig) -> None:
 def test_text_that_is_no_plan_is_refused(text: str, error: str) -> None:
     with pytest.raises(ValueError, match=error):
         PruningPlan.from_json(text)
+
+
+def damaged(**changes: Any) -> dict[str, Any]:
+    """The plain form of a plan, its first pair or itself changed."""
+    data = pruned("opt").fasp_plan.to_dict()
+    data["pairs"][0].update({name: value for name, value in changes.items() if name in data["pairs"][0]})
+    return data | {name: value for name, value in changes.items() if name in data}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"units": [24, 23]},
+        {"units": [24]},
+        {"units": [24, None]},
+        {"units": 24},
+        {"width": 64},
+        {"width": "many"},
+        {"kept": "eJwDAAAAAAE="},
+        {"kept": "kept"},
+        {"kept": "ä"},
+        {"blocks": 3},
+        {"blocks": -1},
+        {"pairs": {}},
+        {"pairs": [7]},
+        {"model_type": None},
+    ],
+    ids=str,
+)
+def test_a_plan_that_contradicts_itself_is_refused(changes: dict[str, Any]) -> None:
+    with pytest.raises(FaspError, match="a plan must hold"):
+        PruningPlan.from_dict(damaged(**changes))
+
+
+def test_blocks_whose_pair_has_another_layout_come_back() -> None:
+    first, second = PairLayout("ffn", 9, 1, 1, None, (9,)), PairLayout("ffn", 17, 1, 1, None, (17,))
+    blocks = ({"fc2": PairPlan(first, (0, 8))}, {}, {"fc2": PairPlan(second, (7, 8, 16))})
+    plan = PruningPlan("opt", blocks)
+    assert PruningPlan.from_json(plan.to_json()) == plan
+
+
+def test_the_plan_of_a_large_model_is_small() -> None:
+    """What 80 blocks of 28672 FFN units and 1024 value dims would add to a config."""
+    generator = torch.Generator().manual_seed(0)
+    blocks: list[dict[str, PairPlan]] = [{}, {}]
+    for block, (path, width) in product(blocks, (("down", 28672), ("o", 1024))):
+        kept = torch.rand(width, generator=generator).gt(0.2).nonzero().squeeze(1)
+        block[path] = PairPlan(PairLayout("ffn", width, 1, 1, None, (width,)), tuple(kept.tolist()))
+    size = len(PruningPlan("llama", tuple(blocks)).to_json())
+    assert size * 40 < 0.4e6

@@ -71,7 +71,7 @@ def test_unknown_model_type_lists_the_known_ones_and_the_row_to_register() -> No
 
 
 def test_what_has_no_model_type_is_refused() -> None:
-    with pytest.raises(ValueError, match="got None"):
+    with pytest.raises(ValueError, match="must be a Hugging Face causal LM, got object"):
         spec_for(object())
 
 

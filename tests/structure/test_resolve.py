@@ -12,9 +12,8 @@ from tiny import FFN, HEADS, HIDDEN, TINY, random_tokens, tiny_model
 from torch import nn
 
 from fasp_lightning import ArchitectureSpec, CoupledPair, spec_for
-from fasp_lightning.structure.compact import GatherColumns, ScatterRows
-from fasp_lightning.structure.linears import linear_parameters, parameter_count
-from fasp_lightning.structure.resolve import ResolvedPair, resolve
+from fasp_lightning.structure.compact import width_hooks
+from fasp_lightning.structure.resolve import ResolvedPair, linear_parameters, parameter_count, resolve
 
 DOWN = CoupledPair("mlp.down_proj", ("mlp.gate_proj", "mlp.up_proj"), "ffn")
 
@@ -118,14 +117,27 @@ def test_cut_keeps_parameters_and_gradients() -> None:
     assert torch.equal(pair.consumer.weight.grad, gradient[:, kept])
 
 
-def test_only_value_pairs_are_wrapped_and_only_once() -> None:
+def test_only_value_pairs_have_width_hooks_and_only_one_a_layer() -> None:
     model = tiny_model("llama")
     for pair in resolve(model, spec_for(model))[0]:
         pair.cut(some_units(pair))
         pair.cut(some_units(pair)[:-1])
-    attention, mlp = model.model.layers[0].self_attn, model.model.layers[0].mlp
-    assert (type(attention.o_proj), type(attention.v_proj)) == (GatherColumns, ScatterRows)
-    assert {type(attention.o_proj.linear), type(mlp.up_proj), type(mlp.down_proj)} == {nn.Linear}
+    first = "model.layers.0"
+    attention, mlp = model.get_submodule(first).self_attn, model.get_submodule(first).mlp
+    assert [path for path, _ in width_hooks(model)] == [f"{first}.self_attn.o_proj", f"{first}.self_attn.v_proj"]
+    assert (len(attention.o_proj._forward_pre_hooks), len(attention.v_proj._forward_hooks)) == (1, 1)
+    assert not any(layer._forward_hooks or layer._forward_pre_hooks for layer in mlp.modules())
+
+
+@pytest.mark.parametrize("family", TINY)
+def test_a_cut_keeps_modules_and_names(family: str) -> None:
+    model = tiny_model(family)
+    modules, parameters = dict(model.named_modules()), dict(model.named_parameters())
+    for pair in resolve(model, spec_for(model))[0]:
+        pair.cut(some_units(pair))
+    assert dict(model.named_modules()) == modules
+    assert all(parameters[name] is value for name, value in model.named_parameters())
+    assert parameters.keys() <= model.state_dict().keys()
 
 
 def test_keeping_everything_changes_nothing() -> None:

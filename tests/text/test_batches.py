@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections import UserDict
 from typing import Any
 
 import pytest
 import torch
 from transformers import BatchEncoding
 
-from fasp_lightning.text.batches import check_vocabulary, labelled, read_batch
+from fasp_lightning.text.batches import check_vocabulary, each_batch, labelled, read_batch
 
 IDS = torch.tensor([[1, 2, 3], [4, 5, 6]])
 MASK = torch.tensor([[1, 1, 1], [1, 1, 0]])
@@ -70,11 +71,13 @@ def test_batches_of_a_text_name_it() -> None:
     [
         ([[1, 2, 3]], TypeError, "got list"),
         ("text", TypeError, "got str"),
-        ({"input_ids": [[1, 2]]}, TypeError, "got list"),
+        ({"input_ids": [[1, 2]]}, TypeError, "got list; call the tokenizer with return_tensors='pt'"),
         ({"tokens": IDS}, ValueError, r"'input_ids'.*\['tokens'\]"),
         (IDS.int(), ValueError, r"int64, got torch\.int32.*\.long\(\)"),
         (IDS.float(), ValueError, r"int64, got torch\.float32"),
-        (IDS[0], ValueError, r"got shape \(3,\)"),
+        ({"input_ids": [IDS[0], IDS[1]]}, TypeError, r"got list of tensors; give the DataLoader .*with_format"),
+        (UserDict({"input_ids": IDS.numpy()}), TypeError, r"got ndarray; make one with torch\.as_tensor"),
+        (IDS[0], ValueError, r"got shape \(3,\); make a batch of it with \[None\]"),
         (IDS[None], ValueError, r"got shape \(1, 2, 3\)"),
         (IDS[:0], ValueError, r"at least one token, got shape \(0, 3\)"),
         ({"input_ids": IDS, "attention_mask": [[1]]}, TypeError, "attention_mask must be a tensor"),
@@ -126,3 +129,20 @@ def test_an_id_outside_the_vocabulary_is_named(outside: int) -> None:
 
 def test_every_id_of_the_vocabulary_passes() -> None:
     check_vocabulary(torch.arange(7)[None], 7)
+
+
+@pytest.mark.parametrize("given", [IDS, {"input_ids": IDS}, BatchEncoding({"input_ids": IDS}), UserDict(input_ids=IDS)])
+def test_a_single_batch_is_all_there_are(given: Any) -> None:
+    (batch,) = each_batch(given)
+    assert read_batch(batch).input_ids is IDS
+
+
+@pytest.mark.parametrize("given", [[IDS, IDS], torch.stack([IDS, IDS]), iter([{"input_ids": IDS}] * 2)], ids=type)
+def test_an_iterable_of_batches_gives_each(given: Any) -> None:
+    assert [read_batch(batch).tokens for batch in each_batch(given)] == [6, 6]
+
+
+@pytest.mark.parametrize("given", ["text", None, 5], ids=str)
+def test_what_holds_no_batches_is_refused(given: Any) -> None:
+    with pytest.raises(TypeError, match=rf"must be an iterable .*got {type(given).__name__}; token_batches makes them"):
+        each_batch(given)

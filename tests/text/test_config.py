@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from fasp_lightning.text.config import Extent, TextConfig, describe, for_role
+from fasp_lightning.text.roles import as_texts
 
 
 @pytest.mark.parametrize(
@@ -62,6 +64,24 @@ def test_a_text_is_named_for_a_table(config: TextConfig, name: str) -> None:
 )
 def test_a_role_gives_the_split_left_open(source: str, split: str | None, role: str, expected: str | None) -> None:
     assert for_role(TextConfig(source, split=split), role).split == expected
+
+
+def test_a_saved_data_set_has_its_own_splits(tmp_path: Path) -> None:
+    (tmp_path / "set" / "train").mkdir(parents=True)
+    (tmp_path / "set" / "dataset_dict.json").write_text('{"splits": ["train", "test"]}')
+    source = f"{tmp_path}/set"
+    assert TextConfig(source, split="train").source == f"{source}/train"
+    assert for_role(TextConfig(source), "calibration") == TextConfig(f"{source}/train")
+    assert describe(for_role(TextConfig(source), "test")) == "set (test)"
+    assert for_role(TextConfig(source), "validation").source == source  # is refused where it is read
+    with pytest.raises(ValueError, match=r"split of source '.*set' must be one of test, train, got 'calibration'"):
+        TextConfig(source, split="calibration")
+    assert TextConfig(f"{source}/train", split="calibration").split == "calibration"
+
+
+def test_a_source_may_be_a_path() -> None:
+    assert TextConfig(Path("far/a.txt")) == TextConfig("far/a.txt")  # type: ignore[arg-type]
+    assert as_texts([Path("far/a.txt")]) == as_texts(Path("far/a.txt")) == (TextConfig("far/a.txt"),)  # type: ignore
 
 
 def test_an_unknown_role_is_refused() -> None:

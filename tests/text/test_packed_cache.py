@@ -16,7 +16,7 @@ from fasp_lightning.text import tokens
 from fasp_lightning.text.config import TextConfig
 from fasp_lightning.text.packed_cache import Tokenised, TooShort, default_cache, drawn, pack, tokenised, without
 from fasp_lightning.text.splits import distinct
-from fasp_lightning.text.tokens import encode_documents, token_batches
+from fasp_lightning.text.tokens import Packing, encode_documents, token_batches
 
 TEXT = words(30)
 Read = Callable[..., Tokenised]
@@ -27,7 +27,7 @@ def read(tmp_path: Path, tiny_tokenizer: PreTrainedTokenizerFast) -> Read:
     """Reads ``TEXT`` from the cache in ``tmp_path``, or puts it there."""
 
     def new(documents: list[str] = TEXT, **options: Any) -> Tokenised:
-        return tokenised(tmp_path, "key", lambda: documents, tiny_tokenizer, 16, **options)
+        return tokenised(tmp_path, "key", lambda: documents, Packing(tiny_tokenizer, 16), **options)
 
     return new
 
@@ -49,7 +49,7 @@ def test_sequences_are_the_text_end_to_end(read: Read, tiny_tokenizer: PreTraine
 
 def test_a_text_is_read_once(read: Read, tmp_path: Path, tiny_tokenizer: PreTrainedTokenizerFast) -> None:
     first = read()
-    again = tokenised(tmp_path, "key", unread, tiny_tokenizer, 16)
+    again = tokenised(tmp_path, "key", unread, Packing(tiny_tokenizer, 16))
     assert torch.equal(ids(first), ids(again))
     assert (first.key, first.documents, first.content) == (again.key, again.documents, again.content)
     assert first.documents == {distinct(text) for text in TEXT}
@@ -111,7 +111,7 @@ def test_the_key_alone_names_an_entry(read: Read) -> None:
 
 def test_a_limited_text_is_the_start(tmp_path: Path, tiny_tokenizer: PreTrainedTokenizerFast) -> None:
     whole, five = (
-        tokenised(tmp_path, key, lambda: TEXT, tiny_tokenizer, 16, limit=limit)
+        tokenised(tmp_path, key, lambda: TEXT, Packing(tiny_tokenizer, 16), limit=limit)
         for key, limit in (("whole", None), ("five", 5))
     )
     assert torch.equal(ids(five), ids(whole)[:5])
@@ -144,16 +144,16 @@ def test_more_than_there_is_cannot_be_drawn(read: Read) -> None:
 def test_groups_change_nothing_in_what_is_packed(
     tiny_tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole = sum(pack(TEXT, tiny_tokenizer, 16), [])  # noqa: RUF017
+    whole = sum(pack(TEXT, Packing(tiny_tokenizer, 16)), [])  # noqa: RUF017
     monkeypatch.setattr(tokens, "GROUP_LENGTH", 50)
-    in_groups = list(pack(TEXT, tiny_tokenizer, 16))
+    in_groups = list(pack(TEXT, Packing(tiny_tokenizer, 16)))
     assert len(in_groups) == len(TEXT)
     assert sum(in_groups, []) == whole  # noqa: RUF017
 
 
 def test_too_short_a_text_says_what_it_has(tiny_tokenizer: PreTrainedTokenizerFast) -> None:
     with pytest.raises(TooShort, match="it has 6 tokens, and one sequence of seq_len=16 needs 16"):
-        list(pack(["short"], tiny_tokenizer, 16))
+        list(pack(["short"], Packing(tiny_tokenizer, 16)))
 
 
 def test_documents_of_another_role_are_left_out() -> None:

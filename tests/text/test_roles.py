@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from itertools import chain, combinations
 from pathlib import Path
 from typing import Any
@@ -85,6 +86,26 @@ def test_a_file_read_by_one_role_is_read_whole(tmp_path: Path) -> None:
     path.write_text("\n".join(words(200)), "utf-8")
     found = read("builtin:topics", train=[str(path)])
     assert found["train"] == [path.read_text("utf-8")]
+
+
+@pytest.mark.parametrize("name", ["text.txt", "text.jsonl"])
+def test_a_single_document_in_one_line_is_divided(name: str, tmp_path: Path) -> None:
+    text, path = " ".join(words(4000)), tmp_path / name
+    path.write_text(text if name.endswith(".txt") else json.dumps({"text": text}), "utf-8")
+    found = read(str(path))
+    assert disjoint(found)
+    assert all(found.values())
+    assert sum(map(len, chain(*found.values()))) == len(text)
+
+
+def test_the_log_says_once_which_files_the_roles_read(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for name in ("a.jsonl", "b.jsonl"):
+        write_rows(tmp_path / name, words(20))
+    resolved = RoleTexts.resolve(str(tmp_path), {})
+    with caplog.at_level("INFO", logger="fasp_lightning"):
+        for role in ROLES:
+            resolved.identity(role, 0)
+    assert [record.getMessage() for record in caplog.records] == [f"{tmp_path}: 2 files: a.jsonl, b.jsonl"]
 
 
 def test_roles_without_a_text_of_their_own_share_the_training_text(rows: str) -> None:

@@ -12,8 +12,8 @@ from transformers import PreTrainedTokenizerFast
 
 from fasp_lightning.text import token_shards
 from fasp_lightning.text.packed_cache import pack
-from fasp_lightning.text.token_shards import Encoder, ShardReader
-from fasp_lightning.text.tokens import encode_documents
+from fasp_lightning.text.token_shards import ShardReader
+from fasp_lightning.text.tokens import Packing, encode_documents
 
 
 @pytest.fixture(autouse=True)
@@ -22,19 +22,18 @@ def small_groups(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def reader(tokenizer: PreTrainedTokenizerFast, text: list[str], shard: int = 0, shards: int = 1, **options: Any):
-    encode = Encoder(tokenizer, None)
-    return ShardReader(partial(list, text), "text", encode, 16, shard, shards, **options)
+    return ShardReader(partial(list, text), "text", Packing(tokenizer, 16), shard, shards, **options)
 
 
 def test_a_part_is_packed_like_a_cached_text(tiny_tokenizer: PreTrainedTokenizerFast) -> None:
-    (packed,) = pack(words(40), tiny_tokenizer, 16)
+    (packed,) = pack(words(40), Packing(tiny_tokenizer, 16))
     assert list(islice(reader(tiny_tokenizer, words(40)), len(packed))) == packed
 
 
 def test_parts_hold_each_document_once(tiny_tokenizer: PreTrainedTokenizerFast) -> None:
     text = words(9)
     for shard in range(3):
-        (packed,) = pack(text[shard::3], tiny_tokenizer, 16)
+        (packed,) = pack(text[shard::3], Packing(tiny_tokenizer, 16))
         assert list(islice(reader(tiny_tokenizer, text, shard, 3), len(packed))) == packed
 
 
@@ -64,6 +63,16 @@ def test_a_part_without_a_sequence_names_what_to_change(tiny_tokenizer: PreTrain
 
 
 @pytest.mark.parametrize("separator", [None, "\n\n"])
-def test_an_encoder_puts_its_separator_between(separator: str | None, tiny_tokenizer: PreTrainedTokenizerFast) -> None:
+def test_a_packing_puts_its_separator_between(separator: str | None, tiny_tokenizer: PreTrainedTokenizerFast) -> None:
     expected = encode_documents(["one", "two"], tiny_tokenizer, separator)
-    assert Encoder(tiny_tokenizer, separator)(["one", "two"]) == expected
+    assert Packing(tiny_tokenizer, 16, separator).encode(["one", "two"]) == expected
+
+
+def test_a_part_is_packed_with_bos_like_a_cached_text(tiny_tokenizer: PreTrainedTokenizerFast) -> None:
+    packing = Packing(tiny_tokenizer, 16, bos=1)
+    (packed,) = pack(words(40), packing)
+    found = list(islice(ShardReader(partial(list, words(40)), "text", packing, 0, 1), len(packed)))
+    assert found == packed
+    assert {(len(sequence), sequence[0]) for sequence in found} == {(16, 1)}
+    (plain,) = pack(words(40), Packing(tiny_tokenizer, 15))
+    assert [sequence[1:] for sequence in packed] == plain

@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerFast
 from fasp_lightning.text import token_shards, token_stream
 from fasp_lightning.text.packed_cache import pack
 from fasp_lightning.text.token_stream import TokenStream, as_batch
+from fasp_lightning.text.tokens import Packing
 
 
 @pytest.fixture(autouse=True)
@@ -30,7 +31,7 @@ def stream(
     **options: Any,
 ) -> TokenStream:
     opened = [(f"text {number}", partial(list, text)) for number, text in enumerate(texts)]
-    return TokenStream(opened, weights, tokenizer, [None] * len(texts), 16, 2, 0, **options)
+    return TokenStream(opened, weights, [Packing(tokenizer, 16)] * len(texts), 2, 0, **options)
 
 
 @pytest.mark.parametrize(("weights", "share"), [(None, 1 / 2), ([3, 1], 3 / 4)])
@@ -46,7 +47,7 @@ def test_every_window_is_mixed_by_the_weights(
 
 
 def test_sequences_are_shuffled(tiny_tokenizer: PreTrainedTokenizerFast) -> None:
-    (packed,) = pack(words(40), tiny_tokenizer, 16)
+    (packed,) = pack(words(40), Packing(tiny_tokenizer, 16))
     window = torch.cat([batch["input_ids"] for batch in islice(stream(tiny_tokenizer, [words(40)]), 3)]).tolist()
     assert window != packed[:6]
     assert sorted(window) == sorted(packed[:6])

@@ -7,14 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny_text import words
+from tiny_text import with_bos, words
 from transformers import PreTrainedTokenizerFast
 
 from fasp_lightning.text import tokenizer as module
 from fasp_lightning.text.tokenizer import (
     SPECIALS,
     TokenizerTraining,
-    check_vocabulary_size,
+    bos_of,
     tokenizer_digest,
     train_tokenizer,
     trained_tokenizer,
@@ -70,14 +70,24 @@ def test_a_trained_tokenizer_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyP
 def test_the_digest_tells_what_changes_the_ids(tiny_tokenizer: PreTrainedTokenizerFast) -> None:
     other_end = copy.deepcopy(tiny_tokenizer)
     other_end.eos_token = "<bos>"
-    tokenizers = (tiny_tokenizer, other_end, *(train_tokenizer(words(20, seed), SETTINGS) for seed in (0, 1)))
+    chats = copy.deepcopy(tiny_tokenizer)
+    chats.chat_template = "{{ messages }}"
+    tokenizers = (tiny_tokenizer, other_end, *(train_tokenizer(words(20, seed), SETTINGS) for seed in (0, 1)), chats)
     digests = [tokenizer_digest(one) for one in tokenizers]
     assert len(set(digests)) == len(digests)
     assert tokenizer_digest(copy.deepcopy(tiny_tokenizer)) == digests[0]
     assert tokenizer_digest(train_tokenizer(words(20), SETTINGS)) == digests[2]
 
 
-def test_a_tokenizer_beyond_the_embeddings_is_refused(tiny_tokenizer: PreTrainedTokenizerFast) -> None:
-    check_vocabulary_size(tiny_tokenizer, 97)
-    with pytest.raises(ValueError, match="ids below 96, the model's vocabulary, got one with ids up to 96"):
-        check_vocabulary_size(tiny_tokenizer, 96)
+def test_auto_is_what_the_tokenizer_itself_does(tiny_tokenizer: PreTrainedTokenizerFast) -> None:
+    adding, bos = with_bos(tiny_tokenizer), tiny_tokenizer.bos_token_id
+    assert [bos_of(tiny_tokenizer, how, "text") for how in ("auto", True, False)] == [None, bos, None]
+    assert [bos_of(adding, how, "text") for how in ("auto", True, False)] == [bos, bos, None]
+
+
+def test_a_tokenizer_without_bos_adds_none(tiny_tokenizer: PreTrainedTokenizerFast) -> None:
+    without = copy.deepcopy(tiny_tokenizer)
+    without.bos_token = None
+    assert bos_of(without, "auto", "text") is None
+    with pytest.raises(ValueError, match=r"add_bos must be false or 'auto'.*got True for 'text'"):
+        bos_of(without, True, "text")

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from tiny_text import with_bos
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
@@ -53,6 +54,12 @@ def test_documents_stand_end_to_end_with_eos_between(tmp_path: Path) -> None:
     source = write(tmp_path / "rows.jsonl", [words(0, 3), words(3, 4), "", " \n", words(4, 8)])
     (batch,) = token_batches(TextConfig(source, seq_len=11, sequences=None), word_tokenizer())
     assert batch.tolist() == [[4, 5, 6, EOS, 7, EOS, 8, 9, 10, 11, EOS]]
+
+
+def test_an_eos_that_ends_a_document_is_not_put_again(tmp_path: Path) -> None:
+    source = write(tmp_path / "rows.jsonl", [words(0, 2) + " <eos> ", words(2, 4)])
+    (batch,) = token_batches(TextConfig(source, seq_len=6, sequences=None), word_tokenizer())
+    assert batch.tolist() == [[4, 5, EOS, 6, 7, EOS]]
 
 
 def test_without_an_eos_line_feeds_stand_between(tmp_path: Path) -> None:
@@ -232,3 +239,21 @@ def test_builtin_and_txt_load_neither_datasets_nor_transformers(numbers: str) ->
     environment = {**os.environ, "PYTHONPATH": str(Path(tokens.__file__).parents[2])}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
     assert done.stdout.strip() == "[]", done.stderr
+
+
+@pytest.mark.parametrize("add_bos", ["auto", True])
+def test_every_sequence_begins_with_bos(add_bos: Any, numbers: str, tiny_tokenizer: PreTrainedTokenizerFast) -> None:
+    adding = with_bos(tiny_tokenizer) if add_bos == "auto" else tiny_tokenizer
+    text = TextConfig(numbers, seq_len=9, sequences=None, add_bos=add_bos)
+    found = torch.cat(token_batches(text, adding))
+    assert found.shape[1] == 9
+    assert set(found[:, 0].tolist()) == {tiny_tokenizer.bos_token_id}
+    plain = torch.cat(token_batches(replace(text, seq_len=8, add_bos=False), adding))
+    assert torch.equal(found[:, 1:], plain)
+
+
+def test_bos_takes_no_token_of_the_text_away(numbers: str, tiny_tokenizer: PreTrainedTokenizerFast) -> None:
+    text = TextConfig(numbers, seq_len=9, sequences=3, add_bos=True)
+    assert torch.cat(token_batches(text, tiny_tokenizer)).shape == (3, 9)
+    with pytest.raises(ValueError, match=r"sequences=1000 of seq_len=9 need 8000"):
+        token_batches(replace(text, sequences=1000), tiny_tokenizer)

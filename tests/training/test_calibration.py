@@ -79,3 +79,11 @@ def test_own_calibration_data_is_used(tmp_path: Any) -> None:
     config = basic(HALF_FFN, attention="none")
     FASPPruner(config).prune(expected, [random_tokens(1, seed=seed) for seed in range(50, 54)])
     assert module.lm.fasp_plan == expected.fasp_plan
+
+
+def test_all_that_a_batch_holds_reaches_the_engine() -> None:
+    tokens = random_tokens(1)
+    batch = {"input_ids": tokens, "position_ids": torch.arange(12)[None] % 5, "labels": tokens, "weight": 2.0}
+    data = DataLoader([batch], batch_size=1, collate_fn=lambda found: found[0])
+    (found,) = Draw(data, 1, 0, 0).batches()
+    assert found == batch

@@ -13,12 +13,12 @@ import pytest
 import torch
 from lightning.pytorch.trainer.states import TrainerFn
 from tiny import tiny_model
-from tiny_text import words, write_rows
+from tiny_text import with_bos, words, write_rows
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from fasp_lightning.pruning.perplexity import perplexity
-from fasp_lightning.text import packed_cache
+from fasp_lightning.text import tokens
 from fasp_lightning.text.config import TextConfig
 from fasp_lightning.text.tokenizer import TokenizerTraining
 from fasp_lightning.text.tokens import token_batches
@@ -140,7 +140,7 @@ def test_the_second_run_does_not_tokenise(make: Any, rows: str, monkeypatch: pyt
     def fail(*_: Any) -> None:
         raise AssertionError("tokenised again")
 
-    monkeypatch.setattr(packed_cache, "encode_documents", fail)
+    monkeypatch.setattr(tokens, "encode_documents", fail)
     second = make(source=rows)
     second.prepare_data()
     second.setup("fit")
@@ -163,11 +163,33 @@ def test_what_changes_the_sequences_is_tokenised_anew(change: str, make: Any, ro
     assert before.shape != after.shape or not torch.equal(before, after)
 
 
+@pytest.mark.parametrize("streaming", [False, True])
+def test_every_sequence_of_every_role_begins_with_bos(
+    streaming: bool, make: Any, rows: str, tiny_tokenizer: PreTrainedTokenizerFast
+) -> None:
+    """The cache keeps them apart from those without."""
+    options = {"source": rows} | ({"streaming": True, "sequences_per_epoch": 8} if streaming else {})
+    for role in LOADERS:
+        plain, found = (
+            sequences(make(tokenizer=one, **options), role) for one in (tiny_tokenizer, with_bos(tiny_tokenizer))
+        )
+        assert (found[:, 0] == tiny_tokenizer.bos_token_id).all()
+        assert not (plain[:, 0] == tiny_tokenizer.bos_token_id).any()
+
+
+def test_roles_take_add_bos_over_from_training(make: Any, rows: str, tiny_tokenizer: PreTrainedTokenizerFast) -> None:
+    data = make(train=[TextConfig(rows, add_bos=True)], calibration=[TextConfig(rows, add_bos=False)])
+    first = {role: set(sequences(data, role)[:, 0].tolist()) for role in ("train", "test", "calibration")}
+    bos = tiny_tokenizer.bos_token_id
+    assert first["train"] == first["test"] == {bos}
+    assert bos not in first["calibration"]
+
+
 def test_a_killed_writer_leaves_no_half_of_a_text(make: Any, rows: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def killed(*_: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(packed_cache, "encode_documents", killed)
+    monkeypatch.setattr(tokens, "encode_documents", killed)
     with pytest.raises(KeyboardInterrupt):
         make(source=rows).prepare_data()
     monkeypatch.undo()
@@ -249,10 +271,36 @@ def test_a_datamodule_without_a_tokenizer_says_so(make: Any) -> None:
         make(tokenizer=None).prepare_data()
 
 
-def test_a_tokenizer_with_too_many_tokens_is_refused(make: Any) -> None:
-    make().check_vocabulary(97)
-    with pytest.raises(ValueError, match="ids below 96, the model's vocabulary, got one with ids up to 96"):
-        make().check_vocabulary(96)
+def in_a_run(data: CausalLMDataModule, embeddings: int) -> CausalLMDataModule:
+    """With a module that holds a GPT-2 of so many embeddings."""
+    model = tiny_model("gpt2")
+    model.resize_token_embeddings(embeddings)
+    on_rank(data, 0, 1).trainer.lightning_module = torch.nn.ModuleList([model])  # type: ignore[union-attr,misc,assignment]
+    return data
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_ids_that_occur_are_held_against_the_embeddings(streaming: bool, make: Any, rows: str) -> None:
+    """Not the size of the tokenizer; of cached text at setup, of streamed text when a batch is made."""
+    stream = {"streaming": True, "sequences_per_epoch": 8} if streaming else {}
+    few = TextConfig(write_rows(Path(rows).with_name("few.jsonl"), ["ab" * count for count in range(40, 60)]))
+    largest = int(sequences(make(source=rows), "train").max())
+    fits = in_a_run(make(source=rows, validation=[few], **stream), largest + 1)
+    assert largest + 1 < len(fits.tokenizer)
+    fits.setup("fit")
+    next(iter(fits.train_dataloader()))
+    small = in_a_run(make(source=rows, validation=[few], **stream), largest)
+    if streaming:
+        small.setup("fit")
+    message = rf"input_ids must be in \[0, {largest}\), .*, got {largest}.*'rows.jsonl.*{largest} embeddings"
+    with pytest.raises(ValueError, match=message):
+        list(small.train_dataloader()) if streaming else small.setup("fit")
+
+
+def test_sequences_beyond_learned_positions_are_refused_at_setup(make: Any, rows: str) -> None:
+    in_a_run(make(source=rows, seq_len=64), 97).setup("fit")
+    with pytest.raises(ValueError, match=r"sequences of the data module must have at most 64 tokens.*got 65"):
+        in_a_run(make(source=rows, seq_len=65), 97).setup("fit")
 
 
 @pytest.mark.parametrize(

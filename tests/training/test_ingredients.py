@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM
 
 from fasp_lightning import PruningConfig, load_pruned
 from fasp_lightning.pruning.config import OwnTextConfig
-from fasp_lightning.structure.cuts import Cuts
+from fasp_lightning.structure.layout import Cuts
 from fasp_lightning.structure.plan import resolve_pruned
 from fasp_lightning.training.callback import FASPPruning
 from fasp_lightning.training.modeling.lora import LoRAConfig, attach_lora

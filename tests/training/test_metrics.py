@@ -164,3 +164,19 @@ def test_no_counted_token_is_nan() -> None:
 def test_labels_of_another_shape_are_refused() -> None:
     with pytest.raises(ValueError, match=r"labels \(batch, seq\), got \(2, 6, 97\) and \(2, 5\)"):
         Perplexity().update(torch.zeros(2, 6, VOCAB), torch.zeros(2, 5, dtype=torch.long))
+
+
+def test_on_a_device_without_float64_the_sums_stay_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """MPS is one; here the meta device plays it."""
+    monkeypatch.setattr(likelihood, "_makes_float64", lambda device: device != "meta")
+    tokens = random_tokens(3, 20)
+    metric = Perplexity()
+    metric.update(logits_for(tokens), tokens)
+    before = metric.compute()
+    metric.to("meta")
+    assert metric.device.type == "meta"
+    assert [(value.device.type, value.dtype) for value in metric.metric_state.values()] == [("cpu", torch.float64)] * 2
+    assert metric.compute() == before
+    metric.reset()
+    metric.update(logits_for(tokens), tokens)
+    assert metric.compute() == before

@@ -12,6 +12,7 @@ from lightning.pytorch.cli import ReduceLROnPlateau
 from tiny import random_tokens, tiny_model
 from tiny_lightning import SCRATCH, Folder, loader, logits, sgd, steps, trainer
 from torch.utils.data import DataLoader
+from transformers import DataCollatorWithFlattening
 
 from fasp_lightning import perplexity
 from fasp_lightning.training import module as module_file
@@ -62,6 +63,45 @@ def test_a_second_evaluation_starts_from_zero(tiny_folder: Folder, tmp_path: Pat
     (second,) = runner.validate(module, loader(seed=2), verbose=False)
     (fresh,) = trainer(tmp_path).validate(CausalLMModule(str(tiny_folder())), loader(seed=2), verbose=False)
     assert second == fresh
+
+
+def padded(tokens: torch.Tensor) -> list[dict[str, torch.Tensor]]:
+    """Rows with three tokens of padding on the left."""
+    mask = torch.nn.functional.pad(torch.ones_like(tokens), (3, 0))
+    rows = torch.nn.functional.pad(tokens, (3, 0), value=7)
+    return [{"input_ids": ids, "attention_mask": real} for ids, real in zip(rows, mask, strict=True)]
+
+
+def test_padding_on_the_left_changes_no_figure(tiny_folder: Folder, tmp_path: Path) -> None:
+    """GPT-2 would count it along."""
+    module, tokens = CausalLMModule(str(tiny_folder("gpt2"))), random_tokens(4)
+    (found,) = trainer(tmp_path).validate(module, DataLoader(padded(tokens), batch_size=2), verbose=False)
+    assert found["val_perplexity"] == pytest.approx(perplexity(module.model, [tokens]), rel=1e-5)
+    (batch,) = DataLoader(padded(tokens), batch_size=4)
+    with torch.no_grad():
+        plain, shifted = (module.eval().predict_step(one)["nll"] for one in (tokens, batch))
+    torch.testing.assert_close(shifted, plain, rtol=1e-5, atol=0)
+
+
+def test_packed_sequences_have_the_figures_of_the_same_apart(tiny_folder: Folder, tmp_path: Path) -> None:
+    module, rows = CausalLMModule(str(tiny_folder())), [random_tokens(1, length)[0] for length in (7, 11, 5)]
+    packed = DataCollatorWithFlattening()([{"input_ids": row.tolist()} for row in rows])
+    (found,) = trainer(tmp_path).validate(module, DataLoader([packed], batch_size=None), verbose=False)
+    assert found["val_perplexity"] == pytest.approx(perplexity(module.model, [row[None] for row in rows]), rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("batch", "message"),
+    [
+        (torch.full((1, 8), 97), r"input_ids must be in \[0, 97\).*got 97.*resize_token_embeddings"),
+        (random_tokens(1, 65), "must have at most 64 tokens.*got 65"),
+    ],
+)
+def test_a_batch_that_the_model_would_crash_on_is_refused_by_name(
+    batch: torch.Tensor, message: str, tiny_folder: Folder, tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        trainer(tmp_path).fit(CausalLMModule(str(tiny_folder("gpt2"))), DataLoader(batch))
 
 
 def test_predict_gives_each_sequence_its_likelihood(tiny_folder: Folder, tmp_path: Path) -> None:

@@ -9,6 +9,9 @@ import pytest
 import torch
 from runs import UserModule, half, loader, trainer
 from tiny import tiny_model
+from tiny_lightning import SCRATCH
+
+from fasp_lightning import CausalLMModule, perplexity
 
 PRECISIONS = [
     ("cpu", "bf16-mixed"),
@@ -59,6 +62,19 @@ def test_one_shot_prunes_where_the_model_is(accelerator: str, precision: str, tm
     (record,) = callback.records
     assert 0 < record.perplexity_pruned < 1e4
     assert 0 < record.perplexity_recovered < record.perplexity_before
+
+
+@pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true", "32-true"])
+def test_perplexity_of_the_records_is_that_of_validation(precision: Any, tmp_path: Any) -> None:
+    """In mixed precision too, which measuring outside of it would not give."""
+    found, callback = CausalLMModule(config=SCRATCH), half(1, validation_batches=2)
+    run = trainer(tmp_path, callback, precision=precision, max_steps=2)
+    run.fit(found, loader(), loader(4))
+    (record,) = callback.records
+    (logged,) = run.validate(found, loader(4), verbose=False)
+    assert record.perplexity_recovered == pytest.approx(logged["val_perplexity"], rel=1e-6)
+    if precision == "bf16-mixed":
+        assert perplexity(found.model, loader(4)) != pytest.approx(logged["val_perplexity"], rel=1e-6)
 
 
 @pytest.mark.parametrize(("accelerator", "precision"), PRECISIONS)

@@ -94,6 +94,26 @@ def test_recovery_decides_what_trains(recovery: str, tmp_path: Any) -> None:
     }
 
 
+@pytest.mark.parametrize("resumed", [False, True])
+def test_optimizer_forgets_what_no_longer_trains(resumed: bool, tmp_path: Any) -> None:
+    """AdamW's two moments of the whole model would stay in memory for the rest of the run, and in its checkpoints."""
+
+    class Held(L.Callback):
+        def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
+            (optimizer,) = trainer.optimizers
+            trained = {one for one in pl_module.parameters() if one.requires_grad}
+            assert set(optimizer.state) == trained
+            held.append(len(trained))
+            trainer.save_checkpoint(tmp_path / "last.ckpt")
+
+    held: list[int] = []
+    for steps in (5, 7) if resumed else (5,):
+        module = UserModule(tiny_model("llama").train())
+        run = trainer(tmp_path, half(2, recovery="lora"), Held(), max_steps=steps)
+        run.fit(module, loader(), ckpt_path=tmp_path / "last.ckpt" if steps == 7 else None)
+    assert held[1] != held[2] == held[-1]
+
+
 def test_run_after_one_that_an_error_ended_has_its_own_adapters(tmp_path: Any) -> None:
     class Broken(L.Callback):
         def on_train_batch_end(self, trainer: Any, *_: Any) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
-from lightning.pytorch.callbacks import StochasticWeightAveraging
+from lightning.pytorch.callbacks import ModelPruning, StochasticWeightAveraging
 from lightning.pytorch.utilities.combined_loader import CombinedLoader
 from runs import FFN_ONLY, UserModule, half, loader, trainer
 from tiny import tiny_model
@@ -62,6 +62,14 @@ def test_sparsity_that_cannot_be_reached(tmp_path: Any) -> None:
     refused(tmp_path, "sparsity must be at most", FASPPruning([{"step": 1, "sparsity": 0.9}], FFN_ONLY))
 
 
+def test_event_with_the_widths_of_the_one_before_is_said_and_passed_over(tmp_path: Any) -> None:
+    callback = FASPPruning([{"step": 1, "sparsity": 0.2}, {"step": 2, "sparsity": 0.21}], basic(multiple_of=16))
+    module = UserModule(tiny_model("llama").train())
+    with pytest.warns(UserWarning, match=r"entries that change no width are passed over: 1 \(0.21\);"):
+        trainer(tmp_path, callback, max_steps=3).fit(module, loader())
+    assert [record.step for record in callback.records] == [1]
+
+
 def test_family_that_kv_groups_cannot_be_cut_from(tmp_path: Any) -> None:
     callback, module = FASPPruning(ONE, basic(attention="kv_groups")), UserModule(tiny_model("opt").train())
     refused(tmp_path, "attention='kv_groups' cannot be used with opt: ", callback, module=module)
@@ -106,7 +114,8 @@ def two_optimizers() -> UserModule:
 
 def test_steps_of_a_module_that_optimizes_by_itself_are_not_guessed(tmp_path: Any) -> None:
     module = two_optimizers()
-    trainer(tmp_path, half(14), max_steps=-1, max_epochs=1).fit(module, loader(20))  # 10 batches
+    with pytest.warns(UserWarning, match="the steps of the schedule are those of all 2 optimizers together"):
+        trainer(tmp_path, half(14), max_steps=-1, max_epochs=1).fit(module, loader(20))  # 10 batches
     assert module.lm.config.intermediate_size == 24
 
 
@@ -171,6 +180,11 @@ def test_averaging_that_keeps_old_shapes(tmp_path: Any) -> None:
     refused(tmp_path, "callbacks must not hold StochasticWeightAveraging", half(), swa)
 
 
+def test_masks_that_keep_old_shapes(tmp_path: Any) -> None:
+    masks = ModelPruning("l1_unstructured", amount=0.1)
+    refused(tmp_path, "callbacks must not hold ModelPruning .* make its masks permanent", half(), masks)
+
+
 def test_export_folder_that_is_not_empty(tmp_path: Any) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "notes.txt").write_text("mine")
@@ -214,3 +228,9 @@ def test_factored_optimizer_is_refused_by_name(tmp_path: Any) -> None:
 def test_bad_arguments(options: dict[str, Any], match: str) -> None:
     with pytest.raises(ValueError, match=match):
         FASPPruning(ONE, **options)
+
+
+def test_model_that_could_not_be_exported(tmp_path: Any) -> None:
+    module = UserModule(tiny_model("llama").train())
+    module.lm.config.thing = object()
+    refused(tmp_path, "cannot be saved by transformers", half(export_to=str(tmp_path / "out")), module=module)

@@ -15,7 +15,7 @@ from fasp_lightning.cli.jobs import EvaluateJob
 from fasp_lightning.cli.model_setup import config_of, load
 from fasp_lightning.cli.quiet import quiet_libraries
 from fasp_lightning.cli.tasks import TaskResult, find_tasks, run_tasks
-from fasp_lightning.cli.texts import load_text
+from fasp_lightning.cli.texts import Text, begins_with, load_text
 from fasp_lightning.pruning.perplexity import PerplexityResult, measure_perplexity
 from fasp_lightning.text.config import for_role
 
@@ -30,6 +30,8 @@ def run(job: EvaluateJob) -> int:
     shapes = model_shapes(resolve_source(job.model.name_or_path), config, job.model.trust_remote_code)
     tokenizer = tokenizer_of(job.model)
     texts = [load_text(for_role(text, "test"), tokenizer, shapes, "evaluation") for text in job.evaluation]
+    if begin := begins_with(texts):
+        note(begin)
     note(f"loading {job.model.name_or_path}")
     with shown_warnings():
         model = load(job.model, config, job.dtype, device)
@@ -37,33 +39,50 @@ def run(job: EvaluateJob) -> int:
             text.name: measure_perplexity(model, tracked(text.batches, f"perplexity: {text.name}")) for text in texts
         }
         tasks = [] if wanted is None else run_tasks(model, tokenizer, wanted, job)
-    _print(job, model, measured, tasks)
-    _write(job, model, measured, tasks)
+    _print(job, model, texts, measured, tasks)
+    _write(job, model, texts, measured, tasks)
     return 0
 
 
-def _print(job: EvaluateJob, model: Any, measured: dict[str, PerplexityResult], tasks: list[TaskResult]) -> None:
+def _print(
+    job: EvaluateJob, model: Any, texts: list[Text], measured: dict[str, PerplexityResult], tasks: list[TaskResult]
+) -> None:
     name = f"{job.model.name_or_path}, {dtype_name(model.dtype)} on {model.device}"
     if measured:
-        columns = ("text", "perplexity", "predicted tokens", "seq_len", "tokens/s")
-        rows = [
-            (text, f"{r.perplexity:.3f}", f"{r.tokens:,}", str(r.seq_len), f"{r.tokens_per_second:,.0f}")
-            for text, r in measured.items()
-        ]
-        table(f"perplexity of {name}", columns, rows)
+        table(f"perplexity of {name}", *_perplexities(texts, measured))
     if tasks:
         rows = [(r.task, r.metric, f"{r.value:.4f}", f"{r.error:.4f}", f"{r.examples:,}") for r in tasks]
         table(f"tasks, {name}", ("task", "metric", "value", "std. error", "examples"), rows)
 
 
-def _write(job: EvaluateJob, model: Any, measured: dict[str, PerplexityResult], tasks: list[TaskResult]) -> None:
+def _perplexities(
+    texts: list[Text], measured: dict[str, PerplexityResult]
+) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """Columns and rows; what sequences begin with is among them where that is not the text."""
+    rows = [
+        (text, f"{r.perplexity:.3f}", f"{r.tokens:,}", str(r.seq_len), f"{r.tokens_per_second:,.0f}")
+        for text, r in measured.items()
+    ]
+    columns = ("text", "perplexity", "predicted tokens", "seq_len", "tokens/s")
+    begins = {text.name: text.bos for text in texts if text.bos is not None}
+    if not begins:
+        return columns, list(rows)
+    return (*columns, "begins with"), [(*row, begins.get(row[0], "the text")) for row in rows]
+
+
+def _write(
+    job: EvaluateJob, model: Any, texts: list[Text], measured: dict[str, PerplexityResult], tasks: list[TaskResult]
+) -> None:
     if job.output_file is None:
         return
     figures = {
         "model": job.model.name_or_path,
         "dtype": dtype_name(model.dtype),
         "device": str(model.device),
-        "perplexity": {text: result.to_dict() for text, result in measured.items()},
+        "perplexity": {
+            text.name: {**measured[text.name].to_dict(), **({} if text.bos is None else {"bos": text.bos})}
+            for text in texts
+        },
         "tasks": [result._asdict() for result in tasks],
     }
     path = Path(job.output_file)

@@ -8,20 +8,26 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from jsonargparse import ArgumentParser, Namespace
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 import fasp_lightning.training.callback  # noqa: F401  # its callback is then known by its bare name
 from fasp_lightning.cli.checks import tokenizer_name
+from fasp_lightning.cli.commands.rehearsing import check_prunings
 from fasp_lightning.cli.errors import refusal_in, reworded
 from fasp_lightning.cli.parsing import with_paths
 from fasp_lightning.cli.quiet import quiet_libraries, quiet_lightning
 from fasp_lightning.errors import FaspError, of_library, one_line
+from fasp_lightning.text.reading.files import local_files
 from fasp_lightning.training.data import CausalLMDataModule
 from fasp_lightning.training.module import CausalLMModule
 
 PARSER = {"exit_on_error": False, "allow_abbrev": False}
 """A misspelt option is refused, by an exception."""
+
+NEEDED = {"fit": "train", "validate": "validation", "test": "test", "predict": "test"}
+"""The role of the text without which a command can do nothing."""
 
 CHECKPOINT_WORDS = ("best", "last", "hpc")
 """What Lightning takes for ``ckpt_path`` beside a path."""
@@ -105,7 +111,7 @@ class TrainingCLI(LightningCLI):
             raise FaspError(f"{reworded(error)}; see {self.program} --help") from error
 
     def before_instantiate_classes(self) -> None:
-        """The tokenizer is the model's where no other is named, and a checkpoint must be there.
+        """The tokenizer is the model's where no other is named; a checkpoint must be there.
 
         Raises:
             FaspError: If ``ckpt_path`` is no checkpoint, or an interval of the trainer is 0.
@@ -119,18 +125,26 @@ class TrainingCLI(LightningCLI):
         """Construct module, data, callbacks and trainer.
 
         Raises:
-            FaspError: If one of this package's classes refuses its arguments, or the tokenizer has more tokens than
-                the model.
+            FaspError: If one of this package's classes refuses its arguments.
         """
         try:
+            self._check_texts()
+            if self.command == "fit":
+                check_prunings(self.config.fit)
             super().instantiate_classes()
         except Exception as error:
             if (refusal := refusal_in(error)) is None:
                 raise
             raise refusal from None
-        embeddings = self.model.model.get_input_embeddings().num_embeddings
-        if self.datamodule.vocab_size > embeddings:  # a token without an embedding would be an error of some batch
-            self.datamodule.check_vocabulary(embeddings)
+
+    def _check_texts(self) -> None:
+        """Refuse data whose files are not there before weights are read: the parser makes the model first."""
+        alone = ArgumentParser()
+        alone.add_class_arguments(CausalLMDataModule, "data")
+        data = alone.instantiate_classes(Namespace(data=self.config[self.command].data)).data
+        for text in data.roles.texts[NEEDED[self.command]]:
+            if text.kind == "local":
+                local_files(text.source)
 
 
 def _is_refusal_of_lightning(error: Exception) -> bool:

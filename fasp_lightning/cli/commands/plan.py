@@ -10,7 +10,7 @@ from fasp_lightning.cli.checks import texts_of
 from fasp_lightning.cli.commands.prune_tables import loaders_table
 from fasp_lightning.cli.console import change, dtype_name, gibibytes, megabytes, note, percent, table
 from fasp_lightning.cli.jobs import PlanJob, PruneJob
-from fasp_lightning.cli.model_setup import Setup, already_pruned, memory_of, set_up
+from fasp_lightning.cli.model_setup import Setup, already_pruned, bytes_before, memory_of, set_up
 from fasp_lightning.cli.quiet import one_thread, quiet_libraries
 from fasp_lightning.cli.startup import without_collection
 from fasp_lightning.cli.texts import calibration_name, own_tokens
@@ -56,7 +56,7 @@ def _print_sizes(job: PruneJob, setup: Setup) -> None:
     rows = [
         row("parameters", before.parameters, after.parameters, lambda n: f"{n:,}"),
         row(f"size in {dtype}", before.weight_bytes, after.weight_bytes, megabytes),
-        row("size on disk", before.weight_bytes, setup.stored_bytes, megabytes),
+        row(f"size on disk, {dtype_name(setup.stored)}", bytes_before(setup, job), setup.stored_bytes, megabytes),
         row("FLOPs per token, attention over the context aside", *flops, _giga),
         (f"sparsity of the blocks, {percent(job.pruning.sparsity)} asked", percent(setup.already_pruned),
          percent(budget.sparsity), ""),
@@ -120,7 +120,7 @@ def _print_memory(job: PruneJob, setup: Setup) -> None:
 
 def _parts(memory: PeakMemory, setup: Setup) -> list[tuple[str, int, str]]:
     stored = {"accelerator": str(setup.device), "cpu": "memory", "disk": "disk"}[setup.pruning.offload]
-    whole = "block by block if they do not fit" if setup.device.type == "cuda" else "at once"
+    whole = "block by block if they do not fit" if setup.device.type != "cpu" else "at once"
     return [
         ("weights", memory.weights, f"{setup.device}, or memory if they do not fit"),
         ("hidden states and consumer inputs of the calibration set", memory.calibration, stored),

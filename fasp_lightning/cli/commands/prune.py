@@ -5,17 +5,19 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from fasp_lightning.cli.checks import check_output_dir, texts_of, tokenizer_of
+from fasp_lightning.checkpoints.dry_save import require_savable
+from fasp_lightning.cli.checks import check_output_dir, claimed_output, texts_of, tokenizer_of
 from fasp_lightning.cli.commands.prune_tables import print_continuations, print_loaders, print_results
 from fasp_lightning.cli.console import dtype_name, gibibytes, note, percent, shown_warnings
 from fasp_lightning.cli.generation import continuation
 from fasp_lightning.cli.jobs import PruneJob
 from fasp_lightning.cli.measured import domains_of, measure, place, prune_measured, save
-from fasp_lightning.cli.model_setup import Setup, already_pruned, load, memory_of, set_up
+from fasp_lightning.cli.model_setup import Setup, already_pruned, load, memory_of, saved_dtype, set_up
 from fasp_lightning.cli.quiet import quiet_libraries
 from fasp_lightning.cli.texts import (
     Calibration,
     Text,
+    begins_with,
     load_calibration,
     load_text,
     missing_domain,
@@ -31,11 +33,19 @@ def run(job: PruneJob) -> int:
     """Run the command; returns the exit code."""
     quiet_libraries()
     check_output_dir(job)
+    with claimed_output(job):
+        _run(job)
+    return 0
+
+
+def _run(job: PruneJob) -> None:
     calibration_configs, evaluation_configs = texts_of(job)
     setup = set_up(job)
     if job.output_dir is not None:
         require_space(Path(job.output_dir), setup.stored_bytes)
     tokenizer = tokenizer_of(job.model)
+    if job.output_dir is not None:
+        require_savable(setup.model, tokenizer)
     calibration = load_calibration(calibration_configs, setup.pruning.own_text, tokenizer, setup.model)
     evaluation = [load_text(text, tokenizer, setup.model, "evaluation") for text in evaluation_configs]
     announce(job, setup, calibration, evaluation)
@@ -47,12 +57,11 @@ def run(job: PruneJob) -> int:
         pruned_text = _continue(model, tokenizer, job)
     saved = save(model, tokenizer, job, setup)
     report.peak_memory = peak_memory(setup.device)  # with the evaluation, and the copy that verified
-    print_results(job, setup, calibration, report)
+    print_results(job, setup, calibration, report, saved)
     if job.prompt is not None:
         print_continuations(job.prompt, dense_text, pruned_text)
     if saved is not None:
-        print_loaders(saved)
-    return 0
+        print_loaders(saved, setup)
 
 
 def announce(job: PruneJob, setup: Setup, calibration: Calibration, evaluation: list[Text]) -> None:
@@ -63,12 +72,14 @@ def announce(job: PruneJob, setup: Setup, calibration: Calibration, evaluation: 
     note(
         f"pruning {setup.source.name} to {percent(setup.budget.sparsity)} sparsity on {calibration.tokens:,} tokens "
         f"of {calibration.name}, in {dtype_name(setup.dtype)} on {setup.device}; "
-        f"about {gibibytes(memory.total)} of memory"
+        f"about {gibibytes(memory.total)} of memory{saved_dtype(setup) if job.output_dir else ''}"
     )
     if job.output_dir is None:
         note("output_dir is null: the pruned model will not be saved")
     if warning := single_source(calibration.configs, calibration.own is not None):
         note(f"warning: {warning}")
+    if begin := begins_with([*calibration.texts, *evaluation]):
+        note(begin)
     if missing := missing_domain(domains_of(job, calibration, evaluation)):
         note(missing)
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from fasp_lightning.checkpoints.forms import LoaderSupport
 from fasp_lightning.checkpoints.saving import SavedModel
+from fasp_lightning.checkpoints.source import weight_files
 from fasp_lightning.cli.console import change, dtype_name, gibibytes, megabytes, percent, results, table
 from fasp_lightning.cli.jobs import PruneJob
-from fasp_lightning.cli.model_setup import Setup
+from fasp_lightning.cli.model_setup import Setup, bytes_before
 from fasp_lightning.cli.texts import CALIBRATED, OTHER, Calibration
 from fasp_lightning.pruning.report import PruningReport, TextReport
 
@@ -16,7 +17,9 @@ PLACES = {"rss": "process", "cuda": "GPU"}
 SOURCES = {CALIBRATED: "as calibrated", OTHER: "another"}
 
 
-def print_results(job: PruneJob, setup: Setup, calibration: Calibration, report: PruningReport) -> None:
+def print_results(
+    job: PruneJob, setup: Setup, calibration: Calibration, report: PruningReport, saved: SavedModel | None
+) -> None:
     """The tables: sizes, both sparsities, time and memory; perplexities of all texts side by side."""
     size = setup.dtype.itemsize
     old, new = report.parameters_before, report.parameters_after
@@ -29,6 +32,7 @@ def print_results(job: PruneJob, setup: Setup, calibration: Calibration, report:
             megabytes(new * size),
             change(old, new),
         ),
+        *_on_disk(job, setup, saved),
         (
             f"sparsity of the blocks, {percent(job.pruning.sparsity)} asked",
             percent(now),
@@ -55,6 +59,14 @@ def print_results(job: PruneJob, setup: Setup, calibration: Calibration, report:
         print_perplexities(report.evaluation)
 
 
+def _on_disk(job: PruneJob, setup: Setup, saved: SavedModel | None) -> list[Row]:
+    """The files of weights: what the model came in, and what was saved."""
+    if saved is None:
+        return []
+    old, new = bytes_before(setup, job), sum(file.stat().st_size for file in weight_files(saved.path))
+    return [(f"size on disk, {dtype_name(saved.dtype)}", megabytes(old), megabytes(new), change(old, new))]
+
+
 def print_perplexities(texts: list[TextReport]) -> None:
     """One column a text: where it comes from, before, after, and what the restoration did."""
     rows = [
@@ -65,6 +77,8 @@ def print_perplexities(texts: list[TextReport]) -> None:
         ("predicted tokens", *(f"{text.after.tokens:,}" for text in texts)),
         ("seq_len", *(str(text.after.seq_len) for text in texts)),
     ]
+    if any(text.bos for text in texts):
+        rows.append(("sequences begin with", *(text.bos or "the text" for text in texts)))
     if any(text.unrestored for text in texts):
         plain = (f"{text.unrestored.perplexity:.3f}" if text.unrestored else "" for text in texts)
         rows.insert(4, ("same columns, nothing restored", *plain))
@@ -77,14 +91,15 @@ def print_continuations(prompt: str, before: str, after: str) -> None:
     console.print(f"\nprompt:  {prompt}\nbefore:  {before}\nafter:   {after}", soft_wrap=True)
 
 
-def print_loaders(saved: SavedModel) -> None:
+def print_loaders(saved: SavedModel, setup: Setup) -> None:
     """Where the model is, whether the reloaded one is the same, and who can load it."""
     console = results()
     console.print(f"\nsaved to {saved.path}, form {saved.form}, {megabytes(saved.bytes)}", soft_wrap=True)
     if saved.logit_difference is not None:
         loader = "fasp_lightning.load_pruned" if saved.form == "compact" else "stock AutoModelForCausalLM"
+        rounded = "" if saved.dtype == setup.dtype else f" but for the rounding to {dtype_name(saved.dtype)}"
         console.print(
-            f"reloaded with {loader}: the logits are the same, within {saved.logit_difference:.1e}",
+            f"reloaded with {loader}: the logits are the same{rounded}, within {saved.logit_difference:.1e}",
             soft_wrap=True,
         )
     loaders_table(saved.loaders)

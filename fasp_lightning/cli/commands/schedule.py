@@ -2,28 +2,21 @@
 
 from __future__ import annotations
 
-import dataclasses
 import sys
 from collections.abc import Iterator, Sequence
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-import torch
 from lightning.pytorch.cli import LightningArgumentParser
 
-from fasp_lightning.checkpoints.loading import load_config, model_shapes
-from fasp_lightning.checkpoints.source import resolve_source
 from fasp_lightning.cli.commands.lightning import TrainingCLI
+from fasp_lightning.cli.commands.rehearsing import planned, pruning_callbacks, shapes
 from fasp_lightning.cli.console import note, percent
 from fasp_lightning.cli.quiet import one_thread, quiet_libraries
 from fasp_lightning.errors import FaspError
 from fasp_lightning.pruning.budget.budget import Budget
-from fasp_lightning.pruning.budget.widths import decide_budget
 from fasp_lightning.pruning.config import PruningConfig
-from fasp_lightning.structure.plan import record_plan, resolve_pruned
-from fasp_lightning.training.callback import FASPPruning
-from fasp_lightning.training.modeling.building import new_model
+from fasp_lightning.training.rehearsal import passed_over, rehearse
 from fasp_lightning.training.schedule import PruningSchedule, ScheduledPruning
 
 HEADER = """\
@@ -49,12 +42,11 @@ def run(command: str, argv: Sequence[str]) -> int:
     """
     quiet_libraries()
     settings = ScheduleCLI(argv).settings
-    callback = _pruning_callback(settings)
-    schedule = PruningSchedule.parse(_plain(callback.schedule))
+    schedule, pruning = planned(_pruning_callback(settings))
     with one_thread():
-        model = _shapes(settings.model)
+        model = shapes(settings.model)
         text = HEADER.format(model=settings.model.name_or_path or f"a new {model.config.model_type} model")
-        text += "".join(_entries(model, schedule, _pruning(callback)))
+        text += "".join(_entries(model, schedule, pruning))
     if settings.output is None:
         sys.stdout.write(text)
     else:
@@ -89,56 +81,28 @@ class ScheduleCLI(TrainingCLI):
 
 def _pruning_callback(settings: Any) -> Any:
     """The options of the one FASPPruning."""
-    callbacks = settings.trainer.callbacks or []
-    callbacks = callbacks if isinstance(callbacks, list) else [callbacks]
-    found = [each for each in callbacks if issubclass(_class_of(each.class_path), FASPPruning)]
+    found = pruning_callbacks(settings)
     if len(found) != 1:
         raise FaspError(
             f"trainer.callbacks must hold one FASPPruning with a schedule, got {len(found)}; name a config by -c, "
             "or add --trainer.callbacks+=FASPPruning --trainer.callbacks.schedule ..."
         )
-    return found[0].init_args
-
-
-def _class_of(path: str) -> type:
-    module, _, name = path.rpartition(".")
-    found: type = getattr(import_module(module), name)
-    return found
-
-
-def _plain(value: Any) -> Any:
-    """What the parser made of a schedule, as the plain data it was."""
-    return value.as_dict() if hasattr(value, "as_dict") else value
-
-
-def _pruning(callback: Any) -> PruningConfig:
-    return PruningConfig(**_plain(callback.pruning)) if callback.pruning is not None else PruningConfig()
-
-
-def _shapes(options: Any) -> Any:
-    """The model on the ``meta`` device: no weight is read."""
-    if options.name_or_path is None:
-        with torch.device("meta"):
-            return new_model(_plain(options.config), "float32")
-    hub = {"revision": options.revision, "trust_remote_code": options.trust_remote_code}
-    config = load_config(options.name_or_path, **hub)
-    return model_shapes(resolve_source(options.name_or_path), config, options.trust_remote_code)
+    return found[0]
 
 
 def _entries(model: Any, schedule: PruningSchedule, pruning: PruningConfig) -> Iterator[str]:
     """One YAML list entry an event, with what it leaves as a comment."""
-    for index, event in enumerate(schedule):
-        try:
-            budget = decide_budget(model, dataclasses.replace(pruning, sparsity=event.sparsity))
-        except FaspError as error:
-            raise FaspError(f"schedule entry {index}, {event.to_dict()!r}: {error}") from error
+    budgets = rehearse(model, schedule, pruning)
+    if idle := passed_over(schedule, budgets):
+        note(idle)
+    for index, (event, budget) in enumerate(zip(schedule, budgets, strict=True)):
         yield from _entry(index, event, budget)
-        _cut(model, budget)
 
 
 def _entry(index: int, event: ScheduledPruning, budget: Budget) -> Iterator[str]:
     original, left = budget.original_parameters, budget.parameters_after
-    yield f"\n# event {index}: {left:,} of {original:,} parameters left ({percent(left / original)})\n"
+    reached = "" if budget.changes else "; as before it: passed over"
+    yield f"\n# event {index}: {left:,} of {original:,} parameters left ({percent(left / original)}){reached}\n"
     yield from (f"#   {line}\n" for line in _widths(budget))
     first, *rest = (f"{name}: {value!r}" for name, value in event.to_dict().items())
     yield f"- {first}\n"
@@ -154,14 +118,3 @@ def _widths(budget: Budget) -> Iterator[str]:
         shown = f"{after[0]} in each block" if len(set(after)) == 1 else f"{', '.join(map(str, after))} by block"
         shown += ", more or less as loss sensitivity decides" if budget.decided_later(kind) else ""
         yield f"{kind} width ({layer}): {shown}, of {pairs[0].original}"
-
-
-def _cut(model: Any, budget: Budget) -> None:
-    """Give the model the widths; which units stay does not matter, but that heads are even."""
-    pairs = resolve_pruned(model, kv_groups=budget.attention == "kv_groups")
-    for block, planned in zip(pairs, budget.pairs, strict=True):
-        for pair, width in zip(block, planned, strict=True):
-            groups = pair.layout.groups
-            heads = groups if pair.kept.numel() % groups == width.after % groups == 0 else 1
-            pair.cut(pair.kept.reshape(heads, -1)[:, : width.after // heads].reshape(-1))
-    record_plan(model, pairs)

@@ -12,18 +12,28 @@ from typing import Any
 import torch
 
 import fasp_lightning
+from fasp_lightning.checkpoints.dry_save import require_savable
 from fasp_lightning.checkpoints.forms import choose_form
-from fasp_lightning.checkpoints.pruned_folder import REPORT_FILE, read_plan
-from fasp_lightning.checkpoints.source import PLAN_FILE
-from fasp_lightning.cli.checks import check_output_dir, texts_of, tokenizer_of
+from fasp_lightning.checkpoints.loading import load_config
+from fasp_lightning.checkpoints.pruned_folder import REPORT_FILE, form_in
+from fasp_lightning.checkpoints.source import weight_files
+from fasp_lightning.cli.checks import check_output_dir, claimed_output, texts_of, tokenizer_of
 from fasp_lightning.cli.commands.sweep_tables import Finished, print_sweep, write_sweep
 from fasp_lightning.cli.console import PruningProgress, dtype_name, gibibytes, note, percent, shown_warnings
 from fasp_lightning.cli.generation import continuation
 from fasp_lightning.cli.jobs import PruneJob
 from fasp_lightning.cli.measured import domains_of, measure, place, prune_measured, save
-from fasp_lightning.cli.model_setup import Setup, already_pruned, load, memory_of, set_up
+from fasp_lightning.cli.model_setup import Setup, already_pruned, bytes_before, load, memory_of, saved_dtype, set_up
 from fasp_lightning.cli.quiet import quiet_libraries
-from fasp_lightning.cli.texts import Calibration, Text, load_calibration, load_text, missing_domain, single_source
+from fasp_lightning.cli.texts import (
+    Calibration,
+    Text,
+    begins_with,
+    load_calibration,
+    load_text,
+    missing_domain,
+    single_source,
+)
 from fasp_lightning.errors import FaspError, FaspFileExistsError
 from fasp_lightning.pruning.budget.widths import decide_budget
 from fasp_lightning.pruning.config import PruningConfig
@@ -98,17 +108,24 @@ def run(job: SweepJob) -> int:
     """Run the command; returns the exit code."""
     quiet_libraries()
     _check_folders(job)
+    with claimed_output(job):
+        _run(job)
+    return 0
+
+
+def _run(job: SweepJob) -> None:
     calibration_configs, evaluation_configs = texts_of(job)
     points = _set_up(job.points())
     setup = points[0][1]
     require_space(job.folder / "sweep", max(setup.stored_bytes for _, setup in points))
     tokenizer = tokenizer_of(job.model)
+    require_savable(setup.model, tokenizer)
     calibration = load_calibration(calibration_configs, setup.pruning.own_text, tokenizer, setup.model)
     evaluation = [load_text(text, tokenizer, setup.model, "evaluation") for text in evaluation_configs]
     with shown_warnings():
         note("loading the weights")
         dense = load(job.model, setup.config, setup.dtype, torch.device("cpu"))
-        sweep = _Sweep(job, dense, tokenizer, calibration, evaluation)
+        sweep = _Sweep(job, setup, dense, tokenizer, calibration, evaluation)
         left = [point for point in points if sweep.is_left(point[0])]
         sweep.announce(points, left)
         for point in left:
@@ -117,7 +134,6 @@ def run(job: SweepJob) -> int:
     finished = sweep.finished(points)
     write_sweep(finished, job.folder)
     print_sweep(finished, setup.source.name, job.folder)
-    return 0
 
 
 def _check_folders(job: SweepJob) -> None:
@@ -145,8 +161,9 @@ class _Sweep:
     """What all sparsities share: the model as it was loaded, on the CPU, the texts, and what is known of both."""
 
     def __init__(
-        self, job: SweepJob, dense: Any, tokenizer: Any, calibration: Calibration, evaluation: list[Text]
+        self, job: SweepJob, setup: Setup, dense: Any, tokenizer: Any, calibration: Calibration, evaluation: list[Text]
     ) -> None:
+        self.stored, self.bytes_before = setup.stored, bytes_before(setup, job)
         self.job, self.dense, self.tokenizer = job, dense, tokenizer
         self.calibration, self.evaluation = calibration, evaluation
         self._model = weights_digest(dense)
@@ -161,6 +178,7 @@ class _Sweep:
             "calibration": [[text.config.token_weight, _digest(text)] for text in self.calibration.texts],
             "evaluation": [_digest(text) for text in self.evaluation],
             "form": job.form,
+            "save_dtype": str(self.stored),
             "compare_unrestored": job.compares,
         }
 
@@ -189,6 +207,8 @@ class _Sweep:
         note(f"sweep of {points[0][1].source.name} over {sparsities} sparsity{done}")
         if self.job.pruning.sparsity != PruningConfig.sparsity:
             note(f"pruning.sparsity, {self.job.pruning.sparsity}, is not used: sparsities take its place")
+        if begin := begins_with([*self.calibration.texts, *self.evaluation]):
+            note(begin)
         if missing := missing_domain(domains_of(self.job, self.calibration, self.evaluation)):
             note(missing)
         if warning := single_source(self.calibration.configs, self.calibration.own is not None):
@@ -201,7 +221,7 @@ class _Sweep:
             note(already_pruned(setup))
         note(
             f"each on {self.calibration.tokens:,} tokens of {self.calibration.name}, in {dtype_name(setup.dtype)} on "
-            f"{setup.device}; about {gibibytes(memory.total + memory.weights)} of memory"
+            f"{setup.device}; about {gibibytes(memory.total + memory.weights)} of memory{saved_dtype(setup)}"
         )
 
     def prune(self, job: PruneJob, setup: Setup) -> None:
@@ -233,15 +253,16 @@ class _Sweep:
             folder = self.job.folder_at(job.pruning.sparsity)
             report = _report(folder)
             if report is not None and report.get("made_with") == self.settings(job):
-                rows.append(Finished(job.pruning.sparsity, folder, read_plan(folder)[0], report))
+                size = sum(file.stat().st_size for file in weight_files(folder))
+                sizes = (self.bytes_before, size)
+                rows.append(Finished(job.pruning.sparsity, folder, form_in(load_config(folder), folder), report, sizes))
         return rows
 
 
 def _report(folder: Path) -> dict[str, Any] | None:
     """The report in the folder of a sparsity, if a model is there."""
-    if not (folder / PLAN_FILE).is_file() or not (folder / REPORT_FILE).is_file():
-        return None
-    return read_json(folder / REPORT_FILE)
+    file = folder / REPORT_FILE
+    return read_json(file) if file.is_file() else None
 
 
 def _digest(text: Text) -> str:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from fasp_lightning.cli.console import note, percent, results, table
+from fasp_lightning.cli.console import megabytes, note, percent, results, table
 from fasp_lightning.staging import write_beside
 
 
@@ -20,12 +20,14 @@ class Finished(NamedTuple):
         folder: Where the model is.
         form: The form it was saved in.
         report: What was saved along.
+        weight_bytes: Of the files of weights that the model came in, and of those that were saved.
     """
 
     asked: float
     folder: Path
     form: str
     report: dict[str, Any]
+    weight_bytes: tuple[int, int]
 
 
 def print_sweep(finished: list[Finished], name: str, folder: Path) -> None:
@@ -44,7 +46,16 @@ def write_sweep(finished: list[Finished], folder: Path) -> None:
     columns, rows = _table(finished)
     lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|", *(f"| {' | '.join(row)} |" for row in rows)]
     write_beside(folder / "sweep.md", ("\n".join(lines) + "\n").encode())
-    data = [{"asked": one.asked, "folder": one.folder.name, "form": one.form, **one.report} for one in finished]
+    data = [
+        {
+            "asked": one.asked,
+            "folder": one.folder.name,
+            "form": one.form,
+            "weight_bytes": list(one.weight_bytes),
+            **one.report,
+        }
+        for one in finished
+    ]
     write_beside(folder / "sweep.json", (json.dumps(data, indent=1) + "\n").encode())
     if not any(one.report["evaluation"] for one in finished):
         return
@@ -60,9 +71,10 @@ def _table(finished: list[Finished]) -> tuple[Sequence[str], list[Sequence[str]]
         return ("sparsity",), []
     first = finished[0].report
     names = [f"perplexity, {text['name']}" for text in first["evaluation"]]
-    columns = ("sparsity", "of the blocks", "of all", "parameters", *names, "seconds", "form", "folder")
+    columns = ("sparsity", "of the blocks", "of all", "parameters", "on disk", *names, "seconds", "form", "folder")
     before = [f"{text['before']['perplexity']:.3f}" for text in first["evaluation"]]
-    rows: list[Sequence[str]] = [("before", "", "", f"{first['parameters_before']:,}", *before, "", "", "")]
+    sizes = f"{first['parameters_before']:,}", megabytes(finished[0].weight_bytes[0])
+    rows: list[Sequence[str]] = [("before", "", "", *sizes, *before, "", "", "")]
     rows += [_row(one) for one in finished]
     return columns, rows
 
@@ -74,6 +86,7 @@ def _row(one: Finished) -> Sequence[str]:
         percent(report["sparsity"]),
         percent(report["sparsity_total"]),
         f"{report['parameters_after']:,}",
+        megabytes(one.weight_bytes[1]),
         *(f"{text['after']['perplexity']:.3f}" for text in report["evaluation"]),
         f"{report['seconds'].get('total', 0.0):.1f}",
         one.form,

@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fasp_lightning.errors import FaspError
 from fasp_lightning.ops.statistics import GramStatistics
+from fasp_lightning.pruning.blocks.rehearsal import require_one_call
 from fasp_lightning.pruning.blocks.samples import Call, Sample, Stored
 from fasp_lightning.pruning.blocks.session import Session
 from fasp_lightning.pruning.blocks.standins import Fixed, Narrow, Recorder, Tap, first, skeleton, stand_ins, with_first
@@ -125,11 +125,7 @@ class BlockReplay:
             self._run(number, {**replacements, **self._finished_attention(number)}, "forward")
         else:
             self._run_tapped(pair, number, replacements)
-        if len(recorded) != 1:  # what was recorded would not be what the consumer is called with in the model
-            raise FaspError(
-                f"{pair.layer} must be called once by its block's forward, got {len(recorded)} calls; correct the row "
-                "of this model_type"
-            )
+        require_one_call(pair.layer, len(recorded))
         return recorded[0]
 
     def _run_tapped(self, pair: ResolvedPair, number: int, replacements: dict[str, nn.Module]) -> None:

@@ -45,6 +45,8 @@ class Sample:
         weight: How much each of its tokens counts.
         calls: How each block is called on it.
         held_back: Whether it serves to choose the damping by, and enters the first gram not at all.
+        targets: (batch, seq) int64 labels of the loss whose sensitivity is measured, −100 where nothing is predicted;
+            ``None`` are the token ids. Statistics do not ask for them: what a layer reads counts at every real token.
     """
 
     number: int
@@ -53,6 +55,7 @@ class Sample:
     weight: float = 1.0
     calls: tuple[Call, ...] = ()
     held_back: bool = False
+    targets: Tensor | None = None
 
     @property
     def input_ids(self) -> Tensor:

@@ -44,8 +44,9 @@ def fisher_scores(
 ) -> list[list[Tensor]]:
     """Σ w (x · ∂L/∂x)² of every unit: x the consumer's input in the model as it is, L the summed next-token NLL.
 
-    Padding is neither predicted nor scored. The model runs in evaluation mode; its modes, its parameters, their
-    gradients and ``requires_grad`` are as before afterwards, also after an error. The samples stay as they are.
+    Padding is neither predicted nor scored, and a label of −100 is no prediction. The model runs in evaluation mode;
+    its modes, its parameters, their gradients and ``requires_grad`` are as before afterwards, also after an error. The
+    samples stay as they are.
 
     Args:
         session: Where to compute; its processes call this together, each with samples of its own, and the sums are over
@@ -127,8 +128,9 @@ class _Passes:
             output = self.model(**inputs, use_cache=False)
         logits: Tensor = output.logits  # a model spread over devices answers on its last one
         mask = None if sample.mask is None else sample.mask[rows].to(logits.device)
+        targets = (sample.input_ids if sample.targets is None else sample.targets)[rows].to(logits.device)
         # The gradient of the loss is written out: autograd would keep a float32 softmax of all logits for it.
-        logits.backward(next_token_nll_gradient(logits, sample.input_ids[rows].to(logits.device), mask))
+        logits.backward(next_token_nll_gradient(logits, targets, mask))
 
     def block_by_block(self, samples: list[Sample]) -> None:
         """Only one block, or the head, is on the device at a time; all hidden states are in the store."""

@@ -17,11 +17,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
 
-from fasp_lightning.structure.compact import GatherColumns, replace_module
+from fasp_lightning.structure.compact import replace_module
+from fasp_lightning.structure.modes import insist
 
 
 class StandIn(nn.Module):
@@ -52,8 +54,7 @@ class Recorder(StandIn):
 
     def forward(self, inputs: Tensor) -> Tensor:
         """(…, in) → zeros (…, out)."""
-        original = self.__dict__["original"]
-        self.sink(original.gather(inputs) if isinstance(original, GatherColumns) else inputs)
+        self.sink(inputs)
         return inputs.new_zeros(*inputs.shape[:-1], self.outputs)
 
 
@@ -139,5 +140,4 @@ def stand_ins(root: nn.Module, replacements: Mapping[str, nn.Module]) -> Iterato
             replace_module(root, path, module)
         yield
     finally:
-        for path, module in reversed(originals.items()):
-            replace_module(root, path, module)
+        insist(*(partial(replace_module, root, path, module) for path, module in reversed(originals.items())))

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fasp_lightning.errors import FaspOSError, one_line
+
 ALIKE = 8
 """Tensors of one shape with which a call's argument is compared: cos and sin, of local and of global layers."""
 
@@ -44,11 +46,21 @@ class TensorStore:
             self._folder = None
 
     def put(self, tensor: Tensor) -> Tensor | Path:
-        """Store a tensor; the result is what :meth:`get` and :meth:`drop` take."""
+        """Store a tensor; the result is what :meth:`get` and :meth:`drop` take.
+
+        Raises:
+            FaspOSError: If the disk takes no more.
+        """
         if self._folder is not None:
             self._files += 1
             path = self._folder / f"{self._files}.pt"
-            torch.save(tensor.contiguous().cpu(), path)
+            try:
+                torch.save(tensor.contiguous().cpu(), path)
+            except (OSError, RuntimeError) as error:  # torch's writer raises the latter
+                raise FaspOSError(
+                    f"offload='disk' must find room in {path.parent}, got {one_line(error)}; set TMPDIR to one of a "
+                    "larger disk, or offload to 'cpu'"
+                ) from error
             return path
         return tensor.to("cpu" if self.place == "cpu" else self.device)
 

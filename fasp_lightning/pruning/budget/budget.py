@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from fasp_lightning.structure.cuts import Cuts
+from fasp_lightning.structure.layout import Cuts
 
 SHARED = "groups"
 """The kind of pair whose width never differs between blocks: the number of KV groups stands in the config once."""

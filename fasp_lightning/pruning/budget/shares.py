@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 
+import torch
+
 from fasp_lightning.errors import FaspError
 from fasp_lightning.structure.pair import ResolvedPair
 
@@ -11,6 +13,12 @@ from fasp_lightning.structure.pair import ResolvedPair
 def removed(pair: ResolvedPair) -> int:
     """Parameters of a pair that are gone."""
     return (pair.layout.width - pair.kept.numel()) * pair.unit_cost
+
+
+def missing(pair: ResolvedPair) -> int:
+    """Parameters that a pair's weights lack: fewer than are gone where its units are as another pruning will leave."""
+    columns = pair.layout.columns(torch.zeros(1, dtype=torch.long)).numel()
+    return (pair.layout.width - pair.columns // columns) * pair.unit_cost
 
 
 def size_of(pair: ResolvedPair) -> int:

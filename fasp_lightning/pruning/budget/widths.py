@@ -9,12 +9,12 @@ import torch
 
 from fasp_lightning.errors import FaspError
 from fasp_lightning.pruning.budget.budget import SHARED, Budget, PairWidth
-from fasp_lightning.pruning.budget.shares import level, removed, share_to_remove, size_of
+from fasp_lightning.pruning.budget.shares import level, missing, removed, share_to_remove, size_of
 from fasp_lightning.pruning.config import PruningConfig
-from fasp_lightning.structure.linears import linear_parameters, parameter_count
 from fasp_lightning.structure.pair import ResolvedPair
 from fasp_lightning.structure.plan import resolve_pruned
 from fasp_lightning.structure.registry import spec_for
+from fasp_lightning.structure.resolve import linear_parameters, parameter_count
 from fasp_lightning.structure.stock_fields import accepts, stock_fields
 
 if TYPE_CHECKING:
@@ -43,7 +43,8 @@ def decide_budget(model: PreTrainedModel, config: PruningConfig, pairs: Pairs | 
     Args:
         model: A causal LM, pruned before or not; sparsity counts from the original.
         config: ``sparsity``, ``attention``, ``head_balance``, ``allocation`` and ``multiple_of`` are read.
-        pairs: The model's pairs, if they are resolved already.
+        pairs: The model's pairs, if they are resolved already; or as they will be after another pruning, fewer units
+            of them.
 
     Raises:
         FaspError: If the sparsity cannot be reached with what is to be kept (the message gives the highest that
@@ -92,11 +93,11 @@ def budget_towards(model: PreTrainedModel, config: PruningConfig, pairs: Pairs |
         _require_even(pairs)
     pruned = PRUNED[attention]
     counts = _group_counts(model, pairs) if attention == "kv_groups" else []
-    gone = sum(removed(pair) for block in pairs for pair in block)
-    total = linear_parameters(model, spec_for(model)) + gone
+    now, gone = (sum(count(pair) for block in pairs for pair in block) for count in (missing, removed))
+    total = linear_parameters(model, spec_for(model)) + now
     left = _units_left(pairs, pruned, config, total, counts)
     widths = tuple(tuple(map(_width, block, units)) for block, units in zip(pairs, left, strict=True))
-    parameters = parameter_count(model)
+    parameters = parameter_count(model) + now - gone
     newly = sum(width.removed for block in widths for width in block)
     if config.allocation == "adaptive":  # the sum alone is known: what the uniform widths are rounded to is not
         decided = [pair for block in pairs for pair in block if pair.spec.kind in pruned - {SHARED}]

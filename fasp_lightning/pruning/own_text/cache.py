@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fasp_lightning.staging import write_beside
 from fasp_lightning.structure.adapters import is_adapted
-from fasp_lightning.structure.compact import GatherColumns, ScatterRows
+from fasp_lightning.structure.compact import width_hooks
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -59,9 +59,8 @@ def _tensors(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
     """Parameters, buffers, and where the rows and columns that are left of a pruned pair stand."""
     yield from model.named_parameters()
     yield from model.named_buffers()
-    for name, module in model.named_modules():
-        if isinstance(module, (ScatterRows, GatherColumns)):
-            yield name, module.positions
+    for name, hook in width_hooks(model):
+        yield name, hook.positions
 
 
 def digest_of(batches: Iterable[Tensor]) -> str:

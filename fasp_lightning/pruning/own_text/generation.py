@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fasp_lightning.errors import FaspError
+from fasp_lightning.pruning.finite import bad_parameter
 from fasp_lightning.structure.modes import evaluating
 
 if TYPE_CHECKING:
@@ -117,11 +118,8 @@ def choose(logits: Tensor, draws: Tensor, temperature: float) -> tuple[Tensor, T
 
 def _not_finite(model: PreTrainedModel) -> str:
     """Say what is wrong, and where, if it is a parameter."""
-    bad = (name for name, value in model.named_parameters() if not value.isfinite().all())
-    name = next(bad, None)
-    where = "" if name is None else f": parameter {name} is not"
     return (
-        f"the logits must be finite to sample own text, got NaN or Inf{where}; "
+        f"the logits must be finite to sample own text, got NaN or Inf{bad_parameter(model)}; "
         "check the checkpoint, or run the model in float32 or bfloat16"
     )
 

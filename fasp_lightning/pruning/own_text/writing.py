@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fasp_lightning.errors import FaspError
 from fasp_lightning.pruning.config import OwnTextConfig
+from fasp_lightning.pruning.inputs import ModelInputs
 from fasp_lightning.pruning.own_text.cache import FORMAT, read_ids, weights_digest, write_ids
 from fasp_lightning.pruning.own_text.generation import first_tokens, sample
 from fasp_lightning.pruning.processes import Processes
@@ -64,8 +65,7 @@ def own_text(
             f"got {config.tokens}"
         )
     if starts is not None:
-        embeddings: Any = model.get_input_embeddings()
-        check_vocabulary(starts, embeddings.weight.shape[0])
+        check_vocabulary(starts, ModelInputs(model).vocabulary, OWN_TEXT)
     cached = None if config.cache_dir in (None, "auto") else Path(str(config.cache_dir)).expanduser()
     text = _Text(model, config, starts)
     mine = _sampled(text, processes) if cached is None else _kept(text, processes, cached)

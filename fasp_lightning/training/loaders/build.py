@@ -10,6 +10,7 @@ from typing import Any
 from fasp_lightning.errors import FaspError
 from fasp_lightning.pruning.processes import Processes
 from fasp_lightning.staging import fingerprint
+from fasp_lightning.text.batches import check_vocabulary
 from fasp_lightning.text.config import describe
 from fasp_lightning.text.mixing import shares_of
 from fasp_lightning.text.packed_cache import without
@@ -34,6 +35,7 @@ class TrainingOptions:
         rank: This process.
         world_size: Number of processes.
         progress: What became of the batches.
+        vocabulary: Embeddings of the model, which streamed tokens are held against; None where it is not known.
     """
 
     batch_size: int
@@ -43,6 +45,7 @@ class TrainingOptions:
     rank: int
     world_size: int
     progress: BatchProgress
+    vocabulary: int | None = None
 
 
 def cached_loader(cache: RoleCache, options: TrainingOptions) -> ResumableLoader:
@@ -80,19 +83,22 @@ def stream_loader(cache: RoleCache, options: TrainingOptions) -> StreamLoader:
     stream = TokenStream(
         [(describe(text), partial(_open, cache.roles, index, taken)) for index, text in enumerate(texts)],
         _weights(cache.roles),
-        cache.tokenizer,
-        [text.separator for text in texts],
-        cache.seq_len,
+        cache.packings["train"],
         options.batch_size,
         options.seed,
         options.rank,
         options.world_size,
         max(1, options.num_workers),
     )
+    check = None
+    if options.vocabulary is not None:
+        names = ", ".join(describe(text) for text in texts)
+        check = partial(check_vocabulary, vocab_size=options.vocabulary, text=names)
     batches = total // (options.batch_size * options.world_size)
     keys = [cache.key("train", index, None) for index in range(len(texts))]
     order = _order(options, weights=stream.weights, texts=keys)
-    return StreamLoader(stream, batches, options.num_workers, options.progress, partial(_gather, options.rank), order)
+    gather = partial(_gather, options.rank)
+    return StreamLoader(stream, batches, options.num_workers, options.progress, gather, order, check)
 
 
 def _check_batches(total: int, seq_len: int, options: TrainingOptions) -> None:

@@ -29,6 +29,7 @@ class StreamLoader:
         progress: See :class:`Position`.
         gather: Makes a list of what each process has: a checkpoint is written by one of them.
         order: Names what decides on the order; resuming with another one is warned of.
+        check: Refuses (batch_size, seq_len) token ids before they are given out.
     """
 
     def __init__(
@@ -39,7 +40,9 @@ class StreamLoader:
         progress: BatchProgress | None = None,
         gather: Callable[[Any], list[Any]] = lambda state: [state],
         order: str = "",
+        check: Callable[[Tensor], None] | None = None,
     ) -> None:
+        self.check = check or (lambda ids: None)
         self.stream, self.batches, self.num_workers = stream, batches, num_workers
         self.position, self.gather, self.order = Position(progress), gather, order
         self.epoch = 0
@@ -72,6 +75,7 @@ class StreamLoader:
             generator=torch.Generator(),  # else each epoch draws a seed from the global random state
         )
         for batch in islice(loader, self.batches - self.position.given):
+            self.check(batch["input_ids"])
             self._note(batch["worker"], batch["state"])
             yield as_batch(batch["input_ids"])
 

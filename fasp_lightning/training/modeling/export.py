@@ -6,12 +6,14 @@ import copy
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fasp_lightning.checkpoints.devices import require_dtype
+from fasp_lightning.checkpoints.dry_save import require_savable, savable, save_tokenizer
 from fasp_lightning.checkpoints.forms import choose_form, require_form
-from fasp_lightning.checkpoints.saving import check_output, save_pruned
+from fasp_lightning.checkpoints.saving import bytes_of, check_output, save_pruned, stored_in, write_weights
 from fasp_lightning.errors import FaspError
 from fasp_lightning.staging import require_space, staged
 from fasp_lightning.structure.adapters import has_adapters
-from fasp_lightning.structure.cuts import Cuts
+from fasp_lightning.structure.layout import Cuts
 from fasp_lightning.structure.plan import plan_of
 from fasp_lightning.structure.registry import spec_for
 from fasp_lightning.training.modeling.lora import merge_lora
@@ -27,6 +29,7 @@ def export_model(
     tokenizer: Any = None,
     form: str = "auto",
     overwrite: bool = False,
+    dtype: str = "auto",
 ) -> Path:
     """Write a causal LM, LoRA merged, as safetensors and config; all or nothing. The model itself stays as it is.
 
@@ -39,17 +42,19 @@ def export_model(
         tokenizer: Saved along if given.
         form: See :func:`~fasp_lightning.save_pruned`; for a model that was never pruned ``"auto"`` or ``"stock"``.
         overwrite: Replace a folder that holds a pruned model.
+        dtype: See :func:`~fasp_lightning.save_pruned`.
 
     Returns:
         The folder.
 
     Raises:
         FaspFileExistsError: If ``path`` is not empty and ``overwrite`` is false, or is no pruned model.
-        FaspError: If ``form`` cannot hold the model, or the model is sharded.
+        FaspError: If ``form`` cannot hold the model, or the model is sharded or cannot be saved.
     """
     path = Path(path)
     check_output(path, overwrite)
     require_form(form)
+    require_dtype(dtype)
     if is_sharded(model):
         raise FaspError(
             "model must be whole to be exported, got one that is sharded over processes; save a checkpoint with "
@@ -60,11 +65,19 @@ def export_model(
         merge_lora(model)
     plan = plan_of(model)
     if plan is not None and any(plan.blocks):
-        return save_pruned(model, path, tokenizer, form=form, overwrite=overwrite).path
-    return _save_dense(model, path, tokenizer, form)
+        return save_pruned(model, path, tokenizer, form=form, overwrite=overwrite, dtype=dtype).path
+    return _save_dense(model, path, tokenizer, form, dtype)
 
 
-def check_export(model: PreTrainedModel, path: str | Path, form: str, overwrite: bool, cuts: Cuts) -> None:
+def data_tokenizer(trainer: Any) -> Any:
+    """The tokenizer of a trainer's datamodule, if it has one that can be saved."""
+    tokenizer = getattr(trainer.datamodule, "tokenizer", None)
+    return tokenizer if hasattr(tokenizer, "save_pretrained") else None
+
+
+def check_export(
+    model: PreTrainedModel, path: str | Path, form: str, overwrite: bool, cuts: Cuts, tokenizer: Any = None
+) -> None:
     """Refuse, before a run, what could not be exported after it.
 
     Args:
@@ -73,25 +86,32 @@ def check_export(model: PreTrainedModel, path: str | Path, form: str, overwrite:
         form: As there.
         overwrite: As there.
         cuts: What will have been cut when the model is exported.
+        tokenizer: As there.
 
     Raises:
         FaspFileExistsError: If ``path`` is not empty and ``overwrite`` is false, or is no pruned model.
-        FaspError: If ``form`` cannot hold the model, or a whole module was put aside to be trained beside adapters
-            (``modules_to_save`` of peft).
+        FaspPermissionError: If the place is not writable.
+        FaspError: If ``form`` cannot hold the model, it or the tokenizer cannot be saved, or a whole module was put
+            aside to be trained beside adapters (``modules_to_save`` of peft).
     """
     check_output(Path(path), overwrite)
+    require_space(Path(path), 0)
     choose_form(form, spec_for(model), cuts)
     kept = [name for name, module in model.named_modules() if hasattr(module, "modules_to_save")]
     if kept:
         raise FaspError(f"model must have no modules_to_save to be exported, got {kept[0]}; drop one of the two")
+    require_savable(model, tokenizer)
 
 
-def _save_dense(model: PreTrainedModel, path: Path, tokenizer: Any, form: str) -> Path:
+def _save_dense(model: PreTrainedModel, path: Path, tokenizer: Any, form: str, dtype: str) -> Path:
     if form not in ("auto", "stock"):
         raise FaspError(f"form must be 'auto' or 'stock' for a model that was never pruned, got {form!r}")
-    require_space(path, sum(parameter.nbytes for parameter in model.parameters()))
+    require_savable(model, tokenizer)
+    stored = stored_in(model, dtype)
+    require_space(path, bytes_of(model.parameters(), stored))
     with staged(path) as stage:
-        model.save_pretrained(stage)
+        with savable(model):
+            write_weights(model, stage, stored)
         if tokenizer is not None:
-            tokenizer.save_pretrained(stage)
+            save_tokenizer(tokenizer, stage)
     return path

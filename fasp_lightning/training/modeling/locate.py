@@ -30,7 +30,7 @@ def find_causal_lm(module: nn.Module, attribute: str | None = None) -> PreTraine
             if not isinstance(getattr(root, part, None), nn.Module):
                 raise FaspError(f"attribute must be the path of a model in {name}, got {attribute!r}")
             root = getattr(root, part)
-    found = _outermost(root)
+    found = causal_lms(root)
     if len(found) != 1:
         where = name if attribute is None else f"{name}.{attribute}"
         paths = ", ".join(repr(path or attribute) for path in found) or "none"
@@ -40,8 +40,8 @@ def find_causal_lm(module: nn.Module, attribute: str | None = None) -> PreTraine
     return model
 
 
-def _outermost(root: nn.Module) -> dict[str, Any]:
-    """Path → causal LM; what is inside another one (the decoder in it) does not count."""
+def causal_lms(root: nn.Module) -> dict[str, Any]:
+    """Path → causal LM that a module holds; what is inside another one (the decoder in it) does not count."""
     from transformers import PreTrainedModel
 
     found: dict[str, PreTrainedModel] = {}

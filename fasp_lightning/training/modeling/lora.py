@@ -11,7 +11,7 @@ from torch import nn
 
 from fasp_lightning.errors import FaspError
 from fasp_lightning.structure.adapters import has_adapters, is_adapted, is_adapter_parameter
-from fasp_lightning.structure.compact import GatherColumns, ScatterRows, replace_module
+from fasp_lightning.structure.compact import replace_module
 from fasp_lightning.structure.registry import spec_for
 from fasp_lightning.structure.resolve import find_blocks
 
@@ -65,8 +65,8 @@ class LoRAConfig:
 def attach_lora(model: PreTrainedModel, config: LoRAConfig) -> None:
     """Give linear layers of the decoder blocks an adapter, in place. Then the adapters train, and nothing else does.
 
-    The logits stay as they are. The adapter of a value pair that was cut sits inside its run-time modules, around
-    the compact weight. Adapters have the dtype of their base layers.
+    The logits stay as they are. Around a layer that was cut, an adapter has the layer's widths. Adapters have the
+    dtype of their base layers.
 
     Args:
         model: A causal LM of a registered family, pruned or not.
@@ -120,38 +120,33 @@ def base_parameters(model: nn.Module) -> list[nn.Parameter]:
 
 
 def stock_name(model: nn.Module, name: str) -> str:
-    """A module's or parameter's name as it is in a model without adapters and run-time modules."""
+    """A module's or parameter's name as it is in a model without adapters."""
     parts, parent = [], model
     for part in name.split("."):
-        adapter = part == "base_layer" and is_adapted(parent)
-        wrapper = part == "linear" and isinstance(parent, (ScatterRows, GatherColumns))
-        parts += [] if adapter or wrapper else [part]
+        parts += [] if part == "base_layer" and is_adapted(parent) else [part]
         parent = getattr(parent, part)
     return ".".join(parts)
 
 
-def linear_paths(model: PreTrainedModel) -> dict[str, str]:
-    """The linear layers of the decoder blocks: name in a model that was never cut → path now."""
+def linear_paths(model: PreTrainedModel) -> list[str]:
+    """Paths of the linear layers of the decoder blocks, of a model without adapters."""
     from transformers.pytorch_utils import Conv1D
 
     spec = spec_for(model)
-    return {
-        stock_name(model, path): path
-        for path, module in find_blocks(model, spec).named_modules(prefix=spec.layers)
-        if isinstance(module, (nn.Linear, Conv1D))
-    }
+    modules = find_blocks(model, spec).named_modules(prefix=spec.layers)
+    return [path for path, module in modules if isinstance(module, (nn.Linear, Conv1D))]
 
 
 def _targets(model: PreTrainedModel, config: LoRAConfig) -> list[str]:
     """Paths of the layers that ``config`` names."""
     paths = linear_paths(model)
     if config.targets is None:
-        return list(paths.values())
+        return paths
     chosen: list[str] = []
     for target in config.targets:
-        found = [path for name, path in paths.items() if name.endswith(f".{target}")]
+        found = [path for path in paths if path.endswith(f".{target}")]
         if not found:
-            known = ", ".join(dict.fromkeys(name.rpartition(".")[2] for name in paths))
+            known = ", ".join(dict.fromkeys(path.rpartition(".")[2] for path in paths))
             raise FaspError(f"targets must be among the linear layers {known}, got {target!r}")
         chosen += found
     return chosen

@@ -8,7 +8,6 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from fasp_lightning.errors import FaspError
-from fasp_lightning.structure.compact import GatherColumns, ScatterRows
 from fasp_lightning.structure.registry import spec_for
 from fasp_lightning.structure.resolve import find_blocks
 
@@ -38,9 +37,6 @@ def shard(model: PreTrainedModel, mesh: DeviceMesh) -> None:
         )
     if is_sharded(model):
         return
-    for module in model.modules():
-        if isinstance(module, (ScatterRows, GatherColumns)):
-            module.hides_level = False  # keys of a distributed checkpoint must be paths
     for block in find_blocks(model, spec_for(model)):
         fully_shard(block, mesh=mesh["data_parallel"])
     fully_shard(model, mesh=mesh["data_parallel"])

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from fasp_lightning.structure.adapters import has_adapters, is_adapter_parameter
-from fasp_lightning.structure.plan import PruningPlan, conform, plan_of
+from fasp_lightning.structure.plan import adopt_plan, conform, plan_of
+from fasp_lightning.structure.pruning_plan import PruningPlan
 from fasp_lightning.training.modeling.locate import find_causal_lm
 from fasp_lightning.training.modeling.lora import LoRAConfig, attach_lora
 
@@ -48,7 +49,7 @@ def carry_structure(module: nn.Module, attribute: str | None = None) -> None:
 
         assert "fasp_structure" not in MyModule(model).state_dict()  # nothing is cut yet
     """
-    find_causal_lm(module, attribute)
+    adopt_plan(find_causal_lm(module, attribute))
     if carries_structure(module):
         return
     setattr(module, _MARK, attribute)

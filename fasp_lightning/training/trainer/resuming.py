@@ -22,14 +22,17 @@ from torch import Tensor
 from fasp_lightning.pruning.processes import Processes
 
 
-def unsaved_state(trainer: Trainer, module: LightningModule) -> dict[str, dict[str, Tensor]]:
+def unsaved_state(trainer: Trainer, module: LightningModule, processes: Processes) -> dict[str, dict[str, Tensor]]:
     """What Lightning leaves out of a checkpoint: pending gradients, and the metrics that callbacks and schedules watch.
 
-    To be called by all processes.
+    Args:
+        trainer: The Trainer.
+        module: Its LightningModule.
+        processes: Those that call this together.
     """
     # _CheckpointConnector.dump_checkpoint (trainer/connectors/checkpoint_connector.py) writes weights, optimizers,
     # schedules and counters of loops, but neither .grad nor callback_metrics.
-    return {"gradients": _pending_gradients(trainer, module), "metrics": dict(trainer.callback_metrics)}
+    return {"gradients": _pending_gradients(trainer, module, processes), "metrics": dict(trainer.callback_metrics)}
 
 
 def take_up(trainer: Trainer, module: LightningModule, unsaved: Mapping[str, Mapping[str, Tensor]]) -> None:
@@ -206,18 +209,19 @@ def _validation_is_due(trainer: Trainer) -> bool:
     return fetcher is not None and trainer.fit_loop.epoch_loop._should_check_val_fx(fetcher)
 
 
-def _pending_gradients(trainer: Trainer, module: LightningModule) -> dict[str, Tensor]:
-    """Gradients of the batches since the last optimizer step, by parameter; their mean over all processes.
+def _pending_gradients(trainer: Trainer, module: LightningModule, processes: Processes) -> dict[str, Tensor]:
+    """Gradients of the batches since the last optimizer step, by parameter; their mean over the processes.
 
-    Empty outside a window of accumulated batches.
+    Empty outside a window of accumulated batches; of a module that optimizes by itself, and whose windows nobody else
+    knows, those that are there.
     """
     # _TrainingEpochLoop._should_accumulate asks of the batch that is fetched; here it is asked of those processed. The
     # last batch of an epoch ends its window.
     loop: Any = trainer.fit_loop.epoch_loop
     batches, last = loop.batch_progress.current, loop._num_ready_batches_reached()
-    if batches.processed % trainer.accumulate_grad_batches == 0 or (last and batches.processed == batches.ready):
+    ended = batches.processed % trainer.accumulate_grad_batches == 0 or (last and batches.processed == batches.ready)
+    if ended and module.automatic_optimization:
         return {}
-    processes = Processes.everyone()
     gradients = {name: one.grad.clone() for name, one in module.named_parameters() if one.grad is not None}
     for gradient in gradients.values():
         # DDP reduces only in a window's last backward (ParallelStrategy.block_backward_sync, strategies/parallel.py):

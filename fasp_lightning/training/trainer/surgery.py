@@ -1,4 +1,4 @@
-"""All that touches Lightning's internals, but for what ``resuming.py`` does.
+"""What changes Lightning's internals, but for what ``resuming.py`` does.
 
 Checked against lightning 2.6.6. Comments name the upstream code that is relied upon or repaired, relative to
 ``lightning/pytorch``, and where something is changed its state before → after.
@@ -14,15 +14,8 @@ from itertools import chain, repeat
 from typing import TYPE_CHECKING, Any
 
 import torch
-from lightning.pytorch import LightningDataModule, LightningModule, Trainer
-from lightning.pytorch.callbacks import (
-    EarlyStopping,
-    ModelCheckpoint,
-    StochasticWeightAveraging,
-    WeightAveraging,
-)
-from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, SingleDeviceStrategy
-from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint, WeightAveraging
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.lr_scheduler import ReduceLROnPlateau
@@ -30,7 +23,8 @@ from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader
 
 from fasp_lightning.errors import FaspError
-from fasp_lightning.structure.plan import PruningPlan, conform, plan_of, resolve_pruned
+from fasp_lightning.structure.plan import conform, plan_of, resolve_pruned
+from fasp_lightning.structure.pruning_plan import PruningPlan
 from fasp_lightning.training.modeling.locate import find_causal_lm
 from fasp_lightning.training.trainer.optimizer_state import slice_states
 
@@ -41,40 +35,16 @@ STALE = torch.finfo(torch.float32).max
 """Stands for a monitored metric of the model before it changed: the worst finite value."""
 
 
-def check_trainer(trainer: Trainer) -> None:
-    """Refuse what cannot follow a change of shapes in the middle of a run.
-
-    Raises:
-        FaspError: For sharded strategies, PowerSGD, and ``StochasticWeightAveraging``.
-    """
-    strategy = trainer.strategy
-    # DeepSpeedStrategy (strategies/deepspeed.py) derives from DDPStrategy, but holds its own copies of the weights.
-    sharded = isinstance(strategy, DeepSpeedStrategy)
-    if sharded or not isinstance(strategy, (SingleDeviceStrategy, DDPStrategy)):
-        raise FaspError(
-            f"strategy must be a single device or ddp to prune during fit, got {type(strategy).__name__}; prune first "
-            "(fasp prune, FASPPruner) and train the saved folder, sharding it in configure_model as CausalLMModule does"
-        )
-    # DDPStrategy._register_ddp_hooks (strategies/ddp.py) hands the same state object to each new DDP wrapper; PowerSGD
-    # keeps in it errors of the shapes of the old gradient buckets.
-    if type(getattr(strategy, "_ddp_comm_state", None)).__name__ == "PowerSGDState":
-        raise FaspError(
-            "strategy must have no PowerSGDState as ddp_comm_state beside FASPPruning, its errors would keep the old "
-            "shapes; use a hook without such state, as bf16_compress_hook"
-        )
-    # Its setup (callbacks/stochastic_weight_avg.py) deep-copies the module, and update_parameters zips the two.
-    if any(isinstance(callback, StochasticWeightAveraging) for callback in trainer.callbacks):  # type: ignore[attr-defined]
-        raise FaspError(
-            "callbacks must not hold StochasticWeightAveraging beside FASPPruning, its copy would keep the old shapes; "
-            "use EMAWeightAveraging or WeightAveraging, which follow"
-        )
+def part(trainer: Trainer) -> None:
+    """Let this process end, and write a checkpoint, without waiting for the others."""
+    # ModelCheckpoint.on_exception (callbacks/model_checkpoint.py) runs where the error is, perhaps in one process
+    # alone, and Trainer.save_checkpoint waits at Strategy.barrier for the others, which wait in a backward.
+    trainer.strategy.barrier = lambda *_, **__: None  # type: ignore[method-assign]
 
 
-def starts_by_spawn(trainer: Trainer) -> bool:
-    """Whether workers are spawned or forked, and the main process loads their state."""
-    # _MultiProcessingLauncher._recover_results_in_main_process (strategies/launchers/multiprocessing.py) loads a
-    # worker's pruned state dict into the main process's module, which was never pruned.
-    return isinstance(trainer.strategy.launcher, _MultiProcessingLauncher)
+def rejoin(trainer: Trainer) -> None:
+    """Undo :func:`part`, in a further run of the same Trainer."""
+    vars(trainer.strategy).pop("barrier", None)
 
 
 def averages(trainer: Trainer) -> list[nn.Module]:
@@ -224,19 +194,6 @@ def publish(trainer: Trainer, metrics: dict[str, float], step: int | None = None
     trainer.callback_metrics.update({name: torch.tensor(value) for name, value in metrics.items()})
 
 
-def check_training_source(trainer: Trainer) -> None:
-    """Refuse, before any loader is made, training data that calibration cannot be taken from.
-
-    Raises:
-        FaspError: If ``fit`` was given something else than one DataLoader; loaders from hooks are seen later.
-    """
-    # _DataConnector.attach_dataloaders (trainer/connectors/data_connector.py) keeps here what fit was given: loaders,
-    # or the module or datamodule whose train_dataloader() will be called.
-    source = trainer.fit_loop._data_source.instance
-    if not isinstance(source, (DataLoader, LightningModule, LightningDataModule)):
-        raise FaspError(_no_source(type(source).__name__))
-
-
 def training_loader(trainer: Trainer) -> DataLoader:
     """The one training DataLoader.
 
@@ -248,11 +205,12 @@ def training_loader(trainer: Trainer) -> DataLoader:
     combined = trainer.fit_loop._combined_loader
     loaders = [] if combined is None else combined.flattened
     if len(loaders) != 1 or not isinstance(loaders[0], DataLoader):
-        raise FaspError(_no_source(", ".join(type(loader).__name__ for loader in loaders) or "none"))
+        raise FaspError(no_source(", ".join(type(loader).__name__ for loader in loaders) or "none"))
     return loaders[0]
 
 
-def _no_source(got: str) -> str:
+def no_source(got: str) -> str:
+    """The refusal of training data that calibration cannot be taken from."""
     return (
         "calibration needs a calibration_dataloader() of the datamodule or module, or training data from one "
         f"DataLoader, got {got}"

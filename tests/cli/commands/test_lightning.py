@@ -14,7 +14,7 @@ import yaml
 
 from fasp_lightning import load_pruned
 from fasp_lightning.cli.commands.lightning import TrainingCLI
-from fasp_lightning.structure.cuts import Cuts
+from fasp_lightning.structure.layout import Cuts
 from fasp_lightning.structure.plan import plan_of
 
 QUIET = {
@@ -188,9 +188,9 @@ BAD = {
         "schedule entry 0, {'step': 2, 'sparsity': 0.2}",
     ),
     "settings that do not go together": (("--trainer.limit_train_batches", "-1"), "limit_train_batches"),
-    "a tokenizer with more tokens than the model": (
+    "a token without an embedding": (
         ("--data.tokenizer={vocab_size: 300}",),
-        "tokenizer must have ids below 97, the model's vocabulary, got one with ids up to",
+        "input_ids must be in [0, 97), the model's vocabulary, got",
     ),
     "bad settings of the engine": (
         (
@@ -212,6 +212,33 @@ def test_mistake_is_one_line(fasp, config, argv: tuple[str, ...], words: str) ->
     assert last.startswith("fasp: ")
     assert words in last
     assert "Traceback" not in outcome.err
+
+
+BEFORE_THE_WEIGHTS = {
+    "no text": (("--data.source", "no-such.txt"), "no-such.txt"),
+    "no sequence": (("--data.seq_len", "1"), "seq_len must be 2 or more, got 1"),
+    "sparsity out of reach": (
+        ("--trainer.callbacks+=FASPPruning", "--trainer.callbacks.schedule=[{step: 0, sparsity: 0.99}]"),
+        "schedule entry 0, {'step': 0, 'sparsity': 0.99}: sparsity must be at most",
+    ),
+    "form that cannot hold the cuts": (
+        (
+            "--trainer.callbacks+=FASPPruning",
+            "--trainer.callbacks.schedule=[{step: 0, sparsity: 0.3}]",
+            "--trainer.callbacks.export_to=out",
+            "--trainer.callbacks.form=stock",
+        ),
+        "form 'stock' cannot hold this model",
+    ),
+}
+
+
+@pytest.mark.usefixtures("no_weights")
+@pytest.mark.parametrize(("argv", "words"), BEFORE_THE_WEIGHTS.values(), ids=BEFORE_THE_WEIGHTS)
+def test_mistake_is_found_before_the_weights_are_read(fasp, config, argv: tuple[str, ...], words: str) -> None:
+    outcome = fasp("fit", "-c", config(), *argv)
+    assert outcome.code == 2, outcome.err
+    assert words in outcome.err.strip().splitlines()[-1]
 
 
 def test_bug_keeps_its_traceback(fasp, config, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from transformers import AutoModelForCausalLM
 
 from fasp_lightning.cli.jobs import ModelConfig, PruneJob
 from fasp_lightning.cli.model_setup import set_up
@@ -104,6 +105,15 @@ def test_plan_of_a_pruned_folder_starts_from_what_is_left(prune, fasp, tiny_fold
     assert outcome.code == 0
     assert "already pruned" in outcome.err
     assert re.search(rf"parameters .* {report['parameters_after']:,} ", outcome.out)
+
+
+def test_plan_of_a_folder_that_stock_code_saved_again_is_that_of_the_folder(prune, fasp, tiny_folder, tmp_path) -> None:
+    prune(tiny_folder("llama"), "--pruning.sparsity", 0.2)
+    AutoModelForCausalLM.from_pretrained(tmp_path / "pruned").save_pretrained(tmp_path / "others")
+    folders = (tmp_path / "pruned", tmp_path / "others")
+    ours, theirs = (fasp("plan", "--model.name_or_path", folder, "--pruning.sparsity", 0.4) for folder in folders)
+    assert "already pruned" in theirs.err
+    assert theirs.out.replace("others", "pruned") == ours.out
 
 
 def test_size_of_different_ffn_widths_is_at_most_that_of_the_original_ones(tiny_folder) -> None:

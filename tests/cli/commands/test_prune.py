@@ -206,7 +206,7 @@ def test_seed_decides_the_calibration_sample(prune, tiny_folder, tmp_path: Path,
     plans = []
     for seed in seeds:
         prune(folder, "--seed", seed, "--overwrite")
-        plans.append((tmp_path / "pruned" / "fasp_plan.json").read_text())
+        plans.append(load_pruned(tmp_path / "pruned").fasp_plan)
     assert (plans[0] == plans[1]) is same
 
 
@@ -225,3 +225,20 @@ def test_without_evaluation_no_perplexity_is_printed(prune, tiny_folder) -> None
     outcome = prune(tiny_folder("opt"), "--evaluation", "[]")
     assert outcome.code == 0
     assert "perplexity" not in outcome.out
+
+
+def test_table_compares_the_files(prune, tiny_folder, tmp_path: Path) -> None:
+    folder = tiny_folder("llama-gqa", dtype=torch.bfloat16)
+    run = prune(folder, "--dtype", "float32")
+    before, after = ((where / "model.safetensors").stat().st_size for where in (folder, tmp_path / "pruned"))
+    assert after < before
+    change = f"{100 * (after / before - 1):+.2f} %"
+    assert re.search(rf"size on disk, bfloat16 .* 0\.\d MB .* 0\.\d MB .* {re.escape(change)}", run.out)
+    assert "in float32 on cpu" in run.err
+    assert "saved in bfloat16" in run.err
+    assert "the logits are the same but for the rounding to bfloat16" in run.out
+
+
+def test_requested_dtype_of_the_files_is_saved(prune, tiny_folder, tmp_path: Path) -> None:
+    prune(tiny_folder("llama"), "--save_dtype", "float16")
+    assert load_pruned(tmp_path / "pruned").dtype == torch.float16

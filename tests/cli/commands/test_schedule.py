@@ -126,6 +126,14 @@ BAD = {
 }
 
 
+def test_event_that_changes_no_width_is_said(fasp, config) -> None:
+    events = "--trainer.callbacks.schedule=[{step: 0, sparsity: 0.2}, {step: 1, sparsity: 0.2001}]"
+    outcome = fasp("schedule", "-c", config(), events)
+    assert outcome.code == 0
+    assert "schedule entries that change no width are passed over: 1 (0.2001);" in outcome.err
+    assert "as before it: passed over" in outcome.out
+
+
 @pytest.mark.parametrize(("argv", "words"), BAD.values(), ids=BAD)
 def test_mistake_is_one_line(fasp, config, argv: tuple[str, ...], words: str) -> None:
     outcome = fasp("schedule", "-c", config(), *argv)

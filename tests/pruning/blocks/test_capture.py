@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import TINY, random_tokens, tiny_model
+from tiny import TINY, random_tokens, tiny_model, with_positions
 from tiny_pruning import calibration
 
 from fasp_lightning import spec_for
@@ -42,9 +42,10 @@ def last_block_output(model: Any, inputs: dict[str, Any]) -> torch.Tensor:
 
 @pytest.mark.parametrize("family", TINY)
 def test_blocks_called_as_captured_give_the_models_hidden_states(family: str) -> None:
-    """With left padding: masks and positions are the model's own."""
+    """With left padding: masks are the model's own, and positions, where it does not count padding along."""
     model, padded = tiny_model(family), calibration(1)[0]
-    torch.testing.assert_close(through_blocks(model, padded), last_block_output(model, padded), atol=1e-5, rtol=1e-5)
+    expected = last_block_output(model, with_positions(model, padded))
+    torch.testing.assert_close(through_blocks(model, padded), expected, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3", "phi3"])
@@ -61,16 +62,25 @@ def test_pieces_hold_all_rows_of_every_input() -> None:
         "input_ids": random_tokens(5),
         "attention_mask": torch.tensor([[0] + [1] * 11] * 5),
         "position_ids": torch.arange(12).expand(5, 12),
+        "labels": random_tokens(5, seed=1),
         "source": "mine.txt",
     }
-    pieces = list(micro_batches([batch], 2, None))
-    assert [len(inputs["input_ids"]) for inputs, _, _ in pieces] == [2, 2, 1]
-    for name in ("input_ids", "attention_mask", "position_ids"):
-        assert torch.equal(torch.cat([inputs[name] for inputs, _, _ in pieces]), batch[name])
-    assert {source for _, _, source in pieces} == {"mine.txt"}
+    pieces = list(micro_batches([batch], 2))
+    assert [len(piece.input_ids) for piece in pieces] == [2, 2, 1]
+    for name in ("input_ids", "attention_mask", "position_ids", "labels"):
+        assert torch.equal(torch.cat([getattr(piece, name) for piece in pieces]), batch[name])
+    assert {piece.source for piece in pieces} == {"mine.txt"}
 
 
 def test_a_mask_without_padding_is_left_out() -> None:
     ids = random_tokens()
-    ((inputs, _, _),) = micro_batches([{"input_ids": ids, "attention_mask": torch.ones_like(ids)}], None, None)
-    assert set(inputs) == {"input_ids"}
+    (batch,) = micro_batches([{"input_ids": ids, "attention_mask": torch.ones_like(ids)}], None)
+    assert set(batch.inputs) == {"input_ids"}
+
+
+def test_beside_positions_that_start_again_a_mask_stays() -> None:
+    """Without one, transformers would take the sequences for packed and attend within each alone."""
+    model, ids = tiny_model("llama"), random_tokens(1, 12)
+    positions = torch.cat([torch.arange(5), torch.arange(7)])[None]
+    batch = {"input_ids": ids, "position_ids": positions, "attention_mask": torch.ones_like(ids)}
+    torch.testing.assert_close(through_blocks(model, batch), last_block_output(model, batch), atol=1e-5, rtol=1e-5)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from fasp_lightning import FASPPruner, apply_plan
 from fasp_lightning.pruning.blocks.standins import Fixed, Narrow, Recorder, Tap, first, skeleton, stand_ins, with_first
-from fasp_lightning.structure.compact import GatherColumns, inner
+from fasp_lightning.structure.compact import GatherColumns, set_widths
 
 
 def test_nothing_temporary_is_left_after_pruning() -> None:
@@ -42,9 +42,12 @@ class Boom(Exception):
 def test_stand_ins_are_gone_after_an_exception(path: str) -> None:
     model = tiny_model("llama").train()
     modules = {name: module for name, module in model.named_modules() if "layers.1" in name}
+    calls = []
 
     def boom(module: nn.Module, args: Any) -> None:
-        raise Boom
+        calls.append(module)
+        if len(calls) > 1:  # the first one is the rehearsal, before anything is cut
+            raise Boom
 
     handle = model.get_submodule(f"model.layers.1.{path}").register_forward_pre_hook(boom)
     with pytest.raises(Boom):
@@ -52,7 +55,7 @@ def test_stand_ins_are_gone_after_an_exception(path: str) -> None:
     handle.remove()
     assert leftovers(model) == []
     assert all(module.training for module in model.modules())
-    assert {name: inner(model.get_submodule(name)) for name in modules} == modules
+    assert {name: model.get_submodule(name) for name in modules} == modules
     assert set(model.fasp_plan.blocks[0]) == {"self_attn.o_proj", "mlp.down_proj"}
     fresh = apply_plan(tiny_model("llama"), model.fasp_plan)
     assert [p.shape for p in fresh.parameters()] == [p.shape for p in model.parameters()]
@@ -93,7 +96,10 @@ def test_a_recorder_hands_on_its_inputs_and_returns_zeros() -> None:
 def test_a_recorder_of_a_cut_consumer_sees_the_columns_left() -> None:
     seen: list[Tensor] = []
     inputs = torch.randn(2, 6)
-    Recorder(GatherColumns(nn.Linear(2, 5), torch.tensor([1, 4])), 5, seen.append)(inputs)
+    block = nn.Sequential(nn.Linear(2, 5))
+    set_widths(block, {"0": GatherColumns(torch.tensor([1, 4]))})
+    with stand_ins(block, {"0": Recorder(block[0], 5, seen.append)}):
+        block(inputs)
     assert torch.equal(seen[0], inputs[:, [1, 4]])
 
 

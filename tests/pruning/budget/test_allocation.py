@@ -23,8 +23,8 @@ from fasp_lightning.pruning.budget.widths import (
     is_reached,
     step_units,
 )
-from fasp_lightning.structure.linears import linear_parameters
 from fasp_lightning.structure.plan import record_plan, resolve_pruned
+from fasp_lightning.structure.resolve import linear_parameters
 
 CUTS: dict[str, dict[str, Any]] = {
     "ffn": {"attention": "none"},

@@ -9,7 +9,7 @@ from tiny import tiny_model
 from tiny_pruning import BOTH, FFN
 
 from fasp_lightning.pruning.budget.widths import decide_budget
-from fasp_lightning.structure.cuts import Cuts
+from fasp_lightning.structure.layout import Cuts
 
 
 def test_parameters_and_both_sparsities_follow_from_the_widths() -> None:

@@ -17,9 +17,9 @@ from fasp_lightning import FASPPruner, PruningConfig
 from fasp_lightning.pruning.blocks.store import TensorStore
 from fasp_lightning.pruning.budget.footprint import PeakMemory, footprints, peak_memory_estimate
 from fasp_lightning.pruning.budget.widths import decide_budget
-from fasp_lightning.structure.linears import linear_parameters
 from fasp_lightning.structure.modes import frozen, requiring_gradients
 from fasp_lightning.structure.registry import spec_for
+from fasp_lightning.structure.resolve import linear_parameters
 
 CONFIG = basic(0.25, attention="value_dims")
 

@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerFast
 
 from fasp_lightning.text import token_shards, token_stream
 from fasp_lightning.text.token_stream import TokenStream
+from fasp_lightning.text.tokens import Packing
 from fasp_lightning.training.loaders.streamed import StreamLoader
 
 
@@ -25,7 +26,7 @@ def small_windows(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def stream(tokenizer: PreTrainedTokenizerFast, texts: Sequence[list[str]], **options: Any) -> TokenStream:
     opened = [(f"text {number}", partial(list, text)) for number, text in enumerate(texts)]
-    return TokenStream(opened, None, tokenizer, [None] * len(texts), 16, 2, 0, **options)
+    return TokenStream(opened, None, [Packing(tokenizer, 16)] * len(texts), 2, 0, **options)
 
 
 def epoch(loader: StreamLoader, number: int) -> list[list[list[int]]]:

@@ -12,7 +12,7 @@ from tiny_pruning import BOTH, calibration
 from transformers import AutoModelForCausalLM
 
 from fasp_lightning import FASPPruner, load_pruned
-from fasp_lightning.structure.cuts import Cuts
+from fasp_lightning.structure.layout import Cuts
 from fasp_lightning.training.modeling.export import check_export, export_model
 from fasp_lightning.training.modeling.lora import LoRAConfig, attach_lora, merge_lora
 

@@ -12,7 +12,7 @@ from tiny_pruning import BOTH, FFN, pruned
 from torch import nn
 
 from fasp_lightning.structure.adapters import has_adapters, is_adapted
-from fasp_lightning.structure.compact import ScatterRows
+from fasp_lightning.structure.compact import width_hooks
 from fasp_lightning.training.modeling.lora import LoRAConfig, attach_lora, base_parameters, merge_lora
 
 FAMILIES = ["llama", "llama-gqa", "opt", "gpt2", "gpt_neox", "phi3", "bloom", "falcon"]
@@ -92,12 +92,12 @@ def test_merging_restores_modules_keys_and_training(name: str, cut: bool) -> Non
     assert not {"peft_config", "fasp_frozen"} & set(vars(model))
 
 
-def test_the_adapters_of_a_cut_value_pair_sit_inside_its_run_time_modules() -> None:
+def test_the_adapters_of_a_cut_value_pair_have_its_compact_widths() -> None:
     model = with_values(pruned("llama", BOTH))
-    producers = [module for module in model.modules() if isinstance(module, ScatterRows)]
-    assert len(producers) == 2
-    assert all(is_adapted(module.linear) for module in producers)
-    assert producers[0].linear.lora_B["default"].weight.shape[0] == producers[0].positions.numel()
+    positions = {path: hook.positions.numel() for path, hook in width_hooks(model) if "v_proj" in path}
+    assert len(positions) == 2
+    for path, rows in positions.items():
+        assert model.get_submodule(path).lora_B["default"].weight.shape[0] == rows
 
 
 def test_a_cut_model_with_adapters_loads_its_own_state() -> None:
@@ -150,7 +150,7 @@ def test_a_target_of_a_cut_pair_is_named_as_before_the_cut() -> None:
     model = pruned("llama", BOTH)
     attach_lora(model, LoRAConfig(targets=("self_attn.v_proj",)))
     found = {path for path, module in model.named_modules() if is_adapted(module)}
-    assert found == {f"model.layers.{i}.self_attn.v_proj.linear" for i in range(2)}
+    assert found == {f"model.layers.{i}.self_attn.v_proj" for i in range(2)}
 
 
 def test_an_unknown_target_is_refused_with_the_known_ones() -> None:

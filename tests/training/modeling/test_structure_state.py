@@ -12,8 +12,9 @@ from tiny import random_tokens, tiny_model
 from tiny_lightning import lora_parameters
 from tiny_pruning import basic
 from torch import nn
+from transformers import AutoModelForCausalLM
 
-from fasp_lightning import FASPPruner
+from fasp_lightning import FASPPruner, save_pruned
 from fasp_lightning.structure.adapters import has_adapters
 from fasp_lightning.training.callback import FASPPruning
 from fasp_lightning.training.modeling.lora import LoRAConfig, attach_lora
@@ -84,6 +85,17 @@ def test_state_without_adapters_loads_under_adapters() -> None:
 
 def test_dense_module_has_a_plain_state() -> None:
     assert module().state_dict().keys() == UserModule(tiny_model("llama")).state_dict().keys()
+
+
+def test_a_zero_filled_model_that_stock_code_loaded_has_the_shapes_of_its_plan(tmp_path: Any) -> None:
+    source = module(sparsity=0.2)
+    save_pruned(source.lm, tmp_path, form="zero_filled", verify=False)
+    loaded = UserModule(AutoModelForCausalLM.from_pretrained(tmp_path))
+    carry_structure(loaded)
+    assert {name: one.shape for name, one in loaded.state_dict().items() if name != KEY} == {
+        name: one.shape for name, one in source.state_dict().items() if name != KEY
+    }
+    assert_loads(loaded, module(seed=1))
 
 
 def test_pruned_state_does_not_load_where_nothing_reads_it() -> None:

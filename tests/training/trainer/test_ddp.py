@@ -20,7 +20,7 @@ from torch.distributed.algorithms.ddp_comm_hooks.powerSGD_hook import PowerSGDSt
 from fasp_lightning import load_pruned
 from fasp_lightning.training.modeling.lora import LoRAConfig
 from fasp_lightning.training.module import CausalLMModule
-from fasp_lightning.training.trainer.surgery import check_trainer
+from fasp_lightning.training.trainer.checks import check_trainer
 
 pytestmark = pytest.mark.slow
 
@@ -67,9 +67,12 @@ def test_weights_and_optimizer_state_stay_the_same_in_both(run: str, found: Foun
 
 @pytest.mark.parametrize("run", ["full", "lora"])
 def test_what_recovery_trains_takes_steps(run: str, found: Found) -> None:
-    """DDP would not notice by itself that other parameters require gradients."""
+    """DDP would not notice by itself that other parameters require gradients; a frozen base keeps no state."""
     for process in found(run):
-        assert all(state and state["exp_avg"].abs().sum() > 0 for state in process["moments"])
+        stepped = [state for state in process["moments"] if state]
+        adapters = len(process["moments"]) - len(process["weights"])
+        assert len(stepped) == (adapters if run == "lora" else len(process["moments"])) > 0
+        assert all(state["exp_avg"].abs().sum() > 0 for state in stepped)
 
 
 @pytest.mark.parametrize(
@@ -120,14 +123,11 @@ def test_resumed_run_ends_as_the_uninterrupted_one(found: Found) -> None:
             assert all(torch.equal(value, other[name]) for name, value in state.items())
 
 
-@pytest.mark.parametrize(
-    ("run", "message"),
-    [("token", "FaspError: input_ids must be in [0, 97)"), ("validation", "IndexError: index out of range")],
-)
-def test_error_in_one_process_is_told_in_both(run: str, message: str, found: Found) -> None:
+@pytest.mark.parametrize("run", ["token", "validation"])
+def test_error_in_one_process_is_told_in_both(run: str, found: Found) -> None:
     """It comes from that process's part of the calibration, or of the validation data."""
     first, second = (process["message"] for process in found(run))
-    assert second.startswith(message)
+    assert second.startswith("FaspError: input_ids must be in [0, 97)")
     assert first == f"{raised_elsewhere(second)}: process 1 stopped with {second}"
 
 
@@ -157,6 +157,8 @@ def test_spawned_processes_give_back_what_they_pruned(tmp_path: Path) -> None:
     for name, value in loaded.state_dict().items():
         assert torch.equal(module.model.state_dict()[name], value), name
     assert made.callback_metrics["fasp/sparsity"] == pytest.approx(0.2, abs=0.02)
+    assert [record.step for record in callback.records] == [1, 3]
+    assert callback.records[-1].parameters == loaded.num_parameters()
 
 
 def test_spawned_processes_are_refused_for_a_module_that_could_not_load_their_state(tmp_path: Path) -> None:

@@ -30,7 +30,8 @@ def test_every_generator_goes_on_where_it_was(drawn: int, tmp_path: Path) -> Non
 
 
 def test_state_of_other_devices_is_left_out() -> None:
-    state = random_state() | {"cuda": [torch.zeros(16, dtype=torch.uint8)] * (torch.cuda.device_count() + 1)}
+    there = random_state()["accelerator"]
+    state = random_state() | {"accelerator": [torch.zeros(16, dtype=torch.uint8)] * (len(there) + 1)}
     expected = draws()
     restore_random_state(state)
     assert draws() == expected

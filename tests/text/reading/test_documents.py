@@ -9,8 +9,10 @@ from typing import Any
 
 import pytest
 
-from fasp_lightning.text import files
-from fasp_lightning.text.files import hub_documents, is_local, local_documents, local_files
+from fasp_lightning.text.reading import documents
+from fasp_lightning.text.reading.chats import Chat
+from fasp_lightning.text.reading.documents import hub_documents, local_documents
+from fasp_lightning.text.reading.files import is_local, local_files
 
 TEXTS = ["first", "second, with Grüße", "third"]
 
@@ -93,10 +95,32 @@ def test_a_txt_file_is_one_document(tmp_path: Path) -> None:
 
 
 def test_pieces_of_a_txt_file_are_its_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(files, "PIECE_LENGTH", 10)
+    monkeypatch.setattr(documents, "PIECE_LENGTH", 10)
     (tmp_path / "text.txt").write_text("one\ntwo\nthree\nfour\n\nfive\nsix", encoding="utf-8")
     pieces = list(local_documents(str(tmp_path / "text.txt"), "text", in_pieces=True))
     assert pieces == ["one\ntwo\nthree\n", "four\n\nfive\n", "six"]
+
+
+@pytest.mark.parametrize("spaces", [True, False])
+def test_a_long_line_is_cut_at_words_if_there_are_any(spaces: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(documents, "PIECE_LENGTH", 10)
+    text = "short\n" + ("abcdefg " if spaces else "abcdefgh") * 6
+    found = list(documents.pieces(text))
+    assert "".join(found) == text
+    assert all(10 <= len(piece) <= 20 for piece in found[:-1])
+    assert all(piece.endswith((" ", "\n")) for piece in found) is spaces
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_rows_are_cut_where_the_only_one_or_as_long_as_a_book(count: int, tmp_path: Path) -> None:
+    length = documents.PIECE_LENGTH if count == 1 else documents.LONG * documents.PIECE_LENGTH
+    for words, cut in ((length // 5, False), (length // 2, True)):
+        file = write_jsonl(tmp_path / "rows.jsonl", [{"text": "word " * words}] * count)
+        found = list(local_documents(str(file), "text", in_pieces=True))
+        assert (len(found) > count) is cut
+        assert "".join(found) == "word " * words * count
+    chats = write_jsonl(tmp_path / "chats.jsonl", [{"text": [{"role": "user", "content": "word " * length}]}])
+    assert len(list(local_documents(str(chats), "text", in_pieces=True))) == 1
 
 
 def test_a_txt_file_in_another_encoding_is_refused(tmp_path: Path) -> None:
@@ -109,7 +133,7 @@ def test_a_txt_file_in_another_encoding_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize("pattern", ["", "**/*.txt", "*"])
 def test_folders_and_patterns_give_text_files_sorted(pattern: str, tmp_path: Path) -> None:
     (tmp_path / "sub").mkdir()
-    for name in ("b.txt", "a.txt", "notes.md", "sub/c.txt"):
+    for name in ("b.txt", "a.txt", "notes.docx", "README.md", "sub/c.txt"):
         (tmp_path / name).write_text(name)
     found = [file.relative_to(tmp_path).as_posix() for file in local_files(str(tmp_path / pattern))]
     assert found == (["a.txt", "b.txt"] if pattern == "*" else ["a.txt", "b.txt", "sub/c.txt"])
@@ -117,7 +141,9 @@ def test_folders_and_patterns_give_text_files_sorted(pattern: str, tmp_path: Pat
 
 @pytest.mark.parametrize("name", ["missing.txt", "*.jsonl", "missing/"])
 def test_a_missing_file_is_named(name: str, tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=r"names no file ending in \.txt, \.jsonl, \.parquet") as caught:
+    with pytest.raises(
+        FileNotFoundError, match=r"names no file ending in \.txt, \.md, \.jsonl, .*check the path"
+    ) as caught:
         read(f"{tmp_path}/{name}")
     assert f"{tmp_path}/{name}" in str(caught.value)
 
@@ -125,7 +151,7 @@ def test_a_missing_file_is_named(name: str, tmp_path: Path) -> None:
 def test_a_file_of_another_kind_is_refused(tmp_path: Path) -> None:
     file = tmp_path / "text.docx"
     file.touch()
-    with pytest.raises(ValueError, match=rf"ending in \.txt, \.jsonl, \.parquet, got '{file}'"):
+    with pytest.raises(ValueError, match=rf"ending in \.txt, \.md, .*, \.parquet, \.arrow, got '{file}'"):
         read(file)
 
 
@@ -152,6 +178,14 @@ def hub_folder(tmp_path: Path) -> str:
 def test_hub_gives_the_subset_and_split_asked_for(subset: str, split: str, hub_folder: str) -> None:
     found = list(hub_documents(hub_folder, subset, split, "text"))
     assert found == [f"{subset} {split} 0", f"{subset} {split} 1"]
+
+
+def test_hub_gives_chats_too(tmp_path: Path) -> None:
+    messages = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a", "name": "x"}]
+    write_jsonl(tmp_path / "train.jsonl", [{"id": "x", "messages": messages}])
+    (found,) = hub_documents(str(tmp_path), None, "train", "text")
+    assert isinstance(found, Chat)
+    assert json.loads(found) == messages
 
 
 @pytest.mark.parametrize(("subset", "split"), [("tiny", "test"), ("small", "dev"), (None, "test")])

@@ -1,0 +1,164 @@
+"""A forward pass on a few tokens, which shows whether the model runs its blocks as pruning block by block takes it."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from fasp_lightning.errors import FaspError
+from fasp_lightning.pruning.blocks.standins import first
+from fasp_lightning.pruning.finite import bad_parameter, require_finite
+from fasp_lightning.structure.modes import evaluating
+from fasp_lightning.structure.pair import ResolvedPair
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+TOKENS = 16
+"""Enough to attend to something; what it costs is to read the weights once."""
+
+
+def rehearse(model: PreTrainedModel, pairs: Sequence[Sequence[ResolvedPair]], inputs: dict[str, Tensor]) -> None:
+    """Refuse a model whose blocks are not a chain, or are not finite, before anything is spent on it.
+
+    Args:
+        model: The causal LM, where it is.
+        pairs: The pairs of its blocks.
+        inputs: What it is called with: one sequence, of which a few tokens from its first real one on are taken, and
+            some padding before them, if there is any.
+
+    Raises:
+        FaspError: If a block is not called once and in its place, is given other hidden states than the one before it
+            returned, or does not call each layer of its pairs once; or if an activation is not finite.
+    """
+    embeddings: Any = model.get_input_embeddings()
+    given = {name: value.to(embeddings.weight.device) for name, value in _excerpt(inputs).items()}
+    watch = _Watch(model, pairs, given.get("attention_mask"))
+    with evaluating(model), watch.attached():
+        model.base_model(**given, use_cache=False)
+    watch.check()
+
+
+def _excerpt(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A few tokens of one sequence, where all inputs are (1, seq)."""
+    if any(value.ndim != 2 for value in inputs.values()):
+        return inputs
+    mask = inputs.get("attention_mask", inputs["input_ids"].new_ones(1, 1))
+    first_real = int(mask[0].int().argmax())
+    start = max(0, first_real - TOKENS // 2)
+    return {name: value[:, start : first_real + TOKENS] for name, value in inputs.items()}
+
+
+def require_chain(names: Sequence[str], calls: Sequence[int]) -> None:
+    """Refuse calls of the blocks that are not one each, in their order.
+
+    Args:
+        names: Paths of the blocks.
+        calls: Which of them the model's forward has called, in that order.
+
+    Raises:
+        FaspError: If they are others.
+    """
+    if list(calls) == list(range(len(names))):
+        return
+    place = next((place for place, call in enumerate(calls) if call != place), len(calls))
+    wrong = names[place] if place < len(names) else names[calls[place]]
+    found = ", ".join(map(str, calls[:12])) + (", ..." if len(calls) > 12 else "")
+    raise FaspError(
+        f"{wrong} must be called once by the model's forward, in its place, got calls of the blocks {found or 'none'}; "
+        "a model that repeats, skips or reorders its blocks cannot be pruned block by block"
+    )
+
+
+def require_one_call(layer: str, calls: int) -> None:
+    """Refuse a layer that is not called once: what it is measured by would not be what it is called with.
+
+    Args:
+        layer: Its path.
+        calls: How often its block's forward has called it.
+
+    Raises:
+        FaspError: If that is not once.
+    """
+    if calls != 1:
+        raise FaspError(
+            f"{layer} must be called once by its block's forward, got {calls} calls; correct the row of this model_type"
+        )
+
+
+class _Watch:
+    """What one forward pass of the model does with the blocks and the layers of their pairs."""
+
+    def __init__(self, model: PreTrainedModel, pairs: Sequence[Sequence[ResolvedPair]], mask: Tensor | None) -> None:
+        self.model = model
+        self.pairs = pairs
+        self.mask = mask
+        self.names = [block[0].name for block in pairs]
+        self.calls: list[int] = []
+        self.layers: Counter[str] = Counter()
+        self.changed: list[str] = []
+        self.returned: Tensor | None = None
+
+    @contextmanager
+    def attached(self) -> Iterator[None]:
+        """Watch while inside."""
+        handles: list[RemovableHandle] = []
+        try:
+            for index, block in enumerate(self.pairs):
+                handles += self._hooks(index, block)
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def check(self) -> None:
+        """Refuse what was seen."""
+        require_chain(self.names, self.calls)
+        for pair in (pair for block in self.pairs for pair in block):
+            for path, _ in pair.linears:
+                require_one_call(path, self.layers[path])
+        if self.changed:
+            raise FaspError(
+                f"{self.changed[0]} must be called with what the block before it returned, got other hidden states; a "
+                "model that changes them between its blocks cannot be pruned block by block"
+            )
+        if self.returned is not None:
+            self._require_finite(self.returned, f"what follows {self.names[-1]}")
+
+    def _hooks(self, index: int, pairs: Sequence[ResolvedPair]) -> Iterator[RemovableHandle]:
+        block = pairs[0].block
+
+        def called(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            self.calls.append(index)
+            hidden, before = args[0] if args else kwargs["hidden_states"], self.returned
+            if before is not None and not before.to(hidden).nan_to_num().equal(hidden.nan_to_num()):
+                self.changed.append(self.names[index])
+
+        def returned(_: nn.Module, args: Any, output: Any) -> None:
+            self.returned = first(output)
+
+        yield block.register_forward_pre_hook(called, with_kwargs=True)
+        yield block.register_forward_hook(returned)
+        for pair in pairs:
+            for path, linear in pair.linears:
+                yield linear.register_forward_pre_hook(self._counter(path, path == pair.layer))
+
+    def _counter(self, path: str, consumer: bool) -> Any:
+        def called(_: nn.Module, args: tuple[Any, ...]) -> None:
+            self.layers[path] += 1
+            if consumer:
+                self._require_finite(args[0], path)
+
+        return called
+
+    def _require_finite(self, hidden: Tensor, layer: str) -> None:
+        """Padding may be what it likes."""
+        rows = hidden.reshape(-1, hidden.shape[-1])
+        real = rows if self.mask is None else rows[self.mask.reshape(-1).bool().to(rows.device)]
+        if not real.isfinite().all():
+            require_finite("activations", False, layer, bad_parameter(self.model))

@@ -1,0 +1,1 @@
+"""Files and data sets → rows → documents: which files a source means, how each kind is read, what a row's text is."""
