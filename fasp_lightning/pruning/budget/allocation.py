@@ -38,7 +38,7 @@ def adaptive_budget(
 ) -> Budget:
     """Widths that remove the least sensitive parameters of all pairs of a budget, to the budget's total.
 
-    All steps (a unit, or ``multiple_of`` of them, or one value dim of every head) of all pairs are put in the order of
+    All steps (a unit, or a multiple of FFN units, or one value dim of every head) of all pairs are put in the order of
     their sensitivity for each parameter; the first ones go, until as many parameters are gone as in the budget, to
     within half a step.
 
