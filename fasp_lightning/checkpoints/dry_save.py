@@ -18,9 +18,11 @@ from fasp_lightning.checkpoints.refused_models import (
     require_dense,
     require_prunable,
 )
-from fasp_lightning.errors import FaspError, FaspTypeError, as_refusal, one_line
+from fasp_lightning.errors import FaspError, FaspTypeError, as_refusal, of_library, one_line
 from fasp_lightning.structure.adapters import base_of, has_adapters
 from fasp_lightning.structure.causal_lm import require_causal_lm
+from fasp_lightning.structure.ownership import require_stored
+from fasp_lightning.structure.plan import adopt_plan
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -46,6 +48,7 @@ def require_savable(model: PreTrainedModel, tokenizer: Any = None) -> None:
     """
     require_causal_lm(model)
     require_dense(model)
+    require_stored(model)
     with TemporaryDirectory() as folder, savable(model, logging.WARNING), _no_progress_bar():
         with as_refusal(lambda error: FaspError(f"model cannot be saved by transformers: {one_line(error)}")):
             model.save_pretrained(folder, state_dict={})
@@ -108,12 +111,24 @@ def _require_readable(model: PreTrainedModel, folder: str) -> None:
     if has_adapters(model):
         return  # which are merged before it is saved
     tied = set(getattr(read, "all_tied_weights_keys", ()))
-    changed = sorted((model.state_dict().keys() ^ read.state_dict().keys()) - tied)
+    found, built = _shapes(model), _shapes(read)
+    changed = sorted((found.keys() ^ built.keys()) - tied)
     if changed:
         raise FaspError(
             f"model must have the parameters of the {type(read).__name__} that its saved config makes, got another one "
             f"of {changed[0]} ({len(changed)} in all); register its class with AutoModelForCausalLM"
         )
+    planned = _shapes(adopt_plan(read))  # a zero-filled one that stock code loaded is as wide as it is built
+    for name, shape in found.items():
+        if name in built and shape not in (built[name], planned[name]):
+            raise FaspError(
+                f"model must have the shapes that its saved config makes, got {name} of {tuple(shape)} instead of "
+                f"{tuple(planned[name])}; correct the config, such as its vocab_size"
+            )
+
+
+def _shapes(model: PreTrainedModel) -> dict[str, torch.Size]:
+    return {name: value.shape for name, value in model.state_dict().items()}
 
 
 def _savable_config(model: PreTrainedModel, level: int) -> Any:
@@ -142,7 +157,7 @@ def _savable_generation(given: Any, config: Any, level: int) -> Any:
     """
     from transformers import GenerationConfig
 
-    if given is None:
+    if not isinstance(given, GenerationConfig):
         return GenerationConfig.from_model_config(config)
     copied = copy.deepcopy(given)
     # PreTrainedConfig.save_pretrained refuses a config that this finds something in
@@ -152,12 +167,14 @@ def _savable_generation(given: Any, config: Any, level: int) -> Any:
     with TemporaryDirectory() as folder:
         try:
             copied.save_pretrained(folder)
-        except (TypeError, ValueError):
+        except Exception as error:  # its checks call what the user has put there
+            if not of_library(error):
+                raise
             copied = _as_it_is(copied)
         try:
             copied.save_pretrained(folder)
             GenerationConfig.from_pretrained(folder)
-        except (TypeError, ValueError, OSError) as error:
+        except Exception as error:
             log.log(level, "generation config saved as by default, since its own is not read: %s", one_line(error))
             return GenerationConfig.from_model_config(config)
     return copied

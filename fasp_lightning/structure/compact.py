@@ -9,7 +9,7 @@ its result is scattered, or its input gathered, like that of the plain layer.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, MutableMapping
 from typing import Any
 
 import torch
@@ -47,9 +47,12 @@ class WidthHook(ABC):
 
     def put_on(self, module: nn.Module) -> None:
         """Take the hook off the module that it is on, and those that came with copied layers off the copies."""
-        for hook in [self, *(hook for each in module.modules() for hook in self._hooks(each).values())]:
-            if isinstance(hook, type(self)):
-                hook.remove()
+        self.remove()
+        for each in module.modules():
+            # torch.ao.quantization.swap_module hands hooks on to another module, whose handles nobody has
+            for key in [key for key, hook in self._hooks(each).items() if isinstance(hook, type(self))]:
+                del self._hooks(each)[key]
+                each._forward_pre_hooks_with_kwargs.pop(key, None)
         self._handle = self._register(module)
         self._id = self._handle.id
 
@@ -63,7 +66,7 @@ class WidthHook(ABC):
 
     @staticmethod
     @abstractmethod
-    def _hooks(module: nn.Module) -> Mapping[int, Any]: ...
+    def _hooks(module: nn.Module) -> MutableMapping[int, Any]: ...
 
 
 class ScatterRows(WidthHook):
@@ -87,7 +90,7 @@ class ScatterRows(WidthHook):
         return module.register_forward_hook(self)
 
     @staticmethod
-    def _hooks(module: nn.Module) -> Mapping[int, Any]:
+    def _hooks(module: nn.Module) -> MutableMapping[int, Any]:
         return module._forward_hooks
 
 
@@ -111,7 +114,7 @@ class GatherColumns(WidthHook):
         return module.register_forward_pre_hook(self, prepend=True, with_kwargs=True)
 
     @staticmethod
-    def _hooks(module: nn.Module) -> Mapping[int, Any]:
+    def _hooks(module: nn.Module) -> MutableMapping[int, Any]:
         return module._forward_pre_hooks
 
 
