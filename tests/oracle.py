@@ -72,14 +72,11 @@ def best_units(scores: Tensor, groups: int, repeats: int, keep: int) -> list[int
 
 
 def least_squares(inputs: Tensor, weight: Tensor, columns: list[int], damping: float, ridge: str) -> Tensor:
-    """argmin ‖X Wᵀ − X_M Ŵᵀ‖² + ‖(Ŵ − A) S‖² from the stacked system (X_M; S) Ŵᵀ = (X Wᵀ; S Aᵀ), S diagonal."""
-    energy = inputs.square().sum(0)
-    if ridge == "original":
-        anchor, strength = weight[:, columns], (damping * energy[columns]).sqrt()
-    else:
-        anchor, strength = torch.zeros_like(weight[:, columns]), (damping * energy.mean()).sqrt().expand(len(columns))
-    system = torch.cat([inputs[:, columns], strength.diag()])
-    target = torch.cat([inputs @ weight.T, strength[:, None] * anchor.T])
+    """argmin ‖X Wᵀ − X_M Ŵᵀ‖² + λ‖Ŵ − A‖² from the stacked system (X_M; √λ I) Ŵᵀ = (X Wᵀ; √λ Aᵀ)."""
+    strength = (damping * inputs.square().sum(0).mean()).sqrt()
+    anchor = weight[:, columns] if ridge == "original" else torch.zeros_like(weight[:, columns])
+    system = torch.cat([inputs[:, columns], strength * torch.eye(len(columns), dtype=inputs.dtype)])
+    target = torch.cat([inputs @ weight.T, strength * anchor.T])
     return torch.linalg.lstsq(system, target).solution.T
 
 

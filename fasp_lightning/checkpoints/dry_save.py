@@ -49,6 +49,8 @@ def require_savable(model: PreTrainedModel, tokenizer: Any = None) -> None:
     require_causal_lm(model)
     require_dense(model)
     require_stored(model)
+    if torch.distributed.is_initialized() and torch.distributed.get_rank():
+        return  # PreTrainedModel.save_pretrained writes in the first process alone, which finds out for all
     with TemporaryDirectory() as folder, savable(model, logging.WARNING), _no_progress_bar():
         with as_refusal(lambda error: FaspError(f"model cannot be saved by transformers: {one_line(error)}")):
             model.save_pretrained(folder, state_dict={})

@@ -34,23 +34,20 @@ class Restoration(NamedTuple):
 def restore_weight(
     weight: Tensor, gram: Tensor, kept: Tensor, *, damping: float, ridge: str = "original"
 ) -> Restoration:
-    """Least-squares weight on the kept columns M: min ‖W X − Ŵ X_M‖² + d Σ_j r_j ‖ŵ_j − a_j‖², G = X Xᵀ, R = diag(r).
+    """Least-squares weight on the kept columns M: min ‖W X − Ŵ X_M‖² + λ‖Ŵ − A‖², G = X Xᵀ.
 
-    * ``ridge="original"``, A = W[:, M]:  Ŵ = W[:, M] + W[:, P] G[P, M] (G[M, M] + d R)⁻¹, P the removed columns, and
-      r_j = G_jj: each column is held by its own energy, so that a column of massive activations holds no other one,
-      and rescaled columns (X_j by c, W_j by 1/c) give the same outputs. Its calibration error never exceeds the
-      unrestored one.
-    * ``ridge="zero"``, A = 0:  Ŵ = W G[:, M] (G[M, M] + d R)⁻¹ with r_j = mean(diag G), the textbook's λI. With strong
-      damping it shrinks the weights.
+    * ``ridge="original"``, A = W[:, M]:  Ŵ = W[:, M] + W[:, P] G[P, M] (G[M, M] + λI)⁻¹, P the removed columns.
+      Its calibration error never exceeds the unrestored one.
+    * ``ridge="zero"``, A = 0:  Ŵ = W G[:, M] (G[M, M] + λI)⁻¹. With strong damping it shrinks the weights.
 
-    Do not use it with far fewer tokens than kept columns and a small damping d: the system is then singular, and the
-    solution fits the calibration text only.
+    λ = damping · mean(diag G). Do not use it with far fewer tokens than kept columns and a small damping: the
+    system is then singular, and the solution fits the calibration text only.
 
     Args:
         weight: (out, n) consumer weight, any floating dtype.
         gram: (n, n) gram of its inputs, float32 or float64. Centre it to refit a bias (:func:`refit_bias`).
         kept: (m,) ascending indices of the kept columns.
-        damping: d, the ridge as a multiple of r, ≥ 0.
+        damping: Ridge as a multiple of the mean diagonal of G, ≥ 0.
         ridge: ``"original"`` or ``"zero"``.
 
     Returns:
@@ -73,31 +70,25 @@ def restore_weight(
         target = weight[:, removed] @ gram[removed[:, None], kept].double()
     else:
         target = weight @ gram[:, kept].double()
-    energies = gram.diagonal().double()
-    scale = energies[kept] if ridge == "original" else energies.mean().expand(kept.numel())
+    scale = gram.diagonal().double().mean().item()
     solved, used, solver = _solve(gram[kept[:, None], kept].double(), target, damping, scale)
     return Restoration(base + solved if ridge == "original" else solved, used, solver)
 
 
-def _solve(block: Tensor, target: Tensor, damping: float, scale: Tensor) -> tuple[Tensor, float, str]:
-    """target · (block + damping · R)⁻¹, R = diag(scale), by Cholesky, a damping ladder, and at last eigenvectors.
-
-    Cholesky sees R^-½ block R^-½ + damping · I, so that a pivot is measured by its own column and not by others.
-    """
+def _solve(block: Tensor, target: Tensor, damping: float, scale: float) -> tuple[Tensor, float, str]:
+    """target · (block + damping · scale · I)⁻¹ by Cholesky, a damping ladder, and at last an eigendecomposition."""
     # A dead column (always zero input) has a zero row: a unit pivot keeps the system regular, its target is 0.
-    scale = torch.where(scale > 0, scale, 1.0)
     diagonal = block.diagonal()
-    diagonal.copy_(torch.where(diagonal > 0, diagonal, scale))
-    roots, done = scale.rsqrt(), 0.0
-    scaled = roots[:, None] * block * roots
+    diagonal[diagonal <= 0] = scale if scale > 0 else 1.0
+    done = 0.0
     for factor in LADDER:
         used = damping if factor == 1.0 else max(damping, LADDER_FLOOR) * factor
-        scaled.diagonal().add_(used - done)
+        diagonal += (used - done) * scale
         done = used
-        lower, info = torch.linalg.cholesky_ex(scaled)
+        lower, info = torch.linalg.cholesky_ex(block)
         if info.item() == 0 and _is_regular(lower):
-            return torch.cholesky_solve((target * roots).T, lower).T * roots, used, "cholesky"
-    values, vectors = torch.linalg.eigh(block + (used * scale).diag())
+            return torch.cholesky_solve(target.T, lower).T, used, "cholesky"
+    values, vectors = torch.linalg.eigh(block)
     # Directions without energy carry nothing that could be restored. A gram has no negative eigenvalue but for
     # rounding, so that the lowest one measures how much of the rest is noise.
     floor = torch.maximum(values.abs().max() * values.numel() * torch.finfo(values.dtype).eps, -values.min())

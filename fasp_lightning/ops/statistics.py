@@ -14,10 +14,7 @@ DOUBLE_LIMIT = 8192
 """Widest consumer whose gram is kept in float64; beyond it n² doubles cost more memory than they are worth."""
 
 FLUSH_TOKENS = 8192
-"""Tokens that are summed in float32 before they go to the float64 sum: short enough to round to ``ROUNDING``."""
-
-ROUNDING = 1e-6
-"""Relative error of such a sum, at most."""
+"""Tokens that are summed in float32 before they go to the float64 sum: short enough to round to ~1e-6."""
 
 PANELS = 6
 """Column panels of the symmetric update: (PANELS + 1) / (2 · PANELS) = 58 % of the full product's work."""
@@ -151,8 +148,6 @@ def centre(gram: Tensor, mean: Tensor, tokens: float, about: Tensor | None = Non
     """
     mean = mean.to(gram.dtype)
     centred = gram - tokens * torch.outer(mean, mean)
-    constant = centred.diagonal() <= ROUNDING * gram.diagonal()
-    centred[constant], centred[:, constant] = 0, 0  # what is left of a constant column is rounding, not energy
     if about is not None:
         shift = mean - about.to(gram.dtype)
         centred += tokens * torch.outer(shift, shift)

@@ -81,9 +81,8 @@ class PruningConfig:
             sensitivity decide how much each pair of each block loses, to the same total.
         restoration: "least_squares" refits the remaining weights in closed form; "none" leaves them.
         ridge: What the least squares are pulled towards: the "original" weights, or "zero".
-        damping: Strength of that pull on a column, times its own entry of the gram matrix's diagonal, or with the ridge
-            to "zero" times the diagonal's mean; at least 0. "auto" chooses it for each pair, by the error on
-            calibration tokens that are held back.
+        damping: Strength of that pull, times the mean diagonal of the gram matrix; at least 0. "auto" chooses it for
+            each pair, by the error on calibration tokens that are held back.
         refit_bias: Refit the bias of consumers that have one, on centred inputs.
         own_text: Text sampled from the model itself, mixed into the calibration text; null for none.
         rounds: Prune in this many even steps to the sparsity, each with statistics and loss sensitivity of what the

@@ -28,7 +28,7 @@ FALLBACK = 0.1
 """Damping where too little was held back to choose one."""
 
 GRID = (0.01, 0.03, 0.1, 0.3, 1.0)
-"""Dampings that ``damping="auto"`` chooses from."""
+"""Dampings that ``damping="auto"`` chooses from, as multiples of the mean diagonal of the gram."""
 
 
 class Restored(NamedTuple):

@@ -31,7 +31,7 @@ class WidthHook(ABC):
             self.positions = positions.cpu().clone()
         self._near = self.positions
         self._handle: RemovableHandle | None = None
-        self._id = -1
+        self._id = -1  # the handle's, which torch.compile can read; the handle itself it cannot
 
     def positions_on(self, device: torch.device) -> Tensor:
         """The positions on a device; the copy on the last one is kept."""

@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from fasp_lightning.errors import FaspError
 from fasp_lightning.structure.adapters import adapters_of, is_adapter_parameter, require_in_place
-from fasp_lightning.structure.causal_lm import is_dense
 from fasp_lightning.structure.layout import PairLayout
 from fasp_lightning.structure.ownership import require_plain, require_unshared
 from fasp_lightning.structure.pair import ResolvedPair, shape_of
@@ -126,7 +125,7 @@ def linear_at(block: nn.Module, name: str, path: str) -> nn.Linear:
         raise FaspError(f"{name} must have a module {path!r}; correct the row of this model_type") from None
     require_in_place(block, name, path)
     weight = getattr(linear, "weight", None)
-    if not isinstance(weight, Tensor) or weight.ndim != 2 or not is_dense(weight):
+    if not isinstance(weight, Tensor) or weight.ndim != 2 or not weight.is_floating_point():
         kind = f"{type(linear).__name__} of {getattr(weight, 'dtype', 'no weight')}"
         raise FaspError(f"{name}.{path} must be a linear layer with a floating-point weight, got {kind}")
     require_plain(f"{name}.{path}", linear)

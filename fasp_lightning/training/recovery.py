@@ -89,5 +89,5 @@ class Recovery:
 
 
 def trained_names(model: PreTrainedModel) -> set[str]:
-    """Names of the parameters that require gradients, as they would be without adapters and run-time modules."""
+    """Names of the parameters that require gradients, as they would be without adapters."""
     return {stock_name(model, name) for name, parameter in model.named_parameters() if parameter.requires_grad}

@@ -31,6 +31,8 @@ class Uniform(nn.Module):
     def get_input_embeddings(self) -> nn.Embedding:
         return self.embedding
 
+    get_output_embeddings = get_input_embeddings  # tied
+
     def forward(self, input_ids: Tensor, **options: Any) -> SimpleNamespace:
         self.calls.append({"training": self.training, "grad": torch.is_grad_enabled(), **options})
         logits = torch.full((*input_ids.shape, VOCABULARY), self.fill)

@@ -42,6 +42,19 @@ def test_reported_error_is_that_of_the_outputs() -> None:
     assert report.pairs[0].error_after == pytest.approx(error.item(), rel=1e-3)
 
 
+def test_massive_activation_hides_no_error_of_the_other_outputs() -> None:
+    """One column that is huge and writes into one output holds nearly all energy; the other outputs lose as before."""
+    plain, massive = tiny_model("llama"), tiny_model("llama")
+    for model, size in ((plain, 1.0), (massive, 1e4)):
+        with torch.no_grad():
+            model.model.layers[0].mlp.down_proj.weight[1:, 0] = 0
+            model.model.layers[0].mlp.down_proj.weight[0, 0] = size
+    expected, found = (FASPPruner(FFN).prune(model, calibration()).pairs[0] for model in (plain, massive))
+    assert expected.error_before > 0.1 > 1e-3 > found.error_before
+    assert found.output_error_before == pytest.approx(expected.output_error_before, rel=0.05)
+    assert 0.1 < found.output_error_after < found.output_error_before
+
+
 def test_refitted_bias_lowers_the_error() -> None:
     with_bias, without = (
         FASPPruner(replace(BOTH, refit_bias=refit)).prune(tiny_model("opt"), calibration()) for refit in (True, False)

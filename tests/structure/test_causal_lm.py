@@ -53,6 +53,10 @@ AROUND: dict[str, tuple[Callable[[], Any], str]] = {
     "compiled": (lambda: torch.compile(tiny_model("llama")), r"model\._orig_mod"),
     "Fabric": (lambda: Fabric(accelerator="cpu").setup(tiny_model("llama")), r"model\._forward_module"),
     "peft": (lambda: get_peft_model(tiny_model("llama"), LoraConfig()), r"merge_and_unload\(\).*get_base_model\(\)"),
+    "peft on gpt2, whose blocks it hands on": (  # by their path
+        lambda: get_peft_model(tiny_model("gpt2"), LoraConfig(target_modules=["c_attn"], fan_in_fan_out=True)),
+        r"merge_and_unload\(\).*get_base_model\(\)",
+    ),
 }
 """What hands on all that the model in it has."""
 

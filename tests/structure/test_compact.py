@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch._dynamo.testing import CompileCounter
 from torch.utils.checkpoint import checkpoint
 from transformers.pytorch_utils import Conv1D
 
@@ -188,6 +189,17 @@ def test_checkpointed_gradients_are_the_same(reentrant: bool) -> None:
     inputs.grad = None
     model(inputs).sum().backward()
     assert torch.equal(found, inputs.grad)
+
+
+def test_a_block_compiles_as_one_graph_for_all_blocks_of_its_widths() -> None:
+    counter = CompileCounter()
+    blocks, inputs = [Block(), Block()], torch.randn(3, 5)
+    for block in blocks:
+        block.compile(backend=counter, fullgraph=True)
+        assert torch.equal(block(inputs), block.expected(inputs))
+    assert counter.frame_count == 1
+    set_widths(blocks[0], {"attn.v_proj": ScatterRows(INDEX, 7), "attn.o_proj": GatherColumns(INDEX + 1)})
+    assert not torch.equal(blocks[0](inputs), blocks[0].expected(inputs))  # other positions count at once
 
 
 def test_module_is_replaced_at_its_path() -> None:

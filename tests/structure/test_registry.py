@@ -5,11 +5,9 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
-from peft import LoraConfig, get_peft_model
 from tiny import TINY, tiny_model
 from tiny_pruning import BOTH, calibration
-from torch import nn
-from transformers import AutoConfig, AutoModelForSequenceClassification, BertConfig
+from transformers import AutoConfig, BertConfig
 
 from fasp_lightning import ArchitectureSpec, CoupledPair, FASPPruner, register_architecture, spec_for
 from fasp_lightning.structure import registry
@@ -94,27 +92,3 @@ def test_registered_row_is_listed_and_prunes() -> None:
     report = FASPPruner().prune(model, calibration())  # "auto" takes the FFN where there is no value pair
     assert report.sparsity == pytest.approx(BOTH.sparsity, abs=0.01)
     assert {pair.kind for pair in report.pairs} == {"ffn"}
-
-
-def around(kind: str) -> nn.Module:
-    """A causal LM in another module, or one without its head."""
-    model = tiny_model("gpt2")  # peft hands on the path of its blocks
-    if kind == "PeftModel":
-        return get_peft_model(model, LoraConfig(target_modules=["c_attn"], fan_in_fan_out=True))
-    if kind == "GPT2ForSequenceClassification":
-        return AutoModelForSequenceClassification.from_config(model.config)
-    return model.base_model if kind == "GPT2Model" else nn.DataParallel(model)
-
-
-@pytest.mark.parametrize(
-    ("kind", "remedy"),
-    [
-        ("PeftModel", r"pass model\.base_model\.model"),
-        ("DataParallel", r"pass model\.module"),
-        ("GPT2Model", "load it with AutoModelForCausalLM"),
-        ("GPT2ForSequenceClassification", "load it with AutoModelForCausalLM"),
-    ],
-)
-def test_what_is_no_causal_lm_itself_is_refused_saying_what_to_pass(kind: str, remedy: str) -> None:
-    with pytest.raises(ValueError, match=f"model must be .*causal LM.*got {kind}.*{remedy}"):
-        FASPPruner().prune(around(kind), calibration())

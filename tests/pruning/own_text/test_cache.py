@@ -18,6 +18,7 @@ from fasp_lightning.pruning.config import OwnTextConfig
 from fasp_lightning.pruning.own_text import writing as module
 from fasp_lightning.pruning.own_text.cache import weights_digest
 from fasp_lightning.pruning.own_text.writing import own_text
+from fasp_lightning.structure.compact import width_hooks
 from fasp_lightning.training.modeling.lora import LoRAConfig, attach_lora
 
 Counted = Callable[[Any, OwnTextConfig], tuple[Tensor, int]]
@@ -81,7 +82,8 @@ def pruned(model: Any) -> None:
 
 def positions(model: Any) -> None:
     pruned(model)
-    model.model.layers[0].self_attn.v_proj.positions += 1
+    (_, hook), *_ = width_hooks(model)
+    hook.positions += 1
 
 
 def other_epsilon(model: Any) -> None:
