@@ -6,6 +6,7 @@ import copy
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
@@ -21,6 +22,7 @@ from fasp_lightning.checkpoints.refused_models import (
 from fasp_lightning.errors import FaspError, FaspTypeError, as_refusal, of_library, one_line
 from fasp_lightning.structure.adapters import base_of, has_adapters
 from fasp_lightning.structure.causal_lm import require_causal_lm
+from fasp_lightning.structure.modes import undone
 from fasp_lightning.structure.ownership import require_stored
 from fasp_lightning.structure.plan import adopt_plan
 
@@ -87,17 +89,14 @@ def savable(model: PreTrainedModel, level: int = logging.DEBUG) -> Iterator[None
         level: At which level to log what is mended on them.
     """
     held: Any = model
-    before = {"config": model.config}
-    marks = {mark: vars(model).pop(mark) for mark in MARKS if mark in vars(model)}
-    held.config = _savable_config(model, level)
-    if model.can_generate():
-        before["generation_config"] = held.generation_config
-        held.generation_config = _savable_generation(held.generation_config, held.config, level)
-    try:
+    names = [name for name in ("config", "generation_config", *MARKS) if name in vars(model)]
+    with undone(*(partial(setattr, held, name, getattr(held, name)) for name in names)):
+        for mark in MARKS:
+            vars(model).pop(mark, None)
+        held.config = _savable_config(model, level)
+        if model.can_generate():
+            held.generation_config = _savable_generation(held.generation_config, held.config, level)
         yield
-    finally:
-        for name, value in (before | marks).items():
-            setattr(held, name, value)
 
 
 def _require_readable(model: PreTrainedModel, folder: str) -> None:
@@ -160,6 +159,8 @@ def _savable_generation(given: Any, config: Any, level: int) -> Any:
     from transformers import GenerationConfig
 
     if not isinstance(given, GenerationConfig):
+        if given is not None:
+            log.log(level, "generation config saved as by default, since it is a %s", type(given).__name__)
         return GenerationConfig.from_model_config(config)
     copied = copy.deepcopy(given)
     # PreTrainedConfig.save_pretrained refuses a config that this finds something in

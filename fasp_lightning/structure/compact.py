@@ -9,12 +9,14 @@ its result is scattered, or its input gathered, like that of the plain layer.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, MutableMapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
+
+from fasp_lightning.structure.modes import remove_hooks
 
 
 class WidthHook(ABC):
@@ -48,11 +50,8 @@ class WidthHook(ABC):
     def put_on(self, module: nn.Module) -> None:
         """Take the hook off the module that it is on, and those that came with copied layers off the copies."""
         self.remove()
-        for each in module.modules():
-            # torch.ao.quantization.swap_module hands hooks on to another module, whose handles nobody has
-            for key in [key for key, hook in self._hooks(each).items() if isinstance(hook, type(self))]:
-                del self._hooks(each)[key]
-                each._forward_pre_hooks_with_kwargs.pop(key, None)
+        for each in module.modules():  # torch.ao.quantization.swap_module, too, hands hooks on to another module
+            remove_hooks(each, lambda hook: isinstance(hook, type(self)))
         self._handle = self._register(module)
         self._id = self._handle.id
 
@@ -66,7 +65,7 @@ class WidthHook(ABC):
 
     @staticmethod
     @abstractmethod
-    def _hooks(module: nn.Module) -> MutableMapping[int, Any]: ...
+    def _hooks(module: nn.Module) -> Mapping[int, Any]: ...
 
 
 class ScatterRows(WidthHook):
@@ -90,7 +89,7 @@ class ScatterRows(WidthHook):
         return module.register_forward_hook(self)
 
     @staticmethod
-    def _hooks(module: nn.Module) -> MutableMapping[int, Any]:
+    def _hooks(module: nn.Module) -> Mapping[int, Any]:
         return module._forward_hooks
 
 
@@ -114,7 +113,7 @@ class GatherColumns(WidthHook):
         return module.register_forward_pre_hook(self, prepend=True, with_kwargs=True)
 
     @staticmethod
-    def _hooks(module: nn.Module) -> MutableMapping[int, Any]:
+    def _hooks(module: nn.Module) -> Mapping[int, Any]:
         return module._forward_pre_hooks
 
 

@@ -54,7 +54,7 @@ def require_stored(model: nn.Module) -> None:
     for path, module in model.named_modules():
         computed = [name for name in vars(module) if any(hasattr(module, mark.format(name)) for mark, *_ in COMPUTED)]
         if parametrize.is_parametrized(module):
-            computed += module.parametrizations  # type: ignore[arg-type]
+            computed += module.parametrizations
         for name in computed:
             raise FaspError(_computed(path, module, name, "saved"))
 
