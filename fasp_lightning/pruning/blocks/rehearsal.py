@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from fasp_lightning.errors import FaspError
 from fasp_lightning.pruning.blocks.standins import first
 from fasp_lightning.pruning.finite import bad_parameter, require_finite
-from fasp_lightning.structure.modes import evaluating
+from fasp_lightning.structure.modes import Hook, evaluating, hooked
 from fasp_lightning.structure.pair import ResolvedPair
 
 if TYPE_CHECKING:
@@ -104,17 +103,13 @@ class _Watch:
         self.changed: list[str] = []
         self.returned: Tensor | None = None
 
-    @contextmanager
-    def attached(self) -> Iterator[None]:
+    def attached(self) -> AbstractContextManager[None]:
         """Watch while inside."""
-        handles: list[RemovableHandle] = []
-        try:
-            for index, block in enumerate(self.pairs):
-                handles += self._hooks(index, block)
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
+        blocks = [block[0].block for block in self.pairs]
+        pairs = [pair for block in self.pairs for pair in block]
+        layers = [(linear, self._counter(path, path == pair.layer)) for pair in pairs for path, linear in pair.linears]
+        called = [(block, self._called(index)) for index, block in enumerate(blocks)]
+        return hooked(before=[*called, *layers], after=[(block, self._returned) for block in blocks])
 
     def check(self) -> None:
         """Refuse what was seen."""
@@ -130,26 +125,20 @@ class _Watch:
         if self.returned is not None:
             self._require_finite(self.returned, f"what follows {self.names[-1]}")
 
-    def _hooks(self, index: int, pairs: Sequence[ResolvedPair]) -> Iterator[RemovableHandle]:
-        block = pairs[0].block
-
+    def _called(self, index: int) -> Hook:
         def called(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             self.calls.append(index)
             hidden, before = args[0] if args else kwargs["hidden_states"], self.returned
             if before is not None and not before.to(hidden).nan_to_num().equal(hidden.nan_to_num()):
                 self.changed.append(self.names[index])
 
-        def returned(_: nn.Module, args: Any, output: Any) -> None:
-            self.returned = first(output)
+        return called
 
-        yield block.register_forward_pre_hook(called, with_kwargs=True)
-        yield block.register_forward_hook(returned)
-        for pair in pairs:
-            for path, linear in pair.linears:
-                yield linear.register_forward_pre_hook(self._counter(path, path == pair.layer))
+    def _returned(self, _: nn.Module, args: Any, output: Any) -> None:
+        self.returned = first(output)
 
-    def _counter(self, path: str, consumer: bool) -> Any:
-        def called(_: nn.Module, args: tuple[Any, ...]) -> None:
+    def _counter(self, path: str, consumer: bool) -> Hook:
+        def called(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             self.layers[path] += 1
             if consumer:
                 self._require_finite(args[0], path)
