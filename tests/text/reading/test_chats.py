@@ -45,6 +45,9 @@ def tokenizer(tiny_tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFas
         ({"prompt": "q", "chosen": "a", "rejected": "b"}, CHAT),
         ({"prompt": "q", "chosen": CHAT, "rejected": CHAT}, CHAT),
         ({"instruction": "q", "input": "", "output": "a"}, CHAT),
+        ({"question": "q", "answer": "a"}, CHAT),
+        ({"id": 1, "system_prompt": "s", "question": "q", "response": "a"}, WITH_SYSTEM),
+        ({"input": "q", "output": "a"}, CHAT),
         ({"instruction": "q", "input": "i", "output": "a"}, [{"role": "user", "content": "q\n\ni"}, ANSWERED]),
     ],
 )
