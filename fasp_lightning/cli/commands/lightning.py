@@ -19,7 +19,7 @@ from fasp_lightning.cli.errors import refusal_in, reworded
 from fasp_lightning.cli.parsing import with_paths
 from fasp_lightning.cli.quiet import quiet_libraries, quiet_lightning
 from fasp_lightning.errors import FaspError, of_library, one_line
-from fasp_lightning.text.files import local_files
+from fasp_lightning.text.reading.files import local_files
 from fasp_lightning.training.data import CausalLMDataModule
 from fasp_lightning.training.module import CausalLMModule
 
