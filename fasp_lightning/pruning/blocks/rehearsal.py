@@ -8,10 +8,12 @@ from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
+from torch.nn import functional
 
 from fasp_lightning.errors import FaspError
 from fasp_lightning.pruning.blocks.standins import first
 from fasp_lightning.pruning.finite import bad_parameter, require_finite
+from fasp_lightning.structure.adapters import base_of
 from fasp_lightning.structure.modes import Hook, evaluating, hooked
 from fasp_lightning.structure.pair import ResolvedPair
 
@@ -33,13 +35,14 @@ def rehearse(model: PreTrainedModel, pairs: Sequence[Sequence[ResolvedPair]], in
 
     Raises:
         FaspError: If a block is not called once and in its place, is given other hidden states than the one before it
-            returned, or does not call each layer of its pairs once; or if an activation is not finite.
+            returned, or does not call each layer of its pairs once; if a consumer computes something else than its
+            weight says; or if an activation is not finite.
     """
     embeddings: Any = model.get_input_embeddings()
     given = {name: value.to(embeddings.weight.device) for name, value in _excerpt(inputs).items()}
     watch = _Watch(model, pairs, given.get("attention_mask"))
     with evaluating(model), watch.attached():
-        model.base_model(**given, use_cache=False)
+        model(**given, use_cache=False)
     watch.check()
 
 
@@ -107,7 +110,8 @@ class _Watch:
         """Watch while inside."""
         blocks = [block[0].block for block in self.pairs]
         pairs = [pair for block in self.pairs for pair in block]
-        layers = [(linear, self._counter(path, path == pair.layer)) for pair in pairs for path, linear in pair.linears]
+        layers = [(linear, self._counter(path)) for pair in pairs for path, linear in pair.linears]
+        layers += [(pair.consumer, self._checker(pair)) for pair in pairs]
         called = [(block, self._called(index)) for index, block in enumerate(blocks)]
         return hooked(before=[*called, *layers], after=[(block, self._returned) for block in blocks])
 
@@ -137,11 +141,16 @@ class _Watch:
     def _returned(self, _: nn.Module, args: Any, output: Any) -> None:
         self.returned = first(output)
 
-    def _counter(self, path: str, consumer: bool) -> Hook:
+    def _counter(self, path: str) -> Hook:
         def called(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             self.layers[path] += 1
-            if consumer:
-                self._require_finite(args[0], path)
+
+        return called
+
+    def _checker(self, pair: ResolvedPair) -> Hook:
+        def called(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            self._require_finite(args[0], pair.layer)
+            _require_linear(pair, args[0])
 
         return called
 
@@ -151,3 +160,17 @@ class _Watch:
         real = rows if self.mask is None else rows[self.mask.reshape(-1).bool().to(rows.device)]
         if not real.isfinite().all():
             require_finite("activations", False, layer, bad_parameter(self.model))
+
+
+def _require_linear(pair: ResolvedPair, inputs: Tensor) -> None:
+    """Refuse a consumer that computes something else than W x + b, such as one that rounds W first: W is fitted."""
+    layer: Any = base_of(pair.consumer)
+    weight, bias = layer.weight, getattr(layer, "bias", None)
+    found = layer.forward(inputs)
+    expected = functional.linear(inputs.to(weight.device), weight.T if pair.transposed else weight, bias)
+    allowed = (1e-3 if weight.dtype.itemsize > 2 else 0.05) * expected.nan_to_num().abs().max()
+    if (found.to(expected) - expected).nan_to_num().abs().max() > allowed:
+        raise FaspError(
+            f"{pair.layer} must compute its weight times its input, plus its bias, to be pruned, got another output of "
+            f"{type(layer).__name__}; prune before it is quantised or changed otherwise"
+        )
