@@ -6,6 +6,7 @@ import copy
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
@@ -18,9 +19,12 @@ from fasp_lightning.checkpoints.refused_models import (
     require_dense,
     require_prunable,
 )
-from fasp_lightning.errors import FaspError, FaspTypeError, as_refusal, one_line
+from fasp_lightning.errors import FaspError, FaspTypeError, as_refusal, of_library, one_line
 from fasp_lightning.structure.adapters import base_of, has_adapters
 from fasp_lightning.structure.causal_lm import require_causal_lm
+from fasp_lightning.structure.modes import undone
+from fasp_lightning.structure.ownership import require_stored
+from fasp_lightning.structure.plan import adopt_plan
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -46,6 +50,7 @@ def require_savable(model: PreTrainedModel, tokenizer: Any = None) -> None:
     """
     require_causal_lm(model)
     require_dense(model)
+    require_stored(model)
     if torch.distributed.is_initialized() and torch.distributed.get_rank():
         return  # PreTrainedModel.save_pretrained writes in the first process alone, which finds out for all
     with TemporaryDirectory() as folder, savable(model, logging.WARNING), _no_progress_bar():
@@ -84,17 +89,14 @@ def savable(model: PreTrainedModel, level: int = logging.DEBUG) -> Iterator[None
         level: At which level to log what is mended on them.
     """
     held: Any = model
-    before = {"config": model.config}
-    marks = {mark: vars(model).pop(mark) for mark in MARKS if mark in vars(model)}
-    held.config = _savable_config(model, level)
-    if model.can_generate():
-        before["generation_config"] = held.generation_config
-        held.generation_config = _savable_generation(held.generation_config, held.config, level)
-    try:
+    names = [name for name in ("config", "generation_config", *MARKS) if name in vars(model)]
+    with undone(*(partial(setattr, held, name, getattr(held, name)) for name in names)):
+        for mark in MARKS:
+            vars(model).pop(mark, None)
+        held.config = _savable_config(model, level)
+        if model.can_generate():
+            held.generation_config = _savable_generation(held.generation_config, held.config, level)
         yield
-    finally:
-        for name, value in (before | marks).items():
-            setattr(held, name, value)
 
 
 def _require_readable(model: PreTrainedModel, folder: str) -> None:
@@ -110,12 +112,24 @@ def _require_readable(model: PreTrainedModel, folder: str) -> None:
     if has_adapters(model):
         return  # which are merged before it is saved
     tied = set(getattr(read, "all_tied_weights_keys", ()))
-    changed = sorted((model.state_dict().keys() ^ read.state_dict().keys()) - tied)
+    found, built = _shapes(model), _shapes(read)
+    changed = sorted((found.keys() ^ built.keys()) - tied)
     if changed:
         raise FaspError(
             f"model must have the parameters of the {type(read).__name__} that its saved config makes, got another one "
             f"of {changed[0]} ({len(changed)} in all); register its class with AutoModelForCausalLM"
         )
+    planned = _shapes(adopt_plan(read))  # a zero-filled one that stock code loaded is as wide as it is built
+    for name, shape in found.items():
+        if name in built and shape not in (built[name], planned[name]):
+            raise FaspError(
+                f"model must have the shapes that its saved config makes, got {name} of {tuple(shape)} instead of "
+                f"{tuple(planned[name])}; correct the config, such as its vocab_size"
+            )
+
+
+def _shapes(model: PreTrainedModel) -> dict[str, torch.Size]:
+    return {name: value.shape for name, value in model.state_dict().items()}
 
 
 def _savable_config(model: PreTrainedModel, level: int) -> Any:
@@ -144,7 +158,9 @@ def _savable_generation(given: Any, config: Any, level: int) -> Any:
     """
     from transformers import GenerationConfig
 
-    if given is None:
+    if not isinstance(given, GenerationConfig):
+        if given is not None:
+            log.log(level, "generation config saved as by default, since it is a %s", type(given).__name__)
         return GenerationConfig.from_model_config(config)
     copied = copy.deepcopy(given)
     # PreTrainedConfig.save_pretrained refuses a config that this finds something in
@@ -154,12 +170,14 @@ def _savable_generation(given: Any, config: Any, level: int) -> Any:
     with TemporaryDirectory() as folder:
         try:
             copied.save_pretrained(folder)
-        except (TypeError, ValueError):
+        except Exception as error:  # its checks call what the user has put there
+            if not of_library(error):
+                raise
             copied = _as_it_is(copied)
         try:
             copied.save_pretrained(folder)
             GenerationConfig.from_pretrained(folder)
-        except (TypeError, ValueError, OSError) as error:
+        except Exception as error:
             log.log(level, "generation config saved as by default, since its own is not read: %s", one_line(error))
             return GenerationConfig.from_model_config(config)
     return copied

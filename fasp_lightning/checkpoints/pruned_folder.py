@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from fasp_lightning.checkpoints.devices import dtype_in
+from fasp_lightning.checkpoints.devices import dtype_in, parse_dtype
 from fasp_lightning.checkpoints.forms import FORMS
 from fasp_lightning.checkpoints.source import local_folder, require_no_adapters, why_unread
 from fasp_lightning.errors import FaspError, FaspOSError, as_refusal
@@ -38,7 +38,7 @@ def load_pruned(
 
     Args:
         path: The folder, or the id of a repository on the hub that holds it.
-        dtype: ``"auto"`` for the one it was saved in, or another.
+        dtype: ``"auto"`` for the one it was saved in, or another, also by its name.
         device_map: As in ``from_pretrained``, which needs accelerate for it: a device, or which module goes where.
         attn_implementation: As in ``from_pretrained``.
         revision: Branch, tag or commit on the hub.
@@ -48,7 +48,7 @@ def load_pruned(
         The model in evaluation mode; on the CPU without a ``device_map``.
 
     Raises:
-        FaspFileNotFoundError: If the hub has no such repository.
+        FaspFileNotFoundError: If there is no such folder, and the hub has no such repository.
         FaspError: If its config carries no plan, or one that is damaged or does not fit the weights; if it holds
             adapters too.
         FaspOSError: If its config or its weights cannot be read, or the hub cannot be reached.
@@ -65,8 +65,9 @@ def load_pruned(
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
+    dtype = "auto" if dtype in (None, "auto") else parse_dtype(dtype)
+    clear_left(Path(path).expanduser())  # a kill while it was overwritten may have left it beside its place
     path = local_folder(path, revision)
-    clear_left(path)  # a kill while it was overwritten may have left it beside its place
     require_no_adapters(path, str(path))
     with as_refusal(lambda error: FaspOSError(f"no readable config of '{path}': {why_unread(error)}")):
         config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
@@ -126,7 +127,8 @@ def _load_compact(config: Any, path: Path, options: dict[str, Any]) -> PreTraine
         stock: Any = type(AutoModelForCausalLM.from_config(config, trust_remote_code=options.pop("trust_remote_code")))
 
     def build(self: PreTrainedModel, *args: Any, **kwargs: Any) -> None:
-        stock.__init__(self, *args, **kwargs)
+        with as_refusal(lambda error: unreadable_weights(str(path), error)):  # such as an unknown attention
+            stock.__init__(self, *args, **kwargs)
         with torch.device("cpu"):  # from_pretrained builds on meta, where indices would have no values
             adopt_plan(self)
 

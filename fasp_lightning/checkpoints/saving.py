@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -20,7 +21,7 @@ from fasp_lightning.checkpoints.pruned_folder import REPORT_FILE, load_pruned
 from fasp_lightning.errors import FaspError, FaspFileExistsError
 from fasp_lightning.staging import clear_left, require_space, require_unclaimed, staged, write_json
 from fasp_lightning.structure.adapters import has_adapters
-from fasp_lightning.structure.modes import evaluating, own_modes
+from fasp_lightning.structure.modes import evaluating, own_modes, undone
 from fasp_lightning.structure.plan import adopt_plan, config_fields, plan_of, resolve_pruned, targets
 from fasp_lightning.structure.pruning_plan import PruningPlan
 from fasp_lightning.structure.registry import spec_for
@@ -223,14 +224,10 @@ def _config_of(model: PreTrainedModel, form: str, plan: PruningPlan) -> Iterator
     if form == "compact":
         widths = {path: (layout, [layout.width]) for path, (layout, _) in plan.widths.items()}
     wanted = {"fasp": {**config.fasp, "form": form}, **config_fields(spec, widths)}
-    before = {name: getattr(config, name) for name in wanted}
-    for name, value in wanted.items():
-        setattr(config, name, value)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
+    with undone(*(partial(setattr, config, name, getattr(config, name)) for name in wanted)):
+        for name, value in wanted.items():
             setattr(config, name, value)
+        yield
 
 
 def _zero_filled(model: PreTrainedModel, plan: PruningPlan) -> dict[str, Tensor]:
@@ -277,10 +274,7 @@ def _rounded(model: PreTrainedModel, stored: torch.dtype) -> Iterator[None]:
     """Let the model compute with its weights as a narrower dtype has them; no more memory than another copy of it."""
     held = {id(tensor): tensor for tensor in model.state_dict(keep_vars=True).values()}
     kept = [(tensor, tensor.data) for tensor in held.values() if tensor.dtype == model.dtype]
-    for tensor, data in kept if stored != model.dtype else ():
-        tensor.data = data.to(stored).to(data.dtype)
-    try:
+    with undone(*(partial(setattr, tensor, "data", data) for tensor, data in kept)):
+        for tensor, data in kept if stored != model.dtype else ():
+            tensor.data = data.to(stored).to(data.dtype)
         yield
-    finally:
-        for tensor, data in kept:
-            tensor.data = data

@@ -84,18 +84,21 @@ def local_folder(name_or_path: str | Path, revision: str | None = None) -> Path:
         revision: Branch, tag or commit on the hub.
 
     Raises:
-        FaspOSError: If the hub cannot be reached, or has no such repository.
+        FaspFileNotFoundError: If there is no such folder, or the hub has no such repository or cannot be reached.
+        FaspError: If the name is empty, or a file's.
     """
-    path = Path(name_or_path).expanduser()
-    if path.exists() or not _may_be_hub_id(str(name_or_path)):
-        return path
+    source = resolve_source(name_or_path)
+    if source.gguf_file is not None:
+        raise FaspError(f"a pruned model must be a folder, got the GGUF file {source.name!r}, which holds no plan")
+    if source.local:
+        return Path(source.location)
     from huggingface_hub import snapshot_download
 
     def refusal(error: Exception) -> FaspOSError:
-        return FaspFileNotFoundError(f"no folder or reachable hub model {str(name_or_path)!r}: {why_unread(error)}")
+        return FaspFileNotFoundError(f"no folder or reachable hub model {source.name!r}: {why_unread(error)}")
 
     with as_refusal(refusal):
-        return Path(snapshot_download(str(name_or_path), revision=revision, allow_patterns=FETCHED))
+        return Path(snapshot_download(source.location, revision=revision, allow_patterns=FETCHED))
 
 
 def stored_bytes(source: ModelSource, revision: str | None = None) -> int | None:

@@ -7,6 +7,31 @@ from typing import Any
 import torch
 
 from fasp_lightning.errors import FaspError
+from fasp_lightning.pruning.inputs import ModelInputs
+from fasp_lightning.text.batches import check_vocabulary
+
+
+def check_prompt(model: Any, tokenizer: Any, prompt: str | None, new_tokens: int) -> None:
+    """Refuse a prompt that the model cannot continue, before its weights are read.
+
+    Args:
+        model: The causal LM, on any device.
+        tokenizer: Its tokenizer.
+        prompt: The text; ``None`` passes.
+        new_tokens: Length of the continuation at most.
+
+    Raises:
+        FaspError: If it has no token, one without an embedding, or is, continued, longer than a table of learned
+            positions.
+    """
+    if prompt is None:
+        return
+    ids = tokenizer(prompt, return_tensors="pt")["input_ids"].long()  # of no token it makes floats
+    if ids.shape[1] == 0:
+        raise FaspError(f"prompt must hold at least one token, got {prompt!r}")
+    inputs = ModelInputs(model)
+    check_vocabulary(ids, inputs.vocabulary, "the prompt")
+    inputs.check_length(ids.shape[1] + new_tokens - 1, "the prompt and its new_tokens")  # the last is no input
 
 
 def continuation(model: Any, tokenizer: Any, prompt: str, new_tokens: int) -> str:
@@ -15,19 +40,14 @@ def continuation(model: Any, tokenizer: Any, prompt: str, new_tokens: int) -> st
     Args:
         model: A causal LM in evaluation mode.
         tokenizer: Its tokenizer.
-        prompt: Any text with at least one token.
+        prompt: A text that :func:`check_prompt` has let pass.
         new_tokens: Length of the continuation at most.
 
     Returns:
         The new text only, on one line.
-
-    Raises:
-        FaspError: If the prompt has no token.
     """
     inputs = tokenizer(prompt, return_tensors="pt")
     ids = inputs["input_ids"].to(model.get_input_embeddings().weight.device)
-    if ids.shape[1] == 0:
-        raise FaspError(f"prompt must hold at least one token, got {prompt!r}")
     with torch.no_grad():
         output = model.generate(
             ids,

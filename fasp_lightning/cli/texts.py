@@ -10,8 +10,8 @@ from typing import Any
 
 from torch import Tensor
 
-from fasp_lightning.errors import FaspError
 from fasp_lightning.pruning.config import OwnTextConfig
+from fasp_lightning.pruning.inputs import ModelInputs
 from fasp_lightning.pruning.own_text.writing import within_positions
 from fasp_lightning.text.batches import check_vocabulary, labelled
 from fasp_lightning.text.config import TextConfig, describe
@@ -174,17 +174,15 @@ def load_text(config: TextConfig, tokenizer: Any, model: Any, name: str) -> Text
         name: The option's name, for messages.
 
     Raises:
-        FaspError: If the text is too short, its sequences too long, or a token has no embedding.
+        FaspError: If the text is too short, its sequences longer than a table of learned positions, or a token has no
+            embedding.
         FaspOSError: If a file cannot be read.
     """
-    longest = getattr(model.config, "max_position_embeddings", None)
-    seq_len = config.extent().seq_len
-    if isinstance(longest, int) and seq_len > longest:
-        raise FaspError(f"{name}.seq_len must be at most {longest}, the positions of the model, got {seq_len}")
+    inputs = ModelInputs(model)
+    inputs.check_length(config.extent().seq_len, name)
     batches, documents, chats = read_text(config, tokenizer)
-    vocabulary = model.get_input_embeddings().num_embeddings
     for batch in batches:
-        check_vocabulary(batch, vocabulary, describe(config))
+        check_vocabulary(batch, inputs.vocabulary, describe(config))
     read: dict[str, Any] = {} if config.kind == "builtin" else {"documents": documents, "chats": chats}
     if config.kind == "local":
         read["files"] = listed(local_files(config.source))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
+import logging
 from collections.abc import Iterable
 from typing import Any
 
@@ -14,6 +16,8 @@ from fasp_lightning.text.batches import CALIBRATION, TokenBatch, check_vocabular
 
 PACKING = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "cu_seqlens", "seq_idx")
 """What collators say packed sequences by for some attention kernels; ``position_ids`` say the same to all of them."""
+
+log = logging.getLogger(__name__)
 
 
 class ModelInputs:
@@ -31,7 +35,7 @@ class ModelInputs:
         device: Where they are.
         name: Class of the model, for messages.
         table: Its learned position embeddings; ``None`` where positions are computed (rotary, ALiBi), so that
-            sequences may be longer than ``max_position_embeddings``, if not as good.
+            sequences may be longer than ``max_position_embeddings``, if not as good: the log warns of it.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -40,7 +44,8 @@ class ModelInputs:
         self.vocabulary: int = embeddings.num_embeddings
         self.device = embeddings.weight.device
         self.name = type(inner).__name__
-        self.table = _position_table(inner, embeddings)
+        self._longest: int | None = getattr(getattr(inner, "config", None), "max_position_embeddings", None)
+        self.table = _position_table(inner, embeddings, self._longest)
         self._takes = _arguments(inner)
         # whether positions would be those in the row: a table that is handed the mask leaves padding out by itself
         self._counts_padding = self.table is None or "attention_mask" not in _arguments(self.table)
@@ -79,7 +84,7 @@ class ModelInputs:
         return {name: value.to(self.device) for name, value in self(batch).items()}
 
     def check_length(self, length: int, what: str = "a batch") -> None:
-        """Refuse sequences that are longer than a table of learned positions.
+        """Refuse sequences that are longer than a table of learned positions; warn of computed ones never trained on.
 
         Args:
             length: Tokens of a sequence.
@@ -88,7 +93,9 @@ class ModelInputs:
         Raises:
             FaspError: If they are.
         """
-        if self.table is not None and length > self._rows:
+        if self.table is None:
+            self._warn_beyond(length)
+        elif length > self._rows:
             raise FaspError(
                 f"sequences of {what} must have at most {self._rows} tokens, the positions that {self.name} has "
                 f"learned, got {length}; lower seq_len, or cut them"
@@ -113,6 +120,7 @@ class ModelInputs:
 
     def _check_positions(self, lowest: int, highest: int) -> None:
         if self.table is None:
+            self._warn_beyond(highest + 1)
             return
         least = -_offset(self.table)  # OPT's own positions of padding are −1
         if lowest < least or highest >= self._rows:
@@ -121,6 +129,10 @@ class ModelInputs:
                 f"position_ids must be in [0, {self._rows}), the positions that {self.name} has learned, got {wrong}; "
                 "cut the sequences, or count the positions of each from 0"
             )
+
+    def _warn_beyond(self, length: int) -> None:
+        if isinstance(self._longest, int) and length > self._longest:
+            _warn_once(self.name, self._longest)
 
     def _check_other(self, batch: TokenBatch, what: str) -> None:
         if batch.position_ids is not None and "position_ids" not in self._takes:
@@ -150,9 +162,18 @@ def _causal_lm(model: nn.Module) -> Any:
     return next((module for module in model.modules() if isinstance(module, PreTrainedModel)), model)
 
 
-def _position_table(model: Any, embeddings: nn.Module) -> nn.Embedding | None:
+@functools.cache
+def _warn_once(name: str, longest: int) -> None:
+    log.warning(
+        "sequences are longer than the %d positions that %s was trained on (max_position_embeddings): expect worse "
+        "figures; lower seq_len, or extend its positions in the config",
+        longest,
+        name,
+    )
+
+
+def _position_table(model: nn.Module, embeddings: nn.Module, longest: int | None) -> nn.Embedding | None:
     """The embedding with a row for each of ``max_position_embeddings`` (OPT's has some more, by its ``offset``)."""
-    longest = getattr(getattr(model, "config", None), "max_position_embeddings", None)
     tables = (one for one in model.modules() if isinstance(one, nn.Embedding) and one is not embeddings)
     return next((table for table in tables if table.num_embeddings - _offset(table) == longest), None)
 

@@ -71,8 +71,7 @@ class FASPPruner:
                 ``source`` (the name of its text: each text has its share of the tokens that are held back, or that loss
                 sensitivity is measured on); read once. Padding, on either side, enters no statistic; a label of −100
                 takes its token out of the loss whose sensitivity is measured, not out of the statistics. Or a single
-                batch, or what
-                :meth:`prepare` made of them.
+                batch, or what :meth:`prepare` made of them.
             progress: Called after each pass of a sample through a block.
             processes: Those that hold copies of this model and call this together, each with batches of its own:
                 statistics are summed, one solves, all cut alike. By default this process alone.

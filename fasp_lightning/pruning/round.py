@@ -146,7 +146,7 @@ class PruningRound:
         units, columns, restored, entry = processes.from_first(decided)
         if restored.singular:
             self._warn(f"{width.layer}: the gram was singular; solved by {entry.solver} with damping {entry.damping:g}")
-        with clock.phase("cut"), all_or_nothing(self.model, pair), processes.together():
+        with clock.phase("cut"), all_or_nothing(pair, self.model), processes.together():
             pair.cut(units)
             pair.assign(restored.factors, restored.bias)
             record_plan(self.model, self.pairs)

@@ -16,6 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from fasp_lightning.structure.modes import remove_hooks
+
 
 class WidthHook(ABC):
     """A forward hook between a compact layer and code that knows its full width.
@@ -47,9 +49,9 @@ class WidthHook(ABC):
 
     def put_on(self, module: nn.Module) -> None:
         """Take the hook off the module that it is on, and those that came with copied layers off the copies."""
-        for hook in [self, *(hook for each in module.modules() for hook in self._hooks(each).values())]:
-            if isinstance(hook, type(self)):
-                hook.remove()
+        self.remove()
+        for each in module.modules():  # torch.ao.quantization.swap_module, too, hands hooks on to another module
+            remove_hooks(each, lambda hook: isinstance(hook, type(self)))
         self._handle = self._register(module)
         self._id = self._handle.id
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
@@ -44,15 +44,12 @@ def _full_precision() -> Iterator[None]:
     """The default dtype is float32, and its products are not computed in fewer bits: a gram must not be rounded."""
     dtype, products = torch.get_default_dtype(), _product_settings()
     before = [getattr(owner, name) for owner, name, _ in products]
-    try:
+    back = [partial(setattr, owner, name, value) for (owner, name, _), value in zip(products, before, strict=True)]
+    with undone(*back, partial(torch.set_default_dtype, dtype)):
         torch.set_default_dtype(torch.float32)
         for owner, name, full in products:
             setattr(owner, name, full)
         yield
-    finally:
-        for (owner, name, _), value in zip(products, before, strict=True):
-            setattr(owner, name, value)
-        torch.set_default_dtype(dtype)
 
 
 class _MatmulPrecision:
@@ -100,36 +97,81 @@ def insist(*steps: Callable[[], Any]) -> None:
 
 
 @contextmanager
+def undone(*steps: Callable[[], Any]) -> Iterator[None]:
+    """Take every step of a way back at the end of the block, whatever happens in it or on the way.
+
+    Args:
+        steps: As for :func:`insist`, and made before: an interrupt may come while they are made.
+    """
+    taken = False
+    try:
+        try:
+            yield
+        finally:
+            insist(*steps)
+            taken = True
+    finally:
+        if not taken:  # a Ctrl-C may have come before the first step
+            insist(*steps)
+
+
+Hook = Callable[..., Any]
+
+
+@contextmanager
+def hooked(
+    before: Sequence[tuple[nn.Module, Hook]] = (), after: Sequence[tuple[nn.Module, Hook]] = ()
+) -> Iterator[None]:
+    """Have modules call hooks while inside.
+
+    Args:
+        before: A module, and what it calls before its forward with itself and the positional and the named arguments.
+        after: A module, and what it calls after its forward with itself, the positional arguments and the output.
+    """
+    mine = {id(hook) for _, hook in (*before, *after)}
+    with undone(*(partial(remove_hooks, module, lambda hook: id(hook) in mine) for module, _ in (*before, *after))):
+        for module, hook in before:
+            module.register_forward_pre_hook(hook, with_kwargs=True)
+        for module, hook in after:
+            module.register_forward_hook(hook)
+        yield
+
+
+def remove_hooks(module: nn.Module, unwanted: Callable[[Hook], bool]) -> None:
+    """Take forward hooks off a module, whoever has their handles."""
+    for hooks, flags in (
+        (module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs),
+        (module._forward_hooks, module._forward_hooks_with_kwargs),
+    ):
+        for key in [key for key, hook in hooks.items() if unwanted(hook)]:
+            del hooks[key]
+            flags.pop(key, None)
+
+
+@contextmanager
 def frozen(model: nn.Module) -> Iterator[None]:
     """No parameter requires gradients; those that did do so again afterwards, whatever happens."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    try:
+    with undone(*(partial(parameter.requires_grad_, True) for parameter in trained)):
         for parameter in trained:
             parameter.requires_grad_(False)
         yield
-    finally:
-        insist(*(partial(parameter.requires_grad_, True) for parameter in trained))
 
 
 @contextmanager
 def requiring_gradients(embeddings: nn.Module) -> Iterator[None]:
     """Its outputs require gradients, so that all that follows has some, though no parameter does."""
-    handle = embeddings.register_forward_hook(lambda module, args, output: output.requires_grad_())
-    try:
+    with hooked(after=[(embeddings, lambda module, args, output: output.requires_grad_())]):
         yield
-    finally:
-        handle.remove()
 
 
 @contextmanager
 def placed(module: nn.Module, device: torch.device) -> Iterator[None]:
     """Move a module to the compute device, and back whatever happens."""
     home = next(module.parameters()).device
-    try:
+    with undone(partial(module.to, home)):
         module.to(device)  # inside, as it may find no room half-way
         yield
-    finally:
-        insist(partial(module.to, home))
 
 
 @contextmanager
@@ -141,9 +183,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
         for module, training in modes.items():
             module.training = training
 
-    try:
+    with undone(put_back, partial(torch.set_grad_enabled, torch.is_grad_enabled())):
+        torch.set_grad_enabled(False)
         model.eval()
-        with torch.no_grad():
-            yield
-    finally:
-        insist(put_back)
+        yield

@@ -37,13 +37,34 @@ def require_plain(path: str, linear: nn.Module) -> None:
             continue
         registered: Any = base._parameters.get(name)
         if registered is not value:
-            by, remedy = _computed_by(base, name)
-            raise FaspError(
-                f"{path}.{name} must be a parameter of its own to be pruned, got one that is computed by {by}; make it "
-                f"permanent first, with layer = model.get_submodule({path!r}): {remedy}"
-            )
+            raise FaspError(_computed(path, base, name, "pruned"))
         if wrong := _kind_that_cannot_be_cut(value):
             raise FaspError(f"{path}.{name} must be a plain dense tensor to be pruned, got {wrong}")
+
+
+def require_stored(model: nn.Module) -> None:
+    """Refuse a model of which a tensor is stored as what it is computed from: nothing that reads it would know how.
+
+    Args:
+        model: The model; its layers are looked at wherever they are.
+
+    Raises:
+        FaspError: If there is one.
+    """
+    for path, module in model.named_modules():
+        computed = [name for name in vars(module) if any(hasattr(module, mark.format(name)) for mark, *_ in COMPUTED)]
+        if parametrize.is_parametrized(module):
+            computed += module.parametrizations
+        for name in computed:
+            raise FaspError(_computed(path, module, name, "saved"))
+
+
+def _computed(path: str, module: nn.Module, name: str, purpose: str) -> str:
+    by, remedy = _computed_by(module, name)
+    return (
+        f"{path}.{name} must be a parameter of its own to be {purpose}, got one that is computed by {by}; make it "
+        f"permanent first, with layer = model.get_submodule({path!r}): {remedy}"
+    )
 
 
 def _kind_that_cannot_be_cut(value: Any) -> str | None:

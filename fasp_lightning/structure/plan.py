@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from fasp_lightning.errors import FaspError
-from fasp_lightning.structure.modes import own_modes
+from fasp_lightning.structure.modes import own_modes, undone
 from fasp_lightning.structure.pair import ResolvedPair, shape_of
 from fasp_lightning.structure.pruning_plan import PairPlan, PruningPlan, Widths, ascending
 from fasp_lightning.structure.registry import spec_for
 from fasp_lightning.structure.resolve import Kept, find_blocks, linear_at, resolve
 from fasp_lightning.structure.spec import ArchitectureSpec
 from fasp_lightning.structure.stock_fields import describe, groups_obstacle, own_config, stock_fields, stock_obstacle
+from fasp_lightning.structure.transaction import all_or_nothing
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -136,10 +139,18 @@ def apply_plan(model: PreTrainedModel, plan: PruningPlan) -> PreTrainedModel:
     for pair, kept in wanted:  # all are checked before the first is cut
         if not torch.isin(kept, pair.kept).all():
             raise FaspError(_bad_units(pair, pair.kept.numel()))
-    for pair, kept in wanted:
-        pair.cut(kept)
-    record_plan(model, pairs)
+    _change(model, pairs, [(pair, partial(pair.cut, kept)) for pair, kept in wanted])
     return model
+
+
+def _change(
+    model: PreTrainedModel, pairs: list[list[ResolvedPair]], changes: list[tuple[ResolvedPair, Callable[[], None]]]
+) -> None:
+    """Change pairs, each wholly or not at all; whatever stops it, the plan says which."""
+    with undone(partial(record_plan, model, pairs)):
+        for pair, change in changes:
+            with all_or_nothing(pair):
+                change()
 
 
 def adopt_plan(model: PreTrainedModel) -> PreTrainedModel:
@@ -167,10 +178,8 @@ def _settle(model: PreTrainedModel, *, check: bool = False) -> PreTrainedModel:
     wider = [(pair, kept) for pair, kept in targets(model, pairs, plan) if kept.numel() < pair.kept.numel()]
     for pair, kept in wider if check else ():
         _require_zeros(pair, kept)
-    for pair, kept in wider:
-        pair.cut(kept)
     if wider:
-        record_plan(model, pairs)
+        _change(model, pairs, [(pair, partial(pair.cut, kept)) for pair, kept in wider])
     model.fasp_plan = plan  # type: ignore[assignment]
     return model
 
@@ -229,11 +238,9 @@ def conform(model: PreTrainedModel, plan: PruningPlan | None) -> PreTrainedModel
     plan = plan or PruningPlan(model.config.model_type, tuple({} for _ in resolve_pruned(model)))
     _change_units(model, plan)
     pairs = resolve_pruned(model, kv_groups="groups" in plan.cuts.kinds)
-    for pair, kept in targets(model, pairs, plan):
-        if not torch.isin(kept, pair.kept).all():
-            pair.widen()
-        pair.cut(kept)
-    record_plan(model, pairs)
+    wanted = targets(model, pairs, plan)
+    widened = [(pair, pair.widen) for pair, kept in wanted if not torch.isin(kept, pair.kept).all()]
+    _change(model, pairs, [*widened, *((pair, partial(pair.cut, kept)) for pair, kept in wanted)])
     return model
 
 
@@ -243,9 +250,7 @@ def _change_units(model: PreTrainedModel, plan: PruningPlan) -> None:
     if present is None or other not in present.cuts.kinds:
         return
     pairs = resolve_pruned(model)
-    for pair in (pair for block in pairs for pair in block if pair.spec.inside_attention):
-        pair.widen()
-    record_plan(model, pairs)
+    _change(model, pairs, [(pair, pair.widen) for block in pairs for pair in block if pair.spec.inside_attention])
 
 
 def targets(

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from fasp_lightning.structure.modes import insist
+from fasp_lightning.structure.modes import undone
 from fasp_lightning.structure.pair import ResolvedPair
 
 if TYPE_CHECKING:
@@ -14,26 +14,27 @@ if TYPE_CHECKING:
 
 
 @contextmanager
-def all_or_nothing(model: PreTrainedModel, pair: ResolvedPair) -> Iterator[None]:
-    """Whatever is raised inside, a Ctrl-C included, leaves model, config and pair as they were.
+def all_or_nothing(pair: ResolvedPair, model: PreTrainedModel | None = None) -> Iterator[None]:
+    """Whatever is raised inside, a Ctrl-C included, leaves the pair's block as it was, and the model and its config.
 
     No tensor is copied: what is changed inside must be given new ones, not be written into.
 
     Args:
-        model: The causal LM; of its parameters only those of the pair's block may be changed.
         pair: The pair that is changed.
+        model: The causal LM, if more of it is changed than the pair's block; but no parameters there.
     """
-    put_back = _remembered(model, pair)
-    try:
+    put_back = _remembered(pair, model)
+    whole = False
+    with undone(lambda: None if whole else put_back()):
         yield
-    except BaseException:
-        insist(put_back)
-        raise
+        whole = True
 
 
-def _remembered(model: PreTrainedModel, pair: ResolvedPair) -> Callable[[], None]:
+def _remembered(pair: ResolvedPair, model: PreTrainedModel | None) -> Callable[[], None]:
     """What puts everything back as it is now; it may be called again if it was stopped."""
-    owners = [vars(model.config), *(vars(module) for module in model.modules())]
+    owners = [vars(module) for module in (model or pair.block).modules()]
+    if model is not None:
+        owners.append(vars(model.config))
     inner = [value for owner in owners for value in owner.values() if isinstance(value, (dict, set))]
     contents: list[tuple[Any, Any]] = [(one, one.copy()) for one in (*owners, *inner)]
     tensors = [(parameter, parameter.data, parameter.grad) for parameter in pair.block.parameters()]

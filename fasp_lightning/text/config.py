@@ -60,13 +60,15 @@ class TextConfig:
             them by document; a file's only one, or one of a book's length, then in pieces of some thousand characters.
         column: The column or key that holds a row's text, or the messages of a chat (a list with role and content, or
             from and value). Where there is no column text, the chat in messages, conversations or conversation is
-            taken, or the one of prompt and completion, chosen or response, or of instruction (with input) and output
-            or response. The tokenizer's chat template makes text of chats. Rows without text are passed over.
+            taken, or the one of a question and its answer (prompt and completion, instruction with input and output,
+            question and answer, and the like). The tokenizer's chat template makes text of chats. Rows without text
+            are passed over.
         separator: Text between two documents; None puts the tokenizer's end-of-text token there. WikiText,
             whose rows on the hub are paragraphs, is commonly joined with two line feeds.
         add_bos: Whether every sequence begins with the tokenizer's beginning-of-text token, which is then one of its
-            seq_len tokens and never predicted. "auto" is what the tokenizer itself does: those of LLaMA, Gemma and OPT
-            put it there, those of GPT-2 and SmolLM2 do not.
+            seq_len tokens and never predicted; a chat's own one, which its template writes, is then left out. "auto" is
+            what the tokenizer itself does: those of LLaMA, Gemma and OPT put it there, those of GPT-2 and SmolLM2 do
+            not.
         sequences: Number of sequences, drawn at random by the seed where the text has more: from its first 1024, or
             from 16 times as many as are asked for, if that is more. None is the whole text. "auto" is 64 in the
             commands; in a data module it is the whole text, but of calibration text, and of validation and test

@@ -17,7 +17,7 @@ from fasp_lightning.text.batches import check_vocabulary
 from fasp_lightning.text.splits import distinct
 from fasp_lightning.text.tokens import Packing, document_groups, draw
 
-FORMAT = 4
+FORMAT = 5
 """Goes into every key: a change of the packing makes old files unused."""
 
 SEQUENCES_FILE, ABOUT_FILE = "sequences.arrow", "about.json"

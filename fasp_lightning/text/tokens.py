@@ -77,7 +77,14 @@ class Packing:
         return tokens if self.bos is None else [self.bos, *tokens]
 
     def encode(self, group: list[str]) -> list[int]:
-        """Token ids of documents end to end, by :func:`encode_documents`."""
+        """Token ids of documents end to end, by :func:`encode_documents`.
+
+        Where every sequence begins with the beginning-of-text token, a document's own one, as a chat's template writes
+        it, is left out: a sequence would begin with two.
+        """
+        if self.bos is not None:
+            own = self.tokenizer.bos_token
+            group = [rendered(document, self.tokenizer).removeprefix(own) for document in group]
         return encode_documents(group, self.tokenizer, self.separator)
 
     @property

@@ -13,6 +13,7 @@ from peft import LoraConfig
 from tiny import random_tokens, tiny_model
 from tiny_pruning import BOTH, FFN, pruned
 from torch import nn
+from torch.nn.utils import prune
 from transformers import AutoModelForCausalLM, GenerationConfig, LlamaForCausalLM
 
 from fasp_lightning import FASPPruner, load_model, load_pruned, register_architecture, save_pruned, spec_for
@@ -48,15 +49,25 @@ def test_generation_flags_that_transformers_refuses_to_save_are_saved(case: str,
     assert {name: getattr(loaded, name) for name in KEPT[case]} == KEPT[case]
 
 
-@pytest.mark.parametrize("flags", [{"num_return_sequences": 3}, {"odd": torch.ones(1)}], ids=str)
+@pytest.mark.parametrize("flags", [{"num_return_sequences": 3}, {"odd": torch.ones(1)}, None], ids=str)
 def test_generation_flags_that_nothing_reads_are_left_out_with_a_warning(
-    flags: dict[str, object], caplog: pytest.LogCaptureFixture, tmp_path: Path
+    flags: dict[str, object] | None, caplog: pytest.LogCaptureFixture, tmp_path: Path
 ) -> None:
     model = pruned(config=FFN)
-    generation(**flags)(model)
+    if flags is None:
+        model.generation_config = {"max_length": 7}
+    else:
+        generation(**flags)(model)
     save_pruned(model, tmp_path / "p")
     assert "generation config saved as by default" in caplog.text
     assert load_pruned(tmp_path / "p").generation_config.eos_token_id == 2
+
+
+def test_a_part_of_the_generation_config_that_is_plain_data_is_saved(tmp_path: Path) -> None:
+    model = pruned(config=FFN)
+    generation(watermarking_config={"greenlist_ratio": 0.5})(model)
+    save_pruned(model, tmp_path / "p", verify=False)
+    assert GenerationConfig.from_pretrained(tmp_path / "p").watermarking_config.greenlist_ratio == 0.5
 
 
 def test_generation_flags_on_the_config_go_where_they_belong(tmp_path: Path) -> None:
@@ -125,10 +136,25 @@ def of_another_class(model: Any) -> None:
     model.__class__, model.extra = Larger, nn.Linear(2, 2)
 
 
+def masked(model: Any) -> None:
+    prune.l1_unstructured(model.lm_head, "weight", 0.5)
+
+
+def normed(model: Any) -> None:
+    torch.nn.utils.parametrizations.weight_norm(model.model.layers[0].self_attn.q_proj)
+
+
+def of_more_tokens(model: Any) -> None:
+    model.set_input_embeddings(nn.Embedding(101, 32))
+
+
 REFUSED: dict[str, tuple[Change, str]] = {
     "packed": (packed, r"layers\.1\.mlp\.up_proj\.weight quantised \(torch\.uint8\)"),
     "8 bits": (scaled, r"quantised \(torch\.float8_e4m3fn\)"),
     "class": (of_another_class, r"parameters of the LlamaForCausalLM .* extra\.bias"),
+    "mask": (masked, r"lm_head\.weight must be a parameter of its own to be saved, .* a mask .*prune\.remove\(layer, "),
+    "weight norm": (normed, r"0\.self_attn\.q_proj\.weight must be .* WeightNorm; .*remove_parametrizations\(layer, "),
+    "shape": (of_more_tokens, r"got model\.embed_tokens\.weight of \(101, 32\) instead of \(97, 32\).* vocab_size"),
     "config": (lambda model: setattr(model.config, "thing", object()), "cannot be saved .*not JSON serializable"),
 }
 

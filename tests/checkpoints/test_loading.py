@@ -134,8 +134,9 @@ def test_gguf_leftover_does_not_count_as_quantised(tiny_folder: Folder, tmp_path
 
 @pytest.mark.parametrize("name", ["./nowhere", "/no/such/folder", "a/b/c", "model.gguf", "~/nothing here"])
 def test_missing_path_is_refused(name: str) -> None:
-    with pytest.raises(FileNotFoundError, match=f"no model at '{name}'"):
-        load_model(name)
+    for load in (load_model, load_pruned):
+        with pytest.raises(FileNotFoundError, match=f"no model at '{name}'"):
+            load(name)
 
 
 def test_unreachable_hub_id_is_refused() -> None:
@@ -184,6 +185,19 @@ def test_bad_argument_is_refused_before_reading(
 ) -> None:
     with pytest.raises(ValueError, match=f"{argument}.*{value}"):
         load_model(tiny_folder("llama"), **{argument: value})
+
+
+@pytest.mark.parametrize("form", ["compact", "zero_filled"])
+def test_what_a_pruned_folder_cannot_be_read_with_is_refused(form: str, tmp_path: Path) -> None:
+    save_pruned(pruned(), tmp_path / "p", form=form, verify=False)
+    for options, error, message in [
+        ({"dtype": "fp8"}, FaspError, "dtype must be 'auto' or one of .*, got 'fp8'"),
+        ({"attn_implementation": "nope"}, OSError, "no readable weights of .*nope"),
+        ({"attn_implementation": "flash_attention_2"}, OSError, "no readable weights of .*FlashAttention2"),
+    ]:
+        with pytest.raises(error, match=message):
+            load_pruned(tmp_path / "p", **options)
+    assert load_pruned(tmp_path / "p", dtype="bf16").dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("device_map", ["cpu", {"": "cpu"}, "auto"], ids=str)

@@ -37,8 +37,6 @@ def assert_refused(outcome, *fragments: str) -> None:
         (("--pruning.score", "taylor"), ("pruning.score", "'wanda', 'fisher', 'magnitude'", "got taylor")),
         (("--pruning.multiple_of", "49"), ("multiple_of must be at most the FFN width 48, got 49",)),
         (("--pruning.damping=-1",), ("damping must be", "got -1")),
-        (("--calibration.seq_len", "65"), ("calibration.seq_len must be at most 64", "got 65")),
-        (("--evaluation.seq_len", "65"), ("evaluation.seq_len must be at most 64", "got 65")),
         (("--calibration.source", "builtin:novels"), ("source must be one of", "'builtin:novels'")),
         (("--calibration.source", "missing.txt"), ("missing.txt",)),
         (
@@ -63,6 +61,30 @@ def assert_refused(outcome, *fragments: str) -> None:
 def test_option_is_refused(prune, tiny_folder, tmp_path: Path, options, fragments) -> None:
     assert_refused(prune(tiny_folder("llama"), *options), *fragments)
     assert not (tmp_path / "pruned").exists()
+
+
+@pytest.mark.usefixtures("no_weights")
+@pytest.mark.parametrize(
+    ("role", "option"),
+    [
+        ("calibration", ("--calibration.seq_len", "65")),
+        ("evaluation", ("--evaluation.seq_len", "65")),
+        ("calibration_mix", ("--calibration_mix", "[{seq_len: 65}]")),
+        ("the prompt and its new_tokens", ("--prompt", "four", "--new_tokens", "62")),
+    ],
+)
+def test_sequences_beyond_learned_positions_are_refused(prune, tiny_folder, tmp_path: Path, role, option) -> None:
+    fragment = f"sequences of {role} must have at most 64 tokens, the positions that OPTForCausalLM has learned, got 65"
+    assert_refused(prune(tiny_folder("opt"), *option), fragment)
+    assert not (tmp_path / "pruned").exists()
+
+
+@pytest.mark.usefixtures("no_weights")
+@pytest.mark.parametrize("command", ["prune", "sweep"])
+def test_a_prompt_without_tokens_is_refused(fasp, tiny_folder, tmp_path: Path, command) -> None:
+    more = ("--sparsities", "[0.1]") if command == "sweep" else ()
+    options = ("--model.name_or_path", tiny_folder("llama"), "--output_dir", tmp_path / "out", "--prompt", "", *more)
+    assert_refused(fasp(command, *options), "prompt must hold at least one token, got ''")
 
 
 @pytest.mark.usefixtures("no_weights")

@@ -137,7 +137,6 @@ def test_one_source_is_warned_of_once(prune, tiny_folder, tmp_path: Path, option
             ("--calibration_mix", "[{source: builtin:topics, split: test}]"),
             ("calibration and evaluation must not share text", "topics (test)"),
         ),
-        (("--calibration_mix", "[{seq_len: 65}]"), ("calibration_mix.seq_len must be at most 64", "got 65")),
         (("--calibration_mix", "[{source: missing.txt, seq_len: 16}]"), ("missing.txt",)),
         (("--calibration.token_weight", "0"), ("token_weight must be positive and finite, got 0",)),
         (("--evaluation", "[{token_weight: 2}]"), ("token_weight must be 1 for all but calibration text, got 2",)),

@@ -156,6 +156,16 @@ def test_computed_positions_have_no_end(family: str) -> None:
     assert perplexity(tiny_model(family), [random_tokens(1, 80)]) > 1
 
 
+def test_computed_positions_beyond_those_trained_on_are_warned_of_once(caplog: pytest.LogCaptureFixture) -> None:
+    model = tiny_model("llama")
+    model.config.max_position_embeddings = 61  # warned of once a process: no other test has this one
+    for length in (61, 62, 63):
+        perplexity(model, [random_tokens(1, length)])
+    lines = [record.getMessage() for record in caplog.records if "positions" in record.getMessage()]
+    assert len(lines) == 1
+    assert "longer than the 61 positions that LlamaForCausalLM was trained on" in lines[0]
+
+
 def test_derived_positions_are_those_of_generate() -> None:
     model, batch = tiny_model("gpt2"), pad(random_tokens(), "left")
     options = {"max_new_tokens": 1, "do_sample": False, "return_dict_in_generate": True, "output_logits": True}

@@ -24,7 +24,7 @@ from fasp_lightning.pruning.progress import WorkCounter
 from fasp_lightning.structure import pair as pairs
 from fasp_lightning.structure import plan as plans
 from fasp_lightning.structure.pair import ResolvedPair
-from fasp_lightning.structure.plan import plan_of, resolve_pruned
+from fasp_lightning.structure.plan import conform, plan_of, resolve_pruned
 
 SOME: dict[str, tuple[str, PruningConfig]] = {
     "llama-gqa": ("llama-gqa", basic(0.4, attention="kv_groups")),
@@ -160,6 +160,30 @@ def test_each_pair_is_whole_or_cut_at_every_call(
             model, _ = stopped(monkeypatch, case, call, number, after=after)
             assert_whole(model, case)
             assert_goes_on(model, case, tmp_path / f"{number}{after}")
+
+
+@pytest.mark.parametrize("change", [apply_plan, conform])
+@pytest.mark.parametrize("case", ["llama-gqa", "opt", "phi3"])
+def test_a_plan_that_is_applied_half_way_is_recorded_half_way(
+    change: Any, case: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, _ = stopped(monkeypatch, case, "cut", 0, after=False)
+    for number in (1, 4):
+        calls, shrink = iter(range(number)), pairs.shrink
+
+        def until(*args: Any, calls: Any = calls, shrink: Any = shrink) -> None:
+            if next(calls, None) is None:
+                raise Stop
+            shrink(*args)
+
+        model = tiny_model(SOME[case][0])
+        with monkeypatch.context() as patch:
+            patch.setattr(pairs, "shrink", until)
+            with pytest.raises(Stop):
+                change(model, whole.fasp_plan)
+        assert_whole(model, case)
+        assert apply_plan(model, whole.fasp_plan).fasp_plan == whole.fasp_plan
+        assert_whole(model, case)
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError, MemoryError, torch.OutOfMemoryError, OSError])

@@ -146,6 +146,14 @@ def test_hooks_follow_the_path() -> None:
     assert [len(layer._forward_hooks) + len(layer._forward_pre_hooks) for layer in layers.values()] == [1, 1]
 
 
+def test_hooks_that_a_library_hands_on_work_once() -> None:
+    """Dynamic quantisation puts another module in a layer's place, and registers the layer's hooks on it."""
+    model, inputs = Block(), torch.randn(3, 5)
+    quantised = torch.ao.quantization.quantize_dynamic(model, {nn.Linear})
+    assert type(quantised.attn["v_proj"]) is not nn.Linear
+    torch.testing.assert_close(quantised(inputs), model.expected(inputs), atol=0.1, rtol=0)
+
+
 def test_without_hooks_a_layer_has_its_own_widths() -> None:
     model = Block()
     set_widths(model, {"attn.v_proj": None})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -9,12 +10,12 @@ import pytest
 import torch
 from tiny import random_tokens, tiny_model
 
-from fasp_lightning.structure.modes import evaluating, frozen, insist, placed, requiring_gradients
+from fasp_lightning.structure.modes import evaluating, frozen, hooked, insist, placed, requiring_gradients
 
 
 def state(model: Any) -> Any:
     parameters = {name: (one.requires_grad, one.device) for name, one in model.named_parameters()}
-    hooks = [len(module._forward_hooks) for module in model.modules()]
+    hooks = [len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.modules()]
     return {name: module.training for name, module in model.named_modules()}, parameters, hooks, torch.is_grad_enabled()
 
 
@@ -29,6 +30,7 @@ MODES = {
     "evaluating": evaluating,
     "frozen": frozen,
     "requiring-gradients": lambda model: requiring_gradients(model.get_input_embeddings()),
+    "hooked": lambda model: hooked(*2 * ([(one, print) for one in model.modules()],)),
     "placed": lambda model: placed(model, torch.device("cpu")),
 }
 
@@ -46,6 +48,43 @@ def test_model_is_as_before_afterwards(mode: Any, fails: bool) -> None:
         with context:
             pass
     assert state(model) == before
+
+
+def interrupted(mode: Any, model: Any, number: int) -> int:
+    """Take a model into a mode and out of it, a Ctrl-C coming at the n-th line of the module; the lines there are."""
+    lines = 0
+
+    def trace(frame: Any, event: str, _: Any) -> Any:
+        nonlocal lines
+        if frame.f_code.co_filename != evaluating.__wrapped__.__code__.co_filename:  # type: ignore[attr-defined]
+            return None
+        lines += event == "line"
+        if event == "line" and lines == number:
+            sys.settrace(None)
+            raise KeyboardInterrupt
+        return trace
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        with mode(model):
+            pass
+    except KeyboardInterrupt:
+        pass
+    finally:
+        sys.settrace(before)
+    return lines
+
+
+@pytest.mark.parametrize("mode", MODES.values(), ids=MODES)
+def test_no_line_is_a_wrong_one_for_an_interrupt(mode: Any) -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2).eval())
+    model[0].bias.requires_grad_(False)
+    model.get_input_embeddings = lambda: model[0]
+    before, lines = state(model), interrupted(mode, model, 0)
+    for number in range(1, lines + 1):
+        interrupted(mode, model, number)
+        assert state(model) == before, number
 
 
 def test_evaluation_takes_no_gradients_and_drops_nothing() -> None:

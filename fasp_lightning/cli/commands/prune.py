@@ -9,7 +9,7 @@ from fasp_lightning.checkpoints.dry_save import require_savable
 from fasp_lightning.cli.checks import check_output_dir, claimed_output, texts_of, tokenizer_of
 from fasp_lightning.cli.commands.prune_tables import print_continuations, print_loaders, print_results
 from fasp_lightning.cli.console import dtype_name, gibibytes, note, percent, shown_warnings
-from fasp_lightning.cli.generation import continuation
+from fasp_lightning.cli.generation import check_prompt, continuation
 from fasp_lightning.cli.jobs import PruneJob
 from fasp_lightning.cli.measured import domains_of, measure, place, prune_measured, save
 from fasp_lightning.cli.model_setup import Setup, already_pruned, load, memory_of, saved_dtype, set_up
@@ -46,6 +46,7 @@ def _run(job: PruneJob) -> None:
     tokenizer = tokenizer_of(job.model)
     if job.output_dir is not None:
         require_savable(setup.model, tokenizer)
+    check_prompt(setup.model, tokenizer, job.prompt, job.new_tokens)
     calibration = load_calibration(calibration_configs, setup.pruning.own_text, tokenizer, setup.model)
     evaluation = [load_text(text, tokenizer, setup.model, "evaluation") for text in evaluation_configs]
     announce(job, setup, calibration, evaluation)

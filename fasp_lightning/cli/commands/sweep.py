@@ -20,7 +20,7 @@ from fasp_lightning.checkpoints.source import weight_files
 from fasp_lightning.cli.checks import check_output_dir, claimed_output, texts_of, tokenizer_of
 from fasp_lightning.cli.commands.sweep_tables import Finished, print_sweep, write_sweep
 from fasp_lightning.cli.console import PruningProgress, dtype_name, gibibytes, note, percent, shown_warnings
-from fasp_lightning.cli.generation import continuation
+from fasp_lightning.cli.generation import check_prompt, continuation
 from fasp_lightning.cli.jobs import PruneJob
 from fasp_lightning.cli.measured import domains_of, measure, place, prune_measured, save
 from fasp_lightning.cli.model_setup import Setup, already_pruned, bytes_before, load, memory_of, saved_dtype, set_up
@@ -120,6 +120,7 @@ def _run(job: SweepJob) -> None:
     require_space(job.folder / "sweep", max(setup.stored_bytes for _, setup in points))
     tokenizer = tokenizer_of(job.model)
     require_savable(setup.model, tokenizer)
+    check_prompt(setup.model, tokenizer, job.prompt, job.new_tokens)
     calibration = load_calibration(calibration_configs, setup.pruning.own_text, tokenizer, setup.model)
     evaluation = [load_text(text, tokenizer, setup.model, "evaluation") for text in evaluation_configs]
     with shown_warnings():

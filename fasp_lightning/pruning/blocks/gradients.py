@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from fasp_lightning.errors import FaspError
 from fasp_lightning.ops.scores import fisher_score
 from fasp_lightning.pruning.finite import require_finite
+from fasp_lightning.structure.modes import Hook, hooked
 from fasp_lightning.structure.pair import ResolvedPair
 
 
@@ -39,12 +40,8 @@ class ConsumerScores:
             _add(self._scores, layer, weight * fisher_score(inputs.reshape(-1, width), gradients.reshape(-1, width)))
             _add(self._inputs, layer, inputs.sum(dtype=torch.float32).double())
 
-        handles = [pair.consumer.register_forward_pre_hook(_watcher(pair.layer, take)) for pair in pairs]
-        try:
+        with hooked(before=[(pair.consumer, _watcher(pair.layer, take)) for pair in pairs]):
             yield
-        finally:
-            for handle in handles:
-                handle.remove()
 
     def add(self, other: ConsumerScores) -> None:
         """Take over the sums of another one."""
@@ -75,10 +72,10 @@ class ConsumerScores:
         return [self._scores[layer].cpu() for layer in layers]
 
 
-def _watcher(layer: str, take: Callable[[str, Tensor, Tensor], None]) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+def _watcher(layer: str, take: Callable[[str, Tensor, Tensor], None]) -> Hook:
     """A hook before a consumer's forward: it keeps the input until its gradient comes, and hands both on."""
 
-    def watch(_: nn.Module, args: tuple[Any, ...]) -> None:
+    def watch(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         # detached: a tensor of the graph would hold itself, through the hook, for ever
         kept = [args[0].detach()]
         args[0].register_hook(lambda gradient: take(layer, kept.pop(), gradient))

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
+from torch.nn import functional
 
 from fasp_lightning.errors import FaspError
 from fasp_lightning.pruning.blocks.standins import first
 from fasp_lightning.pruning.finite import bad_parameter, require_finite
-from fasp_lightning.structure.modes import evaluating
+from fasp_lightning.structure.adapters import base_of
+from fasp_lightning.structure.modes import Hook, evaluating, hooked
 from fasp_lightning.structure.pair import ResolvedPair
 
 if TYPE_CHECKING:
@@ -34,13 +35,14 @@ def rehearse(model: PreTrainedModel, pairs: Sequence[Sequence[ResolvedPair]], in
 
     Raises:
         FaspError: If a block is not called once and in its place, is given other hidden states than the one before it
-            returned, or does not call each layer of its pairs once; or if an activation is not finite.
+            returned, or does not call each layer of its pairs once; if a consumer computes something else than its
+            weight says; or if an activation is not finite.
     """
     embeddings: Any = model.get_input_embeddings()
     given = {name: value.to(embeddings.weight.device) for name, value in _excerpt(inputs).items()}
     watch = _Watch(model, pairs, given.get("attention_mask"))
     with evaluating(model), watch.attached():
-        model.base_model(**given, use_cache=False)
+        model(**given, use_cache=False)
     watch.check()
 
 
@@ -104,17 +106,14 @@ class _Watch:
         self.changed: list[str] = []
         self.returned: Tensor | None = None
 
-    @contextmanager
-    def attached(self) -> Iterator[None]:
+    def attached(self) -> AbstractContextManager[None]:
         """Watch while inside."""
-        handles: list[RemovableHandle] = []
-        try:
-            for index, block in enumerate(self.pairs):
-                handles += self._hooks(index, block)
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
+        blocks = [block[0].block for block in self.pairs]
+        pairs = [pair for block in self.pairs for pair in block]
+        layers = [(linear, self._counter(path)) for pair in pairs for path, linear in pair.linears]
+        layers += [(pair.consumer, self._checker(pair)) for pair in pairs]
+        called = [(block, self._called(index)) for index, block in enumerate(blocks)]
+        return hooked(before=[*called, *layers], after=[(block, self._returned) for block in blocks])
 
     def check(self) -> None:
         """Refuse what was seen."""
@@ -130,29 +129,28 @@ class _Watch:
         if self.returned is not None:
             self._require_finite(self.returned, f"what follows {self.names[-1]}")
 
-    def _hooks(self, index: int, pairs: Sequence[ResolvedPair]) -> Iterator[RemovableHandle]:
-        block = pairs[0].block
-
+    def _called(self, index: int) -> Hook:
         def called(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             self.calls.append(index)
             hidden, before = args[0] if args else kwargs["hidden_states"], self.returned
             if before is not None and not before.to(hidden).nan_to_num().equal(hidden.nan_to_num()):
                 self.changed.append(self.names[index])
 
-        def returned(_: nn.Module, args: Any, output: Any) -> None:
-            self.returned = first(output)
+        return called
 
-        yield block.register_forward_pre_hook(called, with_kwargs=True)
-        yield block.register_forward_hook(returned)
-        for pair in pairs:
-            for path, linear in pair.linears:
-                yield linear.register_forward_pre_hook(self._counter(path, path == pair.layer))
+    def _returned(self, _: nn.Module, args: Any, output: Any) -> None:
+        self.returned = first(output)
 
-    def _counter(self, path: str, consumer: bool) -> Any:
-        def called(_: nn.Module, args: tuple[Any, ...]) -> None:
+    def _counter(self, path: str) -> Hook:
+        def called(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             self.layers[path] += 1
-            if consumer:
-                self._require_finite(args[0], path)
+
+        return called
+
+    def _checker(self, pair: ResolvedPair) -> Hook:
+        def called(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            self._require_finite(args[0], pair.layer)
+            _require_linear(pair, args[0])
 
         return called
 
@@ -162,3 +160,17 @@ class _Watch:
         real = rows if self.mask is None else rows[self.mask.reshape(-1).bool().to(rows.device)]
         if not real.isfinite().all():
             require_finite("activations", False, layer, bad_parameter(self.model))
+
+
+def _require_linear(pair: ResolvedPair, inputs: Tensor) -> None:
+    """Refuse a consumer that computes something else than W x + b, such as one that rounds W first: W is fitted."""
+    layer: Any = base_of(pair.consumer)
+    weight, bias = layer.weight, getattr(layer, "bias", None)
+    found = layer.forward(inputs)
+    expected = functional.linear(inputs.to(weight.device), weight.T if pair.transposed else weight, bias)
+    allowed = (1e-3 if weight.dtype.itemsize > 2 else 0.05) * expected.nan_to_num().abs().max()
+    if (found.to(expected) - expected).nan_to_num().abs().max() > allowed:
+        raise FaspError(
+            f"{pair.layer} must compute its weight times its input, plus its bias, to be pruned, got another output of "
+            f"{type(layer).__name__}; prune before it is quantised or changed otherwise"
+        )

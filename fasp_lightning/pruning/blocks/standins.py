@@ -23,7 +23,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from fasp_lightning.structure.compact import replace_module
-from fasp_lightning.structure.modes import insist
+from fasp_lightning.structure.modes import undone
 
 
 class StandIn(nn.Module):
@@ -135,9 +135,7 @@ def stand_ins(root: nn.Module, replacements: Mapping[str, nn.Module]) -> Iterato
     A path inside another one must come before it: it is replaced first, and put back last.
     """
     originals = {path: root.get_submodule(path) for path in replacements}
-    try:
+    with undone(*(partial(replace_module, root, path, module) for path, module in reversed(originals.items()))):
         for path, module in replacements.items():
             replace_module(root, path, module)
         yield
-    finally:
-        insist(*(partial(replace_module, root, path, module) for path, module in reversed(originals.items())))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
+from itertools import product
 from typing import Any
 
 from fasp_lightning.errors import FaspError, as_refusal, one_line
@@ -14,12 +15,11 @@ TEXT = "text"
 CHATS = ("messages", "conversations", "conversation")
 """Columns that hold a chat."""
 
-PAIRS = (
-    ("prompt", "completion"),
-    ("prompt", "chosen"),
-    ("prompt", "response"),
-    ("instruction", "output"),
-    ("instruction", "response"),
+PAIRS = tuple(
+    product(
+        ("prompt", "instruction", "question", "query", "problem", "input", "inputs", "user"),
+        ("completion", "chosen", "response", "output", "answer", "solution", "targets", "assistant"),
+    )
 )
 """Columns that hold what a user says, and the answer."""
 
@@ -92,7 +92,7 @@ def columns_of(names: Iterable[str], column: str) -> list[str]:
         return [*found, *(name for name in beside if name in SYSTEM)]
     for pair in PAIRS:
         if set(pair) <= set(names):
-            return [*pair, *beside]
+            return [*pair, *(name for name in beside if name not in pair)]
     return []
 
 
@@ -129,7 +129,7 @@ def _turns(row: Mapping[str, Any], asked: str, answered: str) -> list[dict[str, 
         return answer
     prompt = _said(row[asked], asked, "user")
     for name in INPUT:
-        if prompt and (more := _text(row.get(name), name)):
+        if name != asked and prompt and (more := _text(row.get(name), name)):
             prompt[-1]["content"] += f"\n\n{more}"
     return [*prompt, *answer]
 

@@ -125,7 +125,7 @@ def _texts(rows: Rows, column: str, source: str, found: Counter[str]) -> Iterato
     known = False
     for number, (place, row) in enumerate(rows, start=1):
         known = known or bool(columns_of(row, column))
-        lacking = row if lacking is None else lacking
+        lacking = lacking or row
         if not known and number == PATIENCE:
             break
         document = _document(row, column, place, source)

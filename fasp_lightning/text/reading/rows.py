@@ -116,7 +116,7 @@ def _separated(file: Path, choose: Choice, delimiter: str | None) -> Rows:
             chosen = [(name, names.index(name)) for name in choose(names)] if names else []
             start = reader.line_num + 1
             for fields in reader:
-                if len(fields) > len(names):
+                if any(fields[len(names) :]):  # a comma at the end of each row adds an empty one
                     raise corrupt(
                         file,
                         f"the row of line {start} has {len(fields)} fields, and the header {len(names)} (put text "

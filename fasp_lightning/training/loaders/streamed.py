@@ -102,8 +102,14 @@ class StreamLoader:
         """Go on from there in the next iteration.
 
         Raises:
-            FaspError: If it is of another number of processes × workers, among which the text was divided.
+            FaspError: If it is of text that was not streamed, or of another number of processes × workers, among which
+                the text was divided.
         """
+        if "ranks" not in state:
+            raise FaspError(
+                "a stream must be resumed from a checkpoint of a stream, got one whose training text was cached; set "
+                "streaming to false, or give the weights alone"
+            )
         ranks = len(state["ranks"])
         if (state["shards"], ranks) != (self.stream.shards, self.stream.shards // self.stream.workers):
             raise FaspError(

@@ -9,6 +9,7 @@ import torch
 from tiny import random_tokens, tiny_model
 from tiny_pruning import OWN, assert_unchanged, basic, calibration, leftovers
 from torch import nn
+from torch.nn import functional
 
 from fasp_lightning import FaspError, FASPPruner
 from fasp_lightning.pruning.blocks import capture as capturing
@@ -67,7 +68,27 @@ def reused(model: Any) -> None:
     mlp.forward = lambda hidden: forward(hidden) + other(hidden)
 
 
+def head(model: Any) -> None:
+    """The causal LM runs its base model twice."""
+    forward = model.forward
+    model.forward = lambda **inputs: (model.model(**inputs), forward(**inputs))[1]
+
+
+class Binary(nn.Linear):
+    """Computes with fewer bits than it stores."""
+
+    def forward(self, hidden: Any) -> Any:
+        """Signs alone."""
+        return functional.linear(hidden, self.weight.sign() * self.weight.abs().mean())
+
+
+def rounded(model: Any) -> None:
+    model.model.layers[1].mlp.down_proj.__class__ = Binary
+
+
 CHANGES: dict[str, tuple[Any, str]] = {
+    "base-twice": (head, r"model\.layers\.0 must be called once .* of the blocks 0, 1, 0, 1"),
+    "rounded": (rounded, r"layers\.1\.mlp\.down_proj must compute its weight times .* output of Binary; prune before"),
     "looped": (
         ordered([0, 1, 0, 1]),
         r"model\.layers\.0 must be called once .* of the blocks 0, 1, 0, 1; a model that",

@@ -14,7 +14,7 @@ from fasp_lightning.errors import FaspError
 from fasp_lightning.text.config import SPLITS, TextConfig
 from fasp_lightning.text.reading.chats import Chat, document_of, rendered
 from fasp_lightning.text.tokenizer import TokenizerTraining, train_tokenizer
-from fasp_lightning.text.tokens import documents, encode_documents, read_text
+from fasp_lightning.text.tokens import Packing, documents, encode_documents, read_text
 
 TEMPLATE = "{% for one in messages %}[{{ one.role }}] {{ one.content }}\n{% endfor %}"
 ASKED, ANSWERED = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
@@ -45,6 +45,9 @@ def tokenizer(tiny_tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFas
         ({"prompt": "q", "chosen": "a", "rejected": "b"}, CHAT),
         ({"prompt": "q", "chosen": CHAT, "rejected": CHAT}, CHAT),
         ({"instruction": "q", "input": "", "output": "a"}, CHAT),
+        ({"question": "q", "answer": "a"}, CHAT),
+        ({"id": 1, "system_prompt": "s", "question": "q", "response": "a"}, WITH_SYSTEM),
+        ({"input": "q", "output": "a"}, CHAT),
         ({"instruction": "q", "input": "i", "output": "a"}, [{"role": "user", "content": "q\n\ni"}, ANSWERED]),
     ],
 )
@@ -101,6 +104,17 @@ def test_a_chat_that_the_template_refuses_is_named(tokenizer: Any) -> None:
     tokenizer.chat_template = "{{ raise_exception('roles must alternate') }}"
     with pytest.raises(FaspError, match="which says: roles must alternate; its roles are user, assistant"):
         rendered(Chat(json.dumps(CHAT)), tokenizer)
+
+
+@pytest.mark.parametrize("separator", [None, "\n"])
+@pytest.mark.parametrize("add_bos", [True, False])
+def test_the_template_s_own_bos_is_no_second_one(add_bos: bool, separator: str | None, tokenizer: Any) -> None:
+    begun, chat = copy.deepcopy(tokenizer), document_of({"messages": CHAT}, "messages") or ""
+    begun.chat_template = "{{ bos_token }}" + TEMPLATE
+    text = TextConfig("chats.jsonl", add_bos=add_bos, separator=separator)
+    found, plain = (Packing.of(text, one, 16).encode([chat, chat]) for one in (begun, tokenizer))
+    assert [one for one in found if one != begun.bos_token_id] == plain
+    assert found.count(begun.bos_token_id) == (0 if add_bos else 2)
 
 
 def test_splits_of_chats_do_not_depend_on_the_tokenizer(tmp_path: Path, tokenizer: Any) -> None:

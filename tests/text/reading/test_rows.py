@@ -117,12 +117,13 @@ def test_json_of_another_shape_is_refused(content: str, fault: str, tmp_path: Pa
     [
         ("a.csv", '\ufeffid,text\r\n1,"a\nb ""q"", c"\r\n\r\n2,d\r\n3\r\n', ['a\nb "q", c', "d"]),
         ("a.csv", "id;text\n1;a, b\n", ["a, b"]),
+        ("a.csv", "id,text\n1,a,\n2,b,,\n", ["a", "b"]),
         ("a.tsv", 'text\tn\nHe said "hi", twice\t1\n', ['He said "hi", twice']),
         ("a.csv", "text\n" + "x" * 200_000 + "\n", ["x" * 200_000]),
         ("a.csv", "text\n", []),
         ("a.csv", "\n", []),
     ],
-    ids=["quoted", "semicolons", "tabs", "long", "header", "blank"],
+    ids=["quoted", "semicolons", "commas at the end", "tabs", "long", "header", "blank"],
 )
 def test_separated_values_give_their_column(name: str, content: str, texts: list[str], tmp_path: Path) -> None:
     assert read(written(tmp_path / name, content)) == texts

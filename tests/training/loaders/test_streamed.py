@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerFast
 from fasp_lightning.text import token_shards, token_stream
 from fasp_lightning.text.token_stream import TokenStream
 from fasp_lightning.text.tokens import Packing
+from fasp_lightning.training.loaders.cached import ResumableLoader
 from fasp_lightning.training.loaders.streamed import StreamLoader
 
 
@@ -65,6 +66,11 @@ def test_another_number_of_parts_is_refused(tiny_tokenizer: PreTrainedTokenizerF
     one, two = (StreamLoader(stream(tiny_tokenizer, [words(40)], workers=workers), 5) for workers in (1, 2))
     with pytest.raises(ValueError, match=r"it was stopped with \(1 and 1\), got 1 and 2; the text is divided"):
         two.load_state_dict(one.state_dict())
+
+
+def test_the_state_of_cached_text_is_refused(tiny_tokenizer: PreTrainedTokenizerFast) -> None:
+    with pytest.raises(ValueError, match="got one whose training text was cached; set streaming to false"):
+        StreamLoader(stream(tiny_tokenizer, [words(40)]), 5).load_state_dict(ResumableLoader([], 2, []).state_dict())
 
 
 def test_the_state_is_that_of_all_processes(tiny_tokenizer: PreTrainedTokenizerFast) -> None:
