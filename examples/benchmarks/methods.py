@@ -21,8 +21,8 @@ def plain(**changes: Any) -> Callable[[float], PruningConfig]:
 
 
 def stock(**changes: Any) -> Callable[[float], PruningConfig]:
-    """The package's default, changed."""
-    return lambda sparsity: dataclasses.replace(PruningConfig(sparsity=sparsity), **changes)
+    """The package's default, but for FFN widths, which may be any, so that methods compare at equal size; changed."""
+    return lambda sparsity: dataclasses.replace(PruningConfig(sparsity=sparsity, multiple_of=1), **changes)
 
 
 def free(**changes: Any) -> Callable[[float], PruningConfig]:
@@ -52,7 +52,7 @@ METHODS: dict[str, Method] = {
     "paper": Method(
         "the FASP paper: V/O and FFN, Wanda, ridge to zero, PruningConfig.paper", PruningConfig.paper, True
     ),
-    "stock": Method("the default, PruningConfig()", stock(), True),
+    "stock": Method("the default, PruningConfig(), with FFNs of any width", stock(), True),
     "free": Method(
         "each block loses what it can spare: " + ", ".join(f"{k}={v!r}" for k, v in FREE.items()), free(), True
     ),
