@@ -109,13 +109,14 @@ def require_unclaimed(path: Path, claim: Path | None = None) -> None:
 
     Args:
         path: The file or folder.
-        claim: The claim of the caller: of two at one moment, the first wins.
+        claim: The claim of the caller, which later ones do not concern; one of the same moment may have been let in.
 
     Raises:
         FaspFileExistsError: If there is one.
     """
     for other, writer in left_beside(path):
-        if other.suffix != ".claim" or writer.here or (claim and _order(claim) < _order(other)):
+        began = last_change(other) if other.suffix == ".claim" and not writer.here else 0.0
+        if not began or (claim and last_change(claim) < began):  # gone, or later than the caller's
             continue
         raise FaspFileExistsError(
             f"{str(path)!r} must be written by one job at a time, and process {writer.process} is at it; choose "
@@ -215,10 +216,6 @@ def _beside(path: Path) -> Iterator[_Names]:
             yield names
         finally:
             _remove(names.new)
-
-
-def _order(claim: Path) -> tuple[float, str]:
-    return last_change(claim), claim.name
 
 
 def _replace(stage: Path, path: Path, old: Path) -> None:

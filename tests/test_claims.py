@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from fasp_lightning import staging
 from fasp_lightning.staging import claimed, staged
 
 
@@ -27,7 +28,13 @@ with claimed(Path({path!r})):
 """
 
 
-def test_a_place_is_claimed_by_one_job_that_lives(tmp_path: Path) -> None:
+@pytest.mark.parametrize("clock", [None, 1.0], ids=["fine", "coarse"])
+def test_a_place_is_claimed_by_one_job_that_lives(
+    clock: float | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where both claims seem to be of one moment: file systems count time in steps of milliseconds."""
+    if clock is not None:
+        monkeypatch.setattr(staging, "last_change", lambda _: clock)
     path = tmp_path / "model"
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
     code = CLAIMING.format(path=str(path))
