@@ -9,10 +9,12 @@ import torch
 from tiny import random_tokens, tiny_model
 from torch import nn
 
-from fasp_lightning import FASPPruner, PruningConfig
+from fasp_lightning import FASPPruner, PruningConfig, PruningPlan, apply_plan
 from fasp_lightning.pruning.blocks.standins import StandIn
 from fasp_lightning.pruning.config import OwnTextConfig
 from fasp_lightning.structure.compact import CompactPaths, WidthHook
+from fasp_lightning.structure.plan import resolve_pruned
+from fasp_lightning.structure.pruning_plan import PairPlan
 
 
 def basic(sparsity: float = 0.2, **options: Any) -> PruningConfig:
@@ -76,3 +78,20 @@ def leftovers(model: nn.Module) -> list[str]:
             for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
         )
     ]
+
+
+def plan_keeping(model: nn.Module, kind: str, *counts: int) -> PruningPlan:
+    """A plan that keeps so many units of one kind in each block, the last ones; blocks after that as the last."""
+    blocks = []
+    for index, block in enumerate(resolve_pruned(model)):
+        pair = next(pair for pair in block if pair.spec.kind == kind)
+        width, count = pair.layout.width, counts[min(index, len(counts) - 1)]
+        kept = PairPlan(pair.layout, tuple(range(width - count, width)))
+        blocks.append({pair.spec.consumer: kept} if count < width else {})
+    return PruningPlan(model.config.model_type, tuple(blocks))
+
+
+def uneven(name: str = "llama", *counts: int) -> nn.Module:
+    """A tiny model with 30 FFN units in its first block and 40 in the others, or as given."""
+    model = tiny_model(name)
+    return apply_plan(model, plan_keeping(model, "ffn", *(counts or (30, 40))))

@@ -17,6 +17,7 @@ from torch import Tensor
 from fasp_lightning.checkpoints.devices import choose_stored
 from fasp_lightning.checkpoints.dry_save import require_savable, runs_remote_code, savable, save_tokenizer
 from fasp_lightning.checkpoints.forms import LoaderSupport, choose_form, loaders_for, stock_part
+from fasp_lightning.checkpoints.older_readers import dress
 from fasp_lightning.checkpoints.pruned_folder import REPORT_FILE, load_pruned
 from fasp_lightning.errors import FaspError, FaspFileExistsError
 from fasp_lightning.staging import clear_left, require_space, require_unclaimed, staged, write_json
@@ -116,9 +117,7 @@ def save_pruned(
     require_space(path, bytes_of((*model.parameters(), *tensors.values()), stored))
     with staged(path) as stage:
         with savable(model), _config_of(model, form, plan):
-            stored = write_weights(model, stage, stored, tensors)
-        if tokenizer is not None:
-            save_tokenizer(tokenizer, stage)
+            stored = write_folder(model, stage, stored, tokenizer, tensors)
         write_json(stage / REPORT_FILE, getattr(model, "fasp_report", {}))
         for file in stage.glob("*.safetensors"):  # safetensors writes them for their owner alone
             shutil.copymode(stage / REPORT_FILE, file)
@@ -145,15 +144,20 @@ def bytes_of(tensors: Iterable[Tensor], dtype: torch.dtype) -> int:
     return sum(tensor.numel() * dtype.itemsize for tensor in tensors)
 
 
-def write_weights(
-    model: PreTrainedModel, folder: Path, dtype: torch.dtype, replaced: dict[str, Tensor] | None = None
+def write_folder(
+    model: PreTrainedModel,
+    folder: Path,
+    dtype: torch.dtype,
+    tokenizer: Any = None,
+    replaced: dict[str, Tensor] | None = None,
 ) -> torch.dtype:
-    """Write a model's weights and configs in a dtype.
+    """Write a model's weights in a dtype, its configs and its tokenizer, for older loaders too.
 
     Args:
         model: The model, as :func:`~fasp_lightning.checkpoints.dry_save.savable` has it.
         folder: Where to.
         dtype: Dtype of the weights that are in the model's; others, such as a router kept in fp32, keep theirs.
+        tokenizer: Saved along if given.
         replaced: Entries of its state to write instead of its own.
 
     Returns:
@@ -166,6 +170,9 @@ def write_weights(
     if dtype != model.dtype:  # which PreTrainedModel.save_pretrained writes into the config
         model.config.dtype = dtype
         model.config.save_pretrained(folder)
+    if tokenizer is not None:
+        save_tokenizer(tokenizer, folder)
+    dress(folder, type(model.config), tokenizer)
     return dtype
 
 

@@ -9,35 +9,17 @@ import pytest
 import torch
 from oracle import mask_units
 from tiny import FFN, TINY, random_tokens, tiny_model
-from tiny_pruning import basic, calibration
+from tiny_pruning import basic, calibration, plan_keeping, uneven
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from fasp_lightning import FASPPruner, PruningPlan, apply_plan, load_pruned, save_pruned, spec_for
+from fasp_lightning import FASPPruner, apply_plan, load_pruned, save_pruned, spec_for
 from fasp_lightning.checkpoints.forms import loaders_for
 from fasp_lightning.pruning.budget.widths import decide_budget
 from fasp_lightning.structure.layout import Cuts
 from fasp_lightning.structure.plan import resolve_pruned
-from fasp_lightning.structure.pruning_plan import PairPlan
 
 REASON = "blocks have different FFN widths"
-
-
-def plan_keeping(model: nn.Module, kind: str, *counts: int) -> PruningPlan:
-    """A plan that keeps so many units of one kind in each block, the last ones; blocks after that as the last."""
-    blocks = []
-    for index, block in enumerate(resolve_pruned(model)):
-        pair = next(pair for pair in block if pair.spec.kind == kind)
-        width, count = pair.layout.width, counts[min(index, len(counts) - 1)]
-        kept = PairPlan(pair.layout, tuple(range(width - count, width)))
-        blocks.append({pair.spec.consumer: kept} if count < width else {})
-    return PruningPlan(model.config.model_type, tuple(blocks))
-
-
-def uneven(name: str = "llama", *counts: int) -> nn.Module:
-    """A tiny model with 30 FFN units in its first block and 40 in the others, or as given."""
-    model = tiny_model(name)
-    return apply_plan(model, plan_keeping(model, "ffn", *(counts or (30, 40))))
 
 
 def logits(model: nn.Module) -> Tensor:

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fasp_lightning.checkpoints.devices import require_dtype
-from fasp_lightning.checkpoints.dry_save import require_savable, savable, save_tokenizer
+from fasp_lightning.checkpoints.dry_save import require_savable, savable
 from fasp_lightning.checkpoints.forms import choose_form, require_form
-from fasp_lightning.checkpoints.saving import bytes_of, check_output, save_pruned, stored_in, write_weights
+from fasp_lightning.checkpoints.saving import bytes_of, check_output, save_pruned, stored_in, write_folder
 from fasp_lightning.errors import FaspError
 from fasp_lightning.staging import require_space, staged
 from fasp_lightning.structure.adapters import has_adapters
@@ -109,9 +109,6 @@ def _save_dense(model: PreTrainedModel, path: Path, tokenizer: Any, form: str, d
     require_savable(model, tokenizer)
     stored = stored_in(model, dtype)
     require_space(path, bytes_of(model.parameters(), stored))
-    with staged(path) as stage:
-        with savable(model):
-            write_weights(model, stage, stored)
-        if tokenizer is not None:
-            save_tokenizer(tokenizer, stage)
+    with staged(path) as stage, savable(model):
+        write_folder(model, stage, stored, tokenizer)
     return path
