@@ -18,6 +18,7 @@ from fasp_lightning.checkpoints.devices import choose_stored
 from fasp_lightning.checkpoints.dry_save import require_savable, runs_remote_code, savable, save_tokenizer
 from fasp_lightning.checkpoints.forms import LoaderSupport, choose_form, loaders_for, stock_part
 from fasp_lightning.checkpoints.pruned_folder import REPORT_FILE, load_pruned
+from fasp_lightning.checkpoints.publishing.record import record_of
 from fasp_lightning.errors import FaspError, FaspFileExistsError
 from fasp_lightning.staging import clear_left, require_space, require_unclaimed, staged, write_json
 from fasp_lightning.structure.adapters import has_adapters
@@ -119,7 +120,8 @@ def save_pruned(
             stored = write_weights(model, stage, stored, tensors)
         if tokenizer is not None:
             save_tokenizer(tokenizer, stage)
-        write_json(stage / REPORT_FILE, getattr(model, "fasp_report", {}))
+        report = record_of(model, stored)
+        write_json(stage / REPORT_FILE, report)
         for file in stage.glob("*.safetensors"):  # safetensors writes them for their owner alone
             shutil.copymode(stage / REPORT_FILE, file)
         difference = _verify(model, stage, form, stored) if verify else None
