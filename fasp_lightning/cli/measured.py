@@ -113,4 +113,6 @@ def save(model: Any, tokenizer: Any, job: PruneJob, setup: Setup) -> SavedModel 
         verify=job.verify,
         overwrite=job.overwrite,
         dtype=setup.stored,
+        push_to_hub=job.push_to_hub,
+        private=job.private,
     )
