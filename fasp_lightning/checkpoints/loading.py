@@ -123,7 +123,7 @@ def load_model(
         model = load_pruned(source.location, dtype=chosen, **options)
     else:
         model = _load_dense(source, config, chosen, **options)
-    model.fasp_stored_dtype = stored
+    model.fasp_stored_dtype, model.fasp_source = stored, source.name
     return (model if device_map is not None else model.to(place)).eval()
 
 

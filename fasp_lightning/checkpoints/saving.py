@@ -16,13 +16,18 @@ from torch import Tensor
 
 from fasp_lightning.checkpoints.devices import choose_stored
 from fasp_lightning.checkpoints.dry_save import require_savable, runs_remote_code, savable, save_tokenizer
+from fasp_lightning.checkpoints.facts import facts_of
 from fasp_lightning.checkpoints.forms import LoaderSupport, choose_form, loaders_for, stock_part
 from fasp_lightning.checkpoints.older_readers import dress
-from fasp_lightning.checkpoints.pruned_folder import REPORT_FILE, load_pruned
+from fasp_lightning.checkpoints.pruned_folder import REPORT_FILE
+from fasp_lightning.checkpoints.publishing.card import write_card
+from fasp_lightning.checkpoints.publishing.hub import check_hub, upload
+from fasp_lightning.checkpoints.publishing.record import record_of
+from fasp_lightning.checkpoints.verifying import verify_saved
 from fasp_lightning.errors import FaspError, FaspFileExistsError
 from fasp_lightning.staging import clear_left, require_space, require_unclaimed, staged, write_json
 from fasp_lightning.structure.adapters import has_adapters
-from fasp_lightning.structure.modes import evaluating, own_modes, undone
+from fasp_lightning.structure.modes import own_modes, undone
 from fasp_lightning.structure.plan import adopt_plan, config_fields, plan_of, resolve_pruned, targets
 from fasp_lightning.structure.pruning_plan import PruningPlan
 from fasp_lightning.structure.registry import spec_for
@@ -31,10 +36,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 log = logging.getLogger(__name__)
-
-TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-8}
-HALF_TOLERANCE = 3e-2
-"""Largest difference of reloaded logits, relative to the largest logit; zero-filled sums round differently."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,7 @@ class SavedModel:
         loaders: Which loaders take it, and why.
         logit_difference: Largest difference of the reloaded model's logits, ``None`` if not verified; from those with
             weights rounded to ``dtype``, if that is narrower than the model's.
+        url: Address of the repository that it was uploaded to, if it was.
     """
 
     path: Path
@@ -57,6 +59,7 @@ class SavedModel:
     bytes: int
     loaders: list[LoaderSupport]
     logit_difference: float | None
+    url: str | None = None
 
 
 @own_modes()
@@ -68,8 +71,10 @@ def save_pruned(
     verify: bool = True,
     overwrite: bool = False,
     dtype: str | torch.dtype = "auto",
+    push_to_hub: str | None = None,
+    private: bool | None = None,
 ) -> SavedModel:
-    """Write a pruned model as safetensors, config with its plan, and report; all or nothing.
+    """Write a pruned model as safetensors, config with its plan, report and model card; all or nothing.
 
     Everything is written to a folder beside ``path``, reloaded and compared, and then renamed. A crash, a full disk
     or a kill leaves what was at ``path``.
@@ -84,6 +89,9 @@ def save_pruned(
         overwrite: Replace a folder that holds a pruned model.
         dtype: Dtype of the stored weights; ``"auto"`` is that of the checkpoint which :func:`load_model` read them
             from, or the model's own if that is narrower, or the model came another way.
+        push_to_hub: Id of a repository on the hub, such as ``"me/model"``, to upload the folder to, as one commit; it
+            is made if there is none, and its model card is replaced. Needs a token: ``hf auth login``, or ``HF_TOKEN``.
+        private: Whether a repository that is made is private; ``None`` is the user's default on the hub.
 
     Returns:
         What was written, and who can load it.
@@ -92,7 +100,8 @@ def save_pruned(
         FaspError: If the model carries no plan, ``form`` cannot hold it, or it cannot be saved, see
             :func:`~fasp_lightning.checkpoints.dry_save.require_savable`.
         FaspFileExistsError: If ``path`` is not empty and ``overwrite`` is false, or is no pruned model.
-        FaspOSError: If the disk has too little room, or the place is not writable.
+        FaspOSError: If the disk has too little room, or the place is not writable; if the hub does not take the token,
+            or the upload fails, which leaves the folder and names the command that goes on.
         RuntimeError: If the reloaded model's logits differ.
 
     Example::
@@ -106,6 +115,7 @@ def save_pruned(
             print(loader.name, loader.ok, loader.reason)
     """
     path = Path(path)
+    check_hub(push_to_hub, private)
     require_savable(model, tokenizer)
     if has_adapters(model):
         raise FaspError("model must have its LoRA merged before it is saved, or its keys would not be stock ones")
@@ -118,12 +128,15 @@ def save_pruned(
     with staged(path) as stage:
         with savable(model), _config_of(model, form, plan):
             stored = write_folder(model, stage, stored, tokenizer, tensors)
-        write_json(stage / REPORT_FILE, getattr(model, "fasp_report", {}))
+        report, loaders = record_of(model, stored), loaders_for(form, spec, plan.cuts)
+        write_json(stage / REPORT_FILE, report)
+        write_card(stage, facts_of(report, plan, form), loaders, push_to_hub, runs_remote_code(model))
         for file in stage.glob("*.safetensors"):  # safetensors writes them for their owner alone
             shutil.copymode(stage / REPORT_FILE, file)
-        difference = _verify(model, stage, form, stored) if verify else None
+        difference = verify_saved(model, stage, form, stored) if verify else None
     size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
-    return SavedModel(path, form, stored, size, loaders_for(form, spec, plan.cuts), difference)
+    url = upload(path, push_to_hub, private) if push_to_hub else None
+    return SavedModel(path, form, stored, size, loaders, difference, url)
 
 
 def stored_in(model: PreTrainedModel, requested: str | torch.dtype) -> torch.dtype:
@@ -246,42 +259,3 @@ def _zero_filled(model: PreTrainedModel, plan: PruningPlan) -> dict[str, Tensor]
         if units.numel() > pair.kept.numel()
         for key, tensor in pair.zero_filled(units).items()
     }
-
-
-def _verify(model: PreTrainedModel, stage: Path, form: str, stored: torch.dtype) -> float:
-    """Largest difference between the model's logits and those of what was written, as its users load it.
-
-    Both are computed in the model's dtype, with weights as the stored one rounds them.
-    """
-    from transformers import AutoModelForCausalLM
-
-    attention = getattr(model.config, "_attn_implementation", None)
-    options: dict[str, Any] = {"dtype": model.dtype, "attn_implementation": attention}
-    options["trust_remote_code"] = runs_remote_code(model)
-    load: Any = load_pruned if form == "compact" else AutoModelForCausalLM.from_pretrained
-    embeddings: Any = model.get_input_embeddings()
-    device, vocabulary = embeddings.weight.device, embeddings.num_embeddings
-    ids = (torch.arange(16, device=device) * 37 % vocabulary).unsqueeze(0)
-    with evaluating(model), _rounded(model, stored):
-        expected = model(input_ids=ids, use_cache=False).logits.float()
-    reloaded = load(stage, **options).to(device)
-    with evaluating(reloaded):
-        found = reloaded(input_ids=ids, use_cache=False).logits.float()
-    difference = (found - expected).abs().max().item()
-    allowed = TOLERANCE.get(options["dtype"], HALF_TOLERANCE) * max(1.0, expected.abs().max().item())
-    if not difference <= allowed:
-        raise RuntimeError(
-            f"logits of the saved model must equal the model's within {allowed:.1e}, got {difference:.1e}"
-        )
-    return difference
-
-
-@contextmanager
-def _rounded(model: PreTrainedModel, stored: torch.dtype) -> Iterator[None]:
-    """Let the model compute with its weights as a narrower dtype has them; no more memory than another copy of it."""
-    held = {id(tensor): tensor for tensor in model.state_dict(keep_vars=True).values()}
-    kept = [(tensor, tensor.data) for tensor in held.values() if tensor.dtype == model.dtype]
-    with undone(*(partial(setattr, tensor, "data", data) for tensor, data in kept)):
-        for tensor, data in kept if stored != model.dtype else ():
-            tensor.data = data.to(stored).to(data.dtype)
-        yield

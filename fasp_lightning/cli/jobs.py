@@ -66,6 +66,9 @@ class PruneJob:
             "zero_filled" (original shapes where stock code wants them).
         overwrite: Replace a pruned model in output_dir.
         verify: Load what was saved again and compare the logits.
+        push_to_hub: Id of a repository on the hub, such as me/model, that the saved folder is uploaded to; needs a
+            token (hf auth login, or HF_TOKEN).
+        private: Whether that repository is made private, if it is not there; null is the user's default on the hub.
         dtype: "auto" (the checkpoint's, on a CPU only if it is not slower than float32), "float32",
             "bfloat16" or "float16"; in which the model computes.
         save_dtype: In which it is saved: "auto" (the checkpoint's; dtype where that is narrower, and of a GGUF file,
@@ -87,6 +90,8 @@ class PruneJob:
     form: str = "auto"
     overwrite: bool = False
     verify: bool = True
+    push_to_hub: str | None = None
+    private: bool | None = None
     dtype: str = "auto"
     save_dtype: str = "auto"
     device: str = "auto"
@@ -104,6 +109,8 @@ class PruneJob:
             )
         if self.seed is not None and self.seed not in SEEDS:
             raise FaspError(f"seed must be from {SEEDS[0]} to {SEEDS[-1]}, got {self.seed}")
+        if self.push_to_hub is not None and self.output_dir is None:
+            raise FaspError(f"output_dir must be a folder for push_to_hub={self.push_to_hub!r}, got null; name one")
         require_form(self.form)
         require_dtype(self.dtype)
         require_dtype(self.save_dtype, "save_dtype")

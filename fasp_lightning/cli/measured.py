@@ -9,8 +9,9 @@ from typing import Any
 import torch
 
 from fasp_lightning.checkpoints.devices import home
+from fasp_lightning.checkpoints.publishing.record import mark_of
 from fasp_lightning.checkpoints.saving import SavedModel, require_plan, save_pruned
-from fasp_lightning.cli.console import PruningProgress, note, tracked
+from fasp_lightning.cli.console import PruningProgress, dtype_name, note, tracked
 from fasp_lightning.cli.jobs import PruneJob
 from fasp_lightning.cli.model_setup import Setup
 from fasp_lightning.cli.texts import OTHER, Calibration, Text, domain_of, single_source
@@ -82,6 +83,8 @@ def prune_measured(
         **report.to_dict(),
         "model": job.model.name_or_path,
         "calibration": calibration.to_dict(),
+        "computed": {"dtype": dtype_name(setup.dtype), "device": str(setup.device)},
+        "weights": mark_of(model),  # those that were measured
     }
     return report
 
@@ -110,4 +113,6 @@ def save(model: Any, tokenizer: Any, job: PruneJob, setup: Setup) -> SavedModel 
         verify=job.verify,
         overwrite=job.overwrite,
         dtype=setup.stored,
+        push_to_hub=job.push_to_hub,
+        private=job.private,
     )

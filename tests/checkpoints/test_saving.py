@@ -168,7 +168,7 @@ import os, signal
 from tiny_pruning import pruned
 from fasp_lightning import save_pruned
 from fasp_lightning.checkpoints import saving
-saving._verify = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+saving.verify_saved = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
 save_pruned(pruned("llama"), {path!r}, overwrite=True)
 """
 

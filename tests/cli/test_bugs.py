@@ -27,7 +27,7 @@ PLACES: dict[str, tuple[str, Any, str]] = {
     "reading of text": ("prune", tokens, "documents"),
     "loading": ("prune", loading, "_load_dense"),
     "pruning": ("prune", pruner, "prepare"),
-    "saving": ("prune", saving, "_verify"),
+    "saving": ("prune", saving, "verify_saved"),
     "evaluation": ("evaluate", tokens, "encode_documents"),
     "training": ("fit", data, "RoleCache"),
 }

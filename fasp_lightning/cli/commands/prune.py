@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from fasp_lightning.checkpoints.dry_save import require_savable
+from fasp_lightning.checkpoints.publishing.hub import check_hub
 from fasp_lightning.cli.checks import check_output_dir, claimed_output, texts_of, tokenizer_of
 from fasp_lightning.cli.commands.prune_tables import print_continuations, print_loaders, print_results
 from fasp_lightning.cli.console import dtype_name, gibibytes, note, percent, shown_warnings
@@ -33,6 +34,7 @@ def run(job: PruneJob) -> int:
     """Run the command; returns the exit code."""
     quiet_libraries()
     check_output_dir(job)
+    check_hub(job.push_to_hub, job.private)
     with claimed_output(job):
         _run(job)
     return 0

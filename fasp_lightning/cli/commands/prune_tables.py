@@ -103,6 +103,8 @@ def print_loaders(saved: SavedModel, setup: Setup) -> None:
             soft_wrap=True,
         )
     loaders_table(saved.loaders)
+    if saved.url is not None:
+        console.print(f"\nuploaded to {saved.url}", soft_wrap=True)
 
 
 def loaders_table(loaders: list[LoaderSupport]) -> None:

@@ -64,6 +64,11 @@ class SweepJob(PruneJob):
     def __post_init__(self) -> None:
         super().__post_init__()
         _ = self.folder  # refuses null
+        if self.push_to_hub is not None:
+            raise FaspError(
+                f"push_to_hub must be null for a sweep, which saves several models, got {self.push_to_hub!r}; "
+                "upload the folder of one with `hf upload`"
+            )
         if not self.sparsities or len(set(self.sparsities)) < len(self.sparsities):
             raise FaspError(f"sparsities must be one or more different numbers, got {self.sparsities}")
         for sparsity in self.sparsities:

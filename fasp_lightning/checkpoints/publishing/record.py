@@ -1,0 +1,94 @@
+"""What a saved model's report says beside the pruning's own figures: what was written, out of what, as it is known."""
+
+from __future__ import annotations
+
+import hashlib
+from importlib import import_module
+from pathlib import PurePath
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from fasp_lightning.checkpoints.publishing.base import base_of
+from fasp_lightning.structure.plan import resolve_pruned
+from fasp_lightning.structure.registry import spec_for
+from fasp_lightning.structure.resolve import linear_parameters, parameter_count
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+SAMPLED = 64
+"""Values of each parameter that tell whether it was trained."""
+PACKAGES = ("fasp_lightning", "torch", "transformers")
+WHOLE = ("made_with",)
+"""Entries that a later run compares with its own settings, word for word."""
+
+
+def mark_of(model: PreTrainedModel, dtype: torch.dtype | None = None) -> str:
+    """A mark of a model's weights, another one as soon as they are trained: a hash of some values of each parameter.
+
+    Args:
+        model: The model.
+        dtype: What weights of the model's dtype are rounded to first; the mark of what is loaded from such a file.
+    """
+    found = hashlib.sha256()
+    for name, parameter in sorted(model.named_parameters()):
+        values = parameter.detach().reshape(-1)[:: max(1, parameter.numel() // SAMPLED)]
+        if dtype is not None and parameter.dtype == model.dtype:
+            values = values.to(dtype)
+        found.update(name.encode() + values.to("cpu", torch.float32).numpy().tobytes())
+    return found.hexdigest()[:32]
+
+
+def record_of(model: PreTrainedModel, dtype: torch.dtype) -> dict[str, Any]:
+    """The report that is saved with a model: its own one, what was written, and what it was pruned from.
+
+    Args:
+        model: The model, which carries a plan.
+        dtype: Dtype of the stored weights.
+
+    Returns:
+        ``saved``: both sparsities that were reached, ``parameters`` and ``original_parameters``, ``dtype``,
+        ``versions``, and ``measured``, whether the weights are still those whose perplexities the report has.
+        ``base``: see :func:`~fasp_lightning.checkpoints.publishing.base.base_of`. No path of this machine.
+    """
+    report = dict(getattr(model, "fasp_report", {}))
+    measured = report.get("weights") == mark_of(model)
+    if measured:
+        report["weights"] = mark_of(model, dtype)
+    saved = {
+        "measured": measured,
+        **sizes_of(model),
+        "dtype": str(dtype).removeprefix("torch."),
+        "versions": _versions(),
+    }
+    report |= {"saved": saved, "base": base_of(model, report)}
+    return {name: value if name in WHOLE else _without_paths(value) for name, value in report.items()}
+
+
+def sizes_of(model: PreTrainedModel) -> dict[str, float]:
+    """Both sparsities of a model as it is, its parameters and those of the original, tied ones once."""
+    pairs = [pair for block in resolve_pruned(model) for pair in block]
+    gone = sum((pair.layout.width - pair.kept.numel()) * pair.unit_cost for pair in pairs)
+    left, linear = parameter_count(model), linear_parameters(model, spec_for(model))
+    return {
+        "sparsity": gone / (linear + gone),
+        "sparsity_total": gone / (left + gone),
+        "parameters": left,
+        "original_parameters": left + gone,
+    }
+
+
+def _versions() -> dict[str, str]:
+    return {name: str(import_module(name).__version__) for name in PACKAGES}
+
+
+def _without_paths(value: Any) -> Any:
+    """Plain data in which an absolute path is its last part: reports are published along with the model."""
+    if isinstance(value, dict):
+        return {name: _without_paths(item) for name, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_without_paths(item) for item in value]
+    if isinstance(value, str) and PurePath(value).is_absolute() and "\n" not in value:
+        return PurePath(value).name
+    return value
