@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from fasp_lightning.errors import FaspError
 from fasp_lightning.ops.likelihood import IGNORED
+from fasp_lightning.structure.registry import known_architectures, spec_for
 from fasp_lightning.text.batches import CALIBRATION, TokenBatch, check_vocabulary, read_batch
 
 PACKING = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "cu_seqlens", "seq_idx")
@@ -40,13 +41,16 @@ class ModelInputs:
 
     def __init__(self, model: nn.Module) -> None:
         inner = _causal_lm(model)
+        config: Any = getattr(inner, "config", None)
         embeddings: Any = inner.get_input_embeddings()
         self.vocabulary: int = embeddings.num_embeddings
         self.device = embeddings.weight.device
         self.name = type(inner).__name__
-        self._longest: int | None = getattr(getattr(inner, "config", None), "max_position_embeddings", None)
+        self._longest: int | None = getattr(config, "max_position_embeddings", None)
         self.table = _position_table(inner, embeddings, self._longest)
         self._takes = _arguments(inner)
+        known = getattr(config, "model_type", None) in known_architectures()
+        self._packs = not known or spec_for(config).packing  # of other families it is not known
         # whether positions would be those in the row: a table that is handed the mask leaves padding out by itself
         self._counts_padding = self.table is None or "attention_mask" not in _arguments(self.table)
 
@@ -140,6 +144,11 @@ class ModelInputs:
                 f"{what} must not have position_ids for {self.name}, which takes none and would attend across packed "
                 "sequences; give each sequence a row of its own"
             )
+        if not self._packs and _is_packed(batch):
+            raise FaspError(
+                f"{what} must not have packed sequences (position_ids that start again) for {self.name}, which would "
+                "attend across them; give each sequence a row of its own, padded, with attention_mask"
+            )
         for name in batch.other:
             packed = name in PACKING and batch.position_ids is None
             if name in self._takes or packed:
@@ -170,6 +179,14 @@ def _warn_once(name: str, longest: int) -> None:
         longest,
         name,
     )
+
+
+def _is_packed(batch: TokenBatch) -> bool:
+    """Whether rows hold several sequences: positions start again, and no mask says that they are one nevertheless."""
+    positions = batch.position_ids
+    if positions is None or batch.attention_mask is not None:
+        return False
+    return bool((positions[:, 1:] <= positions[:, :-1]).any())
 
 
 def _position_table(model: nn.Module, embeddings: nn.Module, longest: int | None) -> nn.Embedding | None:

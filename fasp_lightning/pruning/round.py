@@ -29,7 +29,7 @@ from fasp_lightning.pruning.restore import restore_pair
 from fasp_lightning.pruning.select import activation_scores, select_units
 from fasp_lightning.structure.modes import evaluating, placed
 from fasp_lightning.structure.pair import ResolvedPair
-from fasp_lightning.structure.plan import record_plan
+from fasp_lightning.structure.plan import recorded
 from fasp_lightning.structure.registry import spec_for
 from fasp_lightning.structure.transaction import all_or_nothing
 
@@ -89,7 +89,7 @@ class PruningRound:
             prepared: The calibration set, and the loss sensitivity where the settings ask for it.
         """
         config, session, budget = self.config, self.session, self.budget
-        with evaluating(self.model), session.store:
+        with recorded(self.model, self.pairs), evaluating(self.model), session.store:
             with session.processes.together(), session.clock.phase("capture"):
                 samples, hidden = capture(self.model, prepared.batches, config.micro_batch_size, session.store)
             if config.damping == "auto":
@@ -146,10 +146,9 @@ class PruningRound:
         units, columns, restored, entry = processes.from_first(decided)
         if restored.singular:
             self._warn(f"{width.layer}: the gram was singular; solved by {entry.solver} with damping {entry.damping:g}")
-        with clock.phase("cut"), all_or_nothing(pair, self.model), processes.together():
+        with clock.phase("cut"), all_or_nothing(pair), processes.together():
             pair.cut(units)
             pair.assign(restored.factors, restored.bias)
-            record_plan(self.model, self.pairs)
         errors = entry.error_after, entry.output_error_after
         log.debug("%s: %d -> %d, error %.4f, per output %.4f", width.layer, width.before, width.after, *errors)
         entry.seconds = time.perf_counter() - start

@@ -194,10 +194,39 @@ def set_features(linear: nn.Module, inputs: int, outputs: int) -> None:
     _set(linear, ("out_features", "nf"), outputs)
 
 
+class BlockConfig:
+    """The shared config as one block sees it, whose number of heads is not that of all.
+
+    Args:
+        shared: The model's config; what is set there later is seen here.
+        fields: What is otherwise in this block.
+    """
+
+    shared: Any
+
+    def __init__(self, shared: Any, fields: dict[str, Any]) -> None:
+        self.__dict__.update(fields, shared=shared)
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__") or "shared" not in self.__dict__:  # while it is copied or unpickled
+            raise AttributeError(name)
+        return getattr(self.__dict__["shared"], name)
+
+
 def set_heads(attention: nn.Module, heads: int, kv_heads: int) -> None:
-    """Make the head counts of an attention module agree with its projections again, where it holds them."""
+    """Make the head counts of an attention module agree with its projections again, where it or its config holds them.
+
+    Phi3Attention.forward (transformers, models/phi3/modeling_phi3.py) splits its fused projection by the heads in the
+    config: while blocks differ, no number there is right for all of them.
+    """
     _set(attention, ("num_heads", "num_attention_heads"), heads)
     _set(attention, ("num_key_value_heads", "num_kv_heads"), kv_heads)
+    seen = getattr(attention, "config", None)
+    shared = seen.shared if isinstance(seen, BlockConfig) else seen
+    own = {"num_attention_heads": heads, "num_key_value_heads": kv_heads}
+    if shared is not None:
+        agrees = all(getattr(shared, name, value) == value for name, value in own.items())
+        attention.config = shared if agrees else BlockConfig(shared, own)  # type: ignore[assignment]
 
 
 def _set(module: nn.Module, names: tuple[str, ...], value: int) -> None:

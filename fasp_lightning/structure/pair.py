@@ -197,12 +197,15 @@ class ResolvedPair:
             for adapter in adapters_of(path, linear):
                 set_features(linear, inputs, outputs)
                 adapter.first.in_features, adapter.second.out_features = inputs, outputs
-        if self.spec.kind == "groups":
-            groups = self.columns // (self.layout.repeats * self.layout.head_size)
-            attention = self.block.get_submodule(self.spec.consumer.rpartition(".")[0])
-            set_heads(attention, groups * self.layout.repeats, groups)
+        self.set_heads()
         if self.spec.kind == "value":
             set_widths(self.block, self._width_hooks())
+
+    def set_heads(self) -> None:
+        """Let the attention module know its head counts, if KV groups are the units and the config may say others."""
+        if self.spec.kind == "groups":
+            attention = self.block.get_submodule(self.spec.consumer.rpartition(".")[0])
+            set_heads(attention, self.kept.numel() * self.layout.repeats, self.kept.numel())
 
     def _width_hooks(self) -> dict[str, WidthHook | None]:
         """What lets stock attention code go on seeing full widths; other pairs are narrower on all sides."""

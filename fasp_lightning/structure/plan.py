@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +17,7 @@ from fasp_lightning.structure.pruning_plan import PairPlan, PruningPlan, Widths,
 from fasp_lightning.structure.registry import spec_for
 from fasp_lightning.structure.resolve import Kept, find_blocks, linear_at, resolve
 from fasp_lightning.structure.spec import ArchitectureSpec
-from fasp_lightning.structure.stock_fields import describe, groups_obstacle, own_config, stock_fields, stock_obstacle
+from fasp_lightning.structure.stock_fields import groups_obstacle, own_config, stock_fields, stock_obstacle
 from fasp_lightning.structure.transaction import all_or_nothing
 
 if TYPE_CHECKING:
@@ -102,8 +103,30 @@ def record_plan(model: PreTrainedModel, pairs: list[list[ResolvedPair]]) -> Prun
     }
     form = "compact" if stock_obstacle(spec, plan.cuts) else "stock"
     fields = {**config_fields(spec, present), "fasp": {"form": form, **plan.to_dict()}}
-    describe(config, fields, (pair for block in pairs for pair in block))
+    for name, value in fields.items():
+        setattr(config, name, value)
+    for pair in (pair for block in pairs for pair in block):
+        pair.set_heads()  # those of blocks that do not have the config's
     return plan
+
+
+@contextmanager
+def recorded(model: PreTrainedModel, pairs: list[list[ResolvedPair]]) -> Iterator[None]:
+    """Whatever stops what changes pairs inside, a Ctrl-C included, the model's plan says what is left of them.
+
+    It is written once, at the end: all pairs after each one would cost the square of their number. A model of which no
+    pair was changed before an error stays as it was.
+    """
+    before = [(pair, pair.kept) for block in pairs for pair in block]
+    whole = False
+
+    def write() -> None:
+        if whole or any(pair.kept is not kept for pair, kept in before):
+            record_plan(model, pairs)
+
+    with undone(write):
+        yield
+        whole = True
 
 
 def config_fields(spec: ArchitectureSpec, widths: Widths) -> dict[str, int]:
@@ -147,7 +170,7 @@ def _change(
     model: PreTrainedModel, pairs: list[list[ResolvedPair]], changes: list[tuple[ResolvedPair, Callable[[], None]]]
 ) -> None:
     """Change pairs, each wholly or not at all; whatever stops it, the plan says which."""
-    with undone(partial(record_plan, model, pairs)):
+    with recorded(model, pairs):
         for pair, change in changes:
             with all_or_nothing(pair):
                 change()

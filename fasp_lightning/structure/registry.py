@@ -28,6 +28,7 @@ _REGISTRY: dict[str, ArchitectureSpec] = {
             CoupledPair("fc2", producers=("fc1",), kind="ffn"),
         ),
         width_field="ffn_dim",
+        packing=False,  # OPTDecoder.forward (models/opt/modeling_opt.py) makes its mask without position_ids
     ),
     "llama": _LLAMA,
     "mistral": _LLAMA,
@@ -79,6 +80,7 @@ _REGISTRY: dict[str, ArchitectureSpec] = {
             CoupledPair("mlp.dense_4h_to_h", producers=("mlp.dense_h_to_4h",), kind="ffn"),
         ),
         width_field=None,  # 4 · hidden_size is fixed in its code
+        packing=False,  # it takes no position_ids
     ),
     "falcon": ArchitectureSpec(
         layers="transformer.h",
@@ -87,6 +89,7 @@ _REGISTRY: dict[str, ArchitectureSpec] = {
             CoupledPair("mlp.dense_4h_to_h", producers=("mlp.dense_h_to_4h",), kind="ffn"),
         ),
         width_field="ffn_hidden_size",
+        packing=False,  # FalconModel.forward (models/falcon/modeling_falcon.py) makes its mask without position_ids
     ),
 }
 

@@ -71,6 +71,8 @@ class ArchitectureSpec:
         transposed: Weights are stored (in, out), as in ``Conv1D``.
         attention: Path of the attention module inside the block; by default the parent of the value pair's
             consumer. With neither, the engine runs the attention a second time.
+        packing: Its stock code keeps sequences apart that are packed into one row, which ``position_ids`` that start
+            again say; without it such batches are refused.
     """
 
     layers: str
@@ -78,6 +80,7 @@ class ArchitectureSpec:
     width_field: str | None = "intermediate_size"
     transposed: bool = False
     attention: str | None = None
+    packing: bool = True
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "pairs", tuple(self.pairs))

@@ -1,16 +1,16 @@
-"""What a stock config can say of a model's widths, and what it is told."""
+"""What a stock config can say of a model's widths."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
 from typing import Any
 
 from torch import nn
 
 from fasp_lightning.errors import of_library
+from fasp_lightning.structure.compact import BlockConfig
 from fasp_lightning.structure.layout import Cuts, PairLayout
-from fasp_lightning.structure.pair import ResolvedPair
+from fasp_lightning.structure.modes import insist
 from fasp_lightning.structure.spec import ArchitectureSpec
 
 
@@ -72,63 +72,21 @@ def groups_obstacle(spec: ArchitectureSpec, config: Any) -> str | None:
     return None
 
 
-class BlockConfig:
-    """The shared config as one block sees it, whose number of heads is not that of all.
-
-    Args:
-        shared: The model's config; what is set there later is seen here.
-        fields: What is otherwise in this block.
-    """
-
-    shared: Any
-
-    def __init__(self, shared: Any, fields: dict[str, Any]) -> None:
-        self.__dict__.update(fields, shared=shared)
-
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("__") or "shared" not in self.__dict__:  # while it is copied or unpickled
-            raise AttributeError(name)
-        return getattr(self.__dict__["shared"], name)
-
-
 def own_config(model: nn.Module) -> Any:
-    """The model's config, from now on a copy: another model may have been built from the same one."""
+    """The model's config, from now on a copy: another model may have been built from the same one.
+
+    All its modules see the copy, or none does, wherever a Ctrl-C comes.
+    """
     shared: Any = model.config
     own = copy.deepcopy(shared)
-    for module in model.modules():
-        seen: Any = getattr(module, "config", None)
-        if seen is shared:
-            module.config = own
-        elif isinstance(seen, BlockConfig):
-            seen.shared = own
+
+    def hand_out() -> None:
+        for module in model.modules():
+            seen: Any = getattr(module, "config", None)
+            if seen is shared:
+                module.config = own
+            elif isinstance(seen, BlockConfig):
+                seen.shared = own
+
+    insist(hand_out)
     return own
-
-
-def describe(config: Any, fields: dict[str, Any], pairs: Iterable[ResolvedPair]) -> None:
-    """Write what all blocks share into the model's config; blocks with other heads keep saying so themselves.
-
-    Phi3Attention.forward (transformers, models/phi3/modeling_phi3.py) splits its fused projection by the heads in the
-    config: where a pruning has stopped half-way, no number there is right for all blocks.
-
-    Args:
-        config: The model's.
-        fields: Values that stock code builds the model with.
-        pairs: The pairs of all blocks.
-    """
-    for name, value in fields.items():
-        setattr(config, name, value)
-    for pair in pairs:
-        if pair.spec.kind == "groups":
-            units, repeats = pair.kept.numel(), pair.layout.repeats
-            own = {"num_attention_heads": units * repeats, "num_key_value_heads": units}
-            _see(pair.block.get_submodule(pair.spec.consumer.rpartition(".")[0]), own)
-
-
-def _see(attention: Any, own: dict[str, Any]) -> None:
-    """Let an attention module read its own head counts from its config."""
-    config = getattr(attention, "config", None)
-    shared = config.shared if isinstance(config, BlockConfig) else config
-    if shared is None:
-        return
-    agrees = all(getattr(shared, name, value) == value for name, value in own.items())
-    attention.config = shared if agrees else BlockConfig(shared, own)

@@ -4,37 +4,32 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from fasp_lightning.structure.modes import undone
 from fasp_lightning.structure.pair import ResolvedPair
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
 
 @contextmanager
-def all_or_nothing(pair: ResolvedPair, model: PreTrainedModel | None = None) -> Iterator[None]:
-    """Whatever is raised inside, a Ctrl-C included, leaves the pair's block as it was, and the model and its config.
+def all_or_nothing(pair: ResolvedPair) -> Iterator[None]:
+    """Whatever is raised inside, a Ctrl-C included, leaves the pair and its block as they were.
 
-    No tensor is copied: what is changed inside must be given new ones, not be written into.
+    No tensor is copied: what is changed inside must be given new ones, not be written into. Nothing is looked at
+    outside the block: what a model has of them would be paid for each pair of each.
 
     Args:
         pair: The pair that is changed.
-        model: The causal LM, if more of it is changed than the pair's block; but no parameters there.
     """
-    put_back = _remembered(pair, model)
+    put_back = _remembered(pair)
     whole = False
     with undone(lambda: None if whole else put_back()):
         yield
         whole = True
 
 
-def _remembered(pair: ResolvedPair, model: PreTrainedModel | None) -> Callable[[], None]:
+def _remembered(pair: ResolvedPair) -> Callable[[], None]:
     """What puts everything back as it is now; it may be called again if it was stopped."""
-    owners = [vars(module) for module in (model or pair.block).modules()]
-    if model is not None:
-        owners.append(vars(model.config))
+    owners = [vars(module) for module in pair.block.modules()]
     inner = [value for owner in owners for value in owner.values() if isinstance(value, (dict, set))]
     contents: list[tuple[Any, Any]] = [(one, one.copy()) for one in (*owners, *inner)]
     tensors = [(parameter, parameter.data, parameter.grad) for parameter in pair.block.parameters()]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
+from statistics import fmean
 from typing import TYPE_CHECKING
 
 from lightning.pytorch import Trainer
@@ -37,6 +38,7 @@ LAYOUT = {
         "perplexity, up at an event, down in recovery": ["Multiline", ["^fasp/perplexity$"]],
         "sparsity: of the blocks, of all parameters": ["Multiline", ["^fasp/sparsity$", "^fasp/sparsity_total$"]],
         "width of each pair": ["Multiline", ["fasp_width/.*"]],
+        "relative error per output, restored, mean of a kind": ["Multiline", ["fasp/output_error_.*"]],
         "relative error, restored": ["Multiline", ["fasp_error/.*"]],
         "relative error, not restored": ["Multiline", ["fasp_error_unrestored/.*"]],
     }
@@ -105,8 +107,12 @@ def report_structure(trainer: Trainer, model: PreTrainedModel, perplexity: float
 
 
 def report_event(trainer: Trainer, record: EventRecord, report: PruningReport) -> None:
-    """Log an event: its own numbers, then the relative error of each pair that was cut."""
-    publish(trainer, record.metrics())
+    """Log an event: its own numbers, the error per output of each kind of pair, and the error of each pair cut."""
+    outputs = {
+        f"fasp/output_error_{kind}": fmean(pair.output_error_after for pair in report.pairs if pair.kind == kind)
+        for kind in sorted({pair.kind for pair in report.pairs})
+    }
+    publish(trainer, record.metrics() | outputs)
     errors = {f"fasp_error/{pair.layer}": pair.error_after for pair in report.pairs}
     publish(trainer, errors | {f"fasp_error_unrestored/{pair.layer}": pair.error_before for pair in report.pairs})
 

@@ -36,11 +36,6 @@ class ScheduledPruning:
             if getattr(self, name) is not None:
                 _require_count(name, getattr(self, name), least=0)
 
-    @property
-    def when(self) -> str:
-        """``"step 5"`` or ``"epoch 2"``."""
-        return f"step {self.step}" if self.step is not None else f"epoch {self.epoch}"
-
     def due(self, step: int, epoch: int) -> bool:
         """Whether its time has come at that optimizer step of that epoch."""
         return step >= self.step if self.step is not None else epoch >= (self.epoch or 0)

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import pytest
 import torch
-from tiny import VOCAB, random_tokens, tiny_model
+from tiny import TINY, VOCAB, random_tokens, tiny_model
 from tiny_pruning import BOTH, INGREDIENTS, assert_same, assert_unchanged
 from torch import Tensor
 from transformers import BatchEncoding, DataCollatorWithFlattening
 
-from fasp_lightning import FASPPruner, perplexity
+from fasp_lightning import FaspError, FASPPruner, perplexity, spec_for
 from fasp_lightning.pruning.inputs import ModelInputs
 from fasp_lightning.pruning.own_text import writing
 from fasp_lightning.pruning.perplexity import measure_perplexity
@@ -65,6 +66,28 @@ def test_packed_sequences_have_the_perplexity_of_the_same_apart(attention: str) 
     with torch.no_grad():
         own = model(**packed(), use_cache=False).loss  # beside a cache transformers takes nothing for packed
     assert found.perplexity == pytest.approx(float(own.exp()), rel=1e-5)
+
+
+@pytest.mark.parametrize(("family", "attention"), [(name, kind) for name in TINY for kind in TINY[name].attention])
+def test_the_row_says_whether_packed_sequences_are_kept_apart(family: str, attention: str) -> None:
+    model = tiny_model(family, attention)
+    first, second = random_tokens(1, 5), random_tokens(1, 7, seed=1)
+    positions = torch.cat([torch.arange(5), torch.arange(7)])[None]
+    packs = "position_ids" in inspect.signature(model.forward).parameters
+    if packs:
+        with torch.no_grad():
+            found = model(torch.cat([first, second], dim=1), position_ids=positions, use_cache=False).logits[:, 5:]
+            packs = torch.allclose(found, model(second, use_cache=False).logits, atol=1e-4)
+    assert spec_for(model).packing == packs
+
+
+@pytest.mark.parametrize("family", [name for name in TINY if not spec_for(TINY[name].config()).packing])
+def test_packed_sequences_that_would_see_each_other_are_refused(family: str) -> None:
+    model, batch = tiny_model(family), packed()
+    for use in (perplexity, FASPPruner(BOTH).prune):
+        with pytest.raises(FaspError, match=r"must not have (packed sequences|position_ids).*a row of its own"):
+            use(model, [batch])
+    assert_unchanged(model, family)
 
 
 @pytest.mark.parametrize("setting", ["fisher", "wanda"])

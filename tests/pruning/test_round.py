@@ -5,20 +5,25 @@ from __future__ import annotations
 import inspect
 import sys
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny import random_tokens, tiny_model
+from tiny import TINY, random_tokens, tiny_model
 from tiny_pruning import BOTH, FFN, basic, calibration
+from transformers import AutoModelForCausalLM
 
 import fasp_lightning
 from fasp_lightning import FASPPruner
 from fasp_lightning.pruning import pruner, restore
+from fasp_lightning.pruning import round as rounds
 from fasp_lightning.pruning.budget.widths import decide_budget
 from fasp_lightning.pruning.prepare import prepare
 from fasp_lightning.pruning.round import round_configs
+from fasp_lightning.structure import pruning_plan
 
 PACKAGE = str(Path(fasp_lightning.__file__).parent)
 
@@ -58,6 +63,38 @@ def test_pairs_are_resolved_once(monkeypatch: pytest.MonkeyPatch, rounds: int) -
             )
     FASPPruner(basic(0.3, rounds=rounds)).prune(tiny_model("llama"), calibration())
     assert len(calls) == 1
+
+
+def work(blocks: int, monkeypatch: pytest.MonkeyPatch) -> tuple[list[int], int]:
+    """Calls of functions while each pair of a pruning is cut, and how often the kept units of one were encoded."""
+    calls: list[int] = []
+    encoded: list[Any] = []
+    change, encode = rounds.all_or_nothing, pruning_plan._bits
+
+    def count(frame: Any, event: str, _: Any) -> None:
+        calls[-1] += event in ("call", "c_call")
+
+    @contextmanager
+    def counted(*args: Any) -> Iterator[None]:
+        calls.append(0)
+        sys.setprofile(count)
+        with change(*args):
+            yield
+        sys.setprofile(None)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(rounds, "all_or_nothing", counted)
+        patch.setattr(pruning_plan, "_bits", lambda pair: (encoded.append(pair), encode(pair))[1])
+        config = TINY["llama"].config()
+        config.num_hidden_layers = blocks
+        FASPPruner(BOTH).prune(AutoModelForCausalLM.from_config(config), calibration())
+    return calls, len(encoded)
+
+
+def test_cutting_a_pair_costs_the_same_in_a_deeper_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    (shallow, encoded), (deep, encoded_deep) = work(2, monkeypatch), work(5, monkeypatch)
+    assert (len(shallow), len(deep)) == (encoded, encoded_deep) == (4, 10)  # each pair once
+    assert (min(shallow[::2]), min(shallow[1::2])) == (min(deep[::2]), min(deep[1::2]))
 
 
 def test_rounds_go_in_even_steps_from_where_the_model_is() -> None:

@@ -45,8 +45,9 @@ CALLS: dict[str, tuple[Any, str]] = {
     "heads": (pairs, "set_heads"),
     "replace": (standins, "replace_module"),
     "assign": (ResolvedPair, "assign"),
-    "record": (rounds, "record_plan"),
-    "describe": (plans, "describe"),
+    "record": (plans, "record_plan"),
+    "describe": (plans, "config_fields"),
+    "own_config": (plans, "own_config"),
     "finish": (BlockReplay, "finish"),
 }
 FURTHER = {"llama-gqa": basic(0.55, attention="none"), "opt": basic(0.5, attention="value_dims")}

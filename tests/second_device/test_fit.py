@@ -9,7 +9,7 @@ import pytest
 import torch
 from lightning.pytorch.accelerators import Accelerator
 from lightning.pytorch.strategies import SingleDeviceStrategy
-from runs import UserModule, half, loader, trainer
+from runs import Interrupted, Interrupting, UserModule, half, loader, trainer
 from tiny import random_tokens, tiny_model
 
 from fasp_lightning import load_pruned
@@ -47,21 +47,6 @@ class SecondAccelerator(Accelerator):
 
     def get_device_stats(self, device: Any) -> dict[str, Any]:
         return {}
-
-
-class Interrupted(Exception):
-    """Ends a run."""
-
-
-class Interrupting(L.Callback):
-    """Saves a checkpoint after an epoch, and ends the run."""
-
-    def __init__(self, path: Any) -> None:
-        self.path = path
-
-    def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
-        trainer.save_checkpoint(self.path)
-        raise Interrupted
 
 
 class Noisy(UserModule):

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
+from typing import Any
+
 import pytest
 from tiny import TINY, tiny_model
 
 from fasp_lightning import spec_for
 from fasp_lightning.structure.plan import resolve_pruned
-from fasp_lightning.structure.stock_fields import accepts, groups_obstacle, stock_fields
+from fasp_lightning.structure.stock_fields import accepts, groups_obstacle, own_config, stock_fields
 
 
 @pytest.mark.parametrize("family", TINY)
@@ -46,3 +49,20 @@ def test_an_obstacle_to_fewer_groups_is_named(family: str, obstacle: str | None)
     model = tiny_model(family)
     found = groups_obstacle(spec_for(model), model.config)
     assert found is None if obstacle is None else obstacle in (found or "")
+
+
+def test_an_interrupt_leaves_no_module_with_another_config(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model("llama")
+    shared, modules = model.config, model.modules
+
+    def interrupted() -> Any:
+        monkeypatch.undo()
+        yield from itertools.islice(modules(), 3)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(model, "modules", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        own_config(model)
+    configs = {id(module.config) for module in model.modules() if hasattr(module, "config")}
+    assert configs == {id(model.config)}
+    assert model.config is not shared

@@ -77,6 +77,21 @@ class Batches(L.Callback):
         self.seen.append((batch.tolist(), torch.rand(1).item()))
 
 
+class Interrupted(Exception):
+    """Ends a run."""
+
+
+class Interrupting(L.Callback):
+    """Saves a checkpoint after an epoch, and ends the run."""
+
+    def __init__(self, path: Any) -> None:
+        self.path = path
+
+    def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+        trainer.save_checkpoint(self.path)
+        raise Interrupted
+
+
 def loader(sequences: int = 40, batch_size: int = 2, **options: Any) -> DataLoader:
     """Batches of random token ids."""
     return DataLoader([random_tokens(1, seed=seed)[0] for seed in range(sequences)], batch_size=batch_size, **options)

@@ -80,6 +80,7 @@ def test_metrics_reach_loggers_and_callbacks(tmp_path: Any) -> None:
     down = "model.layers.1.mlp.down_proj"
     assert logger.steps(f"fasp_width/{down}")[5] == module.lm.config.intermediate_size
     assert 0 < logger.steps(f"fasp_error/{down}")[5] <= logger.steps(f"fasp_error_unrestored/{down}")[5]
+    assert 0 < logger.steps("fasp/output_error_ffn")[5] < 1
     assert run.callback_metrics["fasp/sparsity"] == pytest.approx(logger.steps("fasp/sparsity")[5])
 
 

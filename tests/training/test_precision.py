@@ -7,7 +7,7 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
-from runs import UserModule, half, loader, trainer
+from runs import Interrupted, Interrupting, UserModule, half, loader, trainer
 from tiny import tiny_model
 from tiny_lightning import SCRATCH
 
@@ -20,21 +20,6 @@ PRECISIONS = [
     pytest.param("gpu", "bf16-mixed", marks=pytest.mark.cuda),
     pytest.param("gpu", "bf16-true", marks=pytest.mark.cuda),
 ]
-
-
-class Interrupted(Exception):
-    """Ends a run."""
-
-
-class Interrupting(L.Callback):
-    """Saves a checkpoint after an epoch, and ends the run."""
-
-    def __init__(self, path: Any) -> None:
-        self.path = path
-
-    def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
-        trainer.save_checkpoint(self.path)
-        raise Interrupted
 
 
 def module() -> UserModule:

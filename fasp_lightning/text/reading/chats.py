@@ -26,6 +26,9 @@ PAIRS = tuple(
 SYSTEM, INPUT = ("system", "system_prompt"), ("input", "context")
 """Columns beside them: what the chat begins with, and what the user's turn ends with."""
 
+TOOLS = "tools"
+"""Column beside them: the functions that the assistant may call, which the chat template writes down."""
+
 ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bot": "assistant", "model": "assistant"}
 """Other names of roles."""
 
@@ -39,6 +42,7 @@ CONVERSION = (
 class Chat(str):
     """The messages of a chat, as JSON: a document that becomes text only where the tokenizer is known.
 
+    With tools, it is a mapping of ``messages`` and ``tools``.
     It is hashed and divided among splits and roles as it is, whatever the tokenizer's template makes of it.
     """
 
@@ -62,7 +66,8 @@ def rendered(document: str, tokenizer: Any) -> str:
             "a text of chats needs a tokenizer with a chat template, got one without; take the tokenizer of the chat "
             f"model, set its chat_template, or make plain text of the chats, as by {CONVERSION}"
         )
-    messages = json.loads(document)
+    chat = json.loads(document)
+    messages, tools = (chat, None) if isinstance(chat, list) else (chat["messages"], chat[TOOLS])
 
     def refusal(error: Exception) -> FaspError:
         roles = ", ".join(str(message["role"]) for message in messages[:8])
@@ -72,7 +77,7 @@ def rendered(document: str, tokenizer: Any) -> str:
         )
 
     with as_refusal(refusal):
-        return tokenizer.apply_chat_template(messages, tokenize=False)
+        return tokenizer.apply_chat_template(messages, tools=tools, tokenize=False)
 
 
 def columns_of(names: Iterable[str], column: str) -> list[str]:
@@ -83,16 +88,17 @@ def columns_of(names: Iterable[str], column: str) -> list[str]:
         column: The one asked for.
     """
     names = list(names)
+    tools = [TOOLS] if TOOLS in names else []
     if column in names:
-        return [column]
+        return [column, *(tools if column in CHATS else [])]
     if column != TEXT:
         return []
     beside = [name for name in (*SYSTEM, *INPUT) if name in names]
     for found in ((name,) for name in CHATS if name in names):
-        return [*found, *(name for name in beside if name in SYSTEM)]
+        return [*found, *(name for name in beside if name in SYSTEM), *tools]
     for pair in PAIRS:
         if set(pair) <= set(names):
-            return [*pair, *(name for name in beside if name not in pair)]
+            return [*pair, *(name for name in beside if name not in pair), *tools]
     return []
 
 
@@ -117,7 +123,9 @@ def document_of(row: Mapping[str, Any], column: str) -> str | None:
     system = next((text for name in SYSTEM if name in others and (text := _text(row[name], name))), None)
     if system and messages and messages[0]["role"] != "system":
         messages.insert(0, {"role": "system", "content": system})
-    return Chat(json.dumps(messages, sort_keys=True, default=str)) if messages else None
+    tools = _tools(row[TOOLS]) if TOOLS in others else []
+    chat = {"messages": messages, TOOLS: tools} if tools else messages
+    return Chat(json.dumps(chat, sort_keys=True, default=str)) if messages else None
 
 
 def _turns(row: Mapping[str, Any], asked: str, answered: str) -> list[dict[str, Any]]:
@@ -132,6 +140,27 @@ def _turns(row: Mapping[str, Any], asked: str, answered: str) -> list[dict[str, 
         if name != asked and prompt and (more := _text(row.get(name), name)):
             prompt[-1]["content"] += f"\n\n{more}"
     return [*prompt, *answer]
+
+
+def _tools(value: Any) -> list[dict[str, Any]]:
+    """The tools in a column, each as its JSON schema has it; fields that are null are left out, as tables fill them."""
+    try:
+        tools = json.loads(value) if isinstance(value, str) and value.strip() else value or []
+    except json.JSONDecodeError:
+        tools = None
+    if not isinstance(tools, list) or not all(isinstance(one, dict) for one in tools):
+        raise FaspError(
+            f"column {TOOLS!r} must hold a list of the chat's tools, each a mapping, or that list as JSON, got "
+            f"{_kind(value)}; rename or drop the column"
+        )
+    return [_filled(one) for one in tools]
+
+
+def _filled(value: Any) -> Any:
+    """Plain data without the fields that are null."""
+    if isinstance(value, dict):
+        return {name: _filled(one) for name, one in value.items() if one is not None}
+    return [_filled(one) for one in value] if isinstance(value, list) else value
 
 
 def _said(value: Any, column: str, role: str) -> list[dict[str, Any]]:

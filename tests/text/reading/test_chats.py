@@ -58,6 +58,34 @@ def test_a_chat_is_the_same_in_every_form(row: dict[str, Any], messages: list[di
     assert found == document_of({"messages": messages}, "messages")
 
 
+TOOL = {"type": "function", "function": {"name": "add", "parameters": {"properties": {"n": {"type": "number"}}}}}
+
+
+@pytest.mark.parametrize("row", [{"messages": CHAT}, {"prompt": "q", "completion": "a"}])
+@pytest.mark.parametrize(
+    "tools", [[TOOL], json.dumps([TOOL]), [{**TOOL, "strict": None}]], ids=["list", "json", "null"]
+)
+def test_the_tools_of_a_row_reach_the_template(row: dict[str, Any], tools: Any, tokenizer: Any) -> None:
+    tokenizer.chat_template = "{{ tools | tojson }}" + TEMPLATE
+    columns = ("text", "messages") if "messages" in row else ("text",)
+    for column in columns:
+        text = rendered(document_of({**row, "tools": tools}, column) or "", tokenizer)
+        said, _, chat = text.partition("[user]")
+        assert json.loads(said) == [TOOL]
+        assert chat == " q\n[assistant] a\n"
+
+
+@pytest.mark.parametrize("tools", [None, [], "", "[]"])
+def test_a_chat_with_no_tools_is_that_without_the_column(tools: Any) -> None:
+    assert document_of({"messages": CHAT, "tools": tools}, "text") == document_of({"messages": CHAT}, "text")
+
+
+@pytest.mark.parametrize(("tools", "fault"), [("hammer", "got str"), (["add"], "got list of str"), ({"a": 1}, "dict")])
+def test_what_are_no_tools_is_refused(tools: Any, fault: str) -> None:
+    with pytest.raises(FaspError, match=rf"'tools' must hold a list .*{fault}; rename or drop"):
+        document_of({"messages": CHAT, "tools": tools}, "text")
+
+
 @pytest.mark.parametrize("row", [{"text": "a", "messages": CHAT}, {"text": "a", "prompt": "q", "completion": "b"}])
 def test_a_column_that_is_there_comes_before_a_chat(row: dict[str, Any]) -> None:
     assert document_of(row, "text") == "a"
