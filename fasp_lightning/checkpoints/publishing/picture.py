@@ -61,14 +61,14 @@ def _errors(axes: Any, pairs: Sequence[PairFacts]) -> None:
             name = f"{NAMES[pair.kind]}, {what}"
             axes.plot(told, style, marker=".", markersize=4, color=COLORS[pair.kind], label=name)
     axes.set(title="error of its outputs on the calibration text", ylabel="relative error")
-    axes.set_ylim(bottom=0, top=axes.get_ylim()[1] * 1.3)
-    _finish(axes)
+    axes.set_ylim(bottom=0, top=axes.get_ylim()[1] * 1.4)
+    _finish(axes, len(pairs))
 
 
-def _finish(axes: Any) -> None:
+def _finish(axes: Any, columns: int = 1) -> None:
     from matplotlib.ticker import MaxNLocator
 
     axes.set_xlabel("block")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, fontsize="small", ncols=1)
+    axes.legend(frameon=False, fontsize="small", ncols=columns)

@@ -104,7 +104,7 @@ def _known(values: Sequence[float | None]) -> list[float]:
 def _error(pair: PairFacts) -> tuple[str, str, str]:
     plain_, restored = (sum(known) / len(known) for known in (_known(pair.unrestored), _known(pair.restored)))
     what = f"relative error of `{pair.consumer}`'s outputs on the calibration text, mean of the blocks"
-    return what, "", f"{plain_:.3f} with nothing restored, {restored:.3f} as it is"
+    return what, "", f"{plain_:.3f} with nothing restored, {restored:.3f} restored"
 
 
 def _blocks(pairs: Sequence[PairFacts]) -> str:
