@@ -86,11 +86,11 @@ def test_the_hub_reads_base_license_and_perplexity(tmp_path: Path) -> None:
 
 def test_the_figures_stand_with_their_protocol(tmp_path: Path) -> None:
     rows = cells(card(tmp_path, report([32, 32]), [32, 32]).text)
-    assert ["sparsity of the blocks, 20.0 % asked", "", "20.3 %"] in rows
+    assert ["sparsity of the blocks, 20.00 % asked", "", "20.33 %"] in rows
     assert ["hidden units of the FFN of a block", "64", "32"] in rows
-    assert ["topics (test)", "another", "17.250", "19.500", "× 1.130", "254", "128", "<s>"] in rows
+    assert ["topics (test)", "17.250", "19.500", "× 1.130", "254", "128", "<s>", "another"] in rows
     assert ["calibration text", "mine.txt"] in rows
-    assert ["own text of the model among them", "512 tokens, 33.0 % of the weight"] in rows
+    assert ["own text of the model among them", "512 tokens, 33.00 % of the weight"] in rows
     assert ["peak memory, process", "1.00 GiB"] in rows
 
 
@@ -129,7 +129,7 @@ def test_a_report_of_another_pruning_is_not_told(tmp_path: Path) -> None:
 def test_events_of_a_training_run_are_told(tmp_path: Path) -> None:
     event = {"step": 5, "sparsity": 0.2, "parameters": 830, "perplexity_before": 9.0, "perplexity_pruned": 12.5}
     rows = cells(card(tmp_path, {"events": [{**event, "perplexity_recovered": None}]}, [32, 32]).text)
-    assert ["5", "20.0 %", "830", "9.000", "12.500", "–"] in rows
+    assert ["5", "20.00 %", "830", "9.000", "12.500", "–"] in rows
 
 
 def test_no_name_breaks_the_card(tmp_path: Path) -> None:
@@ -146,7 +146,7 @@ def test_no_name_breaks_the_card(tmp_path: Path) -> None:
     assert ["calibration text", shown] in rows
     assert ["theirs|x", "not tried", shown] in rows
     assert "<script>" not in made.text
-    assert re.findall("^# .*", made.text, re.MULTILINE)[0].endswith("pruned by 20.3 %")
+    assert re.findall("^# .*", made.text, re.MULTILINE)[0].endswith("pruned by 20.33 %")
 
 
 def test_many_uneven_blocks_are_told_one_by_one(tmp_path: Path) -> None:

@@ -46,7 +46,8 @@ def _widths(axes: Any, pairs: Sequence[PairFacts]) -> None:
         left = [100 * width / pair.original for width in pair.widths]
         edges = [block - 0.5 for block in range(len(left) + 1)]
         color, name = COLORS[pair.kind], f"{NAMES[pair.kind]}, {pair.original:,} originally"
-        axes.stairs(left, edges, fill=True, alpha=0.25, color=color)
+        if len(pairs) == 1:
+            axes.stairs(left, edges, fill=True, alpha=0.25, color=color)
         axes.stairs(left, edges, baseline=None, color=color, linewidth=1.6, label=name)
     axes.axhline(100, color="0.6", linewidth=0.8)
     axes.set(title="units left of each block", ylabel="% of the original", ylim=(0, 130))

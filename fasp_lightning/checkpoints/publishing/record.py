@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 SAMPLED = 64
 """Values of each parameter that tell whether it was trained."""
 PACKAGES = ("fasp_lightning", "torch", "transformers")
+PATHS = ("model", "source", "cache_dir")
+"""Entries, of whatever part of a report, that may be a path."""
 WHOLE = ("made_with",)
 """Entries that a later run compares with its own settings, word for word."""
 
@@ -83,12 +85,12 @@ def _versions() -> dict[str, str]:
     return {name: str(import_module(name).__version__) for name in PACKAGES}
 
 
-def _without_paths(value: Any) -> Any:
+def _without_paths(value: Any, name: str = "") -> Any:
     """Plain data in which an absolute path is its last part: reports are published along with the model."""
     if isinstance(value, dict):
-        return {name: _without_paths(item) for name, item in value.items()}
+        return {key: _without_paths(item, key) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_without_paths(item) for item in value]
-    if isinstance(value, str) and PurePath(value).is_absolute() and "\n" not in value:
+        return [_without_paths(item, name) for item in value]
+    if name in PATHS and isinstance(value, str) and PurePath(value).is_absolute():
         return PurePath(value).name
     return value
