@@ -65,7 +65,7 @@ def record_of(model: PreTrainedModel, dtype: torch.dtype) -> dict[str, Any]:
         "versions": _versions(),
     }
     report |= {"saved": saved, "base": base_of(model, report)}
-    return {name: value if name in WHOLE else _without_paths(value) for name, value in report.items()}
+    return {name: value if name in WHOLE else _without_paths(value, name) for name, value in report.items()}
 
 
 def sizes_of(model: PreTrainedModel) -> dict[str, float]:
