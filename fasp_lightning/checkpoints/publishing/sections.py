@@ -72,7 +72,8 @@ def removed(facts: Facts, picture: str) -> str:
     saved, rows = facts.saved, []
     if saved:
         asked = "" if facts.asked is None else f", {percent(facts.asked)} asked"
-        rows.append(("parameters", f"{saved['original_parameters']:,}", f"{saved['parameters']:,}"))
+        zeros = ", zeros where units are gone not counted" if facts.form == "zero_filled" else ""
+        rows.append((f"parameters{zeros}", f"{saved['original_parameters']:,}", f"{saved['parameters']:,}"))
         rows.append((f"sparsity of the blocks{asked}", "", percent(saved["sparsity"])))
         rows.append(("sparsity of all parameters", "", percent(saved["sparsity_total"])))
     rows += [(f"{UNITS[pair.kind]} of a block", f"{pair.original:,}", _widths(pair)) for pair in facts.pairs]
