@@ -65,7 +65,7 @@ def record_of(model: PreTrainedModel, dtype: torch.dtype) -> dict[str, Any]:
         "versions": _versions(),
     }
     report |= {"saved": saved, "base": base_of(model, report)}
-    return {name: value if name in WHOLE else _without_paths(value, name) for name, value in report.items()}
+    return {name: value if name in WHOLE else without_paths(value, name) for name, value in report.items()}
 
 
 def sizes_of(model: PreTrainedModel) -> dict[str, float]:
@@ -85,12 +85,17 @@ def _versions() -> dict[str, str]:
     return {name: str(import_module(name).__version__) for name in PACKAGES}
 
 
-def _without_paths(value: Any, name: str = "") -> Any:
-    """Plain data in which an absolute path is its last part: reports are published along with the model."""
+def without_paths(value: Any, name: str = "") -> Any:
+    """Plain data in which an absolute path is its last part: reports are published along with the model.
+
+    Args:
+        value: The data.
+        name: The entry that it is, which says whether a string may be a path.
+    """
     if isinstance(value, dict):
-        return {key: _without_paths(item, key) for key, item in value.items()}
+        return {key: without_paths(item, key) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_without_paths(item, name) for item in value]
+        return [without_paths(item, name) for item in value]
     if name in PATHS and isinstance(value, str) and PurePath(value).is_absolute():
         return PurePath(value).name
     return value
