@@ -20,10 +20,8 @@ if TYPE_CHECKING:
 SAMPLED = 64
 """Values of each parameter that tell whether it was trained."""
 PACKAGES = ("fasp_lightning", "torch", "transformers")
-PATHS = ("model", "source", "cache_dir")
-"""Entries, of whatever part of a report, that may be a path."""
-WHOLE = ("made_with",)
-"""Entries that a later run compares with its own settings, word for word."""
+WHOLE = ("made_with", "continuation")
+"""Entries that stay word for word: settings that a later run compares with its own, and text."""
 
 
 def mark_of(model: PreTrainedModel, dtype: torch.dtype | None = None) -> str:
@@ -65,7 +63,7 @@ def record_of(model: PreTrainedModel, dtype: torch.dtype) -> dict[str, Any]:
         "versions": _versions(),
     }
     report |= {"saved": saved, "base": base_of(model, report)}
-    return {name: value if name in WHOLE else without_paths(value, name) for name, value in report.items()}
+    return {name: value if name in WHOLE else without_paths(value) for name, value in report.items()}
 
 
 def sizes_of(model: PreTrainedModel) -> dict[str, float]:
@@ -85,17 +83,15 @@ def _versions() -> dict[str, str]:
     return {name: str(import_module(name).__version__) for name in PACKAGES}
 
 
-def without_paths(value: Any, name: str = "") -> Any:
+def without_paths(value: Any) -> Any:
     """Plain data in which an absolute path is its last part: reports are published along with the model.
 
-    Args:
-        value: The data.
-        name: The entry that it is, which says whether a string may be a path.
+    What a separator of documents may be, such as ``"/"``, or one name in the root folder, is left as it is.
     """
     if isinstance(value, dict):
-        return {key: without_paths(item, key) for key, item in value.items()}
+        return {name: without_paths(item) for name, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [without_paths(item, name) for item in value]
-    if name in PATHS and isinstance(value, str) and PurePath(value).is_absolute():
-        return PurePath(value).name
+        return [without_paths(item) for item in value]
+    if isinstance(value, str) and "\n" not in value and PurePath(value).is_absolute():
+        return PurePath(value).name if len(PurePath(value).parts) > 2 else value
     return value
