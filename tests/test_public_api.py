@@ -65,7 +65,8 @@ PUBLIC = (*ENGINE, *TRAINING)
 SIGNATURES = {
     "FASPPruner.prune": "(self, model, batches)",
     "apply_plan": "(model, plan)",
-    "save_pruned": "(model, path, tokenizer=None, form='auto', verify=True, overwrite=False, dtype='auto')",
+    "save_pruned": "(model, path, tokenizer=None, form='auto', verify=True, overwrite=False, dtype='auto', "
+    "push_to_hub=None, private=None)",
     "load_pruned": "(path, dtype='auto', device_map=None, attn_implementation=None, revision=None, "
     "trust_remote_code=False)",
     "perplexity": "(model, batches)",

@@ -229,6 +229,25 @@ def test_model_is_not_overwritten_by_its_own_pruning(prune, tiny_folder) -> None
 
 
 @pytest.mark.usefixtures("no_weights")
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--push_to_hub", "a/b/c"), "push_to_hub must be the id of a repository"),
+        (("--push_to_hub", "me/model"), "HF_HUB_OFFLINE"),
+        (("--push_to_hub", "me/model", "--output_dir", "null"), "output_dir must be a folder for push_to_hub"),
+        (("--private", "true"), "private is for push_to_hub alone"),
+    ],
+)
+def test_upload_that_cannot_work_is_refused(prune, tiny_folder, options: tuple[str, ...], message: str) -> None:
+    assert_refused(prune(tiny_folder("llama"), *options), message)
+
+
+def test_a_sweep_is_not_uploaded(fasp, tiny_folder) -> None:
+    refused = fasp("sweep", "--model.name_or_path", tiny_folder("llama"), "--push_to_hub", "me/model")
+    assert_refused(refused, "push_to_hub must be null for a sweep")
+
+
+@pytest.mark.usefixtures("no_weights")
 def test_full_disk_is_found_before_anything_is_spent(prune, tiny_folder, tmp_path: Path, monkeypatch) -> None:
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=20_000))

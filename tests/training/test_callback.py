@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import lightning as L
@@ -120,6 +121,9 @@ def test_export_is_the_recovered_model(tmp_path: Any) -> None:
     for name, value in module.lm.state_dict().items():
         assert torch.equal(value, reloaded.state_dict()[name])
     assert [event["step"] for event in reloaded.fasp_report["events"]] == [2, 5]
+    card = Path(out, "README.md").read_text()
+    assert f"| {callback.records[-1].perplexity_recovered:.3f} |" in card.partition("## Training")[2]
+    assert "model-index" not in card  # which would say on which text
 
 
 def test_model_that_is_pruned_already_is_not_pruned_again(tmp_path: Any) -> None:

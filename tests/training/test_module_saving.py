@@ -14,6 +14,8 @@ from tiny_lightning import SCRATCH, Folder, loader, logits, sgd, steps, trained_
 from tiny_pruning import BOTH, calibration, pruned
 
 from fasp_lightning import FASPPruner, load_pruned, save_pruned
+from fasp_lightning.checkpoints.facts import facts_in
+from fasp_lightning.checkpoints.publishing.record import mark_of
 from fasp_lightning.structure.adapters import has_adapters
 from fasp_lightning.training.modeling.lora import LoRAConfig, merge_lora
 from fasp_lightning.training.module import CausalLMModule
@@ -163,3 +165,16 @@ def test_merging_by_the_module_leaves_a_checkpoint_that_loads(tiny_folder: Folde
     runner.save_checkpoint(tmp_path / "merged.ckpt")
     assert has_adapters(CausalLMModule.load_from_checkpoint(tmp_path / "attached.ckpt"))
     assert torch.equal(logits(CausalLMModule.load_from_checkpoint(tmp_path / "merged.ckpt")), logits(module))
+
+
+def test_what_was_measured_before_recovery_is_no_figure_of_the_recovered_model(tmp_path: Path) -> None:
+    model = pruned("llama-gqa")
+    figures = {"perplexity": 7.0, "seq_len": 12, "tokens": 22}
+    text = {"name": "t", "domain": "other", "before": figures, "after": figures}
+    model.fasp_report |= {"evaluation": [text], "weights": mark_of(model)}
+    save_pruned(model, tmp_path / "p", verify=False)
+    module = CausalLMModule(str(tmp_path / "p"), lora=LoRAConfig(rank=2))
+    module.export(tmp_path / "untrained")
+    trainer(tmp_path, max_steps=2).fit(module, loader())
+    module.export(tmp_path / "trained")
+    assert [facts_in(tmp_path / name).measured for name in ("p", "untrained", "trained")] == [True, True, False]

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fasp_lightning.checkpoints.pruned_folder import REPORT_FILE
-from fasp_lightning.checkpoints.source import PACKAGE_PREFIX, ModelSource, resolve_source
+from fasp_lightning.checkpoints.source import ModelSource, resolve_source
 from fasp_lightning.errors import FaspError, of_library
 from fasp_lightning.staging import read_json
 
@@ -49,9 +49,7 @@ def base_of(model: PreTrainedModel, report: dict[str, Any]) -> dict[str, str]:
 
 def _described(source: ModelSource) -> dict[str, str]:
     if source.gguf_file is not None:
-        packaged = source.name.startswith(PACKAGE_PREFIX)
-        name = source.name if packaged else source.gguf_file
-        return {"name": name, **_of_gguf(Path(source.location) / source.gguf_file)}
+        return {"name": source.gguf_file, **_of_gguf(Path(source.location) / source.gguf_file)}
     if source.local:
         return {"name": Path(source.location).resolve().name, **_of_folder(Path(source.location))}
     return {"name": source.name, **_id(source.name), **_cached(source.name)}
@@ -90,6 +88,7 @@ def _of_gguf(file: Path) -> dict[str, str]:
 
     fields = GGUFReader(file).fields
     names = {
+        "general.name": "name",
         "general.license": "license",
         "general.license.name": "license_name",
         "general.license.link": "license_link",

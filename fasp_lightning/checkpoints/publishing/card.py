@@ -44,7 +44,7 @@ def _text(facts: Facts, loaders: Sequence[LoaderSupport], place: str, remote_cod
     parts = {
         "": sections.introduction(facts),
         "Use": sections.usage(facts, place, remote_code),
-        "What was removed": "\n\n".join(filter(None, (sections.removed(facts), picture))),
+        "What was removed": sections.removed(facts, picture),
         "Perplexity" if facts.measured else "Perplexity right after the pruning": sections.perplexities(facts),
         "Training": sections.events(facts),
         "How it was made": sections.making(facts),

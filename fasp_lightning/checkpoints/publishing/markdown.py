@@ -34,8 +34,8 @@ def folded(title: str, content: str) -> str:
 
 
 def percent(value: float) -> str:
-    """``20.3 %`` for 0.203."""
-    return f"{100 * value:.1f} %"
+    """``20.30 %`` for 0.203."""
+    return f"{100 * value:.2f} %"
 
 
 def figure(value: float | None, digits: int = 3) -> str:

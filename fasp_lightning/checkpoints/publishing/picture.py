@@ -29,24 +29,28 @@ def draw(facts: Facts, file: Path) -> bool:
     from matplotlib.figure import Figure
 
     errors = [pair for pair in facts.pairs if any(map(finite, pair.restored))]
-    figure = Figure(figsize=(4.8 * (1 + bool(errors)), 3.4), layout="constrained")
-    panels = figure.subplots(1, 1 + bool(errors), squeeze=False)[0]
-    _widths(panels[0], facts.pairs)
+    panels = 1 + bool(errors)
+    figure = Figure(figsize=(4.8 * panels, 3.4))
+    axes = figure.subplots(1, panels, squeeze=False)[0]
+    figure.subplots_adjust(left=0.14 / panels, right=1 - 0.03 / panels, bottom=0.15, top=0.9, wspace=0.2)
+    _widths(axes[0], facts.pairs)
     if errors:
-        _errors(panels[1], errors)
+        _errors(axes[1], errors)
     figure.savefig(file, dpi=110, metadata={"Software": None})
     return True
 
 
 def _widths(axes: Any, pairs: Sequence[PairFacts]) -> None:
-    """Bars side by side, in percent of the original width."""
-    size = 0.8 / len(pairs)
-    for at, pair in enumerate(pairs):
-        places = [block - 0.4 + size * (at + 0.5) for block in range(len(pair.widths))]
+    """A stair over the blocks, in percent of the original width."""
+    for pair in pairs:
         left = [100 * width / pair.original for width in pair.widths]
-        axes.bar(places, left, size, color=COLORS[pair.kind], label=f"{NAMES[pair.kind]}, {pair.original:,} originally")
+        edges = [block - 0.5 for block in range(len(left) + 1)]
+        color, name = COLORS[pair.kind], f"{NAMES[pair.kind]}, {pair.original:,} originally"
+        if len(pairs) == 1:
+            axes.stairs(left, edges, fill=True, alpha=0.25, color=color)
+        axes.stairs(left, edges, baseline=None, color=color, linewidth=1.6, label=name)
     axes.axhline(100, color="0.6", linewidth=0.8)
-    axes.set(title="units left of each block", ylabel="% of the original", ylim=(0, 125))
+    axes.set(title="units left of each block", ylabel="% of the original", ylim=(0, 130))
     _finish(axes)
 
 
@@ -58,14 +62,14 @@ def _errors(axes: Any, pairs: Sequence[PairFacts]) -> None:
             name = f"{NAMES[pair.kind]}, {what}"
             axes.plot(told, style, marker=".", markersize=4, color=COLORS[pair.kind], label=name)
     axes.set(title="error of its outputs on the calibration text", ylabel="relative error")
-    axes.set_ylim(bottom=0, top=axes.get_ylim()[1] * 1.3)
-    _finish(axes)
+    axes.set_ylim(bottom=0, top=axes.get_ylim()[1] * 1.4)
+    _finish(axes, len(pairs))
 
 
-def _finish(axes: Any) -> None:
+def _finish(axes: Any, columns: int = 1) -> None:
     from matplotlib.ticker import MaxNLocator
 
     axes.set_xlabel("block")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, fontsize="small", ncols=1)
+    axes.legend(frameon=False, fontsize="small", ncols=columns)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from fasp_lightning.checkpoints.facts import Facts, PairFacts, TextFacts
+from fasp_lightning.checkpoints.facts import Facts, PairFacts
 from fasp_lightning.checkpoints.forms import LoaderSupport
 from fasp_lightning.checkpoints.publishing.markdown import figure, folded, percent, plain, table
 
@@ -62,17 +62,23 @@ def usage(facts: Facts, place: str, remote_code: bool) -> str:
     return f"```python\n{code}\n```"
 
 
-def removed(facts: Facts) -> str:
-    """What was removed: sparsities, and widths of each kind of pair."""
+def removed(facts: Facts, picture: str) -> str:
+    """What was removed: sparsities, and widths of each kind of pair.
+
+    Args:
+        facts: What is known.
+        picture: Markdown of the picture, empty where there is none.
+    """
     saved, rows = facts.saved, []
     if saved:
         asked = "" if facts.asked is None else f", {percent(facts.asked)} asked"
-        rows.append(("parameters", f"{saved['original_parameters']:,}", f"{saved['parameters']:,}"))
+        zeros = ", zeros where units are gone not counted" if facts.form == "zero_filled" else ""
+        rows.append((f"parameters{zeros}", f"{saved['original_parameters']:,}", f"{saved['parameters']:,}"))
         rows.append((f"sparsity of the blocks{asked}", "", percent(saved["sparsity"])))
         rows.append(("sparsity of all parameters", "", percent(saved["sparsity_total"])))
     rows += [(f"{UNITS[pair.kind]} of a block", f"{pair.original:,}", _widths(pair)) for pair in facts.pairs]
     rows += [_error(pair) for pair in facts.pairs if _known(pair.restored)]
-    parts = [table(("", "original", "pruned"), rows), _steps(facts)]
+    parts = [table(("", "original", "pruned"), rows), _steps(facts), picture]
     if any(pair.uneven for pair in facts.pairs):
         parts.append(folded("Widths and errors of each block", _blocks(facts.pairs)))
     return "\n\n".join(filter(None, parts))
@@ -103,8 +109,8 @@ def _known(values: Sequence[float | None]) -> list[float]:
 
 def _error(pair: PairFacts) -> tuple[str, str, str]:
     plain_, restored = (sum(known) / len(known) for known in (_known(pair.unrestored), _known(pair.restored)))
-    what = f"relative error of `{pair.consumer}`'s outputs on the calibration text, mean of the blocks"
-    return what, "", f"{plain_:.3f} with nothing restored, {restored:.3f} as it is"
+    what = f"relative error of `{pair.consumer}` on the calibration text, mean of the blocks"
+    return what, "", f"{plain_:.3f} with nothing restored, {restored:.3f} restored"
 
 
 def _blocks(pairs: Sequence[PairFacts]) -> str:
@@ -124,10 +130,18 @@ def perplexities(facts: Facts) -> str:
     """Perplexities before and after, with their protocol."""
     if not facts.texts:
         return ""
-    bos, plain_ = any(text.bos for text in facts.texts), any(text.unrestored is not None for text in facts.texts)
-    titles = ["text", "its source", "before", "pruned", "change", "predicted tokens", "seq_len"]
-    titles += (["same units removed, nothing restored"] if plain_ else []) + (["sequences begin with"] if bos else [])
-    rows = [(*_text(text), *_more(text, plain_, bos)) for text in facts.texts]
+    columns = [
+        ("text", [plain(text.name) for text in facts.texts]),
+        ("before", [figure(text.before) for text in facts.texts]),
+        ("pruned", [figure(text.after) for text in facts.texts]),
+        ("same units removed, nothing restored", [figure(text.unrestored) for text in facts.texts]),
+        ("change", [f"× {figure(text.after / text.before)}" if text.before else "–" for text in facts.texts]),
+        ("predicted tokens", [f"{text.tokens:,}" for text in facts.texts]),
+        ("seq_len", [str(text.seq_len) for text in facts.texts]),
+        ("sequences begin with", [plain(text.bos or "–") for text in facts.texts]),
+        ("its source", [SOURCES.get(text.domain, "–") for text in facts.texts]),
+    ]
+    told = {title: cells for title, cells in columns if set(cells) != {"–"}}
     computed = facts.known("computed") or {}
     where = f"Computed in {computed['dtype']} on {computed['device']}" if computed else "Computed"
     protocol = (
@@ -140,17 +154,9 @@ def perplexities(facts: Facts) -> str:
         "**These are not figures of the weights in this folder**: they were measured right after the pruning, and the "
         "weights were changed since, by training or by rounding."
     )
-    return "\n\n".join([*([] if facts.measured else [stale]), table(titles, rows), protocol])
-
-
-def _text(text: TextFacts) -> tuple[str, ...]:
-    change = text.after / text.before if text.before else None
-    figures = (figure(text.before), figure(text.after), f"× {figure(change)}")
-    return plain(text.name), SOURCES.get(text.domain, ""), *figures, f"{text.tokens:,}", str(text.seq_len)
-
-
-def _more(text: TextFacts, unrestored: bool, bos: bool) -> list[str]:
-    return ([figure(text.unrestored)] if unrestored else []) + ([plain(text.bos or "the text")] if bos else [])
+    return "\n\n".join(
+        [*([] if facts.measured else [stale]), table(list(told), zip(*told.values(), strict=True)), protocol]
+    )
 
 
 def events(facts: Facts) -> str:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from tiny import random_tokens, tiny_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -47,6 +48,18 @@ def test_table_holds_the_figures(prune, tiny_folder, tmp_path: Path) -> None:
     assert re.search(r"topics \(test\)[\s\S]*predicted tokens .* 60 [\s\S]*seq_len .* 16 ", out)
     assert re.search(r"seconds to prune .* \d+\.\d", out)
     assert re.search(r"peak memory, process .* \d+\.\d\d GiB", out)
+
+
+def test_the_model_card_has_the_figures(prune, tiny_folder, tmp_path: Path) -> None:
+    prune(folder := tiny_folder("llama-gqa"))
+    card, report = ModelCard.load(tmp_path / "pruned" / "README.md"), report_of(tmp_path / "pruned")
+    (result,), (text,) = card.data.eval_results, report["evaluation"]
+    assert result.metric_value == pytest.approx(text["after"]["perplexity"], abs=1e-4)
+    assert result.dataset_args == {"seq_len": 16, "predicted_tokens": 60}
+    assert "Computed in float32 on cpu" in card.text
+    assert (tmp_path / "pruned" / "pruning.png").is_file()
+    told = card.content + json.dumps(report)
+    assert str(folder.parent) not in told
 
 
 def test_reported_perplexities_are_those_of_the_models(prune, tiny_folder, tmp_path, tiny_tokenizer) -> None:
