@@ -123,7 +123,7 @@ def save_pruned(
     form, stored = choose_form(form, spec, plan.cuts), stored_in(model, dtype)
     check_output(path, overwrite)
     adopt_plan(model)  # a zero-filled one, loaded by stock code, is no wider than its plan
-    tensors = _zero_filled(model, plan) if form == "zero_filled" else {}
+    tensors = zero_filled(model, stock_part(plan, spec)) if form == "zero_filled" else {}
     require_space(path, bytes_of((*model.parameters(), *tensors.values()), stored))
     with staged(path) as stage:
         with savable(model), _config_of(model, form, plan):
@@ -250,12 +250,36 @@ def _config_of(model: PreTrainedModel, form: str, plan: PruningPlan) -> Iterator
         yield
 
 
-def _zero_filled(model: PreTrainedModel, plan: PruningPlan) -> dict[str, Tensor]:
-    """State entries in stock shapes, for the pairs that are narrower than stock code builds them."""
-    wanted = targets(model, resolve_pruned(model), stock_part(plan, spec_for(model)))
+def zero_filled(model: PreTrainedModel, plan: PruningPlan) -> dict[str, Tensor]:
+    """State entries in a plan's shapes, for the pairs that have fewer units; zeros where units are gone.
+
+    Args:
+        model: The model.
+        plan: Keeps at least what the model's plan keeps.
+    """
     return {
         f"{pair.name}.{key}": tensor
-        for pair, units in wanted
+        for pair, units in targets(model, resolve_pruned(model), plan)
         if units.numel() > pair.kept.numel()
         for key, tensor in pair.zero_filled(units).items()
     }
+
+
+def save_dense(model: PreTrainedModel, path: Path, tokenizer: Any, dtype: str | torch.dtype) -> None:
+    """Write a model that was never pruned as a stock folder; all or nothing.
+
+    Args:
+        model: The model.
+        path: Folder to write.
+        tokenizer: Saved along if given.
+        dtype: See :func:`save_pruned`.
+
+    Raises:
+        FaspError: If it cannot be saved.
+        FaspOSError: If the disk has too little room.
+    """
+    require_savable(model, tokenizer)
+    stored = stored_in(model, dtype)
+    require_space(path, bytes_of(model.parameters(), stored))
+    with staged(path) as stage, savable(model):
+        write_folder(model, stage, stored, tokenizer)

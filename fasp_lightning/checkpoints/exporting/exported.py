@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -68,6 +68,23 @@ class Reference:
     prompt: tuple[int, ...]
     greedy: tuple[int, ...]
     logits: Tensor
+
+
+TEXT = "The capital of France, as everybody knows, is"
+
+
+def sample(model: PreTrainedModel, tokenizer: Any = None) -> list[int]:
+    """A prompt to compare with, no longer than leaves room for the tokens after it.
+
+    Args:
+        model: The model.
+        tokenizer: Its tokenizer; without one, some ids of its vocabulary.
+    """
+    embeddings: Any = model.get_input_embeddings()
+    vocabulary = embeddings.weight.shape[0]
+    ids = tokenizer(TEXT)["input_ids"] if tokenizer else [index * 37 % vocabulary for index in range(1, 9)]
+    room = getattr(model.config, "max_position_embeddings", None) or len(ids) + COMPARED_TOKENS
+    return list(ids[: max(1, room - COMPARED_TOKENS)])
 
 
 def reference(model: PreTrainedModel, prompt: list[int], tokens: int = COMPARED_TOKENS) -> Reference:

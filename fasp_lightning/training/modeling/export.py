@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fasp_lightning.checkpoints.devices import require_dtype
-from fasp_lightning.checkpoints.dry_save import require_savable, savable
+from fasp_lightning.checkpoints.dry_save import require_savable
 from fasp_lightning.checkpoints.forms import choose_form, require_form
-from fasp_lightning.checkpoints.saving import bytes_of, check_output, save_pruned, stored_in, write_folder
+from fasp_lightning.checkpoints.saving import check_output, save_dense, save_pruned
 from fasp_lightning.errors import FaspError
-from fasp_lightning.staging import require_space, staged
+from fasp_lightning.staging import require_space
 from fasp_lightning.structure.adapters import has_adapters
 from fasp_lightning.structure.layout import Cuts
 from fasp_lightning.structure.plan import plan_of
@@ -106,9 +106,5 @@ def check_export(
 def _save_dense(model: PreTrainedModel, path: Path, tokenizer: Any, form: str, dtype: str) -> Path:
     if form not in ("auto", "stock"):
         raise FaspError(f"form must be 'auto' or 'stock' for a model that was never pruned, got {form!r}")
-    require_savable(model, tokenizer)
-    stored = stored_in(model, dtype)
-    require_space(path, bytes_of(model.parameters(), stored))
-    with staged(path) as stage, savable(model):
-        write_folder(model, stage, stored, tokenizer)
+    save_dense(model, path, tokenizer, dtype)
     return path

@@ -1,0 +1,1 @@
+"""Folders that vLLM serves, and what it makes of them."""

@@ -1,0 +1,140 @@
+"""A model as a folder that vLLM serves."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from fasp_lightning.checkpoints.dry_save import require_savable, runs_remote_code, savable
+from fasp_lightning.checkpoints.exporting.exported import COMPARED_TOKENS, Exported, LoaderCheck, reference, sample
+from fasp_lightning.checkpoints.exporting.vllm.answering import PYTHON, answer, python_with_vllm
+from fasp_lightning.checkpoints.exporting.vllm.decilm import ARCHITECTURE, describe_blocks, is_decilm, without_ffn
+from fasp_lightning.checkpoints.pruned_folder import REPORT_FILE
+from fasp_lightning.checkpoints.publishing.record import record_of
+from fasp_lightning.checkpoints.saving import (
+    bytes_of,
+    check_output,
+    save_dense,
+    save_pruned,
+    stored_in,
+    write_folder,
+    zero_filled,
+)
+from fasp_lightning.errors import FaspError
+from fasp_lightning.staging import require_space, staged, write_json
+from fasp_lightning.structure.adapters import has_adapters
+from fasp_lightning.structure.modes import own_modes
+from fasp_lightning.structure.plan import adopt_plan, plan_of
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+log = logging.getLogger(__name__)
+
+
+@own_modes()
+def export_vllm(
+    model: PreTrainedModel,
+    path: str | Path,
+    tokenizer: Any = None,
+    check: bool = True,
+    overwrite: bool = False,
+    dtype: str | torch.dtype = "auto",
+) -> Exported:
+    """Write a pruned or whole model as a folder that vLLM serves.
+
+    Stock forms are served as they are: the folder is the one that :func:`~fasp_lightning.save_pruned` writes. Blocks of
+    different FFN widths keep theirs in llama, mistral and qwen2, as ``DeciLMForCausalLM``, whose config needs
+    ``trust_remote_code`` for a class of twenty lines in the folder; other families are padded with zeros to the widest.
+    Value dims are zero-filled.
+
+    Args:
+        model: A causal LM, such as :func:`~fasp_lightning.load_pruned` gives.
+        path: Folder to write.
+        tokenizer: Saved along if given.
+        check: Serve it with vLLM, if this python has it or ``FASP_VLLM_PYTHON`` names one that does, and compare its
+            answer, in the stored dtype on both sides.
+        overwrite: Replace a folder that was written by this package.
+        dtype: Dtype of the stored weights, as for :func:`~fasp_lightning.save_pruned`.
+
+    Returns:
+        What was written, and what vLLM makes of it.
+
+    Raises:
+        FaspError: If the model has adapters or cannot be saved; or if vLLM does not serve what was written.
+        FaspFileExistsError: If ``path`` is not empty and ``overwrite`` is false, or it was not written by this package.
+        FaspOSError: If the disk has too little room, or the place is not writable.
+
+    Example::
+
+        from fasp_lightning import FASPPruner, PruningConfig, export_vllm
+
+        FASPPruner(PruningConfig(sparsity=0.2, allocation="adaptive")).prune(model, batches)
+        exported = export_vllm(model, folder, tokenizer, check=False)
+        print(exported.architecture, exported.bytes)
+    """
+    path = Path(path)
+    python = require_vllm(model, tokenizer, check)
+    check_output(path, overwrite)
+    adopt_plan(model)  # a zero-filled one, loaded by stock code, is no wider than its plan
+    stored, plan = stored_in(model, dtype), plan_of(model)
+    decilm = plan is not None and is_decilm(model.config, plan)
+    if not decilm:
+        log.info("%s is served as it is: a stock folder", type(model).__name__)
+    if decilm:
+        _write_decilm(model, path, tokenizer, stored)
+    elif plan is not None and any(plan.blocks):
+        save_pruned(model, path, tokenizer, overwrite=overwrite, dtype=stored)
+    else:
+        save_dense(model, path, tokenizer, stored)
+    found = None if python is None else _checked(model, path, tokenizer, python, stored, decilm)
+    size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+    return Exported(path, "vllm", ARCHITECTURE if decilm else type(model).__name__, size, found)
+
+
+def require_vllm(model: PreTrainedModel, tokenizer: Any = None, check: bool = True) -> str | None:
+    """Refuse what could not be written, before anything is spent.
+
+    Args:
+        model: The model, with its plan; its weights may be on ``meta``.
+        tokenizer: As :func:`export_vllm`.
+        check: As there.
+
+    Returns:
+        The python to try it with, ``None`` if it is not tried.
+
+    Raises:
+        FaspError: As :func:`export_vllm`.
+    """
+    if has_adapters(model):
+        raise FaspError("model must have its LoRA merged before it is exported, or its keys would not be stock ones")
+    require_savable(model, tokenizer)
+    python = python_with_vllm() if check else None
+    if check and python is None:
+        log.info("what is written is not tried: vLLM is not installed here, and %s names no python that has it", PYTHON)
+    return python
+
+
+def _write_decilm(model: PreTrainedModel, path: Path, tokenizer: Any, stored: torch.dtype) -> None:
+    plan: Any = plan_of(model)
+    tensors = zero_filled(model, without_ffn(plan))
+    require_space(path, bytes_of((*model.parameters(), *tensors.values()), stored))
+    with staged(path) as stage:
+        with savable(model):
+            write_folder(model, stage, stored, tokenizer, tensors)
+        describe_blocks(stage, plan)
+        write_json(stage / REPORT_FILE, record_of(model, stored))
+
+
+def _checked(
+    model: PreTrainedModel, folder: Path, tokenizer: Any, python: str, stored: torch.dtype, trusted: bool
+) -> LoaderCheck:
+    """vLLM's answer beside that of the model with the weights that were written."""
+    other: Any = copy.deepcopy(model) if model.dtype != stored else model
+    same = other.to(stored)
+    expected = reference(same, sample(model, tokenizer), COMPARED_TOKENS)
+    return answer(folder, expected, python, stored, trusted or runs_remote_code(model))
