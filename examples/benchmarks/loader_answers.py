@@ -4,7 +4,7 @@
     ENVIRONMENT/bin/python examples/benchmarks/loader_answers.py vllm FOLDER…
 
 prints a line of JSON a folder: its name, the loader's version, and the token ids, or the error. The prompt is
-``--text``, which the folder's tokenizer reads, or the ids in ``--ids``.
+``--text``, which the folder's tokenizer reads, or else the ids in the folder's ``prompt.json``.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+from pathlib import Path
 from typing import Any
 
 
@@ -52,7 +53,6 @@ def main() -> None:
     parser.add_argument("loader", choices=GREEDY)
     parser.add_argument("folders", nargs="+")
     parser.add_argument("--text")
-    parser.add_argument("--ids", type=json.loads)
     parser.add_argument("--tokens", type=int, default=40)
     asked = parser.parse_args()
     os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # in this process, whose errors are then seen here
@@ -60,7 +60,8 @@ def main() -> None:
     for folder in asked.folders:
         answer: dict[str, Any] = {"folder": folder, "version": version}
         try:
-            answer["greedy"] = GREEDY[asked.loader](folder, asked.ids, asked.text, asked.tokens)
+            ids = None if asked.text else json.loads((Path(folder) / "prompt.json").read_text(encoding="utf-8"))
+            answer["greedy"] = GREEDY[asked.loader](folder, ids, asked.text, asked.tokens)
         except Exception as error:  # whatever the loader says of a model that it does not take
             answer["error"] = f"{type(error).__name__}: {error}"
         print(json.dumps(answer), flush=True)
