@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from fasp_lightning.checkpoints.exporting.exported import Exported, LoaderCheck, reference
+from fasp_lightning.checkpoints.exporting.exported import COMPARED_TOKENS, Exported, LoaderCheck, reference
 from fasp_lightning.checkpoints.exporting.gguf.fields import (
     Family,
     add_fields,
@@ -95,7 +95,7 @@ def export_gguf(
     require_space(path, sum(entry.bytes for entry in entries))
     with staged_file(path) as new:
         write(new, shapes.architecture, partial(_add_keys, model, tokenizer, family, shapes, outtype), entries)
-        found = _checked(model, tokenizer, new) if check else None
+        found = _checked(model, tokenizer, family, new) if check else None
     return Exported(path, "gguf", shapes.architecture, path.stat().st_size, found)
 
 
@@ -154,7 +154,7 @@ def _add_keys(
 
     config: Any = model.config
     writer.add_type(gguf.GGUFType.MODEL)
-    name = Path(str(getattr(config, "_name_or_path", "") or config.model_type)).name
+    name = Path(str(getattr(config, "_name_or_path", "") or "model")).name
     writer.add_name(name)
     if plan_of(model) is not None:
         parameters = sum(parameter.numel() for parameter in model.parameters())
@@ -169,7 +169,7 @@ def _add_keys(
     add_vocabulary(writer, tokenizer, config.vocab_size)
 
 
-def _checked(model: PreTrainedModel, tokenizer: Any, file: Path) -> LoaderCheck | None:
+def _checked(model: PreTrainedModel, tokenizer: Any, family: Family, file: Path) -> LoaderCheck | None:
     """llama.cpp's answer to a text, tokenized by itself, beside that of the model in fp32."""
     if installed() is None:
         log.info("%s is not tried: llama.cpp is not there; pip install 'fasp-lightning[serve]'", file)
@@ -177,5 +177,8 @@ def _checked(model: PreTrainedModel, tokenizer: Any, file: Path) -> LoaderCheck 
     unknown = tokenizer.unk_token_id
     text = next((text for text in TEXTS if unknown not in tokenizer(text)["input_ids"]), TEXTS[-1])
     full = model if model.dtype == torch.float32 else copy.deepcopy(model).float()
-    expected = reference(full, tokenizer(text)["input_ids"])
-    return answer(file, expected, text=text)
+    ids = tokenizer(text)["input_ids"]
+    room = context_of(model.config, family)
+    prompt = ids[: max(1, room - COMPARED_TOKENS)]
+    expected = reference(full, prompt, min(COMPARED_TOKENS, room - len(prompt)))
+    return answer(file, expected, split=(text, ids))

@@ -79,7 +79,9 @@ def ask(
     return list(json.loads(process.stdout))
 
 
-def answer(file: Path, expected: Reference, threads: int = 1, text: str | None = None) -> LoaderCheck:
+def answer(
+    file: Path, expected: Reference, threads: int = 1, split: tuple[str, list[int]] | None = None
+) -> LoaderCheck:
     """llama.cpp's greedy continuation of a prompt, and its logits, beside those of ``transformers``.
 
     It is asked for each token after those that ``transformers`` has found, until they differ its own continuation.
@@ -91,7 +93,7 @@ def answer(file: Path, expected: Reference, threads: int = 1, text: str | None =
         file: The GGUF file.
         expected: The answer of ``transformers``.
         threads: Threads to compute with.
-        text: The prompt's text, which llama.cpp must split into the same tokens.
+        split: A text, and the tokens that llama.cpp must split it into.
 
     Raises:
         FaspError: As :func:`ask`.
@@ -100,10 +102,11 @@ def answer(file: Path, expected: Reference, threads: int = 1, text: str | None =
     release, prompt, count = require_installed(), list(expected.prompt), len(expected.greedy)
     everything = "/completion", {"prompt": prompt, "n_predict": 1, "n_probs": expected.logits.numel(), "temperature": 0}
     steps = [_step(prompt + list(expected.greedy[:done])) for done in range(count)]
-    split = "/tokenize", {"content": text or "", "add_special": True}
-    found, first, *rest = ask(file, [split, everything, *steps], context=len(prompt) + count + 1, threads=threads)
-    if text is not None and found["tokens"] != prompt:
-        raise RuntimeError(f"llama.cpp must split {text!r} into the tokens {prompt}, but it makes {found['tokens']}")
+    text, ids = split or ("", [])
+    tokenized = "/tokenize", {"content": text, "add_special": True}
+    found, first, *rest = ask(file, [tokenized, everything, *steps], context=len(prompt) + count + 1, threads=threads)
+    if split and found["tokens"] != ids:
+        raise RuntimeError(f"llama.cpp must split {text!r} into the tokens {ids}, but it makes {found['tokens']}")
     greedy = [_best(found) for found in rest]
     logits = torch.full_like(expected.logits, -torch.inf)
     for token in first["completion_probabilities"][0]["top_logprobs"]:

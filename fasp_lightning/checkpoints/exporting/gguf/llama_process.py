@@ -24,6 +24,8 @@ def _server(job: dict[str, Any]) -> Any:
     params.cpuparams.n_threads = params.cpuparams_batch.n_threads = job["threads"]
     params.warmup, params.fit_params, params.ui, params.verbosity = job["warmup"], False, False, 1
     params.cache_ram_mib = 0
+    if job["cache"] == "F32":  # flash attention rounds queries to fp16
+        params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
     return xllamacpp.Server(params)
 
 

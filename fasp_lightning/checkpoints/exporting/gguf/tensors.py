@@ -100,11 +100,12 @@ def _changed(model: PreTrainedModel, family: Family, shapes: Shapes) -> Iterator
     held: Any = model
     config: Any = model.config
     head = f"{next(name for name, module in model.named_modules() if module is held.get_output_embeddings())}.weight"
-    unused = config.tie_word_embeddings or "gemma" in shapes.architecture  # which are their own head
+    embeddings, own = held.get_input_embeddings().weight, held.get_output_embeddings().weight
+    tied = own is embeddings or own.data_ptr() == embeddings.data_ptr()
     filled, pairs = _zero_filled(model, shapes), _ffn_changes(model, shapes)
     linears = {id(linear.weight) for block in resolve_pruned(model) for pair in block for _, linear in pair.linears}
     for name, tensor in model.state_dict(keep_vars=True).items():
-        if name == head and unused:
+        if name == head and tied:
             continue
         source = filled.get(name) or Source(partial(_same, tensor), tensor.shape)
         if spec_for(model).transposed and (id(tensor) in linears):
