@@ -23,8 +23,8 @@ class Family:
         activation: Of the FFN, by its name in transformers.
         ropes: The types of RoPE that llama.cpp computes as transformers does.
         norm: What transformers adds to the weight of each norm.
-        whole_heads: All heads together are as wide as the hidden size, so KV groups cannot go.
-        windows: Blocks with sliding windows before one without, as llama.cpp repeats them; 0 where it has none.
+        whole_heads: The stock form's heads together are as wide as the hidden size, so that KV groups cannot go.
+        windows: Blocks have sliding windows, several and then one without, again and again.
         scaled_blocks: The number of blocks by which it knows a model whose queries are scaled by hidden size / heads.
     """
 
@@ -34,7 +34,7 @@ class Family:
     ropes: tuple[str, ...] = ("default", "linear", "yarn")
     norm: float = 0.0
     whole_heads: bool = False
-    windows: int = 0
+    windows: bool = False
     scaled_blocks: int = 0
 
 
@@ -44,11 +44,11 @@ _LLAMA = Family("llama", "deci", ropes=("default", "linear", "yarn", "llama3"))
 FAMILIES = {
     "llama": _LLAMA,
     "mistral": _LLAMA,
-    "qwen2": Family("qwen2", "deci"),
+    "qwen2": Family("qwen2", "deci", whole_heads=True),
     "qwen3": Family("qwen3", "openelm"),
     "gemma": Family("gemma", activation=_TANH, norm=1.0),
-    "gemma2": Family("gemma2", activation=_TANH, norm=1.0, windows=1, scaled_blocks=46),
-    "gemma3_text": Family("gemma3", activation=_TANH, norm=1.0, windows=5, scaled_blocks=62),
+    "gemma2": Family("gemma2", activation=_TANH, norm=1.0, windows=True, scaled_blocks=46),
+    "gemma3_text": Family("gemma3", activation=_TANH, norm=1.0, windows=True, scaled_blocks=62),
     "phi3": Family("phi3", ropes=("default", "longrope"), whole_heads=True),
     "gpt2": Family("gpt2", activation="gelu_new", ropes=(), whole_heads=True),
 }
@@ -86,7 +86,9 @@ def require_computable(config: Any, family: Family, outtype: str) -> None:
         (name, getattr(config, name), value) for name, value in _GRANTED if getattr(config, name, None) is not None
     ]
     if family.windows:
-        wrong.append(("layer_types", list(config.layer_types), window_pattern(config, family)))
+        repeated = ["sliding_attention"] * (_period(config) - 1) + ["full_attention"]
+        pattern = [repeated[index % len(repeated)] for index in range(config.num_hidden_layers)]
+        wrong.append(("layer_types", list(config.layer_types), pattern))
     for name, found, granted in wrong:
         if found != granted:
             raise FaspError(
@@ -103,10 +105,10 @@ _GRANTED = (
 )
 
 
-def window_pattern(config: Any, family: Family) -> list[str]:
-    """The types of attention of all blocks, as llama.cpp repeats them."""
-    period = ["sliding_attention"] * family.windows + ["full_attention"]
-    return [period[index % len(period)] for index in range(config.num_hidden_layers)]
+def _period(config: Any) -> int:
+    """Blocks up to the first one without a sliding window."""
+    types = list(config.layer_types)
+    return types.index("full_attention") + 1 if "full_attention" in types else len(types) + 1
 
 
 def head_size(config: Any) -> int:
@@ -163,6 +165,7 @@ def add_fields(writer: Any, config: Any, family: Family, shapes: Any) -> None:
         writer.add_layer_norm_eps(config.layer_norm_epsilon)
     if family.windows:
         writer.add_sliding_window(config.sliding_window)
+        writer.add_sliding_window_pattern(_period(config))
     for cap in ("attn_logit_softcapping", "final_logit_softcapping"):
         if getattr(config, cap, None):
             getattr(writer, f"add_{cap}")(getattr(config, cap))

@@ -54,7 +54,8 @@ def shapes_of(config: Any, family: Family, outtype: str, pad: bool, architecture
     """
     plan = plan_in(config) or PruningPlan(config.model_type, tuple({} for _ in range(config.num_hidden_layers)))
     widths = _ffn_widths(config, plan)
-    chosen = _architecture(config, family, architecture, len(set(widths)) > 1)
+    fewer = family.whole_heads and "groups" in plan.cuts.kinds
+    chosen = _architecture(config, family, architecture, fewer or len(set(widths)) > 1)
     if chosen != family.uneven:
         if len(set(widths)) > 1:
             log.info("blocks of different FFN widths are padded with zeros to the widest, %d, as %r has one for all",
@@ -68,11 +69,12 @@ def shapes_of(config: Any, family: Family, outtype: str, pad: bool, architecture
             f"FFN widths must divide by {BLOCK} for outtype 'q8_0', got {', '.join(map(str, odd))}: pad=True (--pad) "
             "fills them up with zeros, which changes no output; or prune with multiple_of=32"
         )
-    attention, heads, kv_heads = _attention(config, family, plan)
+    whole = family.whole_heads and chosen == family.architecture
+    attention, heads, kv_heads = _attention(config, plan, whole)
     return Shapes(chosen, chosen == family.uneven, tuple(widths), heads, kv_heads, attention)
 
 
-def _architecture(config: Any, family: Family, asked: str, uneven: bool) -> str:
+def _architecture(config: Any, family: Family, asked: str, wanted: bool) -> str:
     known = [name for name in (family.architecture, family.uneven) if name]
     if asked not in ("auto", *known):
         raise FaspError(f"architecture must be 'auto' or one of {', '.join(map(repr, known))} for {config.model_type}, "
@@ -81,7 +83,7 @@ def _architecture(config: Any, family: Family, asked: str, uneven: bool) -> str:
     if asked == family.uneven and not fits:
         raise FaspError("architecture 'openelm' must have a tied head, got one of its own; use 'auto'")
     if asked == "auto":
-        return family.uneven if uneven and family.uneven and fits else family.architecture
+        return family.uneven if wanted and family.uneven and fits else family.architecture
     return asked
 
 
@@ -95,7 +97,7 @@ def _ffn_widths(config: Any, plan: PruningPlan) -> list[int]:
     return [int(width)] * len(plan.blocks)
 
 
-def _attention(config: Any, family: Family, plan: PruningPlan) -> tuple[PruningPlan, int, int]:
+def _attention(config: Any, plan: PruningPlan, whole: bool) -> tuple[PruningPlan, int, int]:
     """What stays of the plan's KV groups, as many in every block, and the heads that they have."""
     heads = config.num_attention_heads
     kv_heads = getattr(config, "num_key_value_heads", None) or heads
@@ -103,7 +105,7 @@ def _attention(config: Any, family: Family, plan: PruningPlan) -> tuple[PruningP
     for path, (layout, units) in plan.widths.items():
         if layout.kind != "groups":
             continue
-        kv_heads = layout.width if family.whole_heads else max(units)
+        kv_heads = layout.width if whole else max(units)
         heads = kv_heads * layout.repeats
         for part, block in zip(blocks, plan.blocks, strict=True):
             if path in block and kv_heads < layout.width:
