@@ -38,7 +38,15 @@ def vllm_greedy(folder: str, ids: list[int] | None, text: str | None, tokens: in
     """By ``vllm.LLM``, in fp32."""
     from vllm import LLM, SamplingParams, TokensPrompt
 
-    model = LLM(folder, dtype="float32", max_model_len=128, enforce_eager=True, trust_remote_code=True, max_num_seqs=1)
+    model = LLM(
+        folder,
+        dtype="float32",
+        max_model_len=128,
+        enforce_eager=True,
+        trust_remote_code=True,
+        max_num_seqs=1,
+        gpu_memory_utilization=0.05,  # on a CPU it is that of the memory, of which others need the rest
+    )
     prompt: Any = text if ids is None else TokensPrompt(prompt_token_ids=ids)
     sampling = SamplingParams(temperature=0.0, max_tokens=tokens, ignore_eos=True)
     return list(model.generate(prompt, sampling, use_tqdm=False)[0].outputs[0].token_ids)
@@ -56,6 +64,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=40)
     asked = parser.parse_args()
     os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # in this process, whose errors are then seen here
+    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
     version = __import__(asked.loader).__version__
     for folder in asked.folders:
         answer: dict[str, Any] = {"folder": folder, "version": version}

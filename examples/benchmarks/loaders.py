@@ -29,15 +29,15 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
-import fasp_lightning
-from fasp_lightning import FaspError, FASPPruner, PruningConfig, apply_plan, load_pruned, save_pruned
+from fasp_lightning import FaspError, FASPPruner, PruningConfig, apply_plan, export_gguf, load_pruned, save_pruned
 from fasp_lightning.checkpoints.exporting.exported import Reference, reference
+from fasp_lightning.checkpoints.exporting.gguf.llama_cpp import answer
+from fasp_lightning.checkpoints.loaders import LOADERS, TRIED_FORMS
 from fasp_lightning.structure.plan import resolve_pruned
 from fasp_lightning.structure.pruning_plan import PairPlan, PruningPlan
 from fasp_lightning.structure.registry import known_architectures
 
 ANSWERS = Path(__file__).with_name("loader_answers.py")
-FORMS = ("stock", "stock, fewer KV groups", "zero_filled", "compact", "compact, a width a block")
 CONVERTER = """
 import sys
 from conversion.base import TextModel
@@ -156,12 +156,17 @@ def pruned(family: str, form: str) -> tuple[PreTrainedModel, str]:
             "stock": {"ffn": (160, 160, 160)},
             "zero_filled": {"ffn": (128, 160, 192), "value": value},
             "compact": {"ffn": (128, 160, 192), "value": value},
-            "compact, a width a block": {"ffn": (128, 160, 192)},
+            "compact, FFNs alone": {"ffn": (128, 160, 192)},
         }
         apply_plan(model, keeping(model, cuts[form]))
     return model, form.partition(",")[0]
 
 
+SAID = {
+    "ignore_mismatched_sizes|size mismatch": "the shapes are not those in the config",
+    "FaspCompact": "knows no architecture FaspCompact…",
+}
+"""What loaders say at length."""
 Made = dict[Path, Reference]
 """Saved folders, and what the model in each answers."""
 Answers = dict[Path, dict[str, Any]]
@@ -181,12 +186,12 @@ def elsewhere(python: str, loader: str, made: Made) -> Answers:
     return {folder: found.get(folder, ended) for folder in made}
 
 
-def each(answer: Callable[[Path, Reference], dict[str, Any]], made: Made) -> Answers:
+def each(ask: Callable[[Path, Reference], dict[str, Any]], made: Made) -> Answers:
     """What a loader answers that takes one folder after the other."""
     found: Answers = {}
     for folder, expected in made.items():
         try:
-            found[folder] = answer(folder, expected)
+            found[folder] = ask(folder, expected)
         except Exception as error:  # whatever the loader says of a model that it does not take
             found[folder] = {"error": f"{type(error).__name__}: {error}"}
     return found
@@ -194,8 +199,6 @@ def each(answer: Callable[[Path, Reference], dict[str, Any]], made: Made) -> Ans
 
 def converted(python: str, folder: Path, expected: Reference) -> dict[str, Any]:
     """What llama.cpp answers from the file that its own converter makes."""
-    from fasp_lightning.checkpoints.exporting.gguf.llama_cpp import answer
-
     file = folder.with_suffix(".gguf")
     command = [python, "-c", CONVERTER, str(folder), "--outtype", "f32", "--outfile", str(file)]
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
@@ -214,13 +217,39 @@ def last_words(text: str) -> str:
     return next((line for line in reversed(lines) if "rror" in line), lines[-1] if lines else "nothing")
 
 
-def exported(target: str, folder: Path, expected: Reference) -> dict[str, Any]:
-    """What the loader of an export answers: its own check is the trial."""
-    file = folder.parent / f"{folder.name}.{target}"
-    check = getattr(fasp_lightning, f"export_{target}")(folder, file).check
-    if check is None:
-        raise RuntimeError(f"the loader of {target} is not installed")
-    return {"version": f"{check.loader} {check.version}", "same": check.same}
+def as_gguf(folder: Path, expected: Reference) -> dict[str, Any]:
+    """What llama.cpp answers from the file that ``fasp export --to gguf`` writes."""
+    file = folder.with_suffix(".export.gguf")
+    written = export_gguf(load_pruned(folder), file, byte_level(), outtype="f32", check=False)
+    check = answer(file, expected)
+    file.unlink()
+    return {"version": check.version, "same": check.same, "as": written.architecture}
+
+
+def as_onnx(folder: Path, expected: Reference) -> dict[str, Any]:
+    """What ONNX Runtime answers from the graph of the model that :func:`load_pruned` gives."""
+    import onnxruntime
+
+    model = load_pruned(folder)
+
+    class Logits(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = model
+
+        def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+            logits: torch.Tensor = self.model(input_ids=input_ids, use_cache=False).logits
+            return logits
+
+    file, sequence = str(folder.with_suffix(".onnx")), torch.export.Dim("sequence", min=2, max=127)
+    ids = torch.tensor([expected.prompt])
+    torch.onnx.export(Logits().eval(), (ids,), file, dynamo=True, dynamic_shapes=({1: sequence},), verbose=False)
+    session, text = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"]), list(expected.prompt)
+    for _ in expected.greedy:
+        logits = session.run(None, {session.get_inputs()[0].name: [text]})[0]
+        text.append(int(logits[0, -1].argmax()))
+    greedy = text[len(expected.prompt) :]
+    return {"version": f"onnxruntime {version('onnxruntime')}", "greedy": greedy}
 
 
 def own(load: Callable[..., PreTrainedModel], folder: Path, expected: Reference) -> dict[str, Any]:
@@ -239,8 +268,8 @@ def tries(asked: argparse.Namespace) -> dict[str, Callable[[Made], Answers]]:
         "older": partial(elsewhere, asked.older, "transformers"),
         "converter": partial(each, partial(converted, asked.converter)),
         "vllm": partial(elsewhere, asked.vllm, "vllm"),
-        "gguf": partial(each, partial(exported, "gguf")),
-        "onnx": partial(each, partial(exported, "onnx")),
+        "gguf": partial(each, as_gguf),
+        "onnx": partial(each, as_onnx),
     }
     return {name: known[name] for name in asked.loaders.split(",")}
 
@@ -287,8 +316,8 @@ def trials(asked: argparse.Namespace, done: set[tuple[str, str]]) -> Iterator[di
         if not missing:
             continue
         with TemporaryDirectory() as work:
-            found = {form: saved(family, form, Path(work) / form, asked.sentencepiece) for form in FORMS}
-            made = {Path(work) / form: answer for form, answer in found.items() if isinstance(answer, Reference)}
+            found = {form: saved(family, form, Path(work) / form, asked.sentencepiece) for form in TRIED_FORMS}
+            made = {Path(work) / form: its for form, its in found.items() if isinstance(its, Reference)}
             for name, run in missing.items():
                 answers = run(made)
                 for form, expected in found.items():
@@ -296,10 +325,30 @@ def trials(asked: argparse.Namespace, done: set[tuple[str, str]]) -> Iterator[di
                     if isinstance(expected, str):
                         yield row | {"verdict": "no form", "why": expected}
                         continue
-                    answer = answers[Path(work) / form]
-                    word, why = verdict(answer, expected)
+                    given = answers[Path(work) / form]
+                    word, why = verdict(given, expected)
                     why = re.sub(r"\s+", " ", why.replace(work, ""))[:600]
-                    yield row | {"version": answer.get("version", ""), "verdict": word, "why": why}
+                    row |= {"version": given.get("version", ""), "verdict": word, "why": why}
+                    yield row | {"as": given["as"]} if "as" in given else row
+
+
+def short(why: str) -> str:
+    """What a loader said, in a line."""
+    return next((text for pattern, text in SAID.items() if re.search(pattern, why)), why[:120])
+
+
+def write_table(rows: list[dict[str, Any]], path: Path) -> None:
+    """Rows that say the same of several families, as one."""
+    grouped: dict[tuple[str, ...], list[str]] = {}
+    for row in rows:
+        told = row["as"] if row.get("as", row["family"]) not in row["family"] else short(row["why"])
+        key = (row["form"], row["loader"], row.get("version", ""), row["verdict"], told)
+        grouped.setdefault(key, []).append(row["family"])
+    order = [list(TRIED_FORMS), list(LOADERS)]
+    names = ("form", "loader", "version", "verdict", "why")
+    keys = sorted(grouped, key=lambda key: (order[0].index(key[0]), order[1].index(key[1]), *key[2:]))
+    lines = [json.dumps({**dict(zip(names, key, strict=True)), "families": sorted(grouped[key])}) for key in keys]
+    path.write_text("[\n" + ",\n".join(lines) + "\n]\n", encoding="utf-8")
 
 
 def main() -> None:
@@ -312,8 +361,12 @@ def main() -> None:
     parser.add_argument("--converter", default=sys.executable)
     parser.add_argument("--vllm", default=sys.executable)
     parser.add_argument("--sentencepiece", help="a tokenizer.model for the families whose converter reads it alone")
+    parser.add_argument("--table", type=Path, help="write the package's table from the rows instead")
     asked = parser.parse_args()
     rows = [json.loads(line) for line in asked.rows.read_text().splitlines()] if asked.rows.exists() else []
+    if asked.table:
+        write_table(rows, asked.table)
+        return
     done = {(row["family"], row["loader"]) for row in rows}
     with asked.rows.open("a") as file:
         for row in trials(asked, done):

@@ -123,7 +123,7 @@ def save_pruned(
             shutil.copymode(stage / REPORT_FILE, file)
         difference = _verify(model, stage, form, stored) if verify else None
     size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
-    return SavedModel(path, form, stored, size, loaders_for(form, spec, plan.cuts), difference)
+    return SavedModel(path, form, stored, size, loaders_for(form, model.config, plan.cuts), difference)
 
 
 def stored_in(model: PreTrainedModel, requested: str | torch.dtype) -> torch.dtype:
