@@ -40,7 +40,7 @@ SHOWN = {
 FORMS = {
     "stock": "`stock`: the config says the one FFN width",
     "stock, fewer KV groups": "`stock` with fewer KV groups",
-    "zero_filled": "`zero_filled`: zeros where units are gone",
+    "zero_filled": "`zero_filled`: zeros where units are gone, as large as before",
     "compact": "`compact`, as `save_pretrained` writes: all small",
     "compact, FFNs alone": "`compact`, a width for each FFN alone",
 }

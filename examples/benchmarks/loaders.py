@@ -163,8 +163,13 @@ def pruned(family: str, form: str) -> tuple[PreTrainedModel, str]:
 
 
 SAID = {
-    "ignore_mismatched_sizes|size mismatch": "the shapes are not those in the config",
+    "ignore_mismatched_sizes|size mismatch": "shapes differ from the config (never ignore_mismatched_sizes=True)",
     "FaspCompact": "knows no architecture FaspCompact…",
+    "for a GGUF file": "not among its families",
+    "Failed to init server": "llama.cpp does not load what it writes",
+    "exceeds dimension size": "builds other shapes than the weights have",
+    "form 'stock' cannot": "its FFN width is fixed in the code",
+    "'kv_groups' cannot": "its code ties a head's size or position bias to the number of heads",
 }
 """What loaders say at length."""
 Made = dict[Path, Reference]
@@ -339,15 +344,18 @@ def short(why: str) -> str:
 
 def write_table(rows: list[dict[str, Any]], path: Path) -> None:
     """Rows that say the same of several families, as one."""
-    grouped: dict[tuple[str, ...], list[str]] = {}
+    versions = {row["loader"]: row["version"] for row in rows if row.get("version")}
+    grouped: dict[tuple[str, ...], set[str]] = {}
     for row in rows:
-        told = row["as"] if row.get("as", row["family"]) not in row["family"] else short(row["why"])
-        key = (row["form"], row["loader"], row.get("version", ""), row["verdict"], told)
-        grouped.setdefault(key, []).append(row["family"])
-    order = [list(TRIED_FORMS), list(LOADERS)]
+        why = row["as"] if row.get("as", row["family"]) not in row["family"] else short(row["why"])
+        loader = "any" if row["verdict"] == "no form" else row["loader"]
+        key = (row["form"], loader, versions.get(loader, ""), row["verdict"], why)
+        grouped.setdefault(key, set()).add(row["family"])
+    order = [*TRIED_FORMS, "any", *LOADERS]
     names = ("form", "loader", "version", "verdict", "why")
-    keys = sorted(grouped, key=lambda key: (order[0].index(key[0]), order[1].index(key[1]), *key[2:]))
-    lines = [json.dumps({**dict(zip(names, key, strict=True)), "families": sorted(grouped[key])}) for key in keys]
+    keys = sorted(grouped, key=lambda key: (order.index(key[0]), order.index(key[1]), *key[2:]))
+    table = ({**dict(zip(names, key, strict=True)), "families": sorted(grouped[key])} for key in keys)
+    lines = (json.dumps(row, ensure_ascii=False) for row in table)
     path.write_text("[\n" + ",\n".join(lines) + "\n]\n", encoding="utf-8")
 
 

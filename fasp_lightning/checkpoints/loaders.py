@@ -38,7 +38,7 @@ class Trial(NamedTuple):
 
     Attributes:
         form: One of :data:`TRIED_FORMS`.
-        loader: A key of :data:`LOADERS`.
+        loader: A key of :data:`LOADERS`, or ``"any"``.
         version: What it was tried with.
         verdict: ``"same"`` for the 40 greedy tokens of ``transformers``; ``"other"`` tokens; ``"refused"``; or
             ``"no form"`` where models of the family are not saved so.
@@ -63,7 +63,7 @@ def trials() -> tuple[Trial, ...]:
 
 def trial_of(family: str, form: str, loader: str) -> Trial | None:
     """What came of a loader with a family in one of :data:`TRIED_FORMS`; ``None`` if it was not tried."""
-    rows = (row for row in trials() if (row.form, row.loader) == (form, loader) and family in row.families)
+    rows = (row for row in trials() if row.form == form and row.loader in (loader, "any") and family in row.families)
     return next(rows, None)
 
 

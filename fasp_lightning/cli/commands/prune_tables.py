@@ -109,7 +109,12 @@ def loaders_table(loaders: list[LoaderSupport]) -> None:
     """Which loaders take a model, why, and what to do where one does not."""
     verdict = {True: "yes", False: "no", None: "not tried"}
     rows = [
-        (loader.name, loader.version, verdict[loader.ok], "; ".join(filter(None, (loader.reason, loader.remedy))))
+        (
+            loader.name,
+            loader.version.rpartition(" ")[2],
+            verdict[loader.ok],
+            "; ".join(filter(None, (loader.reason, loader.remedy))),
+        )
         for loader in loaders
     ]
     table("loaders", ("loader", "tried with", "takes it", "because; what to do"), rows, numbers=False)
