@@ -1,4 +1,4 @@
-"""The README says what the code says. ``python tests/test_readme.py`` prints the family table."""
+"""The README says what the code says. ``python tests/test_readme.py`` prints the tables of families and loaders."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from fasp_lightning.checkpoints.loaders import LOADERS, takes, trial_of, trials
 from fasp_lightning.structure.registry import known_architectures, spec_for
 
 README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
@@ -25,6 +26,50 @@ def family_table() -> str:
         measured = MEASURED.get(model_type, "not measured")
         lines.append(f"| {model_type} | {pairs} | {field} | tiny | {measured} |")
     return "\n".join(lines)
+
+
+SHOWN = {
+    "load_pruned": "`load_pruned`",
+    "transformers": "`AutoModelForCausalLM`",
+    "older": "transformers 4",
+    "gguf": "llama.cpp by `fasp export`",
+    "converter": "llama.cpp's converter",
+    "vllm": "vLLM",
+    "onnx": "ONNX Runtime",
+}
+FORMS = {
+    "stock": "`stock`: the config says the one FFN width",
+    "stock, fewer KV groups": "`stock` with fewer KV groups",
+    "zero_filled": "`zero_filled`: zeros where units are gone, as large as before",
+    "compact": "`compact`, as `save_pretrained` writes: all small",
+    "compact, FFNs alone": "`compact`, a width for each FFN alone",
+}
+
+
+def loader_table() -> str:
+    """What came of trying the loaders, as Markdown: a row a form, a column a loader."""
+    versions = {row.loader: row.version.split()[-1] for row in trials() if row.version}
+    heads = ("form", *(f"{shown} ({versions[loader]})" for loader, shown in SHOWN.items()))
+    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
+    for form, shown in FORMS.items():
+        lines.append(f"| {' | '.join((shown, *(takers(form, loader) for loader in LOADERS)))} |")
+    return "\n".join(lines)
+
+
+def takers(form: str, loader: str) -> str:
+    """Of which families a loader gave the same text, in as few words as that takes."""
+    having = [name for name in known_architectures() if trial_of(name, form, loader).verdict != "no form"]
+    same = [name for name in having if takes(name, form, loader)]
+    if len(same) in (0, len(having)):
+        return "same text" if same else "no"
+    others = [name for name in having if name not in same]
+    return f"same, not {', '.join(others)}" if len(others) <= len(same) else f"{', '.join(same)} alone"
+
+
+def test_loader_table_is_that_of_the_trials() -> None:
+    found = re.search(r"<!-- loaders:.*?-->\n(.*?)\n<!-- end of loaders -->", README, re.DOTALL)
+    assert found is not None
+    assert found.group(1) == loader_table()
 
 
 def test_family_table_is_that_of_the_registry() -> None:
@@ -48,4 +93,4 @@ def test_python_of_the_readme_compiles_and_names_what_exists() -> None:
 
 
 if __name__ == "__main__":
-    print(family_table())  # noqa: T201
+    print(family_table(), loader_table(), sep="\n\n")  # noqa: T201

@@ -4,7 +4,7 @@
     ENVIRONMENT/bin/python examples/benchmarks/loader_answers.py vllm FOLDER…
 
 prints a line of JSON a folder: its name, the loader's version, and the token ids, or the error. The prompt is
-``--text``, which the folder's tokenizer reads, or the ids in ``--ids``.
+``--text``, which the folder's tokenizer reads, or else the ids in the folder's ``prompt.json``.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+from pathlib import Path
 from typing import Any
 
 
@@ -37,7 +38,15 @@ def vllm_greedy(folder: str, ids: list[int] | None, text: str | None, tokens: in
     """By ``vllm.LLM``, in fp32."""
     from vllm import LLM, SamplingParams, TokensPrompt
 
-    model = LLM(folder, dtype="float32", max_model_len=128, enforce_eager=True, trust_remote_code=True, max_num_seqs=1)
+    model = LLM(
+        folder,
+        dtype="float32",
+        max_model_len=128,
+        enforce_eager=True,
+        trust_remote_code=True,
+        max_num_seqs=1,
+        gpu_memory_utilization=0.05,  # on a CPU it is that of the memory, of which others need the rest
+    )
     prompt: Any = text if ids is None else TokensPrompt(prompt_token_ids=ids)
     sampling = SamplingParams(temperature=0.0, max_tokens=tokens, ignore_eos=True)
     return list(model.generate(prompt, sampling, use_tqdm=False)[0].outputs[0].token_ids)
@@ -52,15 +61,16 @@ def main() -> None:
     parser.add_argument("loader", choices=GREEDY)
     parser.add_argument("folders", nargs="+")
     parser.add_argument("--text")
-    parser.add_argument("--ids", type=json.loads)
     parser.add_argument("--tokens", type=int, default=40)
     asked = parser.parse_args()
     os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # in this process, whose errors are then seen here
+    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
     version = __import__(asked.loader).__version__
     for folder in asked.folders:
         answer: dict[str, Any] = {"folder": folder, "version": version}
         try:
-            answer["greedy"] = GREEDY[asked.loader](folder, asked.ids, asked.text, asked.tokens)
+            ids = None if asked.text else json.loads((Path(folder) / "prompt.json").read_text(encoding="utf-8"))
+            answer["greedy"] = GREEDY[asked.loader](folder, ids, asked.text, asked.tokens)
         except Exception as error:  # whatever the loader says of a model that it does not take
             answer["error"] = f"{type(error).__name__}: {error}"
         print(json.dumps(answer), flush=True)

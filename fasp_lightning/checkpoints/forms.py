@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+from fasp_lightning.checkpoints.loaders import LOADERS, Trial, trial_of, way_out
 from fasp_lightning.errors import FaspError
 from fasp_lightning.structure.layout import Cuts
 from fasp_lightning.structure.pruning_plan import PairPlan, PruningPlan
+from fasp_lightning.structure.registry import spec_for
 from fasp_lightning.structure.spec import ArchitectureSpec
 from fasp_lightning.structure.stock_fields import stock_fields, stock_obstacle
 
@@ -17,14 +19,19 @@ class LoaderSupport(NamedTuple):
     """Whether a loader takes a saved model.
 
     Attributes:
-        name: The loader.
-        ok: True or false; ``None`` where it follows from the form but was not tried.
-        reason: Why.
+        name: The loader, and how it comes by the model.
+        ok: Whether it gave the same 40 greedy tokens as ``transformers`` when it was tried with a tiny model of the
+            family in this form; ``None`` where the family was not tried.
+        reason: What came of it.
+        version: What it was tried with.
+        remedy: What to do where it does not take the model.
     """
 
     name: str
     ok: bool | None
     reason: str
+    version: str = ""
+    remedy: str = ""
 
 
 def require_form(form: str) -> None:
@@ -77,28 +84,38 @@ def stock_part(plan: PruningPlan, spec: ArchitectureSpec) -> PruningPlan:
     return PruningPlan(plan.model_type, blocks)
 
 
-def loaders_for(form: str, spec: ArchitectureSpec, cuts: Cuts) -> list[LoaderSupport]:
-    """Which loaders take a model saved in ``form``, and why.
+def loaders_for(form: str, config: Any, cuts: Cuts) -> list[LoaderSupport]:
+    """Which loaders take a model saved in ``form``, as they were tried.
 
     Args:
         form: ``"stock"``, ``"compact"`` or ``"zero_filled"``.
-        spec: The family's row.
+        config: The model's config, or whatever else has its ``model_type``.
         cuts: See :func:`choose_form`.
     """
-    ours = LoaderSupport("fasp_lightning.load_pruned", True, "reads the plan in config.json")
-    if form == "compact":
-        reason = "shapes differ from the config; ignore_mismatched_sizes=True would re-initialise the weights"
-        return [
-            ours,
-            LoaderSupport("transformers AutoModelForCausalLM", False, reason),
-            LoaderSupport("vLLM, llama.cpp and other stock loaders", False, "they build the shapes from the config"),
-        ]
-    stock = _stock_shapes(spec, cuts)
-    return [
-        LoaderSupport("transformers AutoModelForCausalLM", True, stock),
-        ours,
-        LoaderSupport("vLLM, llama.cpp and other stock loaders", None, f"{stock}; a plain checkpoint, not tried here"),
-    ]
+    tried = tried_form(form, cuts)
+    shapes = "" if form == "compact" else _stock_shapes(spec_for(config), cuts)
+    rows = [row for loader in LOADERS if (row := trial_of(config.model_type, tried, loader))]
+    if not rows:
+        reason = f"models of type {config.model_type} were not tried"
+        return [LoaderSupport(name, None, reason) for name in LOADERS.values()]
+    return [_support(row, config.model_type, shapes) for row in rows]
+
+
+def tried_form(form: str, cuts: Cuts) -> str:
+    """The form under which the loaders were tried that decides on a model with these cuts."""
+    if form == "stock" and "groups" in cuts.kinds:
+        return "stock, fewer KV groups"
+    return "compact, FFNs alone" if form == "compact" and "value" not in cuts.kinds else form
+
+
+def _support(row: Trial, family: str, shapes: str) -> LoaderSupport:
+    ok = row.verdict == "same"
+    reason = {"other": f"other text: {row.why}"}.get(row.verdict, row.why)
+    if ok:
+        reason = f"same text, as {row.why}" if row.why else "same text"
+        reason += f"; {shapes}" if shapes and row.loader == "transformers" else ""
+    remedy = "" if ok else way_out(family, row.form, row.loader)
+    return LoaderSupport(LOADERS[row.loader], ok, reason, row.version, remedy)
 
 
 def _stock_shapes(spec: ArchitectureSpec, cuts: Cuts) -> str:

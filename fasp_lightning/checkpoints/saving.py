@@ -128,7 +128,7 @@ def save_pruned(
     with staged(path) as stage:
         with savable(model), _config_of(model, form, plan):
             stored = write_folder(model, stage, stored, tokenizer, tensors)
-        report, loaders = record_of(model, stored), loaders_for(form, spec, plan.cuts)
+        report, loaders = record_of(model, stored), loaders_for(form, model.config, plan.cuts)
         write_json(stage / REPORT_FILE, report)
         write_card(stage, facts_of(report, plan, form), loaders, push_to_hub, runs_remote_code(model))
         for file in stage.glob("*.safetensors"):  # safetensors writes them for their owner alone

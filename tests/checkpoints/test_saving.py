@@ -13,9 +13,8 @@ from tiny import TINY, random_tokens, tiny_model
 from tiny_pruning import basic
 from transformers import AutoModelForCausalLM
 
-from fasp_lightning import FaspError, FASPPruner, load_pruned, save_pruned, spec_for, staging
-from fasp_lightning.checkpoints import forms, saving
-from fasp_lightning.structure.layout import Cuts
+from fasp_lightning import FaspError, FASPPruner, load_pruned, save_pruned, staging
+from fasp_lightning.checkpoints import saving
 
 TOKENS = random_tokens(2, 12, seed=3)
 
@@ -272,12 +271,3 @@ def test_a_loaded_model_prunes_further_from_the_original(tmp_path: Path) -> None
         assert report.sparsity == pytest.approx(0.4, abs=0.02)
         save_pruned(model, tmp_path / form, form=form, overwrite=True)
         assert load_pruned(tmp_path / form).fasp_plan == model.fasp_plan
-
-
-def test_loaders_of_every_form_are_named_with_a_reason() -> None:
-    spec = spec_for(tiny_model("llama"))
-    for form in forms.FORMS:
-        loaders = forms.loaders_for(form, spec, Cuts(frozenset({"ffn"})))
-        assert all(loader.reason for loader in loaders)
-        stock = next(loader for loader in loaders if "AutoModel" in loader.name)
-        assert stock.ok is (form != "compact")

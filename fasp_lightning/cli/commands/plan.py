@@ -39,7 +39,7 @@ def run(job: PlanJob) -> int:
     _print_widths(setup)
     _print_kernels(job, setup)
     _print_memory(job, setup)
-    loaders_table(loaders_for(setup.form, setup.spec, setup.cuts))
+    loaders_table(loaders_for(setup.form, setup.config, setup.cuts))
     return 0
 
 
