@@ -1,0 +1,145 @@
+"""The models that :mod:`serve_speed` measures: dense, pruned, and cut to other widths, in a folder that is kept."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import dataclasses
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from llama_library import LlamaLibrary
+from serve_engines import Shape
+from torch import nn
+
+from fasp_lightning import (
+    FASPPruner,
+    PruningConfig,
+    TextConfig,
+    load_model,
+    load_pruned,
+    load_tokenizer,
+    save_pruned,
+    token_batches,
+)
+from fasp_lightning.structure.plan import resolve_pruned
+
+KINDS = {"stock": "uniform", "adaptive": "adaptive"}
+"""Kind of a model → its ``allocation``: one FFN width that stock code loads, or a width for each block."""
+
+
+class Variant(NamedTuple):
+    """One model.
+
+    Attributes:
+        kind: A key of :data:`KINDS`, or ``"dense"``.
+        sparsity: What is asked for.
+        multiple: ``multiple_of``; with the default the model is pruned, with another only cut.
+    """
+
+    kind: str = "dense"
+    sparsity: float = 0.0
+    multiple: int | str = "auto"
+
+    @property
+    def name(self) -> str:
+        """Of its folder and files."""
+        return "dense" if self.kind == "dense" else f"{self.kind}-{100 * self.sparsity:g}-{self.multiple}"
+
+    @property
+    def pruned(self) -> bool:
+        """Whether its weights are worth a perplexity: those that were only cut are fast or slow as any others."""
+        return self.multiple == "auto"
+
+    def config(self) -> PruningConfig:
+        """The default, but for what the variant says; without least squares where the values are of no interest."""
+        if self.kind == "dense":
+            return PruningConfig(sparsity=0.0)
+        config = PruningConfig(sparsity=self.sparsity, allocation=KINDS[self.kind], multiple_of=self.multiple)
+        if self.pruned:
+            return config
+        score = "fisher" if self.kind == "adaptive" else "magnitude"
+        return dataclasses.replace(config, score=score, restoration="none")
+
+
+class Models:
+    """Folders of the variants, made when they are first asked for.
+
+    Args:
+        source: The dense model, as :func:`fasp_lightning.load_model` takes it.
+        folder: Where they are kept.
+        calibration: The text to calibrate on.
+        llama: What quantises GGUF files, if it can.
+        threads: How many threads quantise.
+    """
+
+    def __init__(
+        self, source: str, folder: Path, calibration: TextConfig, llama: LlamaLibrary | None, threads: int
+    ) -> None:
+        self.source, self.root, self.calibration = source, folder, calibration
+        self.llama, self.threads = llama, threads
+
+    def folder(self, variant: Variant) -> Path:
+        """Where a variant is saved."""
+        return self.root / variant.name
+
+    def make(self, variants: Iterable[Variant]) -> None:
+        """Prune and save those that are not there; own text and loss sensitivity are made once for all of them."""
+        left = [variant for variant in variants if not (self.folder(variant) / "config.json").exists()]
+        if not left:
+            return
+        tokenizer, dense = load_tokenizer(self.source), load_model(self.source, dtype="float32", device="cpu")
+        adaptive = any(variant.kind == "adaptive" for variant in left)
+        batches = token_batches(self.calibration, tokenizer)
+        shared = [] if left == [Variant()] else _prepared(dense, batches, adaptive)
+        for variant in left:
+            print(f"making {variant.name}", flush=True)
+            model = copy.deepcopy(dense)
+            FASPPruner(variant.config()).prune(model, shared)
+            save_pruned(model, self.folder(variant), tokenizer, verify=False, dtype="float16")
+
+    def load(self, variant: Variant, dtype: str) -> Any:
+        """A variant in a dtype."""
+        return load_pruned(self.folder(variant), dtype=dtype)
+
+    def shape(self, variant: Variant) -> tuple[Shape, list[int]]:
+        """What its arithmetic depends on, and the FFN width of each block."""
+        model = self.load(variant, "float16")
+        return Shape.of(model), ffn_widths(model)
+
+    @contextlib.contextmanager
+    def gguf(self, variant: Variant, ftype: str) -> Iterator[Path]:
+        """Its file in a type of llama.cpp; the one in F16 is kept, from which the others are quantised."""
+        unquantised = self.root / f"{variant.name}-F16.gguf"
+        if not unquantised.exists():
+            export_gguf(self.folder(variant), unquantised, outtype="f16")
+        if ftype == "F16":
+            yield unquantised
+            return
+        path = self.root / f"{variant.name}-{ftype}.gguf"
+        if self.llama.quantises:
+            self.llama.quantise(unquantised, path, ftype, self.threads)
+        else:
+            quantise(unquantised, path, ftype)
+        try:
+            yield path
+        finally:
+            path.unlink(missing_ok=True)
+
+    def onnx(self, variant: Variant) -> Path:
+        """Its graph."""
+        path = self.root / f"{variant.name}-onnx"
+        if not path.exists():
+            export_onnx(self.folder(variant), path)
+        return path / "model.onnx"
+
+
+def ffn_widths(model: Any) -> list[int]:
+    """FFN width of each block."""
+    return [pair.kept.numel() for block in resolve_pruned(model) for pair in block if pair.layout.kind == "ffn"]
+
+
+def _prepared(dense: nn.Module, batches: Any, adaptive: bool) -> Any:
+    print("writing own text" + (" and measuring loss sensitivity" if adaptive else ""), flush=True)
+    return FASPPruner(PruningConfig(allocation="adaptive" if adaptive else "uniform")).prepare(dense, batches)
