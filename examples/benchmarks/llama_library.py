@@ -1,7 +1,7 @@
-"""llama.cpp by its C interface: prompts, single tokens and likelihoods of GGUF files, and their quantising.
+"""llama.cpp by its C interface: prompts, single tokens and likelihoods of GGUF files.
 
-Two prebuilt libraries serve: the one inside ``xllamacpp`` (x86-64 code of 2013, no AVX-512, no quantising), and the
-one that ``npm pack @node-llama-cpp/linux-x64@3.21.1`` fetches, which picks code for the processor that it runs on.
+Two prebuilt libraries serve: the one inside ``xllamacpp``, which on x86-64 goes as far as AVX2, and the one that
+``npm pack @node-llama-cpp/linux-x64@3.21.1`` fetches, which picks code for the processor that it runs on.
 
 Structures are declared longer than they are, with the few fields that are read or set here; they stand first. So the
 library may add fields, which happens with every other version.
@@ -10,14 +10,14 @@ library may add fields, which happens with every other version.
 from __future__ import annotations
 
 import ctypes
+import json
 import math
 import sys
-from ctypes import POINTER, byref, c_char_p, c_float, c_int8, c_int32, c_uint32, c_void_p
+from collections.abc import Callable
+from ctypes import POINTER, c_char_p, c_float, c_int8, c_int32, c_uint32, c_void_p
+from functools import partial
 from pathlib import Path
 from typing import Any
-
-FTYPES = {"F16": 1, "Q4_0": 2, "Q8_0": 7, "Q4_K_M": 15}
-"""``llama_ftype`` of the types that are written here."""
 
 
 class _Batch(ctypes.Structure):
@@ -38,10 +38,6 @@ class _ModelParams(ctypes.Structure):
 
 class _ContextParams(ctypes.Structure):
     _fields_ = (("n_ctx", c_uint32), ("n_batch", c_uint32), ("n_ubatch", c_uint32), ("rest", c_void_p * 64))
-
-
-class _QuantizeParams(ctypes.Structure):
-    _fields_ = (("nthread", c_int32), ("ftype", c_int32), ("rest", c_void_p * 64))
 
 
 _RESULTS: dict[str, Any] = {
@@ -68,43 +64,16 @@ class LlamaLibrary:
     """
 
     def __init__(self, folder: Path | None = None) -> None:
-        self.name, self._library = _of_xllamacpp() if folder is None else _of_folder(folder)
+        self.name, self._library, load = _of_xllamacpp() if folder is None else _of_folder(folder)
         for name, result in _RESULTS.items():
             getattr(self._library, name).restype = result
         self._silence = _LOG(lambda level, text, data: None)  # must live as long as the library
         self._library.llama_log_set(self._silence, None)
+        load()
         self._library.llama_backend_init()
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._library, name)
-
-    @property
-    def quantises(self) -> bool:
-        """Whether it holds what writes quantised files."""
-        return hasattr(self._library, "llama_model_quantize")
-
-    def quantise(self, source: Path, target: Path, ftype: str, threads: int) -> None:
-        """Write a GGUF file in another type.
-
-        Args:
-            source: File in f32 or f16.
-            target: File to write.
-            ftype: A key of :data:`FTYPES`.
-            threads: How many.
-
-        Raises:
-            SystemExit: If the library cannot.
-        """
-        if not self.quantises:
-            raise SystemExit(f"{ftype} must be written by a library that quantises, got {self.name}; see --llama-cpp")
-        default = self._library.llama_model_quantize_default_params
-        default.restype = _QuantizeParams
-        params = default()
-        params.nthread, params.ftype = threads, FTYPES[ftype]
-        beside = target.with_name(target.name + ".part")
-        if self._library.llama_model_quantize(str(source).encode(), str(beside).encode(), byref(params)):
-            raise SystemExit(f"{source} must be a file that llama.cpp quantises to {ftype}; it refused")
-        beside.replace(target)
 
     def load(self, path: Path, threads: int, tokens: int = 1024) -> LlamaModel:
         """Load a GGUF file.
@@ -193,16 +162,16 @@ class LlamaModel:
         self.library.llama_model_free(c_void_p(self._model))
 
 
-def _of_xllamacpp() -> tuple[str, ctypes.CDLL]:
+def _of_xllamacpp() -> tuple[str, ctypes.CDLL, Callable[[], Any]]:
     try:
         import xllamacpp
         import xllamacpp.xllamacpp as compiled
     except ImportError:
         raise SystemExit("llama.cpp must be installed: pip install 'fasp-lightning[serve]'") from None
-    return f"llama.cpp of xllamacpp {xllamacpp.__version__}", ctypes.CDLL(compiled.__file__)
+    return f"llama.cpp of xllamacpp {xllamacpp.__version__}", ctypes.CDLL(compiled.__file__), lambda: None
 
 
-def _of_folder(folder: Path) -> tuple[str, ctypes.CDLL]:
+def _of_folder(folder: Path) -> tuple[str, ctypes.CDLL, Callable[[], Any]]:
     suffix = ".dylib" if sys.platform == "darwin" else ".so"
     found = {
         name: sorted(folder.rglob(f"{name}*{suffix}"), key=lambda file: len(file.name))
@@ -211,6 +180,13 @@ def _of_folder(folder: Path) -> tuple[str, ctypes.CDLL]:
     if missing := [name for name, files in found.items() if not files]:
         raise SystemExit(f"{folder} must hold a prebuilt llama.cpp, found no {' and no '.join(missing)}")
     loaded = {name: ctypes.CDLL(str(files[0]), mode=ctypes.RTLD_GLOBAL) for name, files in found.items()}
-    place = found["libggml."][0].parent
-    loaded["libggml."].ggml_backend_load_all_from_path(str(place).encode())  # the code for this processor
-    return f"llama.cpp in {folder.name}", loaded["libllama."]
+    place = str(found["libggml."][0].parent).encode()
+    processor = partial(loaded["libggml."].ggml_backend_load_all_from_path, place)
+    return f"llama.cpp {_release(folder)}", loaded["libllama."], processor
+
+
+def _release(folder: Path) -> str:
+    """What node-llama-cpp was built of, or the folder's name."""
+    for file in folder.rglob("_nlcBuildMetadata.json"):
+        return str(json.loads(file.read_text())["buildOptions"]["llamaCpp"]["release"])
+    return f"in {folder.name}"

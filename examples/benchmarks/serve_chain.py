@@ -58,7 +58,7 @@ class Chain:
             shutil.rmtree(self.root, ignore_errors=True)
         text = TextConfig("builtin:topics", sequences=args.sequences, seq_len=args.seq_len, batch_size=4)
         self.llama = LlamaLibrary(args.llama_cpp)
-        self.models = Models(args.model, self.root, for_role(text, "calibration"), self.llama, args.threads)
+        self.models = Models(args.model, self.root, for_role(text, "calibration"))
         self.cells = Cells(self.root / "serve.json")
         self.variants = [DENSE, *(Variant(kind, args.sparsity) for kind in KINDS)]
 

@@ -9,14 +9,17 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from llama_library import LlamaLibrary
+from fasp_lightning.checkpoints.exporting.gguf.quantising import quantized
 from serve_engines import Shape
-from torch import nn
 
 from fasp_lightning import (
     FASPPruner,
+    OwnTextConfig,
+    Prepared,
     PruningConfig,
     TextConfig,
+    export_gguf,
+    export_onnx,
     load_model,
     load_pruned,
     load_tokenizer,
@@ -70,15 +73,10 @@ class Models:
         source: The dense model, as :func:`fasp_lightning.load_model` takes it.
         folder: Where they are kept.
         calibration: The text to calibrate on.
-        llama: What quantises GGUF files, if it can.
-        threads: How many threads quantise.
     """
 
-    def __init__(
-        self, source: str, folder: Path, calibration: TextConfig, llama: LlamaLibrary | None, threads: int
-    ) -> None:
+    def __init__(self, source: str, folder: Path, calibration: TextConfig) -> None:
         self.source, self.root, self.calibration = source, folder, calibration
-        self.llama, self.threads = llama, threads
 
     def folder(self, variant: Variant) -> Path:
         """Where a variant is saved."""
@@ -92,11 +90,12 @@ class Models:
         tokenizer, dense = load_tokenizer(self.source), load_model(self.source, dtype="float32", device="cpu")
         adaptive = any(variant.kind == "adaptive" for variant in left)
         batches = token_batches(self.calibration, tokenizer)
-        shared = [] if left == [Variant()] else _prepared(dense, batches, adaptive)
+        given = self._prepared(dense, batches, adaptive)
+        few = dataclasses.replace(given, batches=given.batches[:1])  # nothing is learnt from text where one only cuts
         for variant in left:
             print(f"making {variant.name}", flush=True)
             model = copy.deepcopy(dense)
-            FASPPruner(variant.config()).prune(model, shared)
+            FASPPruner(variant.config()).prune(model, given if variant.pruned else few)
             save_pruned(model, self.folder(variant), tokenizer, verify=False, dtype="float16")
 
     def load(self, variant: Variant, dtype: str) -> Any:
@@ -118,10 +117,7 @@ class Models:
             yield unquantised
             return
         path = self.root / f"{variant.name}-{ftype}.gguf"
-        if self.llama.quantises:
-            self.llama.quantise(unquantised, path, ftype, self.threads)
-        else:
-            quantise(unquantised, path, ftype)
+        quantized(unquantised, path, ftype)
         try:
             yield path
         finally:
@@ -134,12 +130,13 @@ class Models:
             export_onnx(self.folder(variant), path)
         return path / "model.onnx"
 
+    def _prepared(self, dense: Any, batches: Any, adaptive: bool) -> Prepared:
+        print("writing own text" + (" and measuring loss sensitivity" if adaptive else ""), flush=True)
+        own = OwnTextConfig(cache_dir=str(self.root.parent / "own_text"))
+        allocation = "adaptive" if adaptive else "uniform"
+        return FASPPruner(PruningConfig(allocation=allocation, own_text=own)).prepare(dense, batches)
+
 
 def ffn_widths(model: Any) -> list[int]:
     """FFN width of each block."""
     return [pair.kept.numel() for block in resolve_pruned(model) for pair in block if pair.layout.kind == "ffn"]
-
-
-def _prepared(dense: nn.Module, batches: Any, adaptive: bool) -> Any:
-    print("writing own text" + (" and measuring loss sensitivity" if adaptive else ""), flush=True)
-    return FASPPruner(PruningConfig(allocation="adaptive" if adaptive else "uniform")).prepare(dense, batches)

@@ -13,8 +13,8 @@ pruned bytes of the weights that a token reads, in the file or in memory.
 
 Models with the default's widths are pruned by the default settings; those with other multiples are cut without
 calibration (their widths are real: loss sensitivity decides them), for speed does not depend on the values, and have no
-perplexity. Without ``--llama-cpp`` the library inside xllamacpp is used, which has neither AVX-512 nor Q4_K_M. All that
-is made lies in ``--output-dir``; rows that are in NAME.json are not measured again.
+perplexity. Without ``--llama-cpp`` the library inside xllamacpp is used, which goes no further than AVX2. All that is
+made lies in ``--output-dir``; rows that are in NAME.json are not measured again.
 """
 
 from __future__ import annotations
@@ -87,18 +87,10 @@ class Benchmark:
         self.text = for_role(TextConfig(args.evaluation, sequences=args.evaluation_sequences, **size), "test")
         self.code = digest_of_code()
         self.llama = LlamaLibrary(args.llama_cpp) if set(args.formats) & set(LLAMA) else None
-        self.models = Models(args.model, args.output_dir / self.code, self.calibration, self.llama, args.threads)
-        self.formats = [name for name in args.formats if self.is_there(name)]
+        self.models = Models(args.model, args.output_dir / self.code, self.calibration)
         batches = token_batches(self.text, load_tokenizer(args.model))
         self.sequences = [ids for batch in batches for ids in batch.tolist()]
         torch.set_num_threads(args.threads)
-
-    def is_there(self, name: str) -> bool:
-        """Whether something here writes a format; if not, that is said."""
-        if LLAMA.get(name) == "Q4_K_M" and not self.llama.quantises:
-            print(f"{name} is left out: {self.llama.name} does not write it; see --llama-cpp")
-            return False
-        return True
 
     def variants(self, name: str) -> list[Variant]:
         """What is measured in a format; the dense model against itself says how far the machine is to be trusted."""
@@ -112,9 +104,9 @@ class Benchmark:
     def run(self) -> None:
         """Make the models that are missing, then measure format by format."""
         if not self.args.table:
-            self.models.make({variant: None for name in self.formats for variant in self.variants(name)})
+            self.models.make({variant: None for name in self.args.formats for variant in self.variants(name)})
         rows: list[dict[str, Any]] = []
-        for name in self.formats:
+        for name in self.args.formats:
             rows += self.rows(name)
             if rows:
                 self.write(rows)
@@ -177,8 +169,7 @@ class Benchmark:
 
     def measured(self, dense: Runner, pruned: Runner, variant: Variant) -> dict[str, Any]:
         """Time two models in turn, count what they do, and see what the pruned one is worth."""
-        generator = torch.Generator().manual_seed(0)
-        ids = torch.randint(0, 1000, (max(self.args.prompt, self.args.tokens),), generator=generator).tolist()
+        ids = [token for sequence in self.sequences for token in sequence]
         found = compare(dense, pruned, ids[: self.args.prompt], ids[: self.args.tokens], self.args.repeats)
         shapes, widths = zip(*(self.models.shape(one) for one in (DENSE, variant)), strict=True)
         result = found | {
@@ -213,7 +204,7 @@ class Benchmark:
 
     def machine(self) -> str:
         """Where it ran, and with what."""
-        engines = "; ".join(dict.fromkeys(map(self.engine, self.formats)))
+        engines = "; ".join(dict.fromkeys(map(self.engine, self.args.formats)))
         return (
             f"{os.cpu_count()} CPU cores, {self.args.threads} threads; {engines}; Python {platform.python_version()}."
         )
