@@ -19,11 +19,14 @@ from typing import Any
 
 import torch
 from cells import Cells
+from fasp_lightning.checkpoints.exporting.gguf.llama_cpp import answer
+from fasp_lightning.checkpoints.exporting.gguf.quantising import quantized
 from llama_library import LlamaLibrary
 from serve_engines import LlamaRunner, Ratio, compare
 from serve_models import KINDS, Models, Variant
 
-from fasp_lightning import Exported, TextConfig, export_gguf, export_vllm
+from fasp_lightning import TextConfig, export_gguf, export_vllm
+from fasp_lightning.checkpoints.exporting.exported import Exported, LoaderCheck, Reference, reference
 from fasp_lightning.text.config import for_role
 
 TYPES = ("f16", "q8_0", "q4_0")
@@ -37,6 +40,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--sparsity", type=float, default=0.2)
     parser.add_argument("--sequences", type=int, default=16, help="calibration sequences")
     parser.add_argument("--seq-len", type=int, default=512)
+    parser.add_argument(
+        "--text", default="Python is a programming language that", help="prompt whose answer is compared"
+    )
     parser.add_argument("--types", nargs="+", choices=TYPES, default=TYPES)
     parser.add_argument("--llama-cpp", type=Path, help="folder of a prebuilt llama.cpp, by default that of xllamacpp")
     parser.add_argument("--vllm-python", default=os.environ.get("VLLM_PYTHON"), help="python of an environment of vLLM")
@@ -60,6 +66,7 @@ class Chain:
         self.llama = LlamaLibrary(args.llama_cpp)
         self.models = Models(args.model, self.root, for_role(text, "calibration"))
         self.cells = Cells(self.root / "serve.json")
+        self.references: dict[Variant, Reference] = {}
         self.variants = [DENSE, *(Variant(kind, args.sparsity) for kind in KINDS)]
 
     def run(self) -> None:
@@ -81,11 +88,27 @@ class Chain:
         row = self.cells.get(made_with)
         if row is None:
             print(f"{variant.name} as {name} for llama.cpp", flush=True)
-            file = self.file(variant, name)
-            exported = export_gguf(self.models.folder(variant), file, outtype=name, overwrite=True)
-            row = described(variant, name, exported) | self.timed(self.file(DENSE, name), file)
+            exported = self.exported(variant, name)
+            row = described(variant, name, exported) | self.timed(self.file(DENSE, name), exported.path)
             self.cells.put(made_with, row)
         return row
+
+    def exported(self, variant: Variant, name: str) -> Exported:
+        """A file, and what llama.cpp makes of it; the quantised ones are copies of that in f16."""
+        unquantised, file = self.file(variant, "f16"), self.file(variant, name)
+        if name == "f16" or not unquantised.exists():
+            model = self.models.load(variant, "float32")
+            export_gguf(model, unquantised, self.models.tokenizer(), check=False, overwrite=True)
+        if name != "f16":
+            quantized(unquantised, file, name.upper())
+        return Exported(file, "gguf", architecture_of(file), file.stat().st_size, self.answered(variant, file))
+
+    def answered(self, variant: Variant, file: Path) -> LoaderCheck:
+        """llama.cpp's greedy continuation of the prompt beside that of transformers in fp32."""
+        if variant not in self.references:
+            ids = self.models.tokenizer()(self.args.text)["input_ids"]
+            self.references[variant] = reference(self.models.load(variant, "float32"), ids)
+        return answer(file, self.references[variant], self.args.threads, self.args.text)
 
     def file(self, variant: Variant, name: str) -> Path:
         """Where an export lies."""
@@ -114,6 +137,13 @@ class Chain:
             row = described(variant, "", exported)
             self.cells.put(made_with, row)
         return row
+
+
+def architecture_of(file: Path) -> str:
+    """The name under which llama.cpp builds a file."""
+    from gguf import GGUFReader
+
+    return str(GGUFReader(file).fields["general.architecture"].contents())
 
 
 def described(variant: Variant, name: str, exported: Exported) -> dict[str, Any]:

@@ -87,7 +87,7 @@ class Models:
         left = [variant for variant in variants if not (self.folder(variant) / "config.json").exists()]
         if not left:
             return
-        tokenizer, dense = load_tokenizer(self.source), load_model(self.source, dtype="float32", device="cpu")
+        tokenizer, dense = self.tokenizer(), load_model(self.source, dtype="float32", device="cpu")
         adaptive = any(variant.kind == "adaptive" for variant in left)
         batches = token_batches(self.calibration, tokenizer)
         given = self._prepared(dense, batches, adaptive)
@@ -102,6 +102,10 @@ class Models:
         """A variant in a dtype."""
         return load_pruned(self.folder(variant), dtype=dtype)
 
+    def tokenizer(self) -> Any:
+        """That of all of them."""
+        return load_tokenizer(self.source)
+
     def shape(self, variant: Variant) -> tuple[Shape, list[int]]:
         """What its arithmetic depends on, and the FFN width of each block."""
         model = self.load(variant, "float16")
@@ -112,7 +116,7 @@ class Models:
         """Its file in a type of llama.cpp; the one in F16 is kept, from which the others are quantised."""
         unquantised = self.root / f"{variant.name}-F16.gguf"
         if not unquantised.exists():
-            export_gguf(self.folder(variant), unquantised, outtype="f16")
+            export_gguf(self.load(variant, "float32"), unquantised, self.tokenizer(), check=False)
         if ftype == "F16":
             yield unquantised
             return
@@ -127,7 +131,7 @@ class Models:
         """Its graph."""
         path = self.root / f"{variant.name}-onnx"
         if not path.exists():
-            export_onnx(self.folder(variant), path)
+            export_onnx(self.load(variant, "float32"), path, self.tokenizer(), check=False)
         return path / "model.onnx"
 
     def _prepared(self, dense: Any, batches: Any, adaptive: bool) -> Prepared:
