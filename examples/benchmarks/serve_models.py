@@ -19,7 +19,6 @@ from fasp_lightning import (
     PruningConfig,
     TextConfig,
     export_gguf,
-    export_onnx,
     load_model,
     load_pruned,
     load_tokenizer,
@@ -129,6 +128,8 @@ class Models:
 
     def onnx(self, variant: Variant) -> Path:
         """Its graph."""
+        from fasp_lightning import export_onnx
+
         path = self.root / f"{variant.name}-onnx"
         if not path.exists():
             export_onnx(self.load(variant, "float32"), path, self.tokenizer(), check=False)
