@@ -62,8 +62,27 @@ def place(path: Path, write: Callable[[Path], Any]) -> None:
         write(stage)
 
 
+@contextmanager
+def staged_file(file: Path) -> Iterator[Path]:
+    """A file beside the old one that takes its place at the end; its folder is made. On an error the old one stays.
+
+    Args:
+        file: The file.
+
+    Raises:
+        OSError: If it cannot be written.
+    """
+    with _beside(file) as names:
+        names.new.touch()
+        with locked(names.new):
+            yield names.new
+            _flush(names.new)
+            names.new.replace(file)
+        _flush(file.parent)
+
+
 def write_beside(file: Path, content: bytes) -> None:
-    """Write a file beside the old one, and rename it; its folder is made. On an error the old one stays.
+    """Write a file as :func:`staged_file` does.
 
     Args:
         file: The file.
@@ -72,13 +91,8 @@ def write_beside(file: Path, content: bytes) -> None:
     Raises:
         OSError: If it cannot be written.
     """
-    with _beside(file) as names:
-        names.new.touch()
-        with locked(names.new):
-            names.new.write_bytes(content)
-            _flush(names.new)
-            names.new.replace(file)
-        _flush(file.parent)
+    with staged_file(file) as new:
+        new.write_bytes(content)
 
 
 @contextmanager

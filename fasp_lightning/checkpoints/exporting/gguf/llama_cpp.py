@@ -1,0 +1,112 @@
+"""What llama.cpp makes of a GGUF file, by the prebuilt library of the package ``xllamacpp``."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fasp_lightning.checkpoints.exporting.exported import LoaderCheck, Reference, compared
+from fasp_lightning.errors import FaspError, one_line
+
+PACKAGE = "xllamacpp"
+
+
+def installed() -> str | None:
+    """The version of ``xllamacpp``, or ``None`` if it is not there."""
+    try:
+        return version(PACKAGE)
+    except PackageNotFoundError:
+        return None
+
+
+def require_installed() -> str:
+    """The version of ``xllamacpp``.
+
+    Raises:
+        FaspError: If it is not there.
+    """
+    found = installed()
+    if found is None:
+        raise FaspError(f"llama.cpp must be there as package {PACKAGE!r}; pip install 'fasp-lightning[serve]'")
+    return found
+
+
+def ask(
+    file: Path,
+    requests: list[tuple[str, dict[str, Any]]],
+    context: int = 512,
+    threads: int = 1,
+    cache: str = "F32",
+    warmup: bool = False,
+) -> list[Any]:
+    """Load a file with llama.cpp's server in another process, and ask it.
+
+    Args:
+        file: The GGUF file.
+        requests: Path and body each, such as ``("/completion", {"prompt": [1, 2], "n_predict": 8})``; the answer to
+            one tells under ``timings`` the tokens a second of prefill and decode.
+        context: Tokens of its context.
+        threads: Threads to compute with.
+        cache: Dtype of its keys and values: ``"F32"`` for comparing, ``"F16"`` is llama.cpp's default.
+        warmup: Compute once before the first request.
+
+    Returns:
+        The answers, in the order of the requests.
+
+    Raises:
+        FaspError: If ``xllamacpp`` is not there, or llama.cpp does not load the file; its last words are told.
+    """
+    require_installed()
+    job = {"file": str(file), "context": context, "threads": threads, "cache": cache, "warmup": warmup}
+    process = subprocess.run(
+        [sys.executable, str(Path(__file__).with_name("llama_process.py"))],
+        input=json.dumps({**job, "requests": requests}),
+        capture_output=True,
+        text=True,
+        encoding="utf-8",
+        check=False,
+    )
+    if process.returncode:
+        words = [line for line in process.stderr.splitlines() if line.strip()] or [f"exit code {process.returncode}"]
+        raise FaspError(f"llama.cpp must load {str(file)!r}, but it says: {one_line(RuntimeError(words[-1]))}")
+    return list(json.loads(process.stdout))
+
+
+def answer(file: Path, expected: Reference, threads: int = 1) -> LoaderCheck:
+    """llama.cpp's greedy continuation of a prompt, and its logits, beside those of ``transformers``.
+
+    Its logits are known up to a number that is the same for all tokens, which no probability depends on; it is chosen
+    so that the sum of all probabilities is that of the reference.
+
+    Args:
+        file: The GGUF file.
+        expected: The answer of ``transformers``.
+        threads: Threads to compute with.
+
+    Raises:
+        FaspError: As :func:`ask`.
+    """
+    release, prompt, count = require_installed(), list(expected.prompt), len(expected.greedy)
+    everything = "/completion", {"prompt": prompt, "n_predict": 1, "n_probs": expected.logits.numel(), "temperature": 0}
+    steps = [_step(prompt + list(expected.greedy[:done])) for done in range(count)]
+    first, *rest = ask(file, [everything, *steps], context=len(prompt) + count + 1, threads=threads)
+    greedy = [_best(found) for found in rest]
+    logits = torch.full_like(expected.logits, -torch.inf)
+    for token in first["completion_probabilities"][0]["top_logprobs"]:
+        logits[token["id"]] = token["logprob"]
+    return compared(expected, "llama.cpp", f"{PACKAGE} {release}", greedy, logits + expected.logits.logsumexp(0))
+
+
+def _step(tokens: list[int]) -> tuple[str, dict[str, Any]]:
+    """The request for one more token, whatever ends a text."""
+    return "/completion", {"prompt": tokens, "n_predict": 1, "n_probs": 1, "temperature": 0, "cache_prompt": True}
+
+
+def _best(found: Any) -> int:
+    return int(found["completion_probabilities"][0]["top_logprobs"][0]["id"])
