@@ -9,6 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from fasp_lightning.checkpoints.exporting.gguf.export import export_gguf
     from fasp_lightning.checkpoints.forms import LoaderSupport
     from fasp_lightning.checkpoints.loading import load_model, load_tokenizer
     from fasp_lightning.checkpoints.pruned_folder import load_pruned
@@ -73,6 +74,7 @@ __all__ = [
     "apply_plan",
     "calibration_batches",
     "carry_structure",
+    "export_gguf",
     "load_model",
     "load_pruned",
     "load_tokenizer",
@@ -117,6 +119,7 @@ _HOMES = {
     "apply_plan": "structure.plan",
     "calibration_batches": "text.tokens",
     "carry_structure": "training.modeling.structure_state",
+    "export_gguf": "checkpoints.exporting.gguf.export",
     "load_model": "checkpoints.loading",
     "load_pruned": "checkpoints.pruned_folder",
     "load_tokenizer": "checkpoints.loading",
