@@ -17,7 +17,7 @@ PARALLEL := -n $(JOBS) --dist worksteal
 
 help:
 	@echo "make demo      prune SmolLM2-135M by 20 % and show what it costs (outputs/demo)"
-	@echo "make serve     the way of a model to llama.cpp, and to vLLM with VLLM_PYTHON=/its/python (outputs/serve)"
+	@echo "make serve     the way of a model to llama.cpp, and to vLLM with FASP_VLLM_PYTHON=/its/python (outputs/serve)"
 	@echo "make test      lint, types, import contracts, tests"
 	@echo "make test-gpu  the tests that need CUDA"
 	@echo "make laws      stop, kill and resume runs at every point (about seven minutes)"

@@ -16,7 +16,7 @@ from tiny import random_tokens, tiny_model
 from tiny_text import words
 from torch.utils.flop_counter import FlopCounterMode
 
-from fasp_lightning import FASPPruner, PruningConfig
+from fasp_lightning import FASPPruner, PruningConfig, export_gguf, load_model, perplexity
 
 BENCHMARKS = Path(__file__).parents[1] / "examples" / "benchmarks"
 
@@ -63,6 +63,46 @@ def test_every_model_is_timed_beside_dense_once(serve_speed, tmp_path: Path) -> 
     assert str(tmp_path) not in table
     assert serve_speed("--formats", "torch-float32", "--table")["cells"] == content["cells"]
     assert (tmp_path / "serve_speed.md").read_text() == table
+
+
+def test_llama_cpp_computes_what_the_package_does(tmp_path: Path, tiny_folder, tiny_tokenizer) -> None:
+    pytest.importorskip("xllamacpp")
+    from llama_library import LlamaLibrary
+    from serve_engines import LlamaRunner
+
+    model = load_model(tiny_folder("llama-gqa"), device="cpu")
+    export_gguf(model, tmp_path / "tiny.gguf", tiny_tokenizer, outtype="f32", check=False)
+    runner = LlamaRunner(LlamaLibrary(), tmp_path / "tiny.gguf", threads=1)
+    ids = random_tokens(2, 24)
+    assert runner.model.perplexity(ids.tolist()) == pytest.approx(perplexity(model, ids), rel=1e-3)
+    runner.prompt(ids[0].tolist())
+    together = runner.model.forward([5]).copy()
+    runner.tokens([*ids[0].tolist(), 5])
+    runner.model.forget()
+    runner.prompt(ids[0].tolist())
+    assert runner.model.forward([5]) == pytest.approx(together, abs=1e-5)  # a cache that is emptied, and goes on
+    runner.close()
+
+
+def test_the_chain_is_walked_once(tmp_path: Path, tiny_folder, monkeypatch, capsys) -> None:
+    pytest.importorskip("xllamacpp")
+    monkeypatch.delenv("FASP_VLLM_PYTHON", raising=False)
+    sizes = ["--seq-len", 16, "--sequences", 4, "--prompt", 12, "--tokens", 3, "--repeats", 1, "--threads", 1]
+    options = ["--model", tiny_folder("llama-gqa"), *sizes, "--types", "f16", "--output-dir", tmp_path / "serve"]
+    monkeypatch.setattr(sys, "argv", ["serve_chain.py", *map(str, options)])
+    outputs = []
+    for _ in range(2):
+        runpy.run_path(str(BENCHMARKS / "serve_chain.py"), run_name="__main__")
+        outputs.append(capsys.readouterr().out.splitlines())
+    table = [line for line in outputs[0] if line.startswith("| llama.cpp")]
+    assert [line.split(" | ")[2:4] for line in table] == [
+        ["dense", "llama"],
+        ["stock-20-auto", "llama"],
+        ["adaptive-20-auto", "deci"],
+    ]
+    assert all(" | 40 of 40 | " in line for line in table)
+    assert [line for line in outputs[1] if line.startswith("| llama.cpp")] == table
+    assert "for llama.cpp" not in "".join(outputs[1])
 
 
 @pytest.mark.parametrize("sparsity", [0.0, 0.4])

