@@ -13,10 +13,11 @@ import numpy
 import pytest
 import torch
 from tiny import random_tokens, tiny_model
+from tiny_gguf import byte_level_tokenizer
 from tiny_text import words
 from torch.utils.flop_counter import FlopCounterMode
 
-from fasp_lightning import FASPPruner, PruningConfig, export_gguf, load_model, perplexity
+from fasp_lightning import FASPPruner, PruningConfig, export_gguf, load_model, load_tokenizer, perplexity
 
 BENCHMARKS = Path(__file__).parents[1] / "examples" / "benchmarks"
 
@@ -65,13 +66,21 @@ def test_every_model_is_timed_beside_dense_once(serve_speed, tmp_path: Path) -> 
     assert (tmp_path / "serve_speed.md").read_text() == table
 
 
-def test_llama_cpp_computes_what_the_package_does(tmp_path: Path, tiny_folder, tiny_tokenizer) -> None:
+@pytest.fixture
+def served(tmp_path: Path) -> Path:
+    """A tiny model with a tokenizer that llama.cpp takes."""
+    tiny_model("llama-gqa").save_pretrained(tmp_path / "tiny")
+    byte_level_tokenizer().save_pretrained(tmp_path / "tiny")
+    return tmp_path / "tiny"
+
+
+def test_llama_cpp_computes_what_the_package_does(tmp_path: Path, served: Path) -> None:
     pytest.importorskip("xllamacpp")
     from llama_library import LlamaLibrary
     from serve_engines import LlamaRunner
 
-    model = load_model(tiny_folder("llama-gqa"), device="cpu")
-    export_gguf(model, tmp_path / "tiny.gguf", tiny_tokenizer, outtype="f32", check=False)
+    model = load_model(served, device="cpu")
+    export_gguf(model, tmp_path / "tiny.gguf", load_tokenizer(served), outtype="f32", check=False)
     runner = LlamaRunner(LlamaLibrary(), tmp_path / "tiny.gguf", threads=1)
     ids = random_tokens(2, 24)
     assert runner.model.perplexity(ids.tolist()) == pytest.approx(perplexity(model, ids), rel=1e-3)
@@ -84,11 +93,11 @@ def test_llama_cpp_computes_what_the_package_does(tmp_path: Path, tiny_folder, t
     runner.close()
 
 
-def test_the_chain_is_walked_once(tmp_path: Path, tiny_folder, monkeypatch, capsys) -> None:
+def test_the_chain_is_walked_once(tmp_path: Path, served: Path, monkeypatch, capsys) -> None:
     pytest.importorskip("xllamacpp")
     monkeypatch.delenv("FASP_VLLM_PYTHON", raising=False)
     sizes = ["--seq-len", 16, "--sequences", 4, "--prompt", 12, "--tokens", 3, "--repeats", 1, "--threads", 1]
-    options = ["--model", tiny_folder("llama-gqa"), *sizes, "--types", "f16", "--output-dir", tmp_path / "serve"]
+    options = ["--model", served, *sizes, "--types", "f16", "--text", "the", "--output-dir", tmp_path / "serve"]
     monkeypatch.setattr(sys, "argv", ["serve_chain.py", *map(str, options)])
     outputs = []
     for _ in range(2):

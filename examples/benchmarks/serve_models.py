@@ -9,7 +9,6 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from fasp_lightning.checkpoints.exporting.gguf.quantising import quantized
 from serve_engines import Shape
 
 from fasp_lightning import (
@@ -25,6 +24,7 @@ from fasp_lightning import (
     save_pruned,
     token_batches,
 )
+from fasp_lightning.checkpoints.exporting.gguf.quantising import quantized
 from fasp_lightning.structure.plan import resolve_pruned
 
 KINDS = {"stock": "uniform", "adaptive": "adaptive"}
@@ -133,7 +133,7 @@ class Models:
         path = self.root / f"{variant.name}-onnx"
         if not path.exists():
             export_onnx(self.load(variant, "float32"), path, self.tokenizer(), check=False)
-        return path / "model.onnx"
+        return path if path.is_file() else next(path.glob("*.onnx"))
 
     def _prepared(self, dense: Any, batches: Any, adaptive: bool) -> Prepared:
         print("writing own text" + (" and measuring loss sensitivity" if adaptive else ""), flush=True)
