@@ -116,12 +116,13 @@ class Chain:
     def timed(self, dense: Path, pruned: Path) -> dict[str, Any]:
         """Both files in turn."""
         args, generator = self.args, torch.Generator().manual_seed(0)
-        ids = torch.randint(0, 1000, (args.prompt + args.tokens,), generator=generator).tolist()
         with contextlib.ExitStack() as opened:
             runners = [
                 opened.enter_context(contextlib.closing(LlamaRunner(self.llama, file, args.threads)))
                 for file in (dense, pruned)
             ]
+            vocabulary = runners[0].model.vocabulary
+            ids = torch.randint(0, vocabulary, (args.prompt + args.tokens,), generator=generator).tolist()
             found = compare(*runners, ids[: args.prompt], ids[-args.tokens :], args.repeats)
         return found | {"prefill_tokens": args.prompt, "decode_tokens": args.tokens}
 
