@@ -1,4 +1,4 @@
-# `make demo` and `make test` each work alone on a fresh clone. They need Python >= 3.10 and make, no compiler.
+# `make demo`, `make serve` and `make test` each work alone on a fresh clone. They need Python >= 3.10 and make, no compiler.
 
 PYTHON ?= python3
 VENV := .venv
@@ -13,10 +13,11 @@ RUN := HF_HOME="$(CACHE)/huggingface" XDG_CACHE_HOME="$(CACHE)" HF_HUB_OFFLINE=1
 # Tests run in so many processes; one that has nothing left takes over half of what another still has.
 PARALLEL := -n $(JOBS) --dist worksteal
 
-.PHONY: help demo test test-gpu laws lint clean
+.PHONY: help demo serve test test-gpu laws lint clean
 
 help:
 	@echo "make demo      prune SmolLM2-135M by 20 % and show what it costs (outputs/demo)"
+	@echo "make serve     the way of a model to llama.cpp, and to vLLM with FASP_VLLM_PYTHON=/its/python (outputs/serve)"
 	@echo "make test      lint, types, import contracts, tests"
 	@echo "make test-gpu  the tests that need CUDA"
 	@echo "make laws      stop, kill and resume runs at every point (about seven minutes)"
@@ -26,6 +27,9 @@ help:
 
 demo: $(STAMP)
 	$(RUN) $(VENV)/bin/fasp prune -c demo --overwrite $(ARGS)
+
+serve: $(STAMP)
+	$(RUN) $(PY) examples/benchmarks/serve_chain.py $(ARGS)
 
 test: lint
 	$(RUN) $(PY) -m pytest $(PARALLEL) $(ARGS)

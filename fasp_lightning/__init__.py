@@ -9,6 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from fasp_lightning.checkpoints.exporting.exported import Exported, LoaderCheck
     from fasp_lightning.checkpoints.exporting.gguf.export import export_gguf
     from fasp_lightning.checkpoints.forms import LoaderSupport
     from fasp_lightning.checkpoints.loading import load_model, load_tokenizer
@@ -48,10 +49,12 @@ __all__ = [
     "CoupledPair",
     "Cuts",
     "EventRecord",
+    "Exported",
     "FASPPruner",
     "FASPPruning",
     "FaspError",
     "LoRAConfig",
+    "LoaderCheck",
     "LoaderSupport",
     "OwnTextConfig",
     "PairLayout",
@@ -93,10 +96,12 @@ _HOMES = {
     "CoupledPair": "structure.spec",
     "Cuts": "structure.layout",
     "EventRecord": "training.reporting",
+    "Exported": "checkpoints.exporting.exported",
     "FASPPruner": "pruning.pruner",
     "FASPPruning": "training.callback",
     "FaspError": "errors",
     "LoRAConfig": "training.modeling.lora",
+    "LoaderCheck": "checkpoints.exporting.exported",
     "LoaderSupport": "checkpoints.forms",
     "OwnTextConfig": "pruning.config",
     "PairLayout": "structure.layout",

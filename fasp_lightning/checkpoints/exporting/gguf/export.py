@@ -82,7 +82,7 @@ def export_gguf(
         from fasp_lightning import FASPPruner, PruningConfig, export_gguf
 
         FASPPruner(PruningConfig(sparsity=0.2)).prune(model, batches)
-        exported = export_gguf(model, folder / "model.gguf", tokenizer, outtype="f32", check=False)
+        exported = export_gguf(model, f"{folder}/model.gguf", tokenizer, outtype="f32", check=False)
         print(exported.architecture, exported.bytes)
     """
     path = Path(path)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from fasp_lightning.checkpoints.exporting.exported import LoaderCheck, Reference, compared
 from fasp_lightning.errors import FaspError
@@ -107,17 +108,28 @@ def answer(
     found, first, *rest = ask(file, [tokenized, everything, *steps], context=len(prompt) + count + 1, threads=threads)
     if split and found["tokens"] != ids:
         raise RuntimeError(f"llama.cpp must split {text!r} into the tokens {ids}, but it makes {found['tokens']}")
-    greedy = [_best(found) for found in rest]
-    logits = torch.full_like(expected.logits, -torch.inf)
-    for token in first["completion_probabilities"][0]["top_logprobs"]:
-        logits[token["id"]] = token["logprob"]
-    return compared(expected, "llama.cpp", f"{PACKAGE} {release}", greedy, logits + expected.logits.logsumexp(0))
+    greedy = [_token(found) for found in rest]
+    return compared(expected, "llama.cpp", f"{PACKAGE} {release}", greedy, _logits(first, expected.logits))
 
 
 def _step(tokens: list[int]) -> tuple[str, dict[str, Any]]:
     """The request for one more token, whatever ends a text."""
-    return "/completion", {"prompt": tokens, "n_predict": 1, "n_probs": 1, "temperature": 0, "cache_prompt": True}
+    body = {"prompt": tokens, "n_predict": 1, "n_probs": 1, "temperature": 0, "return_tokens": True}
+    return "/completion", body
 
 
-def _best(found: Any) -> int:
-    return int(found["completion_probabilities"][0]["top_logprobs"][0]["id"])
+def _token(found: Any) -> int:
+    """The most probable token; the server holds probabilities back while a character is not whole."""
+    for token in found.get("completion_probabilities", ()):
+        return int(token["top_logprobs"][0]["id"])
+    return int(found["tokens"][0])
+
+
+def _logits(found: Any, expected: Tensor) -> Tensor | None:
+    """Logits from the logarithms of all probabilities, where the server gives them."""
+    if "completion_probabilities" not in found:
+        return None
+    logits = torch.full_like(expected, -torch.inf)
+    for token in found["completion_probabilities"][0]["top_logprobs"]:
+        logits[token["id"]] = token["logprob"]
+    return logits + expected.logsumexp(0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from typing import Any
 
@@ -11,7 +12,11 @@ from torch import Tensor
 from fasp_lightning.checkpoints.exporting.gguf.fields import CONVERTER, Family, head_size
 from fasp_lightning.errors import FaspError
 
-YARN = {"rope_type", "rope_theta", "factor", "original_max_position_embeddings", "beta_fast", "beta_slow", "type"}
+log = logging.getLogger(__name__)
+
+YARN = {"rope_type", "type", "rope_theta", "factor", "original_max_position_embeddings"}
+"""What of YaRN may be set; llama.cpp (xllamacpp 2026.10) gives other logits for another ``beta_slow``."""
+BETAS = {"beta_fast": 32, "beta_slow": 1}
 
 
 def rope_of(config: Any) -> dict[str, Any]:
@@ -31,7 +36,7 @@ def require_rope(config: Any, family: Family, outtype: str) -> None:
     full, sliding = rope_of(config), _sliding(config)
     kind = full.get("rope_type", "default")
     partial = full.get("partial_rotary_factor", getattr(config, "partial_rotary_factor", 1.0)) or 1.0
-    others = {name for name, value in full.items() if name not in YARN and value is not None}
+    others = {name for name, value in full.items() if name not in YARN and value not in (None, BETAS.get(name))}
     wrong = (
         (kind not in family.ropes, f"of type {' or '.join(family.ropes)}", f"type {kind!r}"),
         (kind == "yarn" and bool(others), "yarn without settings of its own", f"{', '.join(sorted(others))}"),
@@ -63,10 +68,8 @@ def add_rope(writer: Any, config: Any, family: Family) -> None:
         writer.add_rope_scaling_orig_ctx_len(_trained(config))
     elif family.architecture == "phi3":
         writer.add_rope_scaling_orig_ctx_len(config.max_position_embeddings)
-    if kind == "yarn":
-        writer.add_rope_scaling_yarn_beta_fast(full.get("beta_fast") or 32.0)
-        writer.add_rope_scaling_yarn_beta_slow(full.get("beta_slow") or 1.0)
     if kind == "longrope":
+        log.info("llama.cpp takes the factors for long texts once its context (-c) is longer than %d", _trained(config))
         writer.add_rope_scaling_attn_factors(_attention_factor(config))
 
 
