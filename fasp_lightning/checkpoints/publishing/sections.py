@@ -204,6 +204,12 @@ def making(facts: Facts) -> str:
 
 def loading(facts: Facts, loaders: Sequence[LoaderSupport]) -> str:
     """The form, and who loads it."""
-    rows = [(plain(loader.name), VERDICTS[loader.ok], plain(loader.reason)) for loader in loaders]
+    rows = [
+        (plain(loader.name), plain(loader.version), VERDICTS[loader.ok], plain(_because(loader))) for loader in loaders
+    ]
     form = f"Saved in the form `{facts.form}`: {FORMS.get(facts.form, '')}."
-    return f"{form}\n\n{table(('loader', 'takes it', 'because'), rows, numbers=False)}"
+    return f"{form}\n\n{table(('loader', 'tried with', 'takes it', 'because'), rows, numbers=False)}"
+
+
+def _because(loader: LoaderSupport) -> str:
+    return "; ".join(filter(None, (loader.reason, loader.remedy)))
