@@ -63,7 +63,7 @@ def record_of(model: PreTrainedModel, dtype: torch.dtype) -> dict[str, Any]:
         "versions": _versions(),
     }
     report |= {"saved": saved, "base": base_of(model, report)}
-    return {name: value if name in WHOLE else _without_paths(value) for name, value in report.items()}
+    return {name: value if name in WHOLE else without_paths(value) for name, value in report.items()}
 
 
 def sizes_of(model: PreTrainedModel) -> dict[str, float]:
@@ -83,12 +83,12 @@ def _versions() -> dict[str, str]:
     return {name: str(import_module(name).__version__) for name in PACKAGES}
 
 
-def _without_paths(value: Any) -> Any:
+def without_paths(value: Any) -> Any:
     """Plain data in which an absolute path is its last part: reports are published along with the model."""
     if isinstance(value, dict):
-        return {name: _without_paths(item) for name, item in value.items()}
+        return {name: without_paths(item) for name, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_without_paths(item) for item in value]
+        return [without_paths(item) for item in value]
     if isinstance(value, str) and PurePath(value).is_absolute() and "\n" not in value:
         return PurePath(value).name
     return value
