@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -13,7 +13,7 @@ from fasp_lightning.checkpoints.facts import finite
 from fasp_lightning.cli.page.parts import Chart
 
 WIDTH, HEIGHT = 440, 240
-LEFT, RIGHT, TOP, BOTTOM = 52, 12, 12, 40
+LEFT, RIGHT, TOP, BOTTOM = 64, 12, 12, 44
 """Margins of the plot within a picture; so small a picture stays legible on a phone."""
 
 DECADE = 10.0
@@ -97,7 +97,7 @@ def plot(
     return Chart(title, _svg(title, HEIGHT, inner), {one.color: one.name for one, _ in shown})
 
 
-def blocks(title: str, named: dict[str, Sequence[float | None]], y: str, full: float | None = None) -> Chart | None:
+def blocks(title: str, named: Mapping[str, Sequence[float | None]], y: str, full: float | None = None) -> Chart | None:
     """A value of each block, as one or more series of stairs that are as wide as the blocks.
 
     Args:
@@ -210,7 +210,7 @@ def _axes(across: _Axis, up: _Axis, x: str, y: str) -> Iterable[Markup]:
     yield Markup('<line class="axis" x1="{0}" x2="{1}" y1="{2}" y2="{2}"/>').format(LEFT, WIDTH - RIGHT, floor)
     middle = (LEFT + WIDTH - RIGHT) / 2
     yield Markup('<text class="mid name" x="{}" y="{}">{}</text>').format(middle, HEIGHT - 6, x)
-    yield Markup('<text class="mid name" transform="translate(11 {}) rotate(-90)">{}</text>').format(floor / 2, y)
+    yield Markup('<text class="mid name" transform="translate(14 {}) rotate(-90)">{}</text>').format(floor / 2, y)
 
 
 def _svg(title: str, height: float, inner: Markup) -> Markup:

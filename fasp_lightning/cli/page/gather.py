@@ -44,9 +44,11 @@ def gather(folder: Path) -> Found:
         models = tuple(read_model(path) for path in sorted(folder.iterdir()) if path.is_dir() and is_model(path))
         return Found(name, models, sweep=True)
     if is_model(folder):
-        return Found(name, (read_model(folder),))
+        model = read_model(folder)
+        events = [event for event in model.facts.events if isinstance(event, dict)]
+        return Found(name, (model,), Run(name, {}, events, "the report of the exported model") if events else None)
     if (run := run_folder(folder)) is not None:
-        return _of_run(name, read_run(run))
+        return _of_run(name, read_run(run, name if run == folder else f"{name}/{run.relative_to(folder).as_posix()}"))
     raise FaspError(
         f"folder {str(folder)!r} must hold a pruned model (config.json with a plan), a training run (what a logger "
         "wrote, or checkpoints) or a sweep (sweep.json), got none of them; name one that fasp prune, fit or sweep wrote"

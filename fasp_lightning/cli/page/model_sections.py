@@ -36,8 +36,9 @@ def model_chapter(model: Model) -> Chapter:
     facts = model.facts
     name = facts.base.get("id") or facts.base.get("name") or facts.report.get("model") or model.name
     reached = facts.saved.get("sparsity", facts.known("sparsity"))
-    subtitle = f"{facts.model_type}, pruned" + ("" if reached is None else f" by {percent(reached)} of its blocks")
-    return Chapter(str(name), subtitle, [section for section in _sections(model) if section.parts])
+    parts = [facts.model_type, "pruned" if reached is None else f"pruned to {percent(reached)} sparsity"]
+    parts += [] if facts.asked is None else [f"{percent(facts.asked)} asked"]
+    return Chapter(str(name), ", ".join(parts), _sections(model))
 
 
 def _sections(model: Model) -> list[Section]:
@@ -226,7 +227,7 @@ def _settings(facts: Facts) -> list[Part]:
         ("saved with", ", ".join(f"{name} {value}" for name, value in versions.items()) or UNKNOWN),
         *[(f"base, {name}", str(value)) for name, value in facts.base.items()],
     ]
-    folded = [settings_table(facts.settings, "All settings of the pruning")] if facts.settings else []
+    folded: list[Part] = [settings_table(facts.settings, "All settings of the pruning")] if facts.settings else []
     return [Table((), rows, numbers=False), *(folded or [Note("Settings of the pruning: not recorded.")])]
 
 

@@ -15,6 +15,8 @@ from fasp_lightning.structure.pruning_plan import PruningPlan
 from fasp_lightning.structure.registry import known_architectures, spec_for
 
 CONFIG_FILE = "config.json"
+MAPPINGS = ("saved", "base", "config", "seconds", "peak_memory", "calibration", "computed")
+"""Entries of a report that are left out where they are damaged."""
 
 
 @dataclass(frozen=True)
@@ -49,9 +51,10 @@ def read_model(folder: Path) -> Model:
         FaspError: If it holds no pruned model, or a damaged one.
     """
     facts = facts_in(folder)
+    report = {name: value for name, value in facts.report.items() if name not in MAPPINGS or isinstance(value, dict)}
     told = replace(
         facts,
-        report=without_paths(facts.report),
+        report=without_paths(report),
         settings=without_paths(facts.settings),
         texts=tuple(replace(text, name=without_paths(text.name)) for text in facts.texts),
     )

@@ -67,7 +67,13 @@ def _timeline(run: Run) -> list[Part]:
     if not shown:
         return [Note("Not recorded: neither a logger's files nor a checkpoint tells of an event.")]
     told = "" if run.scalars else " No logger's files are there: what was between the events is not known."
-    return [Charts(shown), Note(f"Vertical lines are events. Perplexities are on the run's validation batches.{told}")]
+    return [
+        Charts(shown),
+        Note(
+            "Vertical lines are events. Perplexities are on the run's validation text: those around the events on as "
+            f"many batches as validation_batches says, those of validation on as many as limit_val_batches.{told}"
+        ),
+    ]
 
 
 def _around(run: Run) -> list[tuple[float, float]]:
@@ -110,7 +116,12 @@ def _events(run: Run) -> list[Part]:
 def _event(run: Run, event: dict[str, Any]) -> tuple[str, ...]:
     figures = ["not measured" if event.get(name) is None else number(event[name]) for name in EVENT_COLUMNS]
     step, sparsity, total = (event.get(name) for name in ("step", "sparsity", "sparsity_total"))
-    sizes = (percent(run.schedule.get(step)), percent(sparsity), percent(total), number(event.get("parameters")))
+    sizes = (
+        percent(None if step is None else run.schedule.get(step)),
+        percent(sparsity),
+        percent(total),
+        number(event.get("parameters")),
+    )
     return number(step), *sizes, *figures, number(event.get("seconds"), 1)
 
 

@@ -37,7 +37,7 @@ class Run:
     """A training run.
 
     Attributes:
-        name: Of its folder.
+        name: What to call it.
         scalars: What its loggers wrote.
         events: What each event did, as :class:`~fasp_lightning.training.reporting.EventRecord` names it.
         source: Where the events were found.
@@ -73,11 +73,12 @@ def run_folder(folder: Path) -> Path | None:
     return next(iter(found), None)
 
 
-def read_run(folder: Path) -> Run:
+def read_run(folder: Path, name: str) -> Run:
     """Read a run.
 
     Args:
         folder: What :func:`run_folder` gave.
+        name: What to call it.
 
     Raises:
         FaspError: If its config or its newest checkpoint cannot be read.
@@ -91,7 +92,7 @@ def read_run(folder: Path) -> Run:
         events, source = list(state.get("records", ())), f"the checkpoint {newest and newest.name}"
     callback = _callback(settings)
     return Run(
-        folder.resolve().name,
+        name,
         scalars,
         events,
         source,
@@ -164,7 +165,7 @@ def _at(values: list[tuple[int, float]], step: int) -> float | None:
 
 def _config(folder: Path) -> dict[str, Any]:
     """What LightningCLI was given."""
-    import yaml
+    import yaml  # type: ignore[import-untyped]
 
     file = folder / CONFIG_FILE
     if not file.is_file():
