@@ -16,6 +16,8 @@ from fasp_lightning.structure.pruning_plan import PruningPlan
 
 log = logging.getLogger(__name__)
 
+ERRORS = ("error_before", "error_after", "output_error_before", "output_error_after")
+
 Place = tuple[int, str]
 """A block's index, and the rest of a layer's path."""
 
@@ -32,6 +34,8 @@ class PairFacts:
         unrestored: Relative error of each block without restoration, in the last round that cut it; ``None`` where
             that is not known.
         restored: Likewise with restoration.
+        output_unrestored: Root mean square of the same ratio of each output, without restoration.
+        output_restored: That, with restoration.
     """
 
     consumer: str
@@ -40,6 +44,8 @@ class PairFacts:
     widths: tuple[int, ...]
     unrestored: tuple[float | None, ...]
     restored: tuple[float | None, ...]
+    output_unrestored: tuple[float | None, ...] = ()
+    output_restored: tuple[float | None, ...] = ()
 
     @property
     def uneven(self) -> bool:
@@ -186,8 +192,8 @@ def _pairs(plan: PruningPlan, entries: dict[Place, dict[str, Any]]) -> tuple[Pai
 
 def _pair(path: str, layout: PairLayout, units: list[int], entries: dict[Place, dict[str, Any]]) -> PairFacts:
     found = [entries.get((index, path), {}) for index in range(len(units))]
-    unrestored, restored = (tuple(entry.get(name) for entry in found) for name in ("error_before", "error_after"))
-    return PairFacts(path, layout.kind, layout.width, tuple(units), unrestored, restored)
+    errors = (tuple(entry.get(name) for entry in found) for name in ERRORS)
+    return PairFacts(path, layout.kind, layout.width, tuple(units), *errors)
 
 
 def _events(report: dict[str, Any]) -> tuple[dict[str, Any], ...]:

@@ -21,6 +21,7 @@ COMMANDS = {
     "validate": "one pass over the validation text",
     "test": "one pass over the test text",
     "predict": "likelihood of each sequence of a text",
+    "report": "one HTML page of a pruned model, a training run or a sweep",
     "schedule": "write the schedule of a training's pruning as a YAML file to edit",
 }
 """Name → help. A command with options of its own is a module of ``commands`` with ``JOB`` (a dataclass) and

@@ -34,7 +34,7 @@ def parse(job: type, program: str, argv: list[str]) -> Any:
     """
     parser = ArgumentParser(prog=program, description=_summary(job), exit_on_error=False)
     parser.add_argument("-c", "--config", action="config", help="A YAML file, or a shipped config by its bare name.")
-    parser.add_class_arguments(job)
+    parser.add_class_arguments(job, as_positional=True)  # those that have no default
     arguments = list(_with_values(with_paths(argv), set(_flags(job))))
     try:
         parsed = parser.parse_args(arguments)

@@ -62,6 +62,17 @@ def carries_structure(module: nn.Module) -> bool:
     return hasattr(module, _MARK)
 
 
+def plan_in_state(state: dict[str, Any]) -> PruningPlan | None:
+    """The plan that a state dict carries, that of a LightningModule or of a checkpoint's.
+
+    Raises:
+        FaspError: If it is damaged.
+    """
+    found = next((value for name, value in state.items() if name.rpartition(".")[2] == KEY), None)
+    plan = None if found is None else _decode(found)["plan"]
+    return plan and PruningPlan.from_dict(plan)
+
+
 def _write(module: nn.Module, state: dict[str, Any], prefix: str, _metadata: Any) -> None:
     model = find_causal_lm(module, getattr(module, _MARK))
     plan, lora = plan_of(model), getattr(model, "fasp_lora", None)
