@@ -19,9 +19,9 @@ from fasp_lightning.pruning.latency.sample import layer_kinds, make_sample, shap
 from fasp_lightning.pruning.latency.serving import PHASES, Serving, require_speedup
 from fasp_lightning.pruning.latency.stopwatch import Clock, Passes, WallClock, repeated
 from fasp_lightning.structure.modes import evaluating, own_modes
-from fasp_lightning.structure.plan import plan_in
+from fasp_lightning.structure.plan import plan_in, resolve_pruned
 
-GRID = 200
+GRID = 100
 """Sparsities are tried in steps of one part in so many."""
 
 TIMED = 4
@@ -110,7 +110,8 @@ def plan_speedup(
     shapes = shapes_of(config, list(layer_kinds(config))[:1], **options)
     ModelInputs(shapes).check_length(serving.prompt + serving.new, "serving.prompt and serving.new")
     reachable = _reachable(shapes, pruning)
-    curve = _timed(config, [budget for _, budget in reachable], serving, clock or WallClock(device), device, dtype, options)
+    clock = clock or WallClock(device)
+    curve = _timed(config, [budget for _, budget in reachable], serving, clock, device, dtype, options)
     gone = [budget.sparsity for _, budget in reachable]
     index = least_sparsity(curve, gone, factor, serving.phases)
     before = {phase: curve.at(phase, 0.0) for phase in PHASES}
@@ -130,17 +131,16 @@ def _reachable(shapes: Any, pruning: PruningConfig) -> list[tuple[float, Budget]
 
 
 def _tried(shapes: Any, pruning: PruningConfig) -> Iterator[tuple[float, Budget]]:
-    refusal, any_fits = None, False
-    for sparsity in (step / GRID for step in range(1, GRID)):
+    """Every sparsity of the grid that widths can make, with its budget; of none, why the first one cannot."""
+    pairs, refusals = resolve_pruned(shapes, kv_groups=pruning.attention == "kv_groups"), []
+    sparsities = [step / GRID for step in range(1, GRID)]
+    for sparsity in sparsities:
         try:
-            budget = budget_towards(shapes, dataclasses.replace(pruning, sparsity=sparsity))
+            yield sparsity, budget_towards(shapes, dataclasses.replace(pruning, sparsity=sparsity), pairs)
         except FaspError as error:  # beyond the highest, or between those that whole KV groups make up
-            refusal = refusal or error
-            continue
-        any_fits = True
-        yield sparsity, budget
-    if refusal and not any_fits:
-        raise refusal
+            refusals.append(error)
+    if len(refusals) == len(sparsities):
+        raise refusals[0]
 
 
 def _timed(
