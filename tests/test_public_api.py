@@ -42,6 +42,9 @@ ENGINE = (
     "Processes",
     "ProgressEvent",
     "SavedModel",
+    "Serving",
+    "Speedup",
+    "SpeedupPlan",
     "ScheduledPruning",
     "TextConfig",
     "TextReport",
@@ -50,6 +53,8 @@ ENGINE = (
     "load_model",
     "load_tokenizer",
     "measure_perplexity",
+    "measure_speedup",
+    "plan_speedup",
     "token_batches",
 )
 TRAINING = (
@@ -69,6 +74,7 @@ SIGNATURES = {
     "load_pruned": "(path, dtype='auto', device_map=None, attn_implementation=None, revision=None, "
     "trust_remote_code=False)",
     "perplexity": "(model, batches)",
+    "plan_speedup": "(config, factor, serving=None, pruning=None)",
     "register_architecture": "(model_type, spec, overwrite=False)",
     "spec_for": "(model_or_config)",
 }

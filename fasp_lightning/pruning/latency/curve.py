@@ -60,8 +60,8 @@ def least_sparsity(curve: Curve, sparsities: Sequence[float], factor: float, pha
     if found is None:
         best = max(range(len(reached)), key=reached.__getitem__)
         raise FaspError(
-            f"speedup must be at most {int(100 * reached[best]) / 100:.2f}, which {' and '.join(phases)} reach here at a "
-            f"sparsity of {sparsities[best]:.4f}, got {factor}: attention over the context, norms, head and embeddings "
-            "stay; lower it, ask for one phase alone (serving.phase), or let pruning.attention cut more"
+            f"speedup must be at most {int(100 * reached[best]) / 100:.2f}, which {' and '.join(phases)} reach here at "
+            f"a sparsity of {sparsities[best]:.4f}, got {factor}: attention over the context, norms, head and "
+            "embeddings stay; lower it, ask for one phase alone (serving.phase), or let pruning.attention cut more"
         )
     return found

@@ -105,7 +105,9 @@ def plan_speedup(
     serving, pruning, device = serving or Serving(), pruning or PruningConfig(), torch.device(device)
     require_speedup(factor)
     if plan_in(config) is not None:
-        raise FaspError("speedup counts from the dense model, got one that is pruned already; give its sparsity instead")
+        raise FaspError(
+            "speedup counts from the dense model, got one that is pruned already; give its sparsity instead"
+        )
     options = {"attn_implementation": attn_implementation, "trust_remote_code": trust_remote_code}
     shapes = shapes_of(config, list(layer_kinds(config))[:1], **options)
     ModelInputs(shapes).check_length(serving.prompt + serving.new, "serving.prompt and serving.new")

@@ -11,7 +11,6 @@ from tiny import TINY, tiny_model
 from tiny_pruning import basic
 from torch.nn.modules.module import register_module_forward_hook
 
-from fasp_lightning import FaspError
 from fasp_lightning.pruning.budget.widths import decide_budget
 from fasp_lightning.pruning.latency.sample import _first_units
 from fasp_lightning.pruning.latency.serving import Serving
