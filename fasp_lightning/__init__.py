@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from fasp_lightning.checkpoints.saving import SavedModel, save_pruned
     from fasp_lightning.errors import FaspError
     from fasp_lightning.pruning.config import OwnTextConfig, PruningConfig
+    from fasp_lightning.pruning.latency.serving import Serving
+    from fasp_lightning.pruning.latency.speedup import Speedup, SpeedupPlan, measure_speedup, plan_speedup
     from fasp_lightning.pruning.perplexity import PerplexityResult, measure_perplexity, perplexity
     from fasp_lightning.pruning.prepare import Prepared
     from fasp_lightning.pruning.processes import Processes
@@ -71,6 +73,9 @@ __all__ = [
     "PruningSchedule",
     "SavedModel",
     "ScheduledPruning",
+    "Serving",
+    "Speedup",
+    "SpeedupPlan",
     "TextConfig",
     "TextReport",
     "TokenizerTraining",
@@ -82,7 +87,9 @@ __all__ = [
     "load_pruned",
     "load_tokenizer",
     "measure_perplexity",
+    "measure_speedup",
     "perplexity",
+    "plan_speedup",
     "register_architecture",
     "save_pruned",
     "spec_for",
@@ -118,6 +125,9 @@ _HOMES = {
     "PruningSchedule": "training.schedule",
     "SavedModel": "checkpoints.saving",
     "ScheduledPruning": "training.schedule",
+    "Serving": "pruning.latency.serving",
+    "Speedup": "pruning.latency.speedup",
+    "SpeedupPlan": "pruning.latency.speedup",
     "TextConfig": "text.config",
     "TextReport": "pruning.report",
     "TokenizerTraining": "text.tokenizer",
@@ -129,7 +139,9 @@ _HOMES = {
     "load_pruned": "checkpoints.pruned_folder",
     "load_tokenizer": "checkpoints.loading",
     "measure_perplexity": "pruning.perplexity",
+    "measure_speedup": "pruning.latency.speedup",
     "perplexity": "pruning.perplexity",
+    "plan_speedup": "pruning.latency.speedup",
     "register_architecture": "structure.registry",
     "save_pruned": "checkpoints.saving",
     "spec_for": "structure.registry",

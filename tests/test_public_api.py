@@ -44,6 +44,9 @@ ENGINE = (
     "Processes",
     "ProgressEvent",
     "SavedModel",
+    "Serving",
+    "Speedup",
+    "SpeedupPlan",
     "ScheduledPruning",
     "TextConfig",
     "TextReport",
@@ -53,6 +56,8 @@ ENGINE = (
     "load_model",
     "load_tokenizer",
     "measure_perplexity",
+    "measure_speedup",
+    "plan_speedup",
     "token_batches",
 )
 TRAINING = (
@@ -75,6 +80,7 @@ SIGNATURES = {
     "export_gguf": "(model, path, tokenizer, outtype='f16', pad=False, architecture='auto', check=True, "
     "overwrite=False)",
     "perplexity": "(model, batches)",
+    "plan_speedup": "(config, factor, serving=None, pruning=None)",
     "register_architecture": "(model_type, spec, overwrite=False)",
     "spec_for": "(model_or_config)",
 }

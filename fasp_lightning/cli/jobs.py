@@ -8,6 +8,7 @@ from fasp_lightning.checkpoints.devices import require_dtype
 from fasp_lightning.checkpoints.forms import require_form
 from fasp_lightning.errors import FaspError
 from fasp_lightning.pruning.config import PruningConfig
+from fasp_lightning.pruning.latency.serving import Serving, require_speedup
 from fasp_lightning.text.config import TextConfig
 
 EVALUATED_SEQUENCES = 16
@@ -77,6 +78,9 @@ class PruneJob:
         seed: Seed of the drawing of calibration sequences, instead of each text's own.
         prompt: Print how the model continues this text, before and after.
         new_tokens: Length of that continuation.
+        speedup: Prune as far as makes the model so many times faster here, such as 1.3, instead of to
+            pruning.sparsity: blocks of a few widths are timed, and with fasp prune the outcome too.
+        serving: Lengths and phase that are to be faster, for speedup.
     """
 
     model: ModelConfig
@@ -98,6 +102,8 @@ class PruneJob:
     seed: int | None = None
     prompt: str | None = None
     new_tokens: int = 40
+    speedup: float | None = None
+    serving: Serving = field(default_factory=Serving)
 
     def __post_init__(self) -> None:
         if self.other_text is not None:
@@ -116,6 +122,20 @@ class PruneJob:
         require_dtype(self.save_dtype, "save_dtype")
         if self.new_tokens < 1:
             raise FaspError(f"new_tokens must be at least 1, got {self.new_tokens}")
+        if self.speedup is not None:
+            self._check_speedup(self.speedup)
+
+    def _check_speedup(self, speedup: float) -> None:
+        require_speedup(speedup)
+        if self.pruning.sparsity != PruningConfig.sparsity:
+            raise FaspError(
+                f"pruning.sparsity must be left out where speedup is given, got {self.pruning.sparsity} and {speedup}; "
+                "the speed-up decides how far the model is pruned"
+            )
+        if self.prompt is not None and self.prompt.isdigit():
+            raise FaspError(
+                f"prompt must be the text of a prompt, got {self.prompt!r}; its length for speedup is serving.prompt"
+            )
 
     def calibrated(self) -> list[TextConfig]:
         """The texts to calibrate on beside own text: none if that is all."""

@@ -14,10 +14,12 @@ from fasp_lightning.checkpoints.loading import checkpoint_dtype, load_config, lo
 from fasp_lightning.checkpoints.source import ModelSource, resolve_source, stored_bytes
 from fasp_lightning.cli.console import dtype_name, percent
 from fasp_lightning.cli.jobs import ModelConfig, PruneJob
+from fasp_lightning.cli.quiet import all_threads
 from fasp_lightning.pruning.budget.budget import Budget
 from fasp_lightning.pruning.budget.footprint import PeakMemory, peak_memory_estimate
 from fasp_lightning.pruning.budget.widths import decide_budget
 from fasp_lightning.pruning.config import PruningConfig, with_user_cache
+from fasp_lightning.pruning.latency.speedup import SpeedupPlan, plan_speedup
 from fasp_lightning.structure.layout import Cuts
 from fasp_lightning.structure.registry import spec_for
 from fasp_lightning.structure.spec import ArchitectureSpec
@@ -40,6 +42,7 @@ class Setup:
         stored: Dtype to save in.
         form: Form to save in.
         cuts: What will be cut.
+        speedup: How the sparsity was found, where it is a speed-up that was asked for.
     """
 
     source: ModelSource
@@ -53,6 +56,7 @@ class Setup:
     stored: torch.dtype
     form: str
     cuts: Cuts
+    speedup: SpeedupPlan | None = None
 
     @property
     def already_pruned(self) -> float:
@@ -88,13 +92,31 @@ def set_up(job: PruneJob) -> Setup:
     model = model_shapes(source, config, job.model.trust_remote_code)
     own = None if job.pruning.own_text is None else with_user_cache(job.pruning.own_text)
     pruning = dataclasses.replace(job.pruning, device=job.pruning.device or str(device), own_text=own)
-    budget = decide_budget(model, pruning)
-    cuts = budget.cuts
     checkpoint = checkpoint_dtype(source, config)
     dtype = choose_dtype(job.dtype, checkpoint, device)
+    speedup = None if job.speedup is None else _for_speedup(job, job.speedup, config, pruning, dtype)
+    if speedup is not None:
+        pruning = dataclasses.replace(pruning, sparsity=speedup.sparsity)
+    budget = decide_budget(model, pruning)
+    cuts = budget.cuts
     stored = choose_stored(job.save_dtype, checkpoint, dtype)
     form = choose_form(job.form, spec, cuts)
-    return Setup(source, config, model, spec, pruning, budget, device, dtype, stored, form, cuts)
+    return Setup(source, config, model, spec, pruning, budget, device, dtype, stored, form, cuts, speedup)
+
+
+def _for_speedup(job: PruneJob, factor: float, config: Any, pruning: PruningConfig, dtype: torch.dtype) -> SpeedupPlan:
+    """Time blocks of a few widths, with all threads."""
+    with all_threads():
+        return plan_speedup(
+            config,
+            factor,
+            job.serving,
+            pruning,
+            dtype=dtype,
+            device=pruning.device or "cpu",
+            attn_implementation=job.model.attn_implementation,
+            trust_remote_code=job.model.trust_remote_code,
+        )
 
 
 def already_pruned(setup: Setup) -> str:

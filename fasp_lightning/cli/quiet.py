@@ -40,11 +40,27 @@ def _is_no_tip(record: logging.LogRecord) -> bool:
     return "Tip: " not in record.getMessage()
 
 
+_ALL = torch.get_num_threads()
+
+
 @contextmanager
 def one_thread() -> Iterator[None]:
     """Thousands of tiny tensor operations: a second thread costs each some ms wherever the cores are busy."""
+    with _threads(1):
+        yield
+
+
+@contextmanager
+def all_threads() -> Iterator[None]:
+    """As many threads as there were at the start: what is timed runs as it will be served."""
+    with _threads(_ALL):
+        yield
+
+
+@contextmanager
+def _threads(count: int) -> Iterator[None]:
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)
+    torch.set_num_threads(count)
     try:
         yield
     finally:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 from fasp_lightning.checkpoints.forms import loaders_for
 from fasp_lightning.cli.checks import texts_of
-from fasp_lightning.cli.commands.prune_tables import loaders_table
+from fasp_lightning.cli.commands.prune_tables import loaders_table, print_speedup
 from fasp_lightning.cli.console import change, dtype_name, gibibytes, megabytes, note, percent, table
 from fasp_lightning.cli.jobs import PlanJob, PruneJob
 from fasp_lightning.cli.model_setup import Setup, already_pruned, bytes_before, memory_of, set_up
@@ -37,6 +37,8 @@ def run(job: PlanJob) -> int:
         note(already_pruned(setup))
     _print_sizes(job, setup)
     _print_widths(setup)
+    if setup.speedup is not None:
+        print_speedup(setup.speedup)
     _print_kernels(job, setup)
     _print_memory(job, setup)
     loaders_table(loaders_for(setup.form, setup.config, setup.cuts))
@@ -58,7 +60,7 @@ def _print_sizes(job: PruneJob, setup: Setup) -> None:
         row(f"size in {dtype}", before.weight_bytes, after.weight_bytes, megabytes),
         row(f"size on disk, {dtype_name(setup.stored)}", bytes_before(setup, job), setup.stored_bytes, megabytes),
         row("FLOPs per token, attention over the context aside", *flops, _giga),
-        (f"sparsity of the blocks, {percent(job.pruning.sparsity)} asked", percent(setup.already_pruned),
+        (f"sparsity of the blocks, {percent(setup.pruning.sparsity)} asked", percent(setup.already_pruned),
          percent(budget.sparsity), ""),
         ("sparsity of all parameters", percent(total), percent(budget.sparsity_total), ""),
     ]  # fmt: skip

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
 from fasp_lightning.checkpoints.dry_save import require_savable
 from fasp_lightning.checkpoints.publishing.hub import check_hub
 from fasp_lightning.cli.checks import check_output_dir, claimed_output, texts_of, tokenizer_of
-from fasp_lightning.cli.commands.prune_tables import print_continuations, print_loaders, print_results
+from fasp_lightning.cli.commands.prune_tables import print_continuations, print_loaders, print_results, print_speedup
 from fasp_lightning.cli.console import dtype_name, gibibytes, note, percent, shown_warnings
 from fasp_lightning.cli.generation import check_prompt, continuation
 from fasp_lightning.cli.jobs import PruneJob
@@ -24,6 +25,7 @@ from fasp_lightning.cli.texts import (
     missing_domain,
     single_source,
 )
+from fasp_lightning.pruning.latency.speedup import Speedup, measure_speedup
 from fasp_lightning.pruning.progress import peak_memory
 from fasp_lightning.staging import require_space
 
@@ -58,9 +60,12 @@ def _run(job: PruneJob) -> None:
         dense_text = _continue(model, tokenizer, job)
         report = prune_measured(model, job, setup, calibration, evaluation, before, again=lambda: load_home(job, setup))
         pruned_text = _continue(model, tokenizer, job)
+        measured = None if setup.speedup is None else _measure_speedup(model, job, setup)
     saved = save(model, tokenizer, job, setup)
     report.peak_memory = peak_memory(setup.device)  # with the evaluation, and the copy that verified
     print_results(job, setup, calibration, report, saved)
+    if setup.speedup is not None:
+        print_speedup(setup.speedup, measured)
     if job.prompt is not None:
         print_continuations(job.prompt, dense_text, pruned_text)
     if saved is not None:
@@ -91,6 +96,13 @@ def load_home(job: PruneJob, setup: Setup) -> Any:
     """The model, on the compute device if it has room for it, else on the CPU."""
     note("loading the weights")
     return load(job.model, setup.config, setup.dtype, place(setup))
+
+
+def _measure_speedup(model: Any, job: PruneJob, setup: Setup) -> Speedup:
+    """Time the dense and the pruned model in turn; both figures go into the report that is saved."""
+    measured = measure_speedup(load_home(job, setup), model, job.serving)
+    model.fasp_report |= {"speedup": dataclasses.asdict(setup.speedup) | {"measured": dataclasses.asdict(measured)}}
+    return measured
 
 
 def _continue(model: Any, tokenizer: Any, job: PruneJob) -> str:

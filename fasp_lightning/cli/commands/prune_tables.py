@@ -9,6 +9,8 @@ from fasp_lightning.cli.console import change, dtype_name, gibibytes, megabytes,
 from fasp_lightning.cli.jobs import PruneJob
 from fasp_lightning.cli.model_setup import Setup, bytes_before
 from fasp_lightning.cli.texts import CALIBRATED, OTHER, Calibration
+from fasp_lightning.pruning.latency.serving import PHASES
+from fasp_lightning.pruning.latency.speedup import Speedup, SpeedupPlan
 from fasp_lightning.pruning.report import PruningReport, TextReport
 
 Row = tuple[str, str, str, str]
@@ -34,7 +36,7 @@ def print_results(
         ),
         *_on_disk(job, setup, saved),
         (
-            f"sparsity of the blocks, {percent(job.pruning.sparsity)} asked",
+            f"sparsity of the blocks, {percent(setup.pruning.sparsity)} asked",
             percent(now),
             percent(report.sparsity),
             "",
@@ -83,6 +85,22 @@ def print_perplexities(texts: list[TextReport]) -> None:
         plain = (f"{text.unrestored.perplexity:.3f}" if text.unrestored else "" for text in texts)
         rows.insert(4, ("same columns, nothing restored", *plain))
     table("perplexity", ("", *(text.name for text in texts)), rows)
+
+
+def print_speedup(planned: SpeedupPlan, measured: Speedup | None = None) -> None:
+    """Seconds and speed-ups of both phases: asked for, predicted from blocks, and measured on the models."""
+    serving, rows = planned.serving, []
+    for phase in PHASES:
+        asked = f"x {planned.factor:.2f}" if phase in serving.phases else ""
+        known = planned.predicted if measured is None else measured
+        seconds = (f"{1e3 * times[phase]:,.1f} ms" for times in (known.before, known.after))
+        found = "" if measured is None else f"x {measured.of(phase):.2f}"
+        rows.append((phase, *seconds, asked, f"x {planned.predicted.of(phase):.2f}", found))
+    title = (
+        f"speed at batch {serving.batch}: prefill of {serving.prompt:,} tokens, a decode step within the "
+        f"{serving.new:,} after them"
+    )
+    table(title, ("", "before", "after", "asked", "predicted", "measured"), rows)
 
 
 def print_continuations(prompt: str, before: str, after: str) -> None:

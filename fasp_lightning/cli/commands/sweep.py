@@ -63,6 +63,8 @@ class SweepJob(PruneJob):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.speedup is not None:
+            raise FaspError(f"speedup must be null in a sweep, whose sparsities are given, got {self.speedup}")
         _ = self.folder  # refuses null
         if self.push_to_hub is not None:
             raise FaspError(
