@@ -149,7 +149,7 @@ def test_a_token_reads_all_weights_but_an_embedding_of_its_own(tmp_path: Path) -
 def test_a_row_of_the_default_that_falls_short_is_marked() -> None:
     from serve_tables import speed_table
 
-    row = {"name": "stock-20-auto", "multiple": "auto", "widths": [8, 16], "format": "f"}
+    row = {"name": "stock-20-auto", "kind": "stock", "multiple": "auto", "widths": [8, 16], "format": "f"}
     row |= {"flops": [5, 4], "bytes": [6, 5]}
     runs = {"prefill": [[3.0, 3.0], [5.0, 4.0], [6.0, 4.0]], "decode": [[1.0, 1.0]]}
     cells = speed_table([row | runs]).splitlines()[-1].split(" | ")
@@ -159,10 +159,12 @@ def test_a_row_of_the_default_that_falls_short_is_marked() -> None:
 
 
 def test_the_front_holds_what_no_smaller_file_is_as_good_as() -> None:
-    from serve_tables import on_front
+    from serve_tables import on_front, size_table
 
     rows = [{"file": size, "perplexity": value} for size, value in ((100, 12.0), (90, 11.0), (80, 15.0), (80, 16.0))]
     assert [on_front(row, rows) for row in rows] == [False, True, True, False]
+    table = size_table([row | {"name": "stock", "format": "f"} for row in rows]).splitlines()
+    assert [line.endswith("| yes |") for line in table[2:]] == [True, False, True, False]  # the smallest file first
 
 
 def test_runs_take_turns() -> None:

@@ -39,7 +39,8 @@ def phase_cells(row: dict[str, Any], phase: str) -> list[str]:
     """Ratio with its range, ideal, and the one over the other, which is marked where a default's row falls short."""
     ratio, ideal = Ratio.of(row[phase]), ideal_of(row, phase)
     reached = ratio.median / ideal
-    mark = "**" if (row["multiple"] == "auto") and round(reached, 2) < GOAL else ""
+    default = row["kind"] != "dense" and row["multiple"] == "auto"
+    mark = "**" if default and round(reached, 2) < GOAL else ""
     return [
         f"{ratio.median:.2f} ({ratio.low:.2f} … {ratio.high:.2f})",
         f"{ideal:.2f}",
@@ -100,8 +101,8 @@ def size_table(rows: list[dict[str, Any]]) -> str:
     lines = ["| model | format | MB | perplexity | front |", "|---|---|---|---|---|"]
     for row in sorted(rows, key=lambda row: row["file"]):
         mark = "yes" if on_front(row, rows) else ""
-        size = f"{row['bytes'] / 1e6:.1f}"
-        lines.append(f"| {row['variant']} | {row['format']} | {size} | {row['perplexity']:.2f} | {mark} |")
+        size = f"{row['file'] / 1e6:.1f}"
+        lines.append(f"| {row['name']} | {row['format']} | {size} | {row['perplexity']:.2f} | {mark} |")
     return "\n".join(lines)
 
 
