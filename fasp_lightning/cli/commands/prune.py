@@ -25,7 +25,7 @@ from fasp_lightning.cli.texts import (
     missing_domain,
     single_source,
 )
-from fasp_lightning.pruning.latency.speedup import Speedup, measure_speedup
+from fasp_lightning.pruning.latency.speedup import Speedup, SpeedupPlan, measure_speedup
 from fasp_lightning.pruning.progress import peak_memory
 from fasp_lightning.staging import require_space
 
@@ -60,7 +60,7 @@ def _run(job: PruneJob) -> None:
         dense_text = _continue(model, tokenizer, job)
         report = prune_measured(model, job, setup, calibration, evaluation, before, again=lambda: load_home(job, setup))
         pruned_text = _continue(model, tokenizer, job)
-        measured = None if setup.speedup is None else _measure_speedup(model, job, setup)
+        measured = None if setup.speedup is None else _measure_speedup(model, job, setup, setup.speedup)
     saved = save(model, tokenizer, job, setup)
     report.peak_memory = peak_memory(setup.device)  # with the evaluation, and the copy that verified
     print_results(job, setup, calibration, report, saved)
@@ -98,10 +98,10 @@ def load_home(job: PruneJob, setup: Setup) -> Any:
     return load(job.model, setup.config, setup.dtype, place(setup))
 
 
-def _measure_speedup(model: Any, job: PruneJob, setup: Setup) -> Speedup:
+def _measure_speedup(model: Any, job: PruneJob, setup: Setup, planned: SpeedupPlan) -> Speedup:
     """Time the dense and the pruned model in turn; both figures go into the report that is saved."""
     measured = measure_speedup(load_home(job, setup), model, job.serving)
-    model.fasp_report |= {"speedup": dataclasses.asdict(setup.speedup) | {"measured": dataclasses.asdict(measured)}}
+    model.fasp_report |= {"speedup": dataclasses.asdict(planned) | {"measured": dataclasses.asdict(measured)}}
     return measured
 
 
