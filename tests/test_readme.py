@@ -35,7 +35,6 @@ SHOWN = {
     "gguf": "llama.cpp by `fasp export`",
     "converter": "llama.cpp's converter",
     "vllm": "vLLM",
-    "onnx": "ONNX Runtime",
 }
 FORMS = {
     "stock": "`stock`: the config says the one FFN width",

@@ -82,7 +82,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "gemma3_text": GEMMA | WINDOWS | {"layer_types": [*["sliding_attention"] * 2, "full_attention"]},
     "phi": LLAMA | {"tie_word_embeddings": False, "num_key_value_heads": 4},
     "phi3": LLAMA | {"sliding_window": None},
-    "gpt2": SHAPE | {"n_inner": WIDTH},
+    "gpt2": SHAPE | {"n_inner": WIDTH, "n_ctx": 128},
     "gpt_neox": SHAPE | {"intermediate_size": WIDTH, "tie_word_embeddings": False},
     "bloom": SHAPE,
     "falcon": SHAPE | {"ffn_hidden_size": WIDTH, "new_decoder_architecture": True, "num_kv_heads": 2},
@@ -166,7 +166,8 @@ SAID = {
     "ignore_mismatched_sizes|size mismatch": "shapes differ from the config (never ignore_mismatched_sizes=True)",
     "FaspCompact": "knows no architecture FaspCompact…",
     "for a GGUF file": "not among its families",
-    "Failed to init server": "llama.cpp does not load what it writes",
+    "llama.cpp must load": "llama.cpp does not load what it writes",
+    "'rotary_pct'": "with transformers 5 it finds no rotary_pct",
     "exceeds dimension size": "builds other shapes than the weights have",
     "form 'stock' cannot": "its FFN width is fixed in the code",
     "'kv_groups' cannot": "its code ties a head's size or position bias to the number of heads",
@@ -280,13 +281,13 @@ def tries(asked: argparse.Namespace) -> dict[str, Callable[[Made], Answers]]:
 
 
 def byte_level() -> PreTrainedTokenizerFast:
-    """A tokenizer of 512 tokens."""
+    """A tokenizer of fewer tokens than the models have, since some classes add their own."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     text = [line for line in Path(__file__).read_text(encoding="utf-8").splitlines() if line]
     alphabet, special = pre_tokenizers.ByteLevel.alphabet(), ["<pad>", "<s>", "</s>"]
-    trainer = trainers.BpeTrainer(vocab_size=512, initial_alphabet=alphabet, special_tokens=special)
+    trainer = trainers.BpeTrainer(vocab_size=500, initial_alphabet=alphabet, special_tokens=special)
     tokenizer.train_from_iterator(text, trainer)
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>")
 
