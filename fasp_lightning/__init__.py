@@ -9,6 +9,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from fasp_lightning.checkpoints.exporting.exported import Exported, LoaderCheck
+    from fasp_lightning.checkpoints.exporting.gguf.export import export_gguf
     from fasp_lightning.checkpoints.forms import LoaderSupport
     from fasp_lightning.checkpoints.loading import load_model, load_tokenizer
     from fasp_lightning.checkpoints.pruned_folder import load_pruned
@@ -47,10 +49,12 @@ __all__ = [
     "CoupledPair",
     "Cuts",
     "EventRecord",
+    "Exported",
     "FASPPruner",
     "FASPPruning",
     "FaspError",
     "LoRAConfig",
+    "LoaderCheck",
     "LoaderSupport",
     "OwnTextConfig",
     "PairLayout",
@@ -73,6 +77,7 @@ __all__ = [
     "apply_plan",
     "calibration_batches",
     "carry_structure",
+    "export_gguf",
     "load_model",
     "load_pruned",
     "load_tokenizer",
@@ -91,10 +96,12 @@ _HOMES = {
     "CoupledPair": "structure.spec",
     "Cuts": "structure.layout",
     "EventRecord": "training.reporting",
+    "Exported": "checkpoints.exporting.exported",
     "FASPPruner": "pruning.pruner",
     "FASPPruning": "training.callback",
     "FaspError": "errors",
     "LoRAConfig": "training.modeling.lora",
+    "LoaderCheck": "checkpoints.exporting.exported",
     "LoaderSupport": "checkpoints.forms",
     "OwnTextConfig": "pruning.config",
     "PairLayout": "structure.layout",
@@ -117,6 +124,7 @@ _HOMES = {
     "apply_plan": "structure.plan",
     "calibration_batches": "text.tokens",
     "carry_structure": "training.modeling.structure_state",
+    "export_gguf": "checkpoints.exporting.gguf.export",
     "load_model": "checkpoints.loading",
     "load_pruned": "checkpoints.pruned_folder",
     "load_tokenizer": "checkpoints.loading",

@@ -50,6 +50,7 @@ OUTCOMES: dict[str, Callable[[dict[str, Any]], bool]] = {
     "PruningSchedule": lambda left: left["schedule"].events[0].sparsity == 0.23125,
     "apply_plan": lambda left: left["same_shapes"].fasp_plan == left["model"].fasp_plan,
     "carry_structure": lambda left: carries_structure(left["MyModule"](left["model"])),
+    "export_gguf": lambda left: left["exported"].path.stat().st_size == left["exported"].bytes,
     "load_pruned": lambda left: left["loaded"].fasp_plan == left["model"].fasp_plan,
     "perplexity": lambda left: left["before"] > 1 and is_pruned(left["model"]),
     "register_architecture": lambda left: "my_type" in known_architectures(),

@@ -31,7 +31,9 @@ ENGINE = (
     "register_architecture",
     "spec_for",
     "PruningSchedule",
+    "Exported",
     "FaspError",
+    "LoaderCheck",
     "LoaderSupport",
     "OwnTextConfig",
     "PairLayout",
@@ -47,6 +49,7 @@ ENGINE = (
     "TextReport",
     "TokenizerTraining",
     "calibration_batches",
+    "export_gguf",
     "load_model",
     "load_tokenizer",
     "measure_perplexity",
@@ -68,6 +71,8 @@ SIGNATURES = {
     "save_pruned": "(model, path, tokenizer=None, form='auto', verify=True, overwrite=False, dtype='auto')",
     "load_pruned": "(path, dtype='auto', device_map=None, attn_implementation=None, revision=None, "
     "trust_remote_code=False)",
+    "export_gguf": "(model, path, tokenizer, outtype='f16', pad=False, architecture='auto', check=True, "
+    "overwrite=False)",
     "perplexity": "(model, batches)",
     "register_architecture": "(model_type, spec, overwrite=False)",
     "spec_for": "(model_or_config)",

@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from fasp_lightning.checkpoints.exporting.exported import LoaderCheck, Reference, compared
-from fasp_lightning.errors import FaspError, one_line
+from fasp_lightning.errors import FaspError
 
 PACKAGE = "xllamacpp"
 
@@ -60,7 +61,7 @@ def ask(
         The answers, in the order of the requests.
 
     Raises:
-        FaspError: If ``xllamacpp`` is not there, or llama.cpp does not load the file; its last words are told.
+        FaspError: If ``xllamacpp`` is not there, or llama.cpp does not load the file; its first error is told.
     """
     require_installed()
     job = {"file": str(file), "context": context, "threads": threads, "cache": cache, "warmup": warmup}
@@ -73,13 +74,18 @@ def ask(
         check=False,
     )
     if process.returncode:
-        words = [line for line in process.stderr.splitlines() if line.strip()] or [f"exit code {process.returncode}"]
-        raise FaspError(f"llama.cpp must load {str(file)!r}, but it says: {one_line(RuntimeError(words[-1]))}")
+        lines = [line for line in process.stderr.splitlines() if line.strip()] or [f"exit code {process.returncode}"]
+        words = next((line.partition(" E ")[2] for line in lines if " E " in line), lines[-1])
+        raise FaspError(f"llama.cpp must load {str(file)!r}, but it says: {' '.join(words.split())}")
     return list(json.loads(process.stdout))
 
 
-def answer(file: Path, expected: Reference, threads: int = 1) -> LoaderCheck:
+def answer(
+    file: Path, expected: Reference, threads: int = 1, split: tuple[str, list[int]] | None = None
+) -> LoaderCheck:
     """llama.cpp's greedy continuation of a prompt, and its logits, beside those of ``transformers``.
+
+    It is asked for each token after those that ``transformers`` has found, until they differ its own continuation.
 
     Its logits are known up to a number that is the same for all tokens, which no probability depends on; it is chosen
     so that the sum of all probabilities is that of the reference.
@@ -88,25 +94,42 @@ def answer(file: Path, expected: Reference, threads: int = 1) -> LoaderCheck:
         file: The GGUF file.
         expected: The answer of ``transformers``.
         threads: Threads to compute with.
+        split: A text, and the tokens that llama.cpp must split it into.
 
     Raises:
         FaspError: As :func:`ask`.
+        RuntimeError: If llama.cpp splits the text otherwise.
     """
     release, prompt, count = require_installed(), list(expected.prompt), len(expected.greedy)
     everything = "/completion", {"prompt": prompt, "n_predict": 1, "n_probs": expected.logits.numel(), "temperature": 0}
     steps = [_step(prompt + list(expected.greedy[:done])) for done in range(count)]
-    first, *rest = ask(file, [everything, *steps], context=len(prompt) + count + 1, threads=threads)
-    greedy = [_best(found) for found in rest]
-    logits = torch.full_like(expected.logits, -torch.inf)
-    for token in first["completion_probabilities"][0]["top_logprobs"]:
-        logits[token["id"]] = token["logprob"]
-    return compared(expected, "llama.cpp", f"{PACKAGE} {release}", greedy, logits + expected.logits.logsumexp(0))
+    text, ids = split or ("", [])
+    tokenized = "/tokenize", {"content": text, "add_special": True}
+    found, first, *rest = ask(file, [tokenized, everything, *steps], context=len(prompt) + count + 1, threads=threads)
+    if split and found["tokens"] != ids:
+        raise RuntimeError(f"llama.cpp must split {text!r} into the tokens {ids}, but it makes {found['tokens']}")
+    greedy = [_token(found) for found in rest]
+    return compared(expected, "llama.cpp", f"{PACKAGE} {release}", greedy, _logits(first, expected.logits))
 
 
 def _step(tokens: list[int]) -> tuple[str, dict[str, Any]]:
     """The request for one more token, whatever ends a text."""
-    return "/completion", {"prompt": tokens, "n_predict": 1, "n_probs": 1, "temperature": 0, "cache_prompt": True}
+    body = {"prompt": tokens, "n_predict": 1, "n_probs": 1, "temperature": 0, "return_tokens": True}
+    return "/completion", body
 
 
-def _best(found: Any) -> int:
-    return int(found["completion_probabilities"][0]["top_logprobs"][0]["id"])
+def _token(found: Any) -> int:
+    """The most probable token; the server holds probabilities back while a character is not whole."""
+    for token in found.get("completion_probabilities", ()):
+        return int(token["top_logprobs"][0]["id"])
+    return int(found["tokens"][0])
+
+
+def _logits(found: Any, expected: Tensor) -> Tensor | None:
+    """Logits from the logarithms of all probabilities, where the server gives them."""
+    if "completion_probabilities" not in found:
+        return None
+    logits = torch.full_like(expected, -torch.inf)
+    for token in found["completion_probabilities"][0]["top_logprobs"]:
+        logits[token["id"]] = token["logprob"]
+    return logits + expected.logsumexp(0)

@@ -14,7 +14,7 @@ from urllib.request import ProxyHandler, Request, build_opener
 
 
 def _server(job: dict[str, Any]) -> Any:
-    """The file behind llama.cpp's server, on the CPU, silent, its cache of keys and values in fp32."""
+    """The file behind llama.cpp's server, on the CPU, silent but for errors."""
     import xllamacpp
 
     params = xllamacpp.CommonParams()
@@ -22,8 +22,10 @@ def _server(job: dict[str, Any]) -> Any:
     params.n_ctx, params.n_parallel, params.n_gpu_layers = job["context"], 1, 0
     params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type[f"GGML_TYPE_{job['cache']}"]
     params.cpuparams.n_threads = params.cpuparams_batch.n_threads = job["threads"]
-    params.warmup, params.fit_params, params.ui, params.verbosity = job["warmup"], False, False, -1
+    params.warmup, params.fit_params, params.ui, params.verbosity = job["warmup"], False, False, 1
     params.cache_ram_mib = 0
+    if job["cache"] == "F32":  # flash attention rounds queries to fp16
+        params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
     return xllamacpp.Server(params)
 
 
