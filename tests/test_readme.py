@@ -35,6 +35,7 @@ SHOWN = {
     "gguf": "llama.cpp by `fasp export`",
     "converter": "llama.cpp's converter",
     "vllm": "vLLM",
+    "onnx": "ONNX Runtime",
 }
 FORMS = {
     "stock": "`stock`: the config says the one FFN width",

@@ -1,6 +1,6 @@
 """Which loader takes which family in which form: each is given tiny random models and goes on with 40 tokens.
 
-    python examples/benchmarks/loaders.py --rows loaders.jsonl --loaders load_pruned,transformers,export
+    python examples/benchmarks/loaders.py --rows loaders.jsonl --loaders load_pruned,transformers,gguf,onnx
     python examples/benchmarks/loaders.py --rows loaders.jsonl --loaders older --older ENVIRONMENT/bin/python
     python examples/benchmarks/loaders.py --rows loaders.jsonl --loaders converter --converter ENVIRONMENT/bin/python
     python examples/benchmarks/loaders.py --rows loaders.jsonl --loaders vllm --vllm ENVIRONMENT/bin/python

@@ -17,6 +17,7 @@ LOADERS = {
     "gguf": "llama.cpp, fasp export --to gguf",
     "converter": "llama.cpp, its own converter",
     "vllm": "vLLM",
+    "onnx": "ONNX Runtime, torch.onnx.export of load_pruned",
 }
 """The loaders, in the order in which they are shown, and how each comes by a saved model."""
 

@@ -123,5 +123,6 @@ def test_table_says_what_a_trial_says(script: ModuleType, family: str, form: str
 @pytest.mark.parametrize("family", known_architectures())
 def test_table_says_what_any_trial_says(script: ModuleType, family: str, form: str, tmp_path: Path) -> None:
     pytest.importorskip("xllamacpp")
-    loaders = ["load_pruned", "transformers", "gguf"]
+    pytest.importorskip("onnxruntime")
+    loaders = ["load_pruned", "transformers", "gguf", "onnx"]
     assert verdicts(script, family, form, tmp_path / "p", loaders) == tabled(family, form, loaders)
