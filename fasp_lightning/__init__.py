@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from fasp_lightning.checkpoints.exporting.exported import Exported, LoaderCheck
     from fasp_lightning.checkpoints.exporting.gguf.export import export_gguf
+    from fasp_lightning.checkpoints.exporting.onnx_graph import export_onnx
+    from fasp_lightning.checkpoints.exporting.vllm.folder import export_vllm
     from fasp_lightning.checkpoints.forms import LoaderSupport
     from fasp_lightning.checkpoints.loading import load_model, load_tokenizer
     from fasp_lightning.checkpoints.pruned_folder import load_pruned
@@ -83,6 +85,8 @@ __all__ = [
     "calibration_batches",
     "carry_structure",
     "export_gguf",
+    "export_onnx",
+    "export_vllm",
     "load_model",
     "load_pruned",
     "load_tokenizer",
@@ -135,6 +139,8 @@ _HOMES = {
     "calibration_batches": "text.tokens",
     "carry_structure": "training.modeling.structure_state",
     "export_gguf": "checkpoints.exporting.gguf.export",
+    "export_onnx": "checkpoints.exporting.onnx_graph",
+    "export_vllm": "checkpoints.exporting.vllm.folder",
     "load_model": "checkpoints.loading",
     "load_pruned": "checkpoints.pruned_folder",
     "load_tokenizer": "checkpoints.loading",

@@ -53,6 +53,8 @@ ENGINE = (
     "TokenizerTraining",
     "calibration_batches",
     "export_gguf",
+    "export_onnx",
+    "export_vllm",
     "load_model",
     "load_tokenizer",
     "measure_perplexity",
@@ -79,6 +81,8 @@ SIGNATURES = {
     "trust_remote_code=False)",
     "export_gguf": "(model, path, tokenizer, outtype='f16', pad=False, architecture='auto', check=True, "
     "overwrite=False)",
+    "export_onnx": "(model, path, tokenizer=None, check=True, overwrite=False)",
+    "export_vllm": "(model, path, tokenizer=None, check=True, overwrite=False, dtype='auto')",
     "perplexity": "(model, batches)",
     "plan_speedup": "(config, factor, serving=None, pruning=None)",
     "register_architecture": "(model_type, spec, overwrite=False)",

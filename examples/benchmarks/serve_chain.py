@@ -23,7 +23,7 @@ from llama_library import LlamaLibrary
 from serve_engines import LlamaRunner, Ratio, compare
 from serve_models import KINDS, Models, Variant
 
-from fasp_lightning import TextConfig, export_gguf
+from fasp_lightning import TextConfig, export_gguf, export_vllm
 from fasp_lightning.checkpoints.exporting.exported import Exported, LoaderCheck, Reference, reference
 from fasp_lightning.checkpoints.exporting.gguf.llama_cpp import answer
 from fasp_lightning.checkpoints.exporting.gguf.quantising import quantized
@@ -128,8 +128,6 @@ class Chain:
 
     def vllm(self, variant: Variant) -> dict[str, Any]:
         """Export to vLLM, which answers."""
-        from fasp_lightning import export_vllm
-
         made_with = {"step": "vllm", "variant": list(variant)}
         row = self.cells.get(made_with)
         if row is None:

@@ -18,6 +18,7 @@ from fasp_lightning import (
     PruningConfig,
     TextConfig,
     export_gguf,
+    export_onnx,
     load_model,
     load_pruned,
     load_tokenizer,
@@ -128,12 +129,10 @@ class Models:
 
     def onnx(self, variant: Variant) -> Path:
         """Its graph."""
-        from fasp_lightning import export_onnx
-
         path = self.root / f"{variant.name}-onnx"
         if not path.exists():
             export_onnx(self.load(variant, "float32"), path, self.tokenizer(), check=False)
-        return path if path.is_file() else next(path.glob("*.onnx"))
+        return path / "model.onnx"
 
     def _prepared(self, dense: Any, batches: Any, adaptive: bool) -> Prepared:
         print("writing own text" + (" and measuring loss sensitivity" if adaptive else ""), flush=True)

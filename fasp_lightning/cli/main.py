@@ -17,7 +17,7 @@ COMMANDS = {
     "sweep": "prune a model to several sparsities, with one table and one picture",
     "plan": "say what a pruning would give; reads no weights",
     "evaluate": "perplexity of a model, and tasks of the evaluation harness",
-    "export": "write a model for llama.cpp, and compare its answer",
+    "export": "write a model for llama.cpp, vLLM or ONNX Runtime, and compare its answer",
     "fit": "train a model, and prune it on the way",
     "validate": "one pass over the validation text",
     "test": "one pass over the test text",

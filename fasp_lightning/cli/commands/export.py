@@ -30,14 +30,15 @@ class ExportJob:
 
     Attributes:
         model: A folder, pruned or not, a hub id, a .gguf file, or package:NAME.
-        to: "gguf" (a file for llama.cpp).
+        to: "gguf" (a file for llama.cpp), "vllm" (a folder that vLLM serves) or "onnx" (a folder with a graph for ONNX
+            Runtime, in float32).
         output: The file or folder to write.
         outtype: Of a GGUF file's matrices: "f32", "f16", "bf16" or "q8_0".
         pad: Fill a GGUF file's FFN widths up with zeros to a multiple of 32, which quantised types want.
         check: Load what was written with its loader, if that is installed, and compare.
         overwrite: Replace what an earlier export wrote.
-        dtype: In which the weights are read; "auto" is the checkpoint's, on a CPU only if it is not slower than
-            float32.
+        dtype: In which the weights are read, and a folder for vLLM stores them: "auto" (the checkpoint's), "float32",
+            "bfloat16" or "float16".
         tokenizer: Where the tokenizer comes from, if it is not the model's own.
         revision: Branch, tag or commit on the hub.
         trust_remote_code: Run code that comes with the model.
@@ -79,11 +80,13 @@ class Target:
         require: Refuses (job, shapes, tokenizer) before weights are read.
         export: Writes (job, model, tokenizer).
         serve: The line that serves what was written.
+        untried: Why there is no answer of its loader, where one was asked for.
     """
 
     require: Callable[[ExportJob, Any, Any], object]
     export: Callable[[ExportJob, Any, Any], Exported]
     serve: Callable[[Exported], str]
+    untried: str
 
 
 def run(job: ExportJob) -> int:
@@ -123,7 +126,7 @@ def _check(job: ExportJob, exported: Exported) -> str:
 
     check = exported.check
     if check is None:
-        return "not tried: its loader is not installed" if job.check else "not asked for"
+        return f"not tried: {TARGETS[job.to].untried}" if job.check else "not asked for"
     difference = check.logit_difference
     logits = "" if difference is None else f", largest logit difference {difference:.1e}"
     tokens = f"{check.same} of {check.tokens} greedy tokens as transformers {transformers.__version__}"
@@ -144,7 +147,60 @@ def _export_gguf(job: ExportJob, model: Any, tokenizer: Any) -> Exported:
     return export_gguf(model, path, tokenizer, job.outtype, job.pad, check=job.check, overwrite=job.overwrite)
 
 
+def _require_vllm(job: ExportJob, shapes: Any, tokenizer: Any) -> None:
+    from fasp_lightning.checkpoints.exporting.vllm.folder import require_vllm
+    from fasp_lightning.checkpoints.saving import check_output
+
+    check_output(Path(job.output).expanduser(), job.overwrite)
+    require_vllm(shapes, tokenizer, job.check)
+
+
+def _export_vllm(job: ExportJob, model: Any, tokenizer: Any) -> Exported:
+    from fasp_lightning.checkpoints.exporting.vllm.folder import export_vllm
+
+    path = Path(job.output).expanduser()
+    return export_vllm(model, path, tokenizer, job.check, job.overwrite, job.dtype)
+
+
+def _serve_vllm(exported: Exported) -> str:
+    from fasp_lightning.checkpoints.exporting.vllm.decilm import ARCHITECTURE
+
+    trust = " --trust-remote-code" if exported.architecture == ARCHITECTURE else ""
+    return f"vllm serve {shlex.quote(str(exported.path))}{trust}"
+
+
+def _require_onnx(job: ExportJob, shapes: Any, tokenizer: Any) -> None:
+    from fasp_lightning.checkpoints.exporting.onnx_graph import check_folder, require_onnx
+
+    check_folder(Path(job.output).expanduser(), job.overwrite)
+    require_onnx(shapes)
+
+
+def _export_onnx(job: ExportJob, model: Any, tokenizer: Any) -> Exported:
+    from fasp_lightning.checkpoints.exporting.onnx_graph import export_onnx
+
+    return export_onnx(model, Path(job.output).expanduser(), tokenizer, job.check, job.overwrite)
+
+
+def _serve_onnx(exported: Exported) -> str:
+    return f"onnxruntime.InferenceSession({str(exported.path / 'model.onnx')!r})"
+
+
+INSTALL = "pip install 'fasp-lightning[serve]'"
+
 TARGETS = {
-    "gguf": Target(_require_gguf, _export_gguf, lambda exported: f"llama-server -m {shlex.quote(str(exported.path))}"),
+    "gguf": Target(
+        _require_gguf,
+        _export_gguf,
+        lambda exported: f"llama-server -m {shlex.quote(str(exported.path))}",
+        f"xllamacpp is not installed; {INSTALL}",
+    ),
+    "vllm": Target(
+        _require_vllm,
+        _export_vllm,
+        _serve_vllm,
+        "vLLM is not installed here; FASP_VLLM_PYTHON names a python that has it",
+    ),
+    "onnx": Target(_require_onnx, _export_onnx, _serve_onnx, f"onnxruntime is not installed; {INSTALL}"),
 }
 """Name → how it is written."""
