@@ -11,20 +11,18 @@ from fasp_lightning.checkpoints.loaders import LOADERS, takes, trial_of, trials
 from fasp_lightning.structure.registry import known_architectures, spec_for
 
 README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
-MEASURED = {"llama": "SmolLM2-135M (table above)"}
-"""Families whose quality was measured on real weights."""
 
 
 def family_table() -> str:
-    """The rows of the registry, as Markdown."""
-    heads = ("`model_type`", "pairs", "stock FFN width", "structure", "quality on real weights")
-    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
+    """The rows of the registry, as Markdown; families that share one stand together."""
+    shared: dict[tuple[str, str], list[str]] = {}
     for model_type in known_architectures():
         spec = spec_for(type("Config", (), {"model_type": model_type}))
         pairs = "; ".join(f"{pair.consumer} ← {', '.join(pair.producers)}" for pair in spec.pairs)
         field = f"`{spec.width_field}`" if spec.width_field else "none: zero-filled or compact"
-        measured = MEASURED.get(model_type, "not measured")
-        lines.append(f"| {model_type} | {pairs} | {field} | tiny | {measured} |")
+        shared.setdefault((pairs, field), []).append(model_type)
+    lines = ["| `model_type` | pairs | stock FFN width |", "|---|---|---|"]
+    lines += [f"| {', '.join(families)} | {pairs} | {field} |" for (pairs, field), families in shared.items()]
     return "\n".join(lines)
 
 

@@ -196,8 +196,11 @@ def _cost(facts: Facts) -> list[Part]:
 def _loaders(model: Model) -> list[Part]:
     if model.loaders is None:
         return [Note(f"Not known for the form {model.facts.form} of {model.facts.model_type}.")]
-    rows = [(loader.name, VERDICTS[loader.ok], loader.reason) for loader in model.loaders]
-    return [Table(("loader", "takes it", "because"), rows, numbers=False)]
+    rows = [
+        (loader.name, loader.version, VERDICTS[loader.ok], "; ".join(filter(None, (loader.reason, loader.remedy))))
+        for loader in model.loaders
+    ]
+    return [Table(("loader", "tried with", "takes it", "because; what to do"), rows, numbers=False)]
 
 
 def _exports(facts: Facts) -> list[Part]:
