@@ -34,9 +34,9 @@ def is_decilm(config: Any, plan: PruningPlan) -> bool:
     return uneven and config.model_type in FAMILIES and config.hidden_act == "silu"
 
 
-def without_ffn(plan: PruningPlan) -> PruningPlan:
-    """The plan of everything but the FFNs, whose widths DeciLM takes as they are."""
-    blocks = [{path: pair for path, pair in block.items() if pair.layout.kind != "ffn"} for block in plan.blocks]
+def without_value(plan: PruningPlan) -> PruningPlan:
+    """The plan of what DeciLM takes as it is; value dims come back as zeros."""
+    blocks = [{path: pair for path, pair in block.items() if pair.layout.kind != "value"} for block in plan.blocks]
     return PruningPlan(plan.model_type, tuple(blocks))
 
 

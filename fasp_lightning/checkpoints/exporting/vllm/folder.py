@@ -12,7 +12,7 @@ import torch
 from fasp_lightning.checkpoints.dry_save import require_savable, runs_remote_code, savable
 from fasp_lightning.checkpoints.exporting.exported import COMPARED_TOKENS, Exported, LoaderCheck, reference, sample
 from fasp_lightning.checkpoints.exporting.vllm.answering import PYTHON, answer, python_with_vllm
-from fasp_lightning.checkpoints.exporting.vllm.decilm import ARCHITECTURE, describe_blocks, is_decilm, without_ffn
+from fasp_lightning.checkpoints.exporting.vllm.decilm import ARCHITECTURE, describe_blocks, is_decilm, without_value
 from fasp_lightning.checkpoints.pruned_folder import REPORT_FILE
 from fasp_lightning.checkpoints.publishing.record import record_of
 from fasp_lightning.checkpoints.saving import (
@@ -121,7 +121,7 @@ def require_vllm(model: PreTrainedModel, tokenizer: Any = None, check: bool = Tr
 
 def _write_decilm(model: PreTrainedModel, path: Path, tokenizer: Any, stored: torch.dtype) -> None:
     plan: Any = plan_of(model)
-    tensors = zero_filled(model, without_ffn(plan))
+    tensors = zero_filled(model, without_value(plan))
     require_space(path, bytes_of((*model.parameters(), *tensors.values()), stored))
     with staged(path) as stage:
         with savable(model):
