@@ -47,7 +47,8 @@ def test_wheel_holds_every_shipped_file_and_nothing_else(wheel):
     sources = {p.relative_to(ROOT).as_posix() for p in (ROOT / "fasp_lightning").rglob("*.py")}
     configs = {f"fasp_lightning/{p.relative_to(ROOT).as_posix()}" for p in (ROOT / "configs").rglob("*.yaml")}
     pages = {p.relative_to(ROOT).as_posix() for p in (ROOT / "fasp_lightning/cli/page/templates").iterdir()}
-    assert sources | configs | pages | {"fasp_lightning/py.typed"} == {
+    data = {"fasp_lightning/py.typed", "fasp_lightning/checkpoints/loaders.json"}
+    assert sources | configs | pages | data == {
         name for name in names if ".dist-info/" not in name and not name.endswith(".md")
     }
 

@@ -29,12 +29,21 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
-from fasp_lightning import FaspError, FASPPruner, PruningConfig, apply_plan, export_gguf, load_pruned, save_pruned
+from fasp_lightning import (
+    FaspError,
+    FASPPruner,
+    PairPlan,
+    PruningConfig,
+    PruningPlan,
+    apply_plan,
+    export_gguf,
+    load_pruned,
+    save_pruned,
+)
 from fasp_lightning.checkpoints.exporting.exported import Reference, reference
 from fasp_lightning.checkpoints.exporting.gguf.llama_cpp import answer
 from fasp_lightning.checkpoints.loaders import LOADERS, TRIED_FORMS
 from fasp_lightning.structure.plan import resolve_pruned
-from fasp_lightning.structure.pruning_plan import PairPlan, PruningPlan
 from fasp_lightning.structure.registry import known_architectures
 
 ANSWERS = Path(__file__).with_name("loader_answers.py")

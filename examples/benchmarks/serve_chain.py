@@ -23,8 +23,8 @@ from llama_library import LlamaLibrary
 from serve_engines import LlamaRunner, Ratio, compare
 from serve_models import KINDS, Models, Variant
 
-from fasp_lightning import TextConfig, export_gguf, export_vllm
-from fasp_lightning.checkpoints.exporting.exported import Exported, LoaderCheck, Reference, reference
+from fasp_lightning import Exported, LoaderCheck, TextConfig, export_gguf, export_vllm
+from fasp_lightning.checkpoints.exporting.exported import Reference, reference
 from fasp_lightning.checkpoints.exporting.gguf.llama_cpp import answer
 from fasp_lightning.checkpoints.exporting.gguf.quantising import quantized
 from fasp_lightning.text.config import for_role

@@ -12,7 +12,7 @@ import torch
 from llama_library import LlamaLibrary
 from torch import nn
 
-from fasp_lightning.structure.registry import spec_for
+from fasp_lightning import spec_for
 from fasp_lightning.structure.resolve import linear_parameters
 
 

@@ -28,8 +28,8 @@ from fasp_lightning.errors import FaspError, FaspFileExistsError
 from fasp_lightning.staging import clear_left, require_space, require_unclaimed, staged, write_json
 from fasp_lightning.structure.adapters import has_adapters
 from fasp_lightning.structure.modes import own_modes, undone
-from fasp_lightning.structure.plan import adopt_plan, config_fields, plan_of, resolve_pruned, targets
-from fasp_lightning.structure.pruning_plan import PruningPlan
+from fasp_lightning.structure.plan import adopt_plan, config_fields, plan_of, resolve_pruned
+from fasp_lightning.structure.pruning_plan import PruningPlan, targets
 from fasp_lightning.structure.registry import spec_for
 
 if TYPE_CHECKING:

@@ -13,7 +13,7 @@ from torch import nn
 from fasp_lightning.errors import FaspError
 from fasp_lightning.structure.modes import own_modes, undone
 from fasp_lightning.structure.pair import ResolvedPair, shape_of
-from fasp_lightning.structure.pruning_plan import PairPlan, PruningPlan, Widths, ascending
+from fasp_lightning.structure.pruning_plan import PairPlan, PruningPlan, Widths, bad_units, targets
 from fasp_lightning.structure.registry import spec_for
 from fasp_lightning.structure.resolve import Kept, find_blocks, linear_at, resolve
 from fasp_lightning.structure.spec import ArchitectureSpec
@@ -161,7 +161,7 @@ def apply_plan(model: PreTrainedModel, plan: PruningPlan) -> PreTrainedModel:
     wanted = targets(model, pairs, plan)
     for pair, kept in wanted:  # all are checked before the first is cut
         if not torch.isin(kept, pair.kept).all():
-            raise FaspError(_bad_units(pair, pair.kept.numel()))
+            raise FaspError(bad_units(pair, pair.kept.numel()))
     _change(model, pairs, [(pair, partial(pair.cut, kept)) for pair, kept in wanted])
     return model
 
@@ -274,44 +274,3 @@ def _change_units(model: PreTrainedModel, plan: PruningPlan) -> None:
         return
     pairs = resolve_pruned(model)
     _change(model, pairs, [(pair, pair.widen) for block in pairs for pair in block if pair.spec.inside_attention])
-
-
-def targets(
-    model: PreTrainedModel, pairs: list[list[ResolvedPair]], plan: PruningPlan
-) -> list[tuple[ResolvedPair, torch.Tensor]]:
-    """Each pair with the units that the plan keeps of it.
-
-    Raises:
-        FaspError: If the plan belongs to another family or to other shapes.
-    """
-    if plan.model_type != model.config.model_type:
-        raise FaspError(f"plan must be one of a {model.config.model_type} model, got one of {plan.model_type!r}")
-    if len(plan.blocks) != len(pairs):
-        raise FaspError(f"plan must have {len(pairs)} blocks as the model has, got {len(plan.blocks)}")
-    return [
-        (pair, _target(pair, block.get(pair.spec.consumer)))
-        for resolved, block in zip(pairs, plan.blocks, strict=True)
-        for pair in _require_consumers(resolved, block)
-    ]
-
-
-def _require_consumers(pairs: list[ResolvedPair], block: dict[str, PairPlan]) -> list[ResolvedPair]:
-    """The pairs of a block, if the plan names no other."""
-    unknown = set(block) - {pair.spec.consumer for pair in pairs}
-    if unknown:
-        raise FaspError(f"plan of {pairs[0].name} must name its consumers, got {', '.join(sorted(unknown))}")
-    return pairs
-
-
-def _target(pair: ResolvedPair, planned: PairPlan | None) -> torch.Tensor:
-    """Units to keep; all of them if the plan has nothing on this pair."""
-    if planned is not None and planned.layout != pair.layout:
-        raise FaspError(f"plan of {pair.layer} must be for {pair.layout}, got {planned.layout}")
-    kept = planned.kept if planned else range(pair.layout.width)
-    if not ascending(kept, pair.layout.width):
-        raise FaspError(_bad_units(pair, pair.layout.width))
-    return torch.tensor(kept, dtype=torch.long)
-
-
-def _bad_units(pair: ResolvedPair, width: int) -> str:
-    return f"plan of {pair.layer} must keep ascending units out of the {width} that are left"

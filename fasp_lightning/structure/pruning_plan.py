@@ -7,14 +7,18 @@ import json
 import zlib
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
 from fasp_lightning.errors import FaspError
 from fasp_lightning.structure.layout import Cuts, PairLayout
+from fasp_lightning.structure.pair import ResolvedPair
 from fasp_lightning.structure.resolve import Kept
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 VERSION = 1
 
@@ -148,6 +152,48 @@ class PruningPlan:
             {path: (pair.layout, torch.tensor(pair.kept, dtype=torch.long)) for path, pair in block.items()}
             for block in self.blocks
         ]
+
+
+def targets(
+    model: PreTrainedModel, pairs: list[list[ResolvedPair]], plan: PruningPlan
+) -> list[tuple[ResolvedPair, torch.Tensor]]:
+    """Each pair with the units that the plan keeps of it.
+
+    Raises:
+        FaspError: If the plan belongs to another family or to other shapes.
+    """
+    if plan.model_type != model.config.model_type:
+        raise FaspError(f"plan must be one of a {model.config.model_type} model, got one of {plan.model_type!r}")
+    if len(plan.blocks) != len(pairs):
+        raise FaspError(f"plan must have {len(pairs)} blocks as the model has, got {len(plan.blocks)}")
+    return [
+        (pair, _target(pair, block.get(pair.spec.consumer)))
+        for resolved, block in zip(pairs, plan.blocks, strict=True)
+        for pair in _require_consumers(resolved, block)
+    ]
+
+
+def _require_consumers(pairs: list[ResolvedPair], block: dict[str, PairPlan]) -> list[ResolvedPair]:
+    """The pairs of a block, if the plan names no other."""
+    unknown = set(block) - {pair.spec.consumer for pair in pairs}
+    if unknown:
+        raise FaspError(f"plan of {pairs[0].name} must name its consumers, got {', '.join(sorted(unknown))}")
+    return pairs
+
+
+def _target(pair: ResolvedPair, planned: PairPlan | None) -> torch.Tensor:
+    """Units to keep; all of them if the plan has nothing on this pair."""
+    if planned is not None and planned.layout != pair.layout:
+        raise FaspError(f"plan of {pair.layer} must be for {pair.layout}, got {planned.layout}")
+    kept = planned.kept if planned else range(pair.layout.width)
+    if not ascending(kept, pair.layout.width):
+        raise FaspError(bad_units(pair, pair.layout.width))
+    return torch.tensor(kept, dtype=torch.long)
+
+
+def bad_units(pair: ResolvedPair, width: int) -> str:
+    """What is said of units that are not so many ascending ones."""
+    return f"plan of {pair.layer} must keep ascending units out of the {width} that are left"
 
 
 def ascending(kept: Sequence[int], width: int) -> bool:

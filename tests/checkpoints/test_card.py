@@ -144,7 +144,7 @@ def test_no_name_breaks_the_card(tmp_path: Path) -> None:
     rows = cells(made.text)
     assert [row[0] for row in rows].count(shown) == 1
     assert ["calibration text", shown] in rows
-    assert ["theirs|x", "not tried", shown] in rows
+    assert ["theirs|x", "", "not tried", shown] in rows
     assert "<script>" not in made.text
     assert re.findall("^# .*", made.text, re.MULTILINE)[0].endswith("pruned by 20.33 %")
 

@@ -207,7 +207,7 @@ def test_kill_between_the_renames_takes_no_model_away(tmp_path: Path, tmp_path_f
 
 
 def test_wrong_logits_are_not_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(saving, "_zero_filled", lambda model, plan: _doubled(model))
+    monkeypatch.setattr(saving, "zero_filled", lambda model, plan: _doubled(model))
     with pytest.raises(RuntimeError, match="logits of the saved model must equal"):
         save_pruned(pruned(), tmp_path / "p", form="zero_filled")
     assert not list(tmp_path.iterdir())

@@ -15,7 +15,8 @@ from fasp_lightning.checkpoints.exporting.gguf.shapes import BLOCK, Shapes
 from fasp_lightning.checkpoints.exporting.gguf.writing import Entry
 from fasp_lightning.errors import FaspError
 from fasp_lightning.structure.pair import ResolvedPair
-from fasp_lightning.structure.plan import resolve_pruned, targets
+from fasp_lightning.structure.plan import resolve_pruned
+from fasp_lightning.structure.pruning_plan import targets
 from fasp_lightning.structure.registry import spec_for
 
 if TYPE_CHECKING:
