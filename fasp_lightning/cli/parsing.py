@@ -34,7 +34,9 @@ def parse(job: type, program: str, argv: list[str]) -> Any:
     """
     parser = ArgumentParser(prog=program, description=_summary(job), exit_on_error=False)
     parser.add_argument("-c", "--config", action="config", help="A YAML file, or a shipped config by its bare name.")
-    parser.add_class_arguments(job, as_positional=True)  # those that have no default
+    missing = dataclasses.MISSING
+    required = [field for field in dataclasses.fields(job) if field.default is field.default_factory is missing]
+    parser.add_class_arguments(job, as_positional=len(required) == 1)  # of several nobody knows the order
     arguments = list(_with_values(with_paths(argv), set(_flags(job))))
     try:
         parsed = parser.parse_args(arguments)

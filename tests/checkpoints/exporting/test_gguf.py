@@ -96,7 +96,7 @@ def test_queries_are_scaled_as_the_config_says(tmp_path: Path, monkeypatch: pyte
 
 
 def test_a_sentencepiece_tokenizer_goes_along(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = other("llama-gqa", monkeypatch, vocab_size=400)
+    model = other("llama-gqa", monkeypatch, vocab_size=448)
     assert_same(exported(model, tmp_path, sentencepiece_tokenizer()))
 
 
