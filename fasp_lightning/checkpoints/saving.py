@@ -19,13 +19,14 @@ from fasp_lightning.checkpoints.dry_save import require_savable, runs_remote_cod
 from fasp_lightning.checkpoints.facts import facts_of
 from fasp_lightning.checkpoints.forms import LoaderSupport, choose_form, loaders_for, stock_part
 from fasp_lightning.checkpoints.older_readers import dress
+from fasp_lightning.checkpoints.output import check_output
 from fasp_lightning.checkpoints.pruned_folder import REPORT_FILE
 from fasp_lightning.checkpoints.publishing.card import write_card
 from fasp_lightning.checkpoints.publishing.hub import check_hub, upload
 from fasp_lightning.checkpoints.publishing.record import record_of
 from fasp_lightning.checkpoints.verifying import verify_saved
-from fasp_lightning.errors import FaspError, FaspFileExistsError
-from fasp_lightning.staging import clear_left, require_space, require_unclaimed, staged, write_json
+from fasp_lightning.errors import FaspError
+from fasp_lightning.staging import require_space, staged, write_json
 from fasp_lightning.structure.adapters import has_adapters
 from fasp_lightning.structure.modes import own_modes, undone
 from fasp_lightning.structure.plan import adopt_plan, config_fields, plan_of, resolve_pruned
@@ -126,17 +127,45 @@ def save_pruned(
     tensors = zero_filled(model, stock_part(plan, spec)) if form == "zero_filled" else {}
     require_space(path, bytes_of((*model.parameters(), *tensors.values()), stored))
     with staged(path) as stage:
-        with savable(model), _config_of(model, form, plan):
-            stored = write_folder(model, stage, stored, tokenizer, tensors)
-        report, loaders = record_of(model, stored), loaders_for(form, model.config, plan.cuts)
-        write_json(stage / REPORT_FILE, report)
-        write_card(stage, facts_of(report, plan, form), loaders, push_to_hub, runs_remote_code(model))
-        for file in stage.glob("*.safetensors"):  # safetensors writes them for their owner alone
-            shutil.copymode(stage / REPORT_FILE, file)
+        stored, loaders = write_pruned(model, stage, form, stored, tokenizer, tensors, push_to_hub)
         difference = verify_saved(model, stage, form, stored) if verify else None
     size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
     url = upload(path, push_to_hub, private) if push_to_hub else None
     return SavedModel(path, form, stored, size, loaders, difference, url)
+
+
+def write_pruned(
+    model: PreTrainedModel,
+    folder: Path,
+    form: str,
+    dtype: torch.dtype,
+    tokenizer: Any,
+    replaced: dict[str, Tensor],
+    hub_id: str | None = None,
+) -> tuple[torch.dtype, list[LoaderSupport]]:
+    """Write everything that a saved pruned model is.
+
+    Args:
+        model: The model.
+        folder: Where to.
+        form: One that holds its plan.
+        dtype: See :func:`write_folder`.
+        tokenizer: As there.
+        replaced: As there.
+        hub_id: The repository that it goes to, if it does.
+
+    Returns:
+        The dtype of the weights, and who can load them.
+    """
+    plan = require_plan(model)
+    with savable(model), _config_of(model, form, plan):
+        dtype = write_folder(model, folder, dtype, tokenizer, replaced)
+    report, loaders = record_of(model, dtype), loaders_for(form, model.config, plan.cuts)
+    write_json(folder / REPORT_FILE, report)
+    write_card(folder, facts_of(report, plan, form), loaders, hub_id, runs_remote_code(model))
+    for file in folder.glob("*.safetensors"):  # safetensors writes them for their owner alone
+        shutil.copymode(folder / REPORT_FILE, file)
+    return dtype, loaders
 
 
 def stored_in(model: PreTrainedModel, requested: str | torch.dtype) -> torch.dtype:
@@ -214,26 +243,6 @@ def require_plan(model: PreTrainedModel) -> PruningPlan:
     if plan is None:
         raise FaspError("model must carry a plan; prune it with FASPPruner or give it one with apply_plan first")
     return plan
-
-
-def check_output(path: str | Path, overwrite: bool) -> None:
-    """Refuse an output folder before anything is spent.
-
-    Raises:
-        FaspFileExistsError: If it is not empty and ``overwrite`` is false, or holds something else than a pruned model,
-            or another job that lives will write there.
-    """
-    path = Path(path)
-    clear_left(path)  # a kill may have left the model that stood here beside it
-    require_unclaimed(path)
-    if not path.exists() or (path.is_dir() and not any(path.iterdir())):
-        return
-    if not overwrite:
-        raise FaspFileExistsError(f"output folder {path} must be empty; choose another one, or overwrite it")
-    if not (path / REPORT_FILE).is_file():
-        raise FaspFileExistsError(
-            f"output folder {path} holds no pruned model ({REPORT_FILE}) and is not overwritten; empty it first"
-        )
 
 
 @contextmanager

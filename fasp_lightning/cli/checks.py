@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from fasp_lightning.checkpoints.loading import load_tokenizer
-from fasp_lightning.checkpoints.saving import check_output
+from fasp_lightning.checkpoints.output import check_output
 from fasp_lightning.cli.jobs import ModelConfig, PruneJob
 from fasp_lightning.errors import FaspError, FaspOSError
 from fasp_lightning.staging import claimed

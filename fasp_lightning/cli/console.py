@@ -57,6 +57,7 @@ def note(text: str) -> None:
 def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]], numbers: bool = True) -> None:
     """Print a table: the first column to the left, the others to the right if they hold numbers."""
     drawn = Table(title=title, title_justify="left", title_style="bold")
+    drawn.show_header = any(columns)
     for index, column in enumerate(columns):
         drawn.add_column(column, justify="right" if index and numbers else "left", overflow="fold")
     for row in rows:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -63,28 +63,41 @@ class Reference:
         prompt: Token ids, at least one.
         greedy: Ids of the greedy continuation, whatever the end-of-text token.
         logits: fp32 [vocabulary], after the prompt's last token.
+        split: The text that the prompt begins, and all its token ids; ``None`` where it is no text.
     """
 
     prompt: tuple[int, ...]
     greedy: tuple[int, ...]
     logits: Tensor
+    split: tuple[str, tuple[int, ...]] | None = None
 
 
-TEXT = "The capital of France, as everybody knows, is"
+TEXTS = (
+    'The café\'s 1,024 guests asked: "Is naïveté free?"\n\nThe capital of France is',
+    "The capital of France, as everybody knows, is",
+)
+"""Prompts to compare with: the first whose characters the tokenizer knows."""
 
 
-def sample(model: PreTrainedModel, tokenizer: Any = None) -> list[int]:
-    """A prompt to compare with, no longer than leaves room for the tokens after it.
+def expected_of(model: PreTrainedModel, tokenizer: Any = None, context: int | None = None) -> Reference:
+    """The answer of ``transformers`` to a text, no longer than the context has room for.
 
     Args:
         model: The model.
-        tokenizer: Its tokenizer; without one, some ids of its vocabulary.
+        tokenizer: Its tokenizer; without one the prompt is some ids of its vocabulary.
+        context: Tokens that the loader has room for; by default those of the model.
     """
-    embeddings: Any = model.get_input_embeddings()
-    vocabulary = embeddings.weight.shape[0]
-    ids = tokenizer(TEXT)["input_ids"] if tokenizer else [index * 37 % vocabulary for index in range(1, 9)]
-    room = getattr(model.config, "max_position_embeddings", None) or len(ids) + COMPARED_TOKENS
-    return list(ids[: max(1, room - COMPARED_TOKENS)])
+    if tokenizer is None:
+        embeddings: Any = model.get_input_embeddings()
+        split, ids = None, [index * 37 % embeddings.weight.shape[0] for index in range(1, 9)]
+    else:
+        unknown = tokenizer.unk_token_id
+        text = next((text for text in TEXTS if unknown not in tokenizer(text)["input_ids"]), TEXTS[-1])
+        ids = list(tokenizer(text)["input_ids"])
+        split = text, tuple(ids)
+    room = context or getattr(model.config, "max_position_embeddings", None) or len(ids) + COMPARED_TOKENS
+    prompt = ids[: max(1, room - COMPARED_TOKENS)]
+    return replace(reference(model, prompt, min(COMPARED_TOKENS, room - len(prompt))), split=split)
 
 
 def reference(model: PreTrainedModel, prompt: list[int], tokens: int = COMPARED_TOKENS) -> Reference:

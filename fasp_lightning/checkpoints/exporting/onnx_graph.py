@@ -15,18 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from fasp_lightning.checkpoints.dry_save import save_tokenizer
-from fasp_lightning.checkpoints.exporting.exported import (
-    COMPARED_TOKENS,
-    Exported,
-    LoaderCheck,
-    Reference,
-    compared,
-    reference,
-    sample,
-)
+from fasp_lightning.checkpoints.exporting.exported import Exported, LoaderCheck, Reference, compared, expected_of
+from fasp_lightning.checkpoints.output import check_output
 from fasp_lightning.checkpoints.saving import bytes_of
-from fasp_lightning.errors import FaspError, FaspFileExistsError, as_refusal, one_line
-from fasp_lightning.staging import clear_left, require_space, require_unclaimed, staged
+from fasp_lightning.errors import FaspError, as_refusal, one_line
+from fasp_lightning.staging import require_space, staged
 from fasp_lightning.structure.adapters import has_adapters
 from fasp_lightning.structure.modes import evaluating, own_modes
 
@@ -80,7 +73,7 @@ def export_onnx(
     """
     path = Path(path)
     require_onnx(model)
-    check_folder(path, overwrite)
+    check_output(path, overwrite, GRAPH_FILE, "graph")
     require_space(path, 2 * bytes_of(model.parameters(), torch.float32))
     full: Any = model if model.dtype == torch.float32 else copy.deepcopy(model).float()
     found: LoaderCheck | None = None
@@ -112,22 +105,6 @@ def require_onnx(model: PreTrainedModel) -> None:
         )
     if has_adapters(model):
         raise FaspError("model must have its LoRA merged before it is exported")
-
-
-def check_folder(path: Path, overwrite: bool) -> None:
-    """Refuse an output folder before anything is spent.
-
-    Raises:
-        FaspFileExistsError: If it is not empty and not to be overwritten, holds no such graph, or is another job's.
-    """
-    clear_left(path)
-    require_unclaimed(path)
-    if not path.exists() or (path.is_dir() and not any(path.iterdir())):
-        return
-    if not overwrite:
-        raise FaspFileExistsError(f"output folder {path} must be empty; choose another one, or overwrite it")
-    if not (path / GRAPH_FILE).is_file():
-        raise FaspFileExistsError(f"output folder {path} holds no {GRAPH_FILE} and is not overwritten; empty it first")
 
 
 class _Logits(nn.Module):
@@ -184,7 +161,7 @@ def _checked(model: Any, file: Path, tokenizer: Any) -> LoaderCheck | None:
     if find_spec("onnxruntime") is None:
         log.info("%s is not tried: onnxruntime is not there; pip install 'fasp-lightning[serve]'", file)
         return None
-    return answer(file, reference(model, sample(model, tokenizer), COMPARED_TOKENS))
+    return answer(file, expected_of(model, tokenizer))
 
 
 def answer(file: Path, expected: Reference) -> LoaderCheck:

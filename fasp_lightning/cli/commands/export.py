@@ -149,7 +149,7 @@ def _export_gguf(job: ExportJob, model: Any, tokenizer: Any) -> Exported:
 
 def _require_vllm(job: ExportJob, shapes: Any, tokenizer: Any) -> None:
     from fasp_lightning.checkpoints.exporting.vllm.folder import require_vllm
-    from fasp_lightning.checkpoints.saving import check_output
+    from fasp_lightning.checkpoints.output import check_output
 
     check_output(Path(job.output).expanduser(), job.overwrite)
     require_vllm(shapes, tokenizer, job.check)
@@ -170,9 +170,10 @@ def _serve_vllm(exported: Exported) -> str:
 
 
 def _require_onnx(job: ExportJob, shapes: Any, tokenizer: Any) -> None:
-    from fasp_lightning.checkpoints.exporting.onnx_graph import check_folder, require_onnx
+    from fasp_lightning.checkpoints.exporting.onnx_graph import GRAPH_FILE, require_onnx
+    from fasp_lightning.checkpoints.output import check_output
 
-    check_folder(Path(job.output).expanduser(), job.overwrite)
+    check_output(Path(job.output).expanduser(), job.overwrite, GRAPH_FILE, "graph")
     require_onnx(shapes)
 
 

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 from fasp_lightning.checkpoints.devices import require_dtype
 from fasp_lightning.checkpoints.dry_save import require_savable
 from fasp_lightning.checkpoints.forms import choose_form, require_form
-from fasp_lightning.checkpoints.saving import check_output, save_dense, save_pruned
+from fasp_lightning.checkpoints.output import check_output
+from fasp_lightning.checkpoints.saving import save_dense, save_pruned
 from fasp_lightning.errors import FaspError
 from fasp_lightning.staging import require_space
 from fasp_lightning.structure.adapters import has_adapters

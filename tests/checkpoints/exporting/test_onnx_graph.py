@@ -86,7 +86,7 @@ def test_what_cannot_be_traced_is_refused_and_leaves_nothing(tmp_path, monkeypat
 
 def test_a_folder_of_something_else_is_not_overwritten(tmp_path):
     (tmp_path / "mine.txt").touch()
-    with pytest.raises(FaspFileExistsError, match=r"holds no model\.onnx"):
+    with pytest.raises(FaspFileExistsError, match=r"holds no graph \(model\.onnx\)"):
         export_onnx(tiny_model("llama"), tmp_path, overwrite=True)
 
 

@@ -4,15 +4,16 @@ import importlib.util
 import json
 import os
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny import tiny_model
+from tiny import TINY, tiny_model
 from tiny_pruning import FFN, INGREDIENTS, basic, pruned
 
 from fasp_lightning import FaspError, LoRAConfig, export_vllm, load_pruned
-from fasp_lightning.checkpoints.exporting.vllm import answering
+from fasp_lightning.checkpoints.exporting.vllm import answering, vllm_process
 
 UNEVEN = basic(attention="none", allocation="adaptive", score="fisher")
 needs_vllm = pytest.mark.skipif(
@@ -53,6 +54,14 @@ def test_value_dims_are_zero_filled_beside_widths_of_blocks(tmp_path):
     assert not tensors["model.layers.0.self_attn.v_proj.weight"].any(1).all()
 
 
+def test_a_dense_model_is_overwritten_if_asked(tmp_path):
+    for overwrite in (False, True):
+        exported = export_vllm(tiny_model("llama"), tmp_path / "served", check=False, overwrite=overwrite)
+    assert exported.architecture == "LlamaForCausalLM"
+    with pytest.raises(FaspError, match="no plan"):
+        load_pruned(tmp_path / "served")
+
+
 @pytest.mark.parametrize(("name", "config"), [("llama-gqa", FFN), ("gemma", UNEVEN)])
 def test_other_models_are_served_as_stock_folders(name, config, tmp_path):
     exported = export_vllm(pruned(name, config), tmp_path / "served", check=False)
@@ -91,6 +100,7 @@ def test_what_vllm_says_is_told(tmp_path, monkeypatch):
     monkeypatch.setenv(answering.PYTHON, sys.executable)  # which has no vLLM
     with pytest.raises(FaspError, match=r"vLLM must serve .* No module named 'vllm'"):
         export_vllm(tiny_model("llama"), tmp_path / "served")
+    assert not list(tmp_path.iterdir())
 
 
 def test_adapters_are_refused(tmp_path):
@@ -102,9 +112,17 @@ def test_adapters_are_refused(tmp_path):
         export_vllm(model, tmp_path / "served")
 
 
+def test_an_answer_that_fails_names_what_was_behind_it():
+    error = RuntimeError("Engine core initialization failed. See root cause above.")
+    error.__cause__ = ValueError("head_dim=8 is unsupported")
+    assert vllm_process.cause(error) == "ValueError: head_dim=8 is unsupported"
+
+
 @needs_vllm
 @pytest.mark.laws
 @pytest.mark.parametrize("name", ["llama-gqa", "mistral", "qwen2"])
-def test_vllm_gives_the_same_text(name, tmp_path):
+def test_vllm_gives_the_same_text(name, tmp_path, monkeypatch):
+    heads_of_32 = TINY[name].options | {"hidden_size": 128, "sliding_window": None}  # vLLM's CPU kernels want no less
+    monkeypatch.setitem(TINY, name, replace(TINY[name], options=heads_of_32))
     exported = export_vllm(pruned(name, UNEVEN), tmp_path / "served", dtype=torch.float32)
     assert exported.check.same == exported.check.tokens

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from fasp_lightning.checkpoints.exporting.exported import COMPARED_TOKENS, Exported, LoaderCheck, reference
+from fasp_lightning.checkpoints.exporting.exported import Exported, LoaderCheck, expected_of
 from fasp_lightning.checkpoints.exporting.gguf.fields import (
     Family,
     add_fields,
@@ -34,12 +34,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 log = logging.getLogger(__name__)
-
-TEXTS = (
-    'The café\'s 1,024 guests asked: "Is naïveté free?"\n\nThe capital of France is',
-    "The capital of France, as everybody knows, is",
-)
-"""Prompts to compare with: the first whose characters the tokenizer knows."""
 
 
 @own_modes()
@@ -174,11 +168,5 @@ def _checked(model: PreTrainedModel, tokenizer: Any, family: Family, file: Path)
     if installed() is None:
         log.info("%s is not tried: llama.cpp is not there; pip install 'fasp-lightning[serve]'", file)
         return None
-    unknown = tokenizer.unk_token_id
-    text = next((text for text in TEXTS if unknown not in tokenizer(text)["input_ids"]), TEXTS[-1])
     full = model if model.dtype == torch.float32 else copy.deepcopy(model).float()
-    ids = tokenizer(text)["input_ids"]
-    room = context_of(model.config, family)
-    prompt = ids[: max(1, room - COMPARED_TOKENS)]
-    expected = reference(full, prompt, min(COMPARED_TOKENS, room - len(prompt)))
-    return answer(file, expected, split=(text, ids))
+    return answer(file, expected_of(full, tokenizer, context_of(model.config, family)))

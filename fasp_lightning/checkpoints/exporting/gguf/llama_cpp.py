@@ -80,9 +80,7 @@ def ask(
     return list(json.loads(process.stdout))
 
 
-def answer(
-    file: Path, expected: Reference, threads: int = 1, split: tuple[str, list[int]] | None = None
-) -> LoaderCheck:
+def answer(file: Path, expected: Reference, threads: int = 1) -> LoaderCheck:
     """llama.cpp's greedy continuation of a prompt, and its logits, beside those of ``transformers``.
 
     It is asked for each token after those that ``transformers`` has found, until they differ its own continuation.
@@ -92,9 +90,8 @@ def answer(
 
     Args:
         file: The GGUF file.
-        expected: The answer of ``transformers``.
+        expected: The answer of ``transformers``; llama.cpp must split its text into the same tokens.
         threads: Threads to compute with.
-        split: A text, and the tokens that llama.cpp must split it into.
 
     Raises:
         FaspError: As :func:`ask`.
@@ -103,10 +100,10 @@ def answer(
     release, prompt, count = require_installed(), list(expected.prompt), len(expected.greedy)
     everything = "/completion", {"prompt": prompt, "n_predict": 1, "n_probs": expected.logits.numel(), "temperature": 0}
     steps = [_step(prompt + list(expected.greedy[:done])) for done in range(count)]
-    text, ids = split or ("", [])
+    text, ids = expected.split or ("", ())
     tokenized = "/tokenize", {"content": text, "add_special": True}
     found, first, *rest = ask(file, [tokenized, everything, *steps], context=len(prompt) + count + 1, threads=threads)
-    if split and found["tokens"] != ids:
+    if expected.split and found["tokens"] != list(ids):
         raise RuntimeError(f"llama.cpp must split {text!r} into the tokens {ids}, but it makes {found['tokens']}")
     greedy = [_token(found) for found in rest]
     return compared(expected, "llama.cpp", f"{PACKAGE} {release}", greedy, _logits(first, expected.logits))

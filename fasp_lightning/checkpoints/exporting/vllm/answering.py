@@ -42,7 +42,7 @@ def answer(folder: Path, expected: Reference, python: str, dtype: torch.dtype, t
         trusted: Whether the folder brings code that must run.
 
     Raises:
-        FaspError: If vLLM does not serve it; its last words are told.
+        FaspError: If vLLM does not serve it; the reason that it gives is told.
     """
     with TemporaryDirectory() as place:
         said = Path(place) / "answer.json"
@@ -64,11 +64,11 @@ def answer(folder: Path, expected: Reference, python: str, dtype: torch.dtype, t
             env={name: value for name, value in os.environ.items() if name != "PYTHONPATH"},
             check=False,
         )
-        if process.returncode:
-            words = [line for line in process.stderr.splitlines() if "Error" in line] or process.stderr.splitlines()
-            last = words[-1] if words else f"exit code {process.returncode}"
-            raise FaspError(f"vLLM must serve {str(folder)!r}, but it says: {one_line(RuntimeError(last))}")
-        found = json.loads(said.read_text(encoding="utf-8"))
+        ended = [f"exit code {process.returncode}", *process.stderr.splitlines()]
+        found = json.loads(said.read_text(encoding="utf-8")) if said.is_file() else {"error": ended[-1]}
+    if "error" in found:
+        words = one_line(RuntimeError(found["error"]))
+        raise FaspError(f"vLLM must serve what was written, but it says: {words}; check=False (--check false) keeps it")
     logits = torch.full_like(expected.logits, -torch.inf)
     for token, logprob in found["logprobs"].items():
         logits[int(token)] = logprob

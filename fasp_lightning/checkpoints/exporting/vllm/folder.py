@@ -8,20 +8,22 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from fasp_lightning.checkpoints.dry_save import require_savable, runs_remote_code, savable
-from fasp_lightning.checkpoints.exporting.exported import COMPARED_TOKENS, Exported, LoaderCheck, reference, sample
+from fasp_lightning.checkpoints.exporting.exported import Exported, LoaderCheck, expected_of
 from fasp_lightning.checkpoints.exporting.vllm.answering import PYTHON, answer, python_with_vllm
 from fasp_lightning.checkpoints.exporting.vllm.decilm import ARCHITECTURE, describe_blocks, is_decilm, without_value
+from fasp_lightning.checkpoints.forms import choose_form, stock_part
+from fasp_lightning.checkpoints.output import check_output
 from fasp_lightning.checkpoints.pruned_folder import REPORT_FILE
 from fasp_lightning.checkpoints.publishing.record import record_of
 from fasp_lightning.checkpoints.saving import (
     bytes_of,
-    check_output,
-    save_dense,
-    save_pruned,
+    require_plan,
     stored_in,
     write_folder,
+    write_pruned,
     zero_filled,
 )
 from fasp_lightning.errors import FaspError
@@ -29,6 +31,7 @@ from fasp_lightning.staging import require_space, staged, write_json
 from fasp_lightning.structure.adapters import has_adapters
 from fasp_lightning.structure.modes import own_modes
 from fasp_lightning.structure.plan import adopt_plan, plan_of
+from fasp_lightning.structure.registry import spec_for
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -85,13 +88,18 @@ def export_vllm(
     decilm = plan is not None and is_decilm(model.config, plan)
     if not decilm:
         log.info("%s is served as it is: a stock folder", type(model).__name__)
-    if decilm:
-        _write_decilm(model, path, tokenizer, stored)
-    elif plan is not None and any(plan.blocks):
-        save_pruned(model, path, tokenizer, overwrite=overwrite, dtype=stored)
-    else:
-        save_dense(model, path, tokenizer, stored)
-    found = None if python is None else _checked(model, path, tokenizer, python, stored, decilm)
+    form, tensors = _form_of(model, decilm)
+    require_space(path, bytes_of((*model.parameters(), *tensors.values()), stored))
+    with staged(path) as stage:
+        if form:
+            write_pruned(model, stage, form, stored, tokenizer, tensors)
+        else:
+            with savable(model):
+                write_folder(model, stage, stored, tokenizer, tensors)
+            write_json(stage / REPORT_FILE, record_of(model, stored))
+        if decilm:
+            describe_blocks(stage, require_plan(model))
+        found = None if python is None else _checked(model, stage, tokenizer, python, stored, decilm)
     size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
     return Exported(path, "vllm", ARCHITECTURE if decilm else type(model).__name__, size, found)
 
@@ -119,15 +127,16 @@ def require_vllm(model: PreTrainedModel, tokenizer: Any = None, check: bool = Tr
     return python
 
 
-def _write_decilm(model: PreTrainedModel, path: Path, tokenizer: Any, stored: torch.dtype) -> None:
-    plan: Any = plan_of(model)
-    tensors = zero_filled(model, without_value(plan))
-    require_space(path, bytes_of((*model.parameters(), *tensors.values()), stored))
-    with staged(path) as stage:
-        with savable(model):
-            write_folder(model, stage, stored, tokenizer, tensors)
-        describe_blocks(stage, plan)
-        write_json(stage / REPORT_FILE, record_of(model, stored))
+def _form_of(model: PreTrainedModel, decilm: bool) -> tuple[str, dict[str, Tensor]]:
+    """The form to write, none of ours for DeciLM and dense models, and the tensors that are zero-filled for it."""
+    plan = plan_of(model)
+    if plan is None or not any(plan.blocks):
+        return "", {}
+    if decilm:
+        return "", zero_filled(model, without_value(plan))
+    spec = spec_for(model)
+    form = choose_form("auto", spec, plan.cuts)
+    return form, zero_filled(model, stock_part(plan, spec)) if form == "zero_filled" else {}
 
 
 def _checked(
@@ -136,5 +145,4 @@ def _checked(
     """vLLM's answer beside that of the model with the weights that were written."""
     other: Any = copy.deepcopy(model) if model.dtype != stored else model
     same = other.to(stored)
-    expected = reference(same, sample(model, tokenizer), COMPARED_TOKENS)
-    return answer(folder, expected, python, stored, trusted or runs_remote_code(model))
+    return answer(folder, expected_of(same, tokenizer), python, stored, trusted or runs_remote_code(model))

@@ -36,12 +36,24 @@ def answered(job: dict[str, Any]) -> dict[str, Any]:
     return {"version": vllm.__version__, "greedy": list(whole.outputs[0].token_ids), "logprobs": said}
 
 
+def cause(error: BaseException) -> str:
+    """What was behind an error: libraries wrap it in one that says that something went wrong."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return f"{type(error).__name__}: {error}"
+
+
 def main() -> None:
-    """Answer the job."""
+    """Answer the job, or say why there is no answer."""
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB; by default it takes half of the memory
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # an engine in another process dies there with its reason
     job = json.load(sys.stdin)
-    Path(job["answer"]).write_text(json.dumps(answered(job)), encoding="utf-8")
+    try:
+        found = answered(job)
+    except Exception as error:  # of any class, as of vLLM, torch and transformers
+        found = {"error": cause(error)}
+    Path(job["answer"]).write_text(json.dumps(found), encoding="utf-8")
 
 
 if __name__ == "__main__":
