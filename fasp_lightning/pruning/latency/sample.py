@@ -20,6 +20,9 @@ from fasp_lightning.structure.resolve import find_blocks
 BEYOND_CACHES = 2**28
 """Bytes of weights in the sample's blocks, if the model has so many: fewer might stay in a cache between two tokens."""
 
+PATTERN = 2**20
+"""Random values that weights repeat: to draw each of billions would take minutes."""
+
 Widths = tuple[PairWidth, ...]
 """The widths of the pairs of one block."""
 
@@ -39,6 +42,12 @@ class Sample:
     blocks: list[Any]
     kinds: list[tuple[str | None, int]]
     layers: dict[str | None, int]
+
+    def shorten(self) -> None:
+        """Leave one block of each kind and width, which is enough where a weight is read once for many tokens."""
+        once = len(set(self.kinds))
+        for blocks in (find_blocks(self.model, spec_for(self.model)), self.blocks, self.kinds):
+            del blocks[once:]
 
     def whole(self, parts: Sequence[float], width: int) -> float:
         """Seconds of the whole model, all blocks in one width, from those of the sample's blocks and of the rest."""
@@ -114,9 +123,18 @@ def _first_units(pair: ResolvedPair, units: int) -> torch.Tensor:
 @torch.no_grad()
 def _fill(model: Any) -> None:
     """Random weights, as an accelerator is slower on them than on zeros; ones in tables and masks."""
-    generators: dict[torch.device, torch.Generator] = {}
+    patterns: dict[torch.device, torch.Tensor] = {}
     for parameter in model.parameters():
-        generator = generators.setdefault(parameter.device, torch.Generator(parameter.device).manual_seed(0))
-        parameter.uniform_(-0.03, 0.03, generator=generator)
+        if parameter.device not in patterns:
+            patterns[parameter.device] = _pattern(parameter)
+        pattern, flat = patterns[parameter.device], parameter.view(-1)
+        whole = flat.numel() - flat.numel() % PATTERN
+        flat[:whole].view(-1, PATTERN).copy_(pattern)
+        flat[whole:].copy_(pattern[: flat.numel() - whole])
     for buffer in model.buffers():
         buffer.fill_(0 if buffer.dtype in (torch.int32, torch.int64) else 1)
+
+
+def _pattern(like: torch.Tensor) -> torch.Tensor:
+    generator = torch.Generator(like.device).manual_seed(0)
+    return like.new_empty(PATTERN).uniform_(-0.03, 0.03, generator=generator)
