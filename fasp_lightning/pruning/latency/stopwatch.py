@@ -18,7 +18,7 @@ from fasp_lightning.structure.modes import hooked
 SECONDS, LEAST, MOST = 2.0, 3, 15
 """A phase is repeated for about so long, at least and at most so often."""
 
-STEPS, AT_A_TIME = 24, 6
+STEPS, AT_A_TIME = 24, 3
 """Decode steps that a cache is used for, in the middle of those that are asked for; those that are timed in a row."""
 
 
