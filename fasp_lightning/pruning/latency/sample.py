@@ -77,7 +77,9 @@ def shapes_of(config: Any, kinds: Sequence[str | None], **options: Any) -> Any:
         return AutoModelForCausalLM.from_config(own, **options)
 
 
-def make_sample(config: Any, widths: Sequence[Widths], device: torch.device, dtype: torch.dtype, **options: Any) -> Any:
+def make_sample(
+    config: Any, widths: Sequence[Widths], device: torch.device, dtype: torch.dtype, **options: Any
+) -> Sample:
     """Build the sample: nothing larger than it is ever in memory.
 
     Blocks of all widths alternate, so that whatever else the machine does meets them alike.
@@ -92,16 +94,39 @@ def make_sample(config: Any, widths: Sequence[Widths], device: torch.device, dty
     layers = layer_kinds(config)
     once = [(kind, index) for kind in layers for index in range(len(widths))]
     kinds = once * _repeats(config, widths, dtype.itemsize)
-    model = shapes_of(config, [kind for kind, _ in kinds], dtype=dtype, **options)
+    each = [widths[index] for _, index in kinds]
+    model = random_model(config, [kind for kind, _ in kinds], each, device, dtype, **options)
+    return Sample(model, list(find_blocks(model, spec_for(model))), kinds, layers)
+
+
+def random_model(
+    config: Any,
+    kinds: Sequence[str | None],
+    widths: Sequence[Widths],
+    device: torch.device,
+    dtype: torch.dtype,
+    **options: Any,
+) -> Any:
+    """A model of random weights with these layers, in evaluation mode.
+
+    Args:
+        config: The dense model's.
+        kinds: The kind of each layer.
+        widths: The widths of the pairs of each block.
+        device: Where it is to be.
+        dtype: In which.
+        options: Further ones of ``AutoModelForCausalLM.from_config``.
+    """
+    model = shapes_of(config, kinds, dtype=dtype, **options)
     pairs = resolve_pruned(model, kv_groups=any(width.kind == "groups" for width in widths[0]))
-    for block, (_, index) in zip(pairs, kinds, strict=True):
-        for pair, width in zip(block, widths[index], strict=True):
+    for block, block_widths in zip(pairs, widths, strict=True):
+        for pair, width in zip(block, block_widths, strict=True):
             pair.cut(_first_units(pair, width.after))
     record_plan(model, pairs)
     model.to_empty(device=device)
     model.tie_weights()
     _fill(model)
-    return Sample(model.eval(), list(find_blocks(model, spec_for(model))), kinds, layers)
+    return model.eval()
 
 
 def _repeats(config: Any, widths: Sequence[Widths], size: int) -> int:
