@@ -26,12 +26,12 @@ ALPHABET = "ĊĠ" + "".join(chr(code) for code in range(33, 127) if chr(code) no
 
 @pytest.hookimpl(tryfirst=True)  # before pytest's own, which reads the marks for -m
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave the sweeps out unless they are asked for, skip what needs CUDA where there is none, begin with the slow."""
+    """Leave out sweeps and times unless they are asked for, skip what needs CUDA without it, begin with the slow."""
     mark_the_rest(items)
-    if "laws" not in config.getoption("markexpr"):
-        swept = [item for item in items if item.get_closest_marker("laws")]
-        config.hook.pytest_deselected(items=swept)
-        items[:] = [item for item in items if not item.get_closest_marker("laws")]
+    for marker in {"laws", "seconds"} - set(config.getoption("markexpr").split()):
+        left_out = [item for item in items if item.get_closest_marker(marker)]
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if not item.get_closest_marker(marker)]
     if not torch.cuda.is_available():
         for item in items:
             if item.get_closest_marker("cuda"):

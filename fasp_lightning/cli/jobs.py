@@ -78,8 +78,9 @@ class PruneJob:
         seed: Seed of the drawing of calibration sequences, instead of each text's own.
         prompt: Print how the model continues this text, before and after.
         new_tokens: Length of that continuation.
-        speedup: Prune as far as makes the model so many times faster here, such as 1.3, instead of to
-            pruning.sparsity: blocks of a few widths are timed, and with fasp prune the outcome too.
+        speedup: Prune as far as makes the model so many times faster here, such as 1.3: blocks of a few widths are
+            timed, and with fasp prune the outcome too. It takes the place of pruning.sparsity, and is refused beside
+            one that is not the default; the default itself is not looked at, whether it is written out or not.
         serving: Lengths and phase that are to be faster, for speedup.
     """
 

@@ -37,8 +37,7 @@ def run(job: PlanJob) -> int:
         note(already_pruned(setup))
     _print_sizes(job, setup)
     _print_widths(setup)
-    if setup.speedup is not None:
-        print_speedup(setup.speedup)
+    print_speedup(setup)
     _print_kernels(job, setup)
     _print_memory(job, setup)
     loaders_table(loaders_for(setup.form, setup.config, setup.cuts))

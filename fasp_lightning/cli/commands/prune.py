@@ -64,8 +64,7 @@ def _run(job: PruneJob) -> None:
     saved = save(model, tokenizer, job, setup)
     report.peak_memory = peak_memory(setup.device)  # with the evaluation, and the copy that verified
     print_results(job, setup, calibration, report, saved)
-    if setup.speedup is not None:
-        print_speedup(setup.speedup, measured)
+    print_speedup(setup, measured)
     if job.prompt is not None:
         print_continuations(job.prompt, dense_text, pruned_text)
     if saved is not None:

@@ -10,7 +10,7 @@ from fasp_lightning.cli.jobs import PruneJob
 from fasp_lightning.cli.model_setup import Setup, bytes_before
 from fasp_lightning.cli.texts import CALIBRATED, OTHER, Calibration
 from fasp_lightning.pruning.latency.serving import PHASES
-from fasp_lightning.pruning.latency.speedup import Speedup, SpeedupPlan
+from fasp_lightning.pruning.latency.speedup import Speedup
 from fasp_lightning.pruning.report import PruningReport, TextReport
 
 Row = tuple[str, str, str, str]
@@ -87,8 +87,13 @@ def print_perplexities(texts: list[TextReport]) -> None:
     table("perplexity", ("", *(text.name for text in texts)), rows)
 
 
-def print_speedup(planned: SpeedupPlan, measured: Speedup | None = None) -> None:
-    """Seconds and speed-ups of both phases: asked for, predicted from blocks, and measured on the models."""
+def print_speedup(setup: Setup, measured: Speedup | None = None) -> None:
+    """Seconds and speed-ups of both phases: asked for, predicted from blocks, and measured on the models.
+
+    Prints nothing where none is asked for.
+    """
+    if (planned := setup.speedup) is None:
+        return
     serving, rows = planned.serving, []
     for phase in PHASES:
         asked = f"x {planned.factor:.2f}" if phase in serving.phases else ""
@@ -100,6 +105,8 @@ def print_speedup(planned: SpeedupPlan, measured: Speedup | None = None) -> None
         f"speed at batch {serving.batch}: prefill of {serving.prompt:,} tokens, a decode step within the "
         f"{serving.new:,} after them"
     )
+    if setup.budget.decided_later("ffn"):
+        title += "; predicted for all blocks at the mean width, from which allocation lets single ones differ"
     table(title, ("", "before", "after", "asked", "predicted", "measured"), rows)
 
 

@@ -20,6 +20,9 @@ from fasp_lightning.structure.resolve import find_blocks
 BEYOND_CACHES = 2**28
 """Bytes of weights in the sample's blocks, if the model has so many: fewer might stay in a cache between two tokens."""
 
+PATTERN = 2**20
+"""Random values that weights repeat: to draw each of billions would take minutes."""
+
 Widths = tuple[PairWidth, ...]
 """The widths of the pairs of one block."""
 
@@ -39,6 +42,12 @@ class Sample:
     blocks: list[Any]
     kinds: list[tuple[str | None, int]]
     layers: dict[str | None, int]
+
+    def shorten(self) -> None:
+        """Leave one block of each kind and width, which is enough where a weight is read once for many tokens."""
+        once = len(set(self.kinds))
+        for blocks in (find_blocks(self.model, spec_for(self.model)), self.blocks, self.kinds):
+            del blocks[once:]
 
     def whole(self, parts: Sequence[float], width: int) -> float:
         """Seconds of the whole model, all blocks in one width, from those of the sample's blocks and of the rest."""
@@ -68,7 +77,9 @@ def shapes_of(config: Any, kinds: Sequence[str | None], **options: Any) -> Any:
         return AutoModelForCausalLM.from_config(own, **options)
 
 
-def make_sample(config: Any, widths: Sequence[Widths], device: torch.device, dtype: torch.dtype, **options: Any) -> Any:
+def make_sample(
+    config: Any, widths: Sequence[Widths], device: torch.device, dtype: torch.dtype, **options: Any
+) -> Sample:
     """Build the sample: nothing larger than it is ever in memory.
 
     Blocks of all widths alternate, so that whatever else the machine does meets them alike.
@@ -83,16 +94,39 @@ def make_sample(config: Any, widths: Sequence[Widths], device: torch.device, dty
     layers = layer_kinds(config)
     once = [(kind, index) for kind in layers for index in range(len(widths))]
     kinds = once * _repeats(config, widths, dtype.itemsize)
-    model = shapes_of(config, [kind for kind, _ in kinds], dtype=dtype, **options)
+    each = [widths[index] for _, index in kinds]
+    model = random_model(config, [kind for kind, _ in kinds], each, device, dtype, **options)
+    return Sample(model, list(find_blocks(model, spec_for(model))), kinds, layers)
+
+
+def random_model(
+    config: Any,
+    kinds: Sequence[str | None],
+    widths: Sequence[Widths],
+    device: torch.device,
+    dtype: torch.dtype,
+    **options: Any,
+) -> Any:
+    """A model of random weights with these layers, in evaluation mode.
+
+    Args:
+        config: The dense model's.
+        kinds: The kind of each layer.
+        widths: The widths of the pairs of each block.
+        device: Where it is to be.
+        dtype: In which.
+        options: Further ones of ``AutoModelForCausalLM.from_config``.
+    """
+    model = shapes_of(config, kinds, dtype=dtype, **options)
     pairs = resolve_pruned(model, kv_groups=any(width.kind == "groups" for width in widths[0]))
-    for block, (_, index) in zip(pairs, kinds, strict=True):
-        for pair, width in zip(block, widths[index], strict=True):
+    for block, block_widths in zip(pairs, widths, strict=True):
+        for pair, width in zip(block, block_widths, strict=True):
             pair.cut(_first_units(pair, width.after))
     record_plan(model, pairs)
     model.to_empty(device=device)
     model.tie_weights()
     _fill(model)
-    return Sample(model.eval(), list(find_blocks(model, spec_for(model))), kinds, layers)
+    return model.eval()
 
 
 def _repeats(config: Any, widths: Sequence[Widths], size: int) -> int:
@@ -114,9 +148,18 @@ def _first_units(pair: ResolvedPair, units: int) -> torch.Tensor:
 @torch.no_grad()
 def _fill(model: Any) -> None:
     """Random weights, as an accelerator is slower on them than on zeros; ones in tables and masks."""
-    generators: dict[torch.device, torch.Generator] = {}
+    patterns: dict[torch.device, torch.Tensor] = {}
     for parameter in model.parameters():
-        generator = generators.setdefault(parameter.device, torch.Generator(parameter.device).manual_seed(0))
-        parameter.uniform_(-0.03, 0.03, generator=generator)
+        if parameter.device not in patterns:
+            patterns[parameter.device] = _pattern(parameter)
+        pattern, flat = patterns[parameter.device], parameter.view(-1)
+        whole = flat.numel() - flat.numel() % PATTERN
+        flat[:whole].view(-1, PATTERN).copy_(pattern)
+        flat[whole:].copy_(pattern[: flat.numel() - whole])
     for buffer in model.buffers():
         buffer.fill_(0 if buffer.dtype in (torch.int32, torch.int64) else 1)
+
+
+def _pattern(like: torch.Tensor) -> torch.Tensor:
+    generator = torch.Generator(like.device).manual_seed(0)
+    return like.new_empty(PATTERN).uniform_(-0.03, 0.03, generator=generator)

@@ -15,7 +15,7 @@ from fasp_lightning.pruning.budget.widths import budget_towards
 from fasp_lightning.pruning.config import PruningConfig
 from fasp_lightning.pruning.inputs import ModelInputs
 from fasp_lightning.pruning.latency.curve import Curve, least_sparsity
-from fasp_lightning.pruning.latency.sample import layer_kinds, make_sample, shapes_of
+from fasp_lightning.pruning.latency.sample import Sample, layer_kinds, make_sample, shapes_of
 from fasp_lightning.pruning.latency.serving import PHASES, Serving, require_speedup
 from fasp_lightning.pruning.latency.stopwatch import Clock, Passes, WallClock, repeated
 from fasp_lightning.structure.modes import evaluating, own_modes
@@ -110,7 +110,9 @@ def plan_speedup(
         )
     options = {"attn_implementation": attn_implementation, "trust_remote_code": trust_remote_code}
     shapes = shapes_of(config, list(layer_kinds(config))[:1], **options)
-    ModelInputs(shapes).check_length(serving.prompt + serving.new, "serving.prompt and serving.new")
+    inputs = ModelInputs(shapes)
+    if inputs.table is not None:  # computed positions take as long beyond those that were trained on
+        inputs.check_length(serving.prompt + serving.new, "serving.prompt and serving.new")
     reachable = _reachable(shapes, pruning)
     clock = clock or WallClock(device)
     curve = _timed(config, [budget for _, budget in reachable], serving, clock, device, dtype, options)
@@ -159,12 +161,19 @@ def _timed(
     timed = [budgets[index] for index in chosen]
     dense = tuple(dataclasses.replace(width, after=width.before) for width in timed[0].pairs[0])
     sample = make_sample(config, [dense, *(budget.pairs[0] for budget in timed)], device, dtype, **options)
+    seconds = {"decode": _seconds(sample, "decode", serving, clock)}
+    sample.shorten()
+    seconds["prefill"] = _seconds(sample, "prefill", serving, clock)
+    return Curve((0.0, *(budget.sparsity for budget in timed)), seconds)
+
+
+def _seconds(sample: Sample, phase: str, serving: Serving, clock: Clock) -> tuple[float, ...]:
+    """Seconds that the whole model takes for a phase, in each of the sample's widths."""
     passes = Passes(sample.model, serving, clock, sample.blocks)
     with evaluating(sample.model):
-        parts = {phase: repeated([getattr(passes, phase)])[0] for phase in PHASES}
-    indices = range(len(timed) + 1)
-    seconds = {phase: tuple(sample.whole(parts[phase], index) for index in indices) for phase in PHASES}
-    return Curve((0.0, *(budget.sparsity for budget in timed)), seconds)
+        parts = repeated([getattr(passes, phase)])[0]
+    widths = sorted({width for _, width in sample.kinds})
+    return tuple(sample.whole(parts, width) for width in widths)
 
 
 @own_modes()

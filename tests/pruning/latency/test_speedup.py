@@ -7,43 +7,24 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import TINY, tiny_model
+from tiny import TINY, random_tokens, tiny_model
+from tiny_clock import Operations, counting
 from tiny_pruning import basic
-from torch.nn.modules.module import register_module_forward_hook
 
+from fasp_lightning import FaspError, FASPPruner
 from fasp_lightning.pruning.budget.widths import decide_budget
-from fasp_lightning.pruning.latency.sample import _first_units
+from fasp_lightning.pruning.latency.sample import PATTERN, _fill, _first_units, layer_kinds, make_sample, shapes_of
 from fasp_lightning.pruning.latency.serving import Serving
 from fasp_lightning.pruning.latency.speedup import Speedup, measure_speedup, plan_speedup
 from fasp_lightning.structure.plan import record_plan, resolve_pruned
-from fasp_lightning.structure.resolve import is_linear
 
 SHORT = Serving(prompt=20, new=4, batch=2)
 
 
-class Operations:
-    """A clock that goes on by the operations of linear and embedding layers, and a little with every other module."""
-
-    def __init__(self) -> None:
-        self.now = 0
-
-    def mark(self) -> int:
-        return self.now
-
-    def seconds(self, start: int, end: int) -> float:
-        return float(end - start)
-
-    def __call__(self, module: Any, args: Any, output: Any) -> None:
-        matrix = is_linear(module) and isinstance(output, torch.Tensor)
-        self.now += module.weight.numel() * (output.numel() // output.shape[-1]) if matrix else 7
-
-
 @pytest.fixture
 def clock() -> Iterator[Operations]:
-    clock = Operations()
-    handle = register_module_forward_hook(clock)
-    yield clock
-    handle.remove()
+    with counting() as clock:
+        yield clock
 
 
 def planned(clock: Operations, name: str, factor: float, serving: Serving = SHORT, **options: Any) -> Any:
@@ -63,10 +44,76 @@ def measured(clock: Operations, name: str, sparsity: float, serving: Serving = S
     return measure_speedup(dense, pruned, serving, clock)
 
 
-@pytest.mark.parametrize("name", TINY)
-def test_predicted_operations_are_those_of_the_pruned_model(clock, name: str) -> None:
-    found = planned(clock, name, 1.1)
-    result = measured(clock, name, found.sparsity)
+def assert_predicted(clock: Operations, name: str, factor: float = 1.1, **options: Any) -> None:
+    found = planned(clock, name, factor, **options)
+    result = measured(clock, name, found.sparsity, **options)
     for phase in ("prefill", "decode"):
         assert found.predicted.before[phase] == pytest.approx(result.before[phase])
         assert found.predicted.after[phase] == pytest.approx(result.after[phase])
+        assert result.of(phase) >= factor
+
+
+@pytest.mark.parametrize("name", ["llama-gqa", "gemma3"])
+def test_predicted_operations_are_those_of_the_pruned_model(clock, name: str) -> None:
+    assert_predicted(clock, name)
+
+
+@pytest.mark.laws
+@pytest.mark.parametrize("name", sorted(TINY))
+def test_predicted_operations_are_those_of_the_pruned_model_of_any_family(clock, name: str) -> None:
+    assert_predicted(clock, name)
+
+
+@pytest.mark.laws
+@pytest.mark.parametrize("attention", ["value_dims", "kv_groups"])
+def test_predicted_operations_with_pruned_attention(clock, attention: str) -> None:
+    assert_predicted(clock, "llama-gqa", attention=attention)
+
+
+def test_a_phase_asked_for_alone_needs_less(clock) -> None:
+    both, prefill = (planned(clock, "llama", 1.2, Serving(20, 4, 2, phase)) for phase in ("both", "prefill"))
+    assert prefill.predicted.of("prefill") >= 1.2 > prefill.predicted.of("decode")
+    assert both.predicted.of("decode") >= 1.2
+    assert prefill.sparsity < both.sparsity
+
+
+@pytest.mark.laws
+def test_adaptive_allocation_is_timed_at_the_mean_width(clock) -> None:
+    uniform, adaptive = (planned(clock, "llama", 1.1, allocation=name) for name in ("uniform", "adaptive"))
+    assert adaptive == uniform
+
+
+def test_speedup_that_no_sparsity_reaches_is_refused(clock) -> None:
+    with pytest.raises(FaspError, match=r"speedup must be at most \d\.\d+, which prefill and decode reach here"):
+        planned(clock, "llama", 50.0)
+
+
+def test_prompt_beyond_learned_positions_is_refused() -> None:
+    with pytest.raises(FaspError, match=r"sequences of serving\.prompt and serving\.new must have at most 64 tokens"):
+        plan_speedup(TINY["opt"].config(), 1.1, Serving(prompt=60, new=5))
+
+
+def test_pruned_model_is_refused() -> None:
+    model = tiny_model("llama")
+    FASPPruner(basic(0.2)).prune(model, random_tokens(4))
+    with pytest.raises(FaspError, match="speedup counts from the dense model, got one that is pruned already"):
+        plan_speedup(model.config, 1.1)
+
+
+def test_prefill_takes_one_block_of_each_kind_and_width() -> None:
+    config = TINY["gemma3"].config()
+    pairs = [decide_budget(shapes_of(config, list(layer_kinds(config))), basic(part)).pairs[0] for part in (0.2, 0.4)]
+    sample = make_sample(config, pairs, torch.device("cpu"), torch.float32)
+    kinds = list(sample.kinds)
+    sample.shorten()
+    assert sample.kinds == [(kind, width) for kind in layer_kinds(config) for width in (0, 1)]
+    assert sample.kinds == kinds[: len(sample.blocks)]
+
+
+def test_weights_are_all_random() -> None:
+    layer = torch.nn.Linear(1100, 1000)
+    torch.nn.init.zeros_(layer.weight)
+    _fill(layer)
+    assert layer.weight.numel() > PATTERN
+    assert layer.weight.count_nonzero() > 0.99 * layer.weight.numel()
+    assert layer.weight.std().item() == pytest.approx(0.06 / 12**0.5, rel=0.01)
