@@ -20,7 +20,8 @@ def parse(job: type, program: str, argv: list[str]) -> Any:
     """Parse a command's arguments.
 
     Args:
-        job: The command's dataclass; its fields, nested ones included, are the options.
+        job: The command's dataclass; its fields, nested ones included, are the options. Where its ``POSITIONAL`` is
+            true, those without a default are given by their place.
         program: Name for the usage line.
         argv: Arguments. ``-c`` takes a YAML file or a shipped config's bare name, several times if wanted;
             what comes later wins. A boolean option without a value is true.
@@ -34,9 +35,7 @@ def parse(job: type, program: str, argv: list[str]) -> Any:
     """
     parser = ArgumentParser(prog=program, description=_summary(job), exit_on_error=False)
     parser.add_argument("-c", "--config", action="config", help="A YAML file, or a shipped config by its bare name.")
-    missing = dataclasses.MISSING
-    required = [field for field in dataclasses.fields(job) if field.default is field.default_factory is missing]
-    parser.add_class_arguments(job, as_positional=len(required) == 1)  # of several nobody knows the order
+    parser.add_class_arguments(job, as_positional=getattr(job, "POSITIONAL", False))
     arguments = list(_with_values(with_paths(argv), set(_flags(job))))
     try:
         parsed = parser.parse_args(arguments)

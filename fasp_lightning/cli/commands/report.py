@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 from fasp_lightning.cli.console import results
 from fasp_lightning.cli.page.gather import gather
@@ -23,6 +24,8 @@ class ReportJob:
         output: The page.
         overwrite: Replace a file that is there.
     """
+
+    POSITIONAL: ClassVar[bool] = True
 
     folder: str
     output: str = "report.html"
