@@ -37,11 +37,14 @@ from fasp_lightning import (
     PruningPlan,
     apply_plan,
     export_gguf,
+    export_onnx,
     load_pruned,
     save_pruned,
 )
 from fasp_lightning.checkpoints.exporting.exported import Reference, reference
 from fasp_lightning.checkpoints.exporting.gguf.llama_cpp import answer
+from fasp_lightning.checkpoints.exporting.onnx_graph import GRAPH_FILE
+from fasp_lightning.checkpoints.exporting.onnx_graph import answer as answer_of_graph
 from fasp_lightning.checkpoints.loaders import LOADERS, TRIED_FORMS
 from fasp_lightning.structure.plan import resolve_pruned
 from fasp_lightning.structure.registry import known_architectures
@@ -242,29 +245,10 @@ def as_gguf(folder: Path, expected: Reference) -> dict[str, Any]:
 
 
 def as_onnx(folder: Path, expected: Reference) -> dict[str, Any]:
-    """What ONNX Runtime answers from the graph of the model that :func:`load_pruned` gives."""
-    import onnxruntime
-
-    model = load_pruned(folder)
-
-    class Logits(torch.nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.model = model
-
-        def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
-            logits: torch.Tensor = self.model(input_ids=input_ids, use_cache=False).logits
-            return logits
-
-    file, sequence = str(folder.with_suffix(".onnx")), torch.export.Dim("sequence", min=2, max=127)
-    ids = torch.tensor([expected.prompt])
-    torch.onnx.export(Logits().eval(), (ids,), file, dynamo=True, dynamic_shapes=({1: sequence},), verbose=False)
-    session, text = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"]), list(expected.prompt)
-    for _ in expected.greedy:
-        logits = session.run(None, {session.get_inputs()[0].name: [text]})[0]
-        text.append(int(logits[0, -1].argmax()))
-    greedy = text[len(expected.prompt) :]
-    return {"version": f"onnxruntime {version('onnxruntime')}", "greedy": greedy}
+    """What ONNX Runtime answers from the graph that ``fasp export --to onnx`` writes."""
+    written = export_onnx(load_pruned(folder), folder.with_suffix(".onnx"), check=False)
+    check = answer_of_graph(written.path / GRAPH_FILE, expected)
+    return {"version": f"onnxruntime {check.version}", "same": check.same}
 
 
 def own(load: Callable[..., PreTrainedModel], folder: Path, expected: Reference) -> dict[str, Any]:

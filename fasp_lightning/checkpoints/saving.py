@@ -158,7 +158,7 @@ def write_pruned(
         The dtype of the weights, and who can load them.
     """
     plan = require_plan(model)
-    with savable(model), _config_of(model, form, plan):
+    with savable(model), in_form(model, form):
         dtype = write_folder(model, folder, dtype, tokenizer, replaced)
     report, loaders = record_of(model, dtype), loaders_for(form, model.config, plan.cuts)
     write_json(folder / REPORT_FILE, report)
@@ -246,9 +246,9 @@ def require_plan(model: PreTrainedModel) -> PruningPlan:
 
 
 @contextmanager
-def _config_of(model: PreTrainedModel, form: str, plan: PruningPlan) -> Iterator[None]:
+def in_form(model: PreTrainedModel, form: str) -> Iterator[None]:
     """The model's config as the form wants it: a compact one keeps the original widths, so that stock code refuses."""
-    config, spec = cast(Any, model.config), spec_for(model)
+    config, spec, plan = cast(Any, model.config), spec_for(model), require_plan(model)
     widths = stock_part(plan, spec).widths
     if form == "compact":
         widths = {path: (layout, [layout.width]) for path, (layout, _) in plan.widths.items()}

@@ -117,6 +117,8 @@ def _print(job: ExportJob, exported: Exported, serve: str) -> None:
         ("check", _check(job, exported)),
     ]
     table(str(exported.path), ("", ""), rows, numbers=False)
+    if exported.check is not None and exported.check.same < exported.check.tokens:
+        note(f"warning: {exported.check.loader} writes another text from token {exported.check.same + 1} on")
     results().print(serve, soft_wrap=True)
 
 

@@ -62,6 +62,17 @@ def test_a_dense_model_is_overwritten_if_asked(tmp_path):
         load_pruned(tmp_path / "served")
 
 
+def test_fewer_kv_groups_stay_fewer_beside_widths_of_blocks(tmp_path):
+    model = pruned("llama-gqa", basic(0.4, attention="kv_groups", allocation="adaptive", score="fisher"))
+    exported = export_vllm(model, tmp_path / "served", check=False)
+    assert exported.architecture == "DeciLMForCausalLM"
+    config = json.loads((tmp_path / "served" / "config.json").read_text())
+    tensors = load_file(tmp_path / "served" / "model.safetensors")
+    for at in range(config["num_hidden_layers"]):
+        rows = tensors[f"model.layers.{at}.self_attn.k_proj.weight"].shape[0]
+        assert rows == config["num_key_value_heads"] * config["head_dim"]
+
+
 @pytest.mark.parametrize(("name", "config"), [("llama-gqa", FFN), ("gemma", UNEVEN)])
 def test_other_models_are_served_as_stock_folders(name, config, tmp_path):
     exported = export_vllm(pruned(name, config), tmp_path / "served", check=False)

@@ -66,9 +66,7 @@ def answer(folder: Path, expected: Reference, python: str, dtype: torch.dtype, t
             check=False,
         )
         ended = [f"exit code {process.returncode}", *process.stderr.splitlines()]
-        found: dict[str, Any] = {"error": ended[-1]}
-        if said.is_file():
-            found = json.loads(said.read_text(encoding="utf-8"))
+        found: Any = json.loads(said.read_text(encoding="utf-8")) if said.is_file() else {"error": ended[-1]}
     if "error" in found:
         words = one_line(RuntimeError(found["error"]))
         raise FaspError(f"vLLM must serve what was written, but it says: {words}; check=False (--check false) keeps it")

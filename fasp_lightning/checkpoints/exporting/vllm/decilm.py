@@ -6,8 +6,10 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from fasp_lightning.checkpoints.forms import stock_part
 from fasp_lightning.staging import read_json, write_json
 from fasp_lightning.structure.pruning_plan import PruningPlan
+from fasp_lightning.structure.spec import ArchitectureSpec
 
 ARCHITECTURE = "DeciLMForCausalLM"
 MODEL_TYPE = "nemotron-nas"
@@ -34,10 +36,11 @@ def is_decilm(config: Any, plan: PruningPlan) -> bool:
     return uneven and config.model_type in FAMILIES and config.hidden_act == "silu"
 
 
-def without_value(plan: PruningPlan) -> PruningPlan:
-    """The plan of what DeciLM takes as it is; value dims come back as zeros."""
-    blocks = [{path: pair for path, pair in block.items() if pair.layout.kind != "value"} for block in plan.blocks]
-    return PruningPlan(plan.model_type, tuple(blocks))
+def decilm_part(plan: PruningPlan, spec: ArchitectureSpec) -> PruningPlan:
+    """The part of a plan that DeciLM expresses: FFN widths as they are, of the attention what a stock config does."""
+    stock = stock_part(plan, spec).blocks
+    ffn = ({path: pair for path, pair in block.items() if pair.layout.kind == "ffn"} for block in plan.blocks)
+    return PruningPlan(plan.model_type, tuple(part | own for part, own in zip(stock, ffn, strict=True)))
 
 
 def describe_blocks(folder: Path, plan: PruningPlan) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,13 +14,14 @@ from torch import Tensor
 from fasp_lightning.checkpoints.dry_save import require_savable, runs_remote_code, savable
 from fasp_lightning.checkpoints.exporting.exported import Exported, LoaderCheck, expected_of
 from fasp_lightning.checkpoints.exporting.vllm.answering import PYTHON, answer, python_with_vllm
-from fasp_lightning.checkpoints.exporting.vllm.decilm import ARCHITECTURE, describe_blocks, is_decilm, without_value
+from fasp_lightning.checkpoints.exporting.vllm.decilm import ARCHITECTURE, decilm_part, describe_blocks, is_decilm
 from fasp_lightning.checkpoints.forms import choose_form, stock_part
 from fasp_lightning.checkpoints.output import check_output
 from fasp_lightning.checkpoints.pruned_folder import REPORT_FILE
 from fasp_lightning.checkpoints.publishing.record import record_of
 from fasp_lightning.checkpoints.saving import (
     bytes_of,
+    in_form,
     require_plan,
     stored_in,
     write_folder,
@@ -94,7 +96,7 @@ def export_vllm(
         if form:
             write_pruned(model, stage, form, stored, tokenizer, tensors)
         else:
-            with savable(model):
+            with savable(model), in_form(model, "zero_filled") if decilm else nullcontext():
                 write_folder(model, stage, stored, tokenizer, tensors)
             write_json(stage / REPORT_FILE, record_of(model, stored))
         if decilm:
@@ -133,7 +135,7 @@ def _form_of(model: PreTrainedModel, decilm: bool) -> tuple[str, dict[str, Tenso
     if plan is None or not any(plan.blocks):
         return "", {}
     if decilm:
-        return "", zero_filled(model, without_value(plan))
+        return "", zero_filled(model, decilm_part(plan, spec_for(model)))
     spec = spec_for(model)
     form = choose_form("auto", spec, plan.cuts)
     return form, zero_filled(model, stock_part(plan, spec)) if form == "zero_filled" else {}
