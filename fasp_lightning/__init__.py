@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from fasp_lightning.pruning.config import OwnTextConfig, PruningConfig
     from fasp_lightning.pruning.latency.serving import Serving
     from fasp_lightning.pruning.latency.speedup import Speedup, SpeedupPlan, measure_speedup, plan_speedup
+    from fasp_lightning.pruning.latency.stopwatch import Clock
     from fasp_lightning.pruning.perplexity import PerplexityResult, measure_perplexity, perplexity
     from fasp_lightning.pruning.prepare import Prepared
     from fasp_lightning.pruning.processes import Processes
@@ -50,6 +51,7 @@ __all__ = [
     "ArchitectureSpec",
     "CausalLMDataModule",
     "CausalLMModule",
+    "Clock",
     "CoupledPair",
     "Cuts",
     "EventRecord",
@@ -130,6 +132,7 @@ _HOMES = {
     "SavedModel": "checkpoints.saving",
     "ScheduledPruning": "training.schedule",
     "Serving": "pruning.latency.serving",
+    "Clock": "pruning.latency.stopwatch",
     "Speedup": "pruning.latency.speedup",
     "SpeedupPlan": "pruning.latency.speedup",
     "TextConfig": "text.config",

@@ -15,11 +15,13 @@ from typing import Any
 import pytest
 import torch
 from tiny import LAYERS, random_tokens, tiny_model
+from tiny_clock import counting
 from tiny_text import words
 from torch.utils.data import DataLoader
 
 import fasp_lightning
 from fasp_lightning import PruningConfig
+from fasp_lightning.pruning.latency import speedup
 from fasp_lightning.structure import registry
 from fasp_lightning.structure.registry import known_architectures
 from fasp_lightning.training.modeling.structure_state import carries_structure
@@ -39,6 +41,7 @@ LIBRARIES = {"fasp_lightning", "lightning", "torch"}
 """What examples import from."""
 
 OUTCOMES: dict[str, Callable[[dict[str, Any]], bool]] = {
+    "plan_speedup": lambda names: names["found"].predicted.of("prefill") >= 1.05 and is_pruned(names["model"]),
     "CausalLMDataModule": lambda left: left["batch"]["input_ids"].dtype == torch.int64,
     "CausalLMModule": lambda left: (Path(left["folder"]) / "model.safetensors").is_file(),
     "FASPPruner": lambda left: is_pruned(left["model"]),
@@ -95,11 +98,13 @@ def namespace(tmp_path: Path, tiny_folder: Callable[..., Path], tiny_tokenizer: 
 
 @pytest.fixture(autouse=True)
 def apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Files go to a temporary folder, and rows that are registered are gone afterwards."""
+    """Files go to a temporary folder, seconds are operations, and rows that are registered are gone afterwards."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(registry, "_REGISTRY", dict(registry._REGISTRY))
     grad = torch.is_grad_enabled()
-    yield
+    with counting() as clock:
+        monkeypatch.setattr(speedup, "WallClock", lambda device: clock)
+        yield
     assert torch.is_grad_enabled() == grad
 
 

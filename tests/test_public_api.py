@@ -33,6 +33,7 @@ ENGINE = (
     "PruningSchedule",
     "Exported",
     "FaspError",
+    "Clock",
     "LoaderCheck",
     "LoaderSupport",
     "OwnTextConfig",
