@@ -9,6 +9,7 @@ import io
 import re
 import textwrap
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -102,8 +103,8 @@ def apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(registry, "_REGISTRY", dict(registry._REGISTRY))
     grad = torch.is_grad_enabled()
-    with counting() as clock:
-        monkeypatch.setattr(speedup, "WallClock", lambda device: clock)
+    with ExitStack() as counted:
+        monkeypatch.setattr(speedup, "WallClock", lambda device: counted.enter_context(counting()))
         yield
     assert torch.is_grad_enabled() == grad
 

@@ -126,8 +126,11 @@ def _write_graph(model: Any, file: Path) -> None:
     mask[0, :2] = 0
     free = {0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC}
 
-    def refusal(error: Exception) -> FaspError:
-        return FaspError(f"{type(model).__name__} must be exportable by torch.onnx, which says: {one_line(error)}")
+    def refusal(error: BaseException) -> FaspError:
+        while error.__cause__ is not None:  # torch.onnx wraps the reason in advice to report it
+            error = error.__cause__
+        name = type(model).__name__
+        return FaspError(f"{name} must be exportable by torch.onnx, which says: {one_line(error, first=True)}")
 
     with evaluating(model), _silent(), as_refusal(refusal):
         program: Any = torch.onnx.export(
