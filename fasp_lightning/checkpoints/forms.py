@@ -33,6 +33,16 @@ class LoaderSupport(NamedTuple):
     version: str = ""
     remedy: str = ""
 
+    @property
+    def verdict(self) -> str:
+        """Whether it takes the model, in words."""
+        return {True: "yes", False: "no", None: "not tried"}[self.ok]
+
+    @property
+    def because(self) -> str:
+        """Why, and what to do."""
+        return "; ".join(filter(None, (self.reason, self.remedy)))
+
 
 def require_form(form: str) -> None:
     """Refuse what is neither a form nor ``"auto"``.

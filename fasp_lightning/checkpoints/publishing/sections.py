@@ -24,7 +24,6 @@ EVENTS = {
     "perplexity_pruned": "pruned",
     "perplexity_recovered": "recovered",
 }
-VERDICTS = {True: "yes", False: "no", None: "not tried"}
 MEMORY = {"rss": "process"}
 
 
@@ -204,12 +203,6 @@ def making(facts: Facts) -> str:
 
 def loading(facts: Facts, loaders: Sequence[LoaderSupport]) -> str:
     """The form, and who loads it."""
-    rows = [
-        (plain(loader.name), plain(loader.version), VERDICTS[loader.ok], plain(_because(loader))) for loader in loaders
-    ]
+    rows = [(plain(loader.name), plain(loader.version), loader.verdict, plain(loader.because)) for loader in loaders]
     form = f"Saved in the form `{facts.form}`: {FORMS.get(facts.form, '')}."
     return f"{form}\n\n{table(('loader', 'tried with', 'takes it', 'because'), rows, numbers=False)}"
-
-
-def _because(loader: LoaderSupport) -> str:
-    return "; ".join(filter(None, (loader.reason, loader.remedy)))

@@ -134,16 +134,7 @@ def print_loaders(saved: SavedModel, setup: Setup) -> None:
 
 def loaders_table(loaders: list[LoaderSupport]) -> None:
     """Which loaders take a model, why, and what to do where one does not."""
-    verdict = {True: "yes", False: "no", None: "not tried"}
-    rows = [
-        (
-            loader.name,
-            loader.version.rpartition(" ")[2],
-            verdict[loader.ok],
-            "; ".join(filter(None, (loader.reason, loader.remedy))),
-        )
-        for loader in loaders
-    ]
+    rows = [(loader.name, loader.version.rpartition(" ")[2], loader.verdict, loader.because) for loader in loaders]
     table("loaders", ("loader", "tried with", "takes it", "because; what to do"), rows, numbers=False)
 
 

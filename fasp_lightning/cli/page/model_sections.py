@@ -26,7 +26,6 @@ from fasp_lightning.cli.page.parts import (
 UNITS = {"ffn": "hidden units of the FFN", "value": "value dims", "groups": "KV groups"}
 SOURCES = {"calibrated": "as calibrated", "other": "another"}
 PLACES = {"rss": "process", "cuda": "GPU"}
-VERDICTS = {True: "yes", False: "no", None: "not tried"}
 BEFORE, AFTER, PLAIN = "before", "pruned", "nothing restored"
 OTHER_PRUNING = "Not known: the report that was saved along is that of another pruning, or damaged."
 
@@ -196,10 +195,7 @@ def _cost(facts: Facts) -> list[Part]:
 def _loaders(model: Model) -> list[Part]:
     if model.loaders is None:
         return [Note(f"Not known for the form {model.facts.form} of {model.facts.model_type}.")]
-    rows = [
-        (loader.name, loader.version, VERDICTS[loader.ok], "; ".join(filter(None, (loader.reason, loader.remedy))))
-        for loader in model.loaders
-    ]
+    rows = [(loader.name, loader.version, loader.verdict, loader.because) for loader in model.loaders]
     return [Table(("loader", "tried with", "takes it", "because; what to do"), rows, numbers=False)]
 
 
