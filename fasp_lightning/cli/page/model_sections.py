@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from fasp_lightning.checkpoints.facts import Facts, PairFacts, TextFacts
+from fasp_lightning.checkpoints.publishing.sections import UNITS
 from fasp_lightning.cli.console import gibibytes, megabytes
 from fasp_lightning.cli.page.charts import bars, blocks, dots
 from fasp_lightning.cli.page.models import Model
@@ -23,7 +24,6 @@ from fasp_lightning.cli.page.parts import (
     settings_table,
 )
 
-UNITS = {"ffn": "hidden units of the FFN", "value": "value dims", "groups": "KV groups"}
 SOURCES = {"calibrated": "as calibrated", "other": "another"}
 PLACES = {"rss": "process", "cuda": "GPU"}
 BEFORE, AFTER, PLAIN = "before", "pruned", "nothing restored"
