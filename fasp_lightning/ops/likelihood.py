@@ -81,6 +81,11 @@ def next_token_nll_gradient(logits: Tensor, input_ids: Tensor, mask: Tensor | No
     return gradient
 
 
+def next_targets(labels: Tensor) -> Tensor:
+    """(batch, seq): at each position the label that follows it, :data:`IGNORED` at the last."""
+    return functional.pad(labels, (0, 1), value=IGNORED)[:, 1:]
+
+
 def has_float64(device: torch.device) -> bool:
     """Whether tensors on a device can be float64; on MPS they cannot."""
     return _makes_float64(device.type)
@@ -109,9 +114,9 @@ def subtract_one_hot(probabilities: Tensor, targets: Tensor) -> Tensor:
     return probabilities.scatter_add_(1, targets.clamp(min=0)[:, None], -ones)
 
 
-def row_chunks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """Cut tensors with the same number of rows into chunks of rows: views, at most ``CHUNK_ELEMENTS`` of the first."""
-    rows = max(1, CHUNK_ELEMENTS // max(1, tensors[0].shape[-1]))
+def row_chunks(*tensors: Tensor, elements: int = CHUNK_ELEMENTS) -> Iterator[tuple[Tensor, ...]]:
+    """Cut tensors with the same number of rows into chunks of rows: views, at most ``elements`` of the first."""
+    rows = max(1, elements // max(1, tensors[0].shape[-1]))
     return zip(*(tensor.split(rows) for tensor in tensors), strict=True)
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from fasp_lightning.ops.likelihood import IGNORED, next_token_nll, row_chunks, subtract_one_hot
+from fasp_lightning.ops.likelihood import IGNORED, next_targets, next_token_nll, row_chunks, subtract_one_hot
 
 
 def next_token_loss(logits: Tensor, labels: Tensor) -> Tensor:
@@ -24,7 +24,7 @@ def next_token_loss(logits: Tensor, labels: Tensor) -> Tensor:
     Returns:
         Scalar, fp32; 0 where there is nothing to predict.
     """
-    loss: Tensor = _MeanNLL.apply(logits, _targets(labels))
+    loss: Tensor = _MeanNLL.apply(logits, next_targets(labels))
     return loss
 
 
@@ -64,8 +64,3 @@ class _MeanNLL(torch.autograd.Function):
         for slope, piece in row_chunks(slopes, result):
             piece.copy_(slope.to(scale.dtype) * scale)  # the scale itself is not rounded to 16 bits
         return result.reshape(ctx.shape), None
-
-
-def _targets(labels: Tensor) -> Tensor:
-    """(batch, seq): at each position the label that follows it."""
-    return functional.pad(labels[:, 1:], (0, 1), value=IGNORED)
