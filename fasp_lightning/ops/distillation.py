@@ -91,61 +91,52 @@ def distillation_loss(
 
 
 class _Distillation(torch.autograd.Function):
-    """The gradient is computed in the backward pass: logits are there anyway, and nothing else is kept."""
+    """Loss and gradient in one pass; the gradient waits in the logits' dtype and is scaled where it stands."""
 
     @staticmethod
     def forward(
         ctx: Any, temperature: float, label_weight: float, logits: Tensor, targets: Tensor, *teacher: Tensor
     ) -> Tensor:
-        ctx.save_for_backward(logits, targets, *teacher)
-        ctx.settings = temperature, label_weight
+        gradient = torch.empty_like(logits, memory_format=torch.contiguous_format)
         total = torch.zeros((), dtype=_wide(logits.dtype), device=logits.device)
-        for rows, goals, *known in _pieces(logits, targets, teacher):
-            counted = goals != IGNORED
-            loss = temperature**2 * _divergence(_log_softmax(rows, temperature), known, temperature)
-            total += (1 - label_weight) * loss[counted].sum()
+        count = (targets != IGNORED).sum().clamp(min=1)
+        for rows, goals, slopes, *known in _pieces(logits, targets, (gradient, *teacher)):
+            log_student, ignored = _log_softmax(rows, temperature), goals == IGNORED
+            loss, slope = _divergence(log_student, known, temperature)
+            total += (1 - label_weight) * temperature**2 * loss.masked_fill_(ignored, 0).sum()
+            slope.mul_((1 - label_weight) * temperature)
             if label_weight:
-                nll = functional.nll_loss(_log_softmax(rows), goals, ignore_index=IGNORED, reduction="sum")
+                log_student = _log_softmax(rows)
+                nll = functional.nll_loss(log_student, goals, ignore_index=IGNORED, reduction="sum")
                 total += label_weight * nll
-        return total / _count(targets)
+                slope += subtract_one_hot(log_student.exp_(), goals).mul_(label_weight)
+            slopes.copy_(slope.masked_fill_(ignored[:, None], 0).div_(count))
+        ctx.save_for_backward(gradient if ctx.needs_input_grad[2] else None)
+        return total / count
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        logits, targets, *teacher = ctx.saved_tensors
-        temperature, label_weight = ctx.settings
-        scale, result = gradients[0] / _count(targets), torch.empty_like(logits, memory_format=torch.contiguous_format)
-        for rows, goals, slopes, *known in _pieces(logits, targets, (result, *teacher)):
-            slope = _slopes(_log_softmax(rows, temperature), known, temperature).mul_((1 - label_weight) * temperature)
-            if label_weight:
-                slope += subtract_one_hot(_log_softmax(rows).exp_(), goals).mul_(label_weight)
-            slopes.copy_(slope.masked_fill_((goals == IGNORED)[:, None], 0).mul_(scale))
-        return None, None, result, None, *(None for _ in teacher)
+        (slopes,) = ctx.saved_tensors  # a second backward pass through it is an error of autograd's, not a wrong result
+        return None, None, slopes.mul_(gradients[0]), None, *(None for _ in ctx.needs_input_grad[4:])
 
 
-def _divergence(log_student: Tensor, teacher: list[Tensor], temperature: float) -> Tensor:
-    """(n,) KL of each row."""
-    if len(teacher) == 1:
-        log_teacher = _log_softmax(teacher[0], temperature)
-        return functional.kl_div(log_student, log_teacher, reduction="none", log_target=True).sum(-1)
-    log_teacher, tokens = teacher
+def _divergence(log_student: Tensor, teacher: list[Tensor], temperature: float) -> tuple[Tensor, Tensor]:
+    """(n,) KL of each row, and (n, vocabulary) T ∂KL/∂logits, softmax of the student minus that of the teacher."""
+    if len(teacher) == 2:
+        return _divergence_of_likeliest(log_student, *teacher)
+    log_teacher = _log_softmax(teacher[0], temperature)
+    kl = functional.kl_div(log_student, log_teacher, reduction="none", log_target=True).sum(-1)
+    return kl, log_student.exp_().sub_(log_teacher.exp_())
+
+
+def _divergence_of_likeliest(log_student: Tensor, log_teacher: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+    """The same of a :class:`TopK`, whose rest the student divides: ∂ log q_rest / ∂ z = q / q_rest."""
     log_rest, log_student_rest = _log_rest(log_teacher), _rest(log_student, tokens)
     kl = (log_teacher.exp() * (log_teacher - log_student.gather(1, tokens))).sum(-1)
-    rest = log_rest.exp() * (log_rest - log_student_rest)
-    return kl + rest.masked_fill(log_rest.isneginf(), 0)
-
-
-def _slopes(log_student: Tensor, teacher: list[Tensor], temperature: float) -> Tensor:
-    """(n, vocabulary) T ∂KL/∂logits: softmax of the student minus that of the teacher.
-
-    The teacher's rest is divided among the other tokens as the student divides it, ∂ log q_rest / ∂ z = q / q_rest.
-    """
-    if len(teacher) == 1:
-        return log_student.exp_().sub_(_log_softmax(teacher[0], temperature).exp_())
-    log_teacher, tokens = teacher
-    share = (_log_rest(log_teacher) - _rest(log_student, tokens)).exp()
-    student = log_student.exp_()
+    kl += (log_rest.exp() * (log_rest - log_student_rest)).masked_fill(log_rest.isneginf(), 0)
+    student, share = log_student.exp_(), (log_rest - log_student_rest).exp()
     known = student.gather(1, tokens) - log_teacher.exp()
-    return student.mul_(1 - share[:, None]).scatter_(1, tokens, known)
+    return kl, student.mul_(1 - share[:, None]).scatter_(1, tokens, known)
 
 
 def _log_rest(log_teacher: Tensor) -> Tensor:
@@ -171,7 +162,3 @@ def _log_softmax(rows: Tensor, temperature: float = 1.0) -> Tensor:
 def _wide(dtype: torch.dtype) -> torch.dtype:
     """At least fp32, in which the softmax of 16-bit logits is computed."""
     return torch.promote_types(dtype, torch.float32)
-
-
-def _count(targets: Tensor) -> Tensor:
-    return (targets != IGNORED).sum().clamp(min=1)

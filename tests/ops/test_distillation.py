@@ -120,13 +120,21 @@ def test_nothing_to_predict_is_no_loss(batch, seq):
         assert not slopes.any()
 
 
-def test_what_is_kept_for_the_backward_pass_is_what_was_given():
+def test_one_buffer_of_the_size_of_the_logits_is_kept_and_becomes_their_gradient():
     student, teacher, labels = drawn()
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
-        distillation_loss(student, teacher, labels)
-    given = {student.data_ptr(), teacher.data_ptr()}
-    assert all(tensor.data_ptr() in given or tensor.dtype == torch.int64 for tensor in kept)
+        loss = distillation_loss(student, teacher, labels)
+    (slopes,) = torch.autograd.grad(loss, student)
+    assert [tensor.data_ptr() for tensor in kept] == [slopes.data_ptr()]
+
+
+def test_a_second_backward_pass_is_an_error():
+    student, teacher, labels = drawn()
+    loss = distillation_loss(student, teacher, labels)
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="inplace"):
+        loss.backward()
 
 
 @pytest.mark.parametrize(
