@@ -119,7 +119,7 @@ def claimed(path: Path) -> Iterator[None]:
 
 
 def require_unclaimed(path: Path, claim: Path | None = None) -> None:
-    """Refuse a place that another process that lives has claimed.
+    """Refuse a place that another process that lives has claimed, and clear what killed ones left there.
 
     Args:
         path: The file or folder.
@@ -128,6 +128,7 @@ def require_unclaimed(path: Path, claim: Path | None = None) -> None:
     Raises:
         FaspFileExistsError: If there is one.
     """
+    clear_left(path)
     for other, writer in left_beside(path):
         began = last_change(other) if other.suffix == ".claim" and not writer.here else 0.0
         if not began or (claim and last_change(claim) < began):  # gone, or later than the caller's

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from fasp_lightning import staging
-from fasp_lightning.staging import claimed, staged
+from fasp_lightning.staging import claimed, require_unclaimed, staged
 
 
 def beside(path: Path) -> list[str]:
@@ -44,6 +44,9 @@ def test_a_place_is_claimed_by_one_job_that_lives(
             with pytest.raises(FileExistsError, match=rf"one job at a time, and process {other.pid} is at it"):
                 claimed(path).__enter__()
         other.kill()
+        other.wait()
+        require_unclaimed(path)  # nor does a killed one stand in the way of what only looks
+        assert beside(path) == []
     with claimed(path), claimed(path):  # a process does not stand in its own way
         assert len(beside(path)) == 2
     assert beside(path) == []

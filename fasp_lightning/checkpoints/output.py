@@ -6,7 +6,7 @@ from pathlib import Path
 
 from fasp_lightning.checkpoints.pruned_folder import REPORT_FILE
 from fasp_lightning.errors import FaspFileExistsError
-from fasp_lightning.staging import clear_left, require_unclaimed
+from fasp_lightning.staging import require_unclaimed
 
 
 def check_output(path: str | Path, overwrite: bool, marker: str = REPORT_FILE, kind: str = "pruned model") -> None:
@@ -23,8 +23,7 @@ def check_output(path: str | Path, overwrite: bool, marker: str = REPORT_FILE, k
             another job that lives will write there.
     """
     path = Path(path)
-    clear_left(path)  # a kill may have left the model that stood here beside it
-    require_unclaimed(path)
+    require_unclaimed(path)  # first: a kill may have left the model that stood here beside it
     if path.exists() and not path.is_dir():
         raise FaspFileExistsError(f"output folder {path} must be no file; choose another name")
     if not path.exists() or not any(path.iterdir()):

@@ -3,11 +3,20 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
 from pathlib import Path
+from threading import Timer
+from typing import Any
 
 import pytest
 from tiny import tiny_model
 from tiny_gguf import byte_level_tokenizer
+
+from fasp_lightning.writers import host
 
 
 @pytest.fixture
@@ -77,3 +86,59 @@ def test_failure_half_way_leaves_no_file(fasp, folder: Path, tmp_path: Path, mon
     monkeypatch.setattr("fasp_lightning.checkpoints.exporting.gguf.export.write", fail)
     assert fasp("export", "--model", folder, "--to", "gguf", "--output", tmp_path / "m.gguf").code == 2
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def interrupt_writing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C when the file is half written."""
+
+    def half(path: Path, *_: object) -> None:
+        path.write_bytes(b"GGUF")
+        signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr("fasp_lightning.checkpoints.exporting.gguf.export.write", half)
+
+
+def interrupt_check(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C while llama.cpp, in its own process, is at work; it hangs until it is ended."""
+    run = subprocess.run
+
+    def hanging(*_: object, **options: Any) -> None:
+        Timer(0.2, os.kill, (os.getpid(), signal.SIGINT)).start()
+        run([sys.executable, "-c", "import time; time.sleep(60)"], **options)
+
+    monkeypatch.setattr("fasp_lightning.checkpoints.exporting.gguf.export.installed", lambda: "1")
+    monkeypatch.setattr("fasp_lightning.checkpoints.exporting.gguf.llama_cpp.require_installed", lambda: "1")
+    monkeypatch.setattr("fasp_lightning.checkpoints.exporting.gguf.llama_cpp.subprocess.run", hanging)
+
+
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """Ctrl-C interrupts, also where tests run in the background of a shell, which has it ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
+@pytest.mark.parametrize("interrupt", [interrupt_writing, interrupt_check])
+def test_interrupted_export_leaves_what_was_there(
+    fasp, folder: Path, tmp_path: Path, interrupt: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "m.gguf").write_bytes(b"GGUF of before")
+    with monkeypatch.context() as patched:
+        interrupt(patched)
+        outcome = fasp(
+            "export", "--model", folder, "--to", "gguf", "--output", tmp_path / "m.gguf", "--overwrite", "true"
+        )
+    assert (outcome.code, outcome.err.splitlines()[-1]) == (130, "fasp: interrupted")
+    assert (tmp_path / "m.gguf").read_bytes() == b"GGUF of before"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["m.gguf", "model"]
+
+
+def test_claim_of_a_killed_export_does_not_refuse_the_next(fasp, folder: Path, tmp_path: Path) -> None:
+    with subprocess.Popen([sys.executable, "-c", ""]) as dead:
+        pass
+    (tmp_path / f".m.gguf.{host()}.{dead.pid}.abcdef01.claim").touch()
+    outcome = fasp("export", "--model", folder, "--to", "gguf", "--output", tmp_path / "m.gguf", "--check", "false")
+    assert outcome.code == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["m.gguf", "model"]
