@@ -33,7 +33,7 @@ class ExportJob:
         to: "gguf" (a file for llama.cpp), "vllm" (a folder that vLLM serves) or "onnx" (a folder with a graph for ONNX
             Runtime, in float32).
         output: The file or folder to write.
-        outtype: Of a GGUF file's matrices: "f32", "f16", "bf16" or "q8_0".
+        outtype: Of a GGUF file's matrices: "f32", "f16", "bf16", "q8_0", "q4_0" or "q4_k_m".
         pad: Fill a GGUF file's FFN widths up with zeros to a multiple of 32, which quantised types want.
         check: Load what was written with its loader, if that is installed, and compare.
         overwrite: Replace what an earlier export wrote.
@@ -118,7 +118,9 @@ def _print(job: ExportJob, exported: Exported, serve: str) -> None:
     ]
     table(str(exported.path), ("", ""), rows, numbers=False)
     if exported.check is not None and exported.check.same < exported.check.tokens:
-        note(f"warning: {exported.check.loader} writes another text from token {exported.check.same + 1} on")
+        told = f"{exported.check.loader} writes another text from token {exported.check.same + 1} on"
+        rounded = exported.target == "gguf" and job.outtype.startswith("q")
+        note(f"{told}, as rounding to {job.outtype} may well do" if rounded else f"warning: {told}")
     results().print(serve, soft_wrap=True)
 
 

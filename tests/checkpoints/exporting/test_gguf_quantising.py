@@ -31,6 +31,23 @@ def test_a_copy_keeps_all_keys_and_rounds_as_gguf_does(file: Path, tmp_path: Pat
     assert (after.data == gguf.quants.quantize(before.data, after.tensor_type)).all()
 
 
+@pytest.mark.parametrize("outtype", ["q8_0", "q4_0", "q4_k_m"])
+def test_an_export_is_what_a_copy_of_the_whole_file_is(outtype: str, tmp_path: Path) -> None:
+    import gguf
+
+    pytest.importorskip("xllamacpp")
+    export_gguf(tiny_model("llama"), tmp_path / "e.gguf", byte_level_tokenizer(), outtype, pad=True, check=False)
+    whole = export_gguf(tiny_model("llama"), tmp_path / "w.gguf", byte_level_tokenizer(), "f32", pad=True, check=False)
+    copy = quantized(whole.path, tmp_path / "q.gguf", outtype.upper())
+    found, expected = (gguf.GGUFReader(path) for path in (tmp_path / "e.gguf", copy))
+    assert found.fields["general.file_type"].contents() == expected.fields["general.file_type"].contents()
+    tensors = {tensor.name: tensor for tensor in found.tensors}
+    assert tensors.keys() == {tensor.name for tensor in expected.tensors}
+    for tensor in expected.tensors:
+        assert tensors[tensor.name].tensor_type == tensor.tensor_type
+        assert (tensors[tensor.name].data == tensor.data).all()
+
+
 @pytest.mark.parametrize(
     ("name", "shape", "kind", "expected"),
     [

@@ -18,10 +18,11 @@ from fasp_lightning.checkpoints.exporting.gguf.fields import (
     family_of,
     require_computable,
 )
-from fasp_lightning.checkpoints.exporting.gguf.llama_cpp import answer, installed
+from fasp_lightning.checkpoints.exporting.gguf.llama_cpp import answer, installed, require_installed
+from fasp_lightning.checkpoints.exporting.gguf.quantising import FOUR_BITS
 from fasp_lightning.checkpoints.exporting.gguf.rope import add_rope, require_rope
 from fasp_lightning.checkpoints.exporting.gguf.shapes import Shapes, shapes_of
-from fasp_lightning.checkpoints.exporting.gguf.tensors import KINDS, entries_of
+from fasp_lightning.checkpoints.exporting.gguf.tensors import OUTTYPES, entries_of
 from fasp_lightning.checkpoints.exporting.gguf.vocabulary import add_vocabulary
 from fasp_lightning.checkpoints.exporting.gguf.writing import write
 from fasp_lightning.errors import FaspError, FaspFileExistsError
@@ -57,7 +58,8 @@ def export_gguf(
         model: A causal LM, such as :func:`~fasp_lightning.load_pruned` gives.
         path: The file.
         tokenizer: Its Hugging Face tokenizer, which becomes part of the file.
-        outtype: Type of the matrices: ``"f32"``, ``"f16"``, ``"bf16"`` or ``"q8_0"``; the rest is f32.
+        outtype: Type of the matrices: ``"f32"``, ``"f16"``, ``"bf16"``, ``"q8_0"``, ``"q4_0"`` or ``"q4_k_m"``, which
+            are as llama.cpp quantises without an importance matrix; the rest is f32. 4 bits need ``xllamacpp``.
         pad: Fill FFN widths up with zeros to a multiple of 32, which the kernels of quantised types want.
         architecture: ``"auto"``, or an architecture of llama.cpp that holds the family.
         check: Load the file with llama.cpp, if ``xllamacpp`` is installed, and compare its answer.
@@ -109,15 +111,19 @@ def require_gguf(
         The family's row, and the shapes of the file.
 
     Raises:
-        FaspError: If the family, its RoPE, activation or windows, the tokenizer, or the widths cannot go; the message
-            says what to do.
+        FaspError: If the family, its RoPE, activation or windows, the tokenizer, or the widths cannot go, or 4 bits
+            are asked for without ``xllamacpp``; the message says what to do.
     """
     config = getattr(config_or_model, "config", config_or_model)
-    if outtype not in KINDS:
-        raise FaspError(f"outtype must be one of {', '.join(map(repr, KINDS))}, got {outtype!r}")
-    family = family_of(config, outtype)
-    require_computable(config, family, outtype)
-    require_rope(config, family, outtype)
+    if outtype not in OUTTYPES:
+        raise FaspError(f"outtype must be one of {', '.join(map(repr, OUTTYPES))}, got {outtype!r}")
+    converters = outtype
+    if outtype.upper() in FOUR_BITS:
+        require_installed()
+        converters = "f16"  # llama.cpp's converter has no 4 bits
+    family = family_of(config, converters)
+    require_computable(config, family, converters)
+    require_rope(config, family, converters)
     add_vocabulary(None, tokenizer, config.vocab_size)
     return family, shapes_of(config, family, outtype, pad, architecture)
 

@@ -1,4 +1,4 @@
-"""Quantised copies of a GGUF file, by the routines of llama.cpp that come with ``xllamacpp``."""
+"""Which tensor of a GGUF file has which type, and its bytes in it; 4 bits by the routines in ``xllamacpp``."""
 
 from __future__ import annotations
 
@@ -18,7 +18,13 @@ if TYPE_CHECKING:
     import numpy as np
 
 KINDS = {"Q8_0": "Q8_0", "Q4_0": "Q4_0", "Q4_K_M": "Q4_K"}
-"""Kind of file → type of most of its tensors."""
+"""Kind of a quantised file → type of most of its tensors."""
+
+FOUR_BITS = ("Q4_0", "Q4_K_M")
+"""Kinds whose embeddings or head, as what counts most, have more bits."""
+
+PLAIN = ("F32", "F16", "BF16", "Q8_0")
+"""Types that ``gguf`` makes itself."""
 
 NARROWER = {"Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0"}
 """What takes rows that do not divide by the 256 of a K-quant."""
@@ -59,14 +65,16 @@ def type_of(name: str, shape: Any, kind: str, blocks: int, tied: bool) -> str:
     Args:
         name: Its name.
         shape: As GGUF has it, the row length first.
-        kind: Of the file.
+        kind: Of the file; the type itself of one that is not quantised.
         blocks: Decoder blocks of the model.
         tied: Whether the embeddings are the head.
     """
     if len(shape) < 2 or not name.endswith(".weight") or name == "position_embd.weight":
         return "F32"
+    if kind not in KINDS:
+        return kind
     found, row = KINDS[kind], int(shape[0])
-    if kind != "Q8_0" and name == ("token_embd.weight" if tied else "output.weight"):
+    if kind in FOUR_BITS and name == ("token_embd.weight" if tied else "output.weight"):
         found = "Q6_K"
     elif kind == "Q4_K_M" and "attn_qkv" in name:
         found = "Q5_K"
@@ -97,17 +105,31 @@ def _values(tensor: Any, kind: str) -> np.ndarray[Any, Any]:
 
     if tensor.tensor_type.name == kind:
         return np.asarray(tensor.data)
-    values = np.ascontiguousarray(gguf.quants.dequantize(tensor.data, tensor.tensor_type), dtype=np.float32)
+    return encoded(
+        np.ascontiguousarray(gguf.quants.dequantize(tensor.data, tensor.tensor_type), dtype=np.float32), kind
+    )
+
+
+def encoded(values: np.ndarray[Any, Any], kind: str) -> np.ndarray[Any, Any]:
+    """The bytes of values in a type.
+
+    Args:
+        values: fp32 (rows, row length), which divides by the type's block.
+        kind: The type.
+    """
+    import gguf
+    import numpy as np
+
     wanted = gguf.GGMLQuantizationType[kind]
-    if kind in ("F32", "F16"):
+    if kind in PLAIN:
         return gguf.quants.quantize(values, wanted)
-    row = int(tensor.shape[0])
+    row = values.shape[-1]
     block, size = gguf.GGML_QUANT_SIZES[wanted]
     out = np.empty(values.size // block * size, dtype=np.uint8)
     address, target = (array.ctypes.data_as(ctypes.c_void_p) for array in (values, out))
     written = _library().ggml_quantize_chunk(wanted.value, address, target, 0, values.size // row, row, None)
     if written != out.nbytes:
-        raise RuntimeError(f"{tensor.name} must take {out.nbytes} bytes as {kind}, but llama.cpp wrote {written}")
+        raise RuntimeError(f"{values.shape} must take {out.nbytes} bytes as {kind}, but llama.cpp wrote {written}")
     return out
 
 

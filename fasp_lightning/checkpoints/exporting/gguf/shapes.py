@@ -15,7 +15,7 @@ from fasp_lightning.structure.registry import spec_for
 log = logging.getLogger(__name__)
 
 BLOCK = 32
-"""Values that q8_0 quantises together; a row must divide by it."""
+"""Values that quantised types round together; a row must divide by it."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ def shapes_of(config: Any, family: Family, outtype: str, pad: bool, architecture
         architecture: ``"auto"``, or one of the family's.
 
     Raises:
-        FaspError: If ``architecture`` is not the family's, or q8_0 cannot take the widths.
+        FaspError: If ``architecture`` is not the family's, or a quantised type cannot take the widths.
     """
     plan = plan_in(config) or PruningPlan(config.model_type, tuple({} for _ in range(config.num_hidden_layers)))
     widths = _ffn_widths(config, plan)
@@ -64,10 +64,10 @@ def shapes_of(config: Any, family: Family, outtype: str, pad: bool, architecture
     if pad:
         widths = [-(-width // BLOCK) * BLOCK for width in widths]
     odd = sorted({width for width in widths if width % BLOCK})
-    if outtype == "q8_0" and odd:
+    if outtype.startswith("q") and odd:
         raise FaspError(
-            f"FFN widths must divide by {BLOCK} for outtype 'q8_0', got {', '.join(map(str, odd))}: pad=True (--pad) "
-            "fills them up with zeros, which changes no output; or prune with multiple_of=32"
+            f"FFN widths must divide by {BLOCK} for outtype {outtype!r}, got {', '.join(map(str, odd))}: pad=True "
+            "(--pad) fills them up with zeros, which changes no output; or prune with multiple_of=32"
         )
     whole = family.whole_heads and chosen == family.architecture
     attention, heads, kv_heads = _attention(config, plan, whole)

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from fasp_lightning.checkpoints.exporting.gguf.fields import PERMUTED, Family, query_scale
+from fasp_lightning.checkpoints.exporting.gguf.quantising import encoded, type_of
 from fasp_lightning.checkpoints.exporting.gguf.rope import rope_tensors
-from fasp_lightning.checkpoints.exporting.gguf.shapes import BLOCK, Shapes
+from fasp_lightning.checkpoints.exporting.gguf.shapes import Shapes
 from fasp_lightning.checkpoints.exporting.gguf.writing import Entry
 from fasp_lightning.errors import FaspError
 from fasp_lightning.structure.pair import ResolvedPair
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 Change = Callable[[Tensor], Tensor]
-KINDS = {"f32": "F32", "f16": "F16", "bf16": "BF16", "q8_0": "Q8_0"}
+OUTTYPES = ("f32", "f16", "bf16", "q8_0", "q4_0", "q4_k_m")
 
 
 class Source(NamedTuple):
@@ -78,14 +79,14 @@ def entries_of(model: PreTrainedModel, family: Family, shapes: Shapes, outtype: 
     sources = dict(_changed(model, family, shapes))
     if shapes.architecture == "openelm":
         sources = dict(_fused(sources))
-    extra = {name: Source(partial(_same, tensor), tensor.shape) for name, tensor in _extra(model, family).items()}
-    entries = [_entry(name, source, outtype) for name, source in extra.items()]
+    found = {name: Source(partial(_same, tensor), tensor.shape) for name, tensor in _extra(model, family).items()}
     for name, source in sources.items():
-        found = names.get_name(name, try_suffixes=(".weight", ".bias"))
-        if found is None:
+        known = names.get_name(name, try_suffixes=(".weight", ".bias"))
+        if known is None:
             raise FaspError(f"architecture {shapes.architecture!r} of llama.cpp has no tensor for the model's {name}")
-        entries.append(_entry(found, source, outtype))
-    return entries
+        found[known] = source
+    tied = "output.weight" not in found
+    return [_entry(name, source, outtype.upper(), len(shapes.ffn), tied) for name, source in found.items()]
 
 
 def _extra(model: PreTrainedModel, family: Family) -> dict[str, Tensor]:
@@ -187,13 +188,10 @@ def _stacked(parts: list[Source]) -> Tensor:
     return torch.cat([part.values() for part in parts])
 
 
-def _entry(name: str, source: Source, outtype: str) -> Entry:
-    shape, kind = source.final_shape(), KINDS[outtype]
-    if len(shape) == 1 or not name.endswith(".weight") or name == "position_embd.weight":
-        kind = "F32"
-    elif kind == "Q8_0" and shape[-1] % BLOCK:
-        kind = "F16"
-    return Entry(name, shape, kind, partial(_bytes, name, source, kind))
+def _entry(name: str, source: Source, kind: str, blocks: int, tied: bool) -> Entry:
+    shape = source.final_shape()
+    own = type_of(name, shape[::-1], kind, blocks, tied)
+    return Entry(name, shape, own, partial(_bytes, name, source, own))
 
 
 def _bytes(name: str, source: Source, kind: str) -> np.ndarray[Any, Any]:
@@ -202,10 +200,9 @@ def _bytes(name: str, source: Source, kind: str) -> np.ndarray[Any, Any]:
     Raises:
         FaspError: If one is too large for it.
     """
-    import gguf
     import numpy as np
 
     values = source.values().contiguous().numpy()
     if kind == "F16" and np.abs(values).max(initial=0.0) > np.finfo(np.float16).max:
         raise FaspError(f"{name} has values that are too large for outtype 'f16'; use 'bf16' or 'f32'")
-    return gguf.quants.quantize(values, gguf.GGMLQuantizationType[kind])
+    return encoded(values, kind)
