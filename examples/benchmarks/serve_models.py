@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import dataclasses
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -111,21 +110,12 @@ class Models:
         model = self.load(variant, "float16")
         return Shape.of(model), ffn_widths(model)
 
-    @contextlib.contextmanager
-    def gguf(self, variant: Variant, ftype: str) -> Iterator[Path]:
-        """Its file in a type of llama.cpp; the one in F16 is kept, from which the others are quantised."""
-        unquantised = self.root / f"{variant.name}-F16.gguf"
+    def gguf(self, variant: Variant, ftype: str) -> Path:
+        """Its file in a type of llama.cpp, quantised from the one in F16."""
+        unquantised, path = (self.root / f"{variant.name}-{name}.gguf" for name in ("F16", ftype))
         if not unquantised.exists():
             export_gguf(self.load(variant, "float32"), unquantised, self.tokenizer(), check=False)
-        if ftype == "F16":
-            yield unquantised
-            return
-        path = self.root / f"{variant.name}-{ftype}.gguf"
-        quantized(unquantised, path, ftype)
-        try:
-            yield path
-        finally:
-            path.unlink(missing_ok=True)
+        return path if path.exists() else quantized(unquantised, path, ftype)
 
     def onnx(self, variant: Variant) -> Path:
         """Its graph."""

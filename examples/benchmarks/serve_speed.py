@@ -14,7 +14,8 @@ pruned bytes of the weights that a token reads, in the file or in memory.
 Models with the default's widths are pruned by the default settings; those with other multiples are cut without
 calibration (their widths are real: loss sensitivity decides them), for speed does not depend on the values, and have no
 perplexity. Without ``--llama-cpp`` the library inside xllamacpp is used, which goes no further than AVX2. All that is
-made lies in ``--output-dir``; rows that are in NAME.json are not measured again.
+made lies in ``--output-dir``; rows that are in NAME.json are not measured again, so that a run may be stopped at any
+time, and formats be added one by one. What stands in NAME.md below ``## Notes`` is left as it is.
 """
 
 from __future__ import annotations
@@ -25,7 +26,6 @@ import os
 import platform
 import shlex
 import sys
-from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -46,6 +46,8 @@ TORCH = {"torch-float32": "float32", "torch-bfloat16": "bfloat16"}
 LLAMA = {"llama-F16": "F16", "llama-Q8_0": "Q8_0", "llama-Q4_0": "Q4_0", "llama-Q4_K_M": "Q4_K_M"}
 ONNX = "onnx-float32"
 DENSE = Variant()
+NOTES = "\n## Notes\n"
+"""Heading of what is written by hand below the tables."""
 
 
 def arguments() -> argparse.Namespace:
@@ -124,8 +126,8 @@ class Benchmark:
                 if result is None and self.args.table:
                     continue
                 if result is None:
-                    dense = dense or loaded.enter_context(self.runner(name, DENSE))
-                    with self.runner(name, variant) as pruned:
+                    dense = dense or loaded.enter_context(contextlib.closing(self.runner(name, DENSE)))
+                    with contextlib.closing(self.runner(name, variant)) as pruned:
                         result = self.measured(dense, pruned, variant)
                     self.cells.put(made_with, result)
                 rows.append({**variant._asdict(), "name": variant.name, "format": name, **result})
@@ -153,19 +155,13 @@ class Benchmark:
             return f"onnxruntime {version('onnxruntime')}"
         return f"torch {torch.__version__}, transformers {transformers.__version__}"
 
-    @contextlib.contextmanager
-    def runner(self, name: str, variant: Variant) -> Iterator[Runner]:
+    def runner(self, name: str, variant: Variant) -> Runner:
         """A variant in memory."""
-        with contextlib.ExitStack() as opened:
-            if name in TORCH:
-                found: Runner = TorchRunner(self.models.load(variant, TORCH[name]))
-            elif name == ONNX:
-                found = OnnxRunner(self.models.onnx(variant), self.args.threads)
-            else:
-                path = opened.enter_context(self.models.gguf(variant, LLAMA[name]))
-                found = LlamaRunner(self.llama, path, self.args.threads)
-            with contextlib.closing(found):
-                yield found
+        if name in TORCH:
+            return TorchRunner(self.models.load(variant, TORCH[name]))
+        if name == ONNX:
+            return OnnxRunner(self.models.onnx(variant), self.args.threads)
+        return LlamaRunner(self.llama, self.models.gguf(variant, LLAMA[name]), self.args.threads)
 
     def measured(self, dense: Runner, pruned: Runner, variant: Variant) -> dict[str, Any]:
         """Time two models in turn, count what they do, and see what the pruned one is worth."""
@@ -200,7 +196,9 @@ class Benchmark:
             picture(files, args.results_dir / f"{args.name}_front.png")
         if (versions := len({row["code"] for row in rows})) > 1:
             parts.append(f"Made by {versions} versions of the package's code; --fresh makes all rows by one.")
-        self.cells.path.with_suffix(".md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+        path = self.cells.path.with_suffix(".md")
+        notes = path.read_text(encoding="utf-8").partition(NOTES)[1:] if path.exists() else ()
+        path.write_text("\n\n".join(parts) + "\n" + "".join(notes), encoding="utf-8")
 
     def machine(self) -> str:
         """Where it ran, and with what."""
