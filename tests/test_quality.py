@@ -17,6 +17,7 @@ from tiny_text import words
 
 from fasp_lightning import FASPPruner, PruningConfig, perplexity
 from fasp_lightning.checkpoints.loading import load_model
+from fasp_lightning.cli.tasks.answers import differences, from_dict
 from fasp_lightning.structure.registry import spec_for
 from fasp_lightning.structure.resolve import linear_parameters, parameter_count
 from fasp_lightning.text.config import TextConfig
@@ -116,6 +117,28 @@ def test_a_table_of_what_is_there_computes_nothing(quality, tmp_path: Path) -> N
     assert re.search(r"\| paper \| .* \| 0, 1 \|", (tmp_path / "out" / "quality.md").read_text())
     with pytest.raises(SystemExit, match=r"quality\.json must hold a cell of these settings, got none; leave --table"):
         quality("--methods", "wanda", "--table")
+
+
+def test_tasks_stand_beside_perplexity_for_methods_and_saved_models(quality, tmp_path: Path) -> None:
+    pytest.importorskip("lm_eval")
+    asked = tmp_path / "questions"
+    asked.mkdir()
+    for name in ("piqa", "winogrande", "arc_easy"):
+        lines = [{"context": f"{c}{name[0]} is", "choices": [" a", " bcde", " cd"], "label": 1} for c in "stuvwxyz"]
+        (asked / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    saved = tmp_path / "saved"
+    tiny_model("llama-gqa", seed=1).save_pretrained(saved)
+    more = ["--tasks", asked, "--methods", "paper", "paper-no-restoration", "--models", f"other={saved}"]
+    content = quality(*more)
+    answers = {name: from_dict(result_of(content, name)["answers"]) for name in ("dense", "paper", "saved")}
+    table = (tmp_path / "out" / "quality.md").read_text()
+    for method, row in (("paper", r"paper \| 0\.2"), ("saved", r"other \| ")):
+        apart = differences(answers[method], answers["dense"])
+        mean, rest = apart["mean"].signed(), apart["mean without winogrande"].signed()
+        assert re.search(rf"\n\| {row} .*\| {re.escape(mean)} \|.*\| {re.escape(rest)} \|", table)
+    assert "least squares of paper at 0.2 (seed 0), against the same without: mean" in table
+    again = quality(*more)
+    assert again["cells"] == content["cells"]
 
 
 @pytest.mark.parametrize(

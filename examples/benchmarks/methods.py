@@ -52,6 +52,9 @@ METHODS: dict[str, Method] = {
     "paper": Method(
         "the FASP paper: V/O and FFN, Wanda, ridge to zero, PruningConfig.paper", PruningConfig.paper, True
     ),
+    "paper-no-restoration": Method(
+        "paper without least squares", lambda sparsity: PruningConfig.paper(sparsity, restoration="none")
+    ),
     "stock": Method("the default, PruningConfig(), with FFNs of any width", stock(), True),
     "free": Method(
         "each block loses what it can spare: " + ", ".join(f"{k}={v!r}" for k, v in FREE.items()), free(), True

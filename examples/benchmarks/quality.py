@@ -7,7 +7,8 @@ r"""Perplexity of one model pruned by every method, at every sparsity, calibrate
 Writes NAME.json, NAME.md and NAME.png to ``--output-dir``. A cell (method, sparsity, seed) is written as soon as it is
 measured, and is not computed again with the same settings, so the command may be stopped and repeated. With ``--fresh``
 all cells are computed anew, with ``--table`` none. A seed draws other calibration sequences. :mod:`methods` holds the
-methods' settings.
+methods' settings. ``--tasks`` adds the accuracy in tasks, a folder of questions or names of lm-evaluation-harness, as
+``fasp evaluate --tasks`` does; ``--models recovered=FOLDER`` adds rows for models that are saved in folders.
 """
 
 from __future__ import annotations
@@ -19,18 +20,22 @@ import platform
 import shlex
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import transformers
-from cells import Cells, digest_of_code
+from cells import Cells, Settings, digest_of_code
 from methods import METHODS, own_tokens, prune, settings
-from tables import Cell, markdown, picture, rows_of
+from tables import Cell, markdown, picture, rows_of, task_markdown
 from torch import Tensor, nn
 
 from fasp_lightning import TextConfig, load_model, load_tokenizer, measure_perplexity, token_batches
 from fasp_lightning.cli.checks import overlap
+from fasp_lightning.cli.jobs import TaskOptions
+from fasp_lightning.cli.tasks.answers import accuracies, from_dict, to_dict
+from fasp_lightning.cli.tasks.harness import find_tasks, run_tasks
 from fasp_lightning.pruning.own_text.cache import digest_of, weights_digest
 from fasp_lightning.text.config import describe, for_role
 
@@ -53,6 +58,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--evaluation-sequences", type=int, default=0, help="of a text; 0 is all of it")
     parser.add_argument("--seq-len", type=int, default=512)
     parser.add_argument("--batch-size", type=int, default=4)
+    parser.add_argument("--tasks", help="folders of questions, or names of the harness, separated by commas")
+    parser.add_argument("--task-limit", type=int, help="questions of a task")
+    parser.add_argument("--models", nargs="+", default=[], metavar="NAME=FOLDER", help="saved models, measured as well")
     parser.add_argument("--name", default="quality")
     parser.add_argument("--output-dir", type=Path, default=RESULTS)
     how = parser.add_mutually_exclusive_group()
@@ -78,6 +86,10 @@ class Benchmark:
             "device": self.dense.device.type,
             "evaluation": {name: digest_of(batches)[:16] for name, batches in self.texts.items()},
         }
+        self.tokenizer = tokenizer
+        self.tasks = find_tasks(TaskOptions(tasks=args.tasks, task_limit=args.task_limit))
+        if self.tasks is not None:
+            self.common["tasks"] = self.tasks.questions
         self.code = digest_of_code()
 
     def source(self, seed: int) -> TextConfig:
@@ -99,16 +111,19 @@ class Benchmark:
         """Look a cell up, or compute it; ``None`` if it is not there and shall not be computed."""
         made_with = {**self.common, **settings(method, sparsity), "seed": seed}
         made_with["calibration"] = digest_of(self.calibration[seed])[:16]
+        result = self.kept(made_with, lambda: self.measure(method, sparsity, seed))
+        return None if result is None else Cell(method, sparsity, seed, result)
+
+    def kept(self, made_with: Settings, compute: Callable[[], dict[str, Any]]) -> dict[str, Any] | None:
+        """The result of just these settings, from the file or, unless only a table is wanted, computed now."""
         result = None if self.args.fresh else self.cells.get(made_with)
-        if result is None and self.args.table:
-            return None
-        if result is None:
-            result = self.measure(method, sparsity, seed)
+        if result is None and not self.args.table:
+            result = compute()
             self.cells.put(made_with, result)
-        return Cell(method, sparsity, seed, result)
+        return result
 
     def measure(self, method: str, sparsity: float, seed: int) -> dict[str, Any]:
-        """Prune a copy, and measure every text."""
+        """Prune a copy, and measure it."""
         model, batches = copy.deepcopy(self.dense), self.calibration[seed]
         start = time.perf_counter()
         blocks, everything = prune(method, model, batches, sparsity)
@@ -118,33 +133,44 @@ class Benchmark:
             "calibration_tokens": sum(batch.numel() for batch in batches),
             "own_tokens": own_tokens(method, sparsity),
             "seconds": time.perf_counter() - start,
-            "perplexity": self.perplexities(model),
-            "code": self.code,
+            **self.figures(model),
         }
 
-    def perplexities(self, model: nn.Module) -> dict[str, float]:
-        """Text → perplexity."""
-        return {name: measure_perplexity(model, batches).perplexity for name, batches in self.texts.items()}
+    def figures(self, model: nn.Module) -> dict[str, Any]:
+        """Perplexity of every text, and the answers to the tasks' questions."""
+        found: dict[str, Any] = {
+            "perplexity": {name: measure_perplexity(model, batches).perplexity for name, batches in self.texts.items()}
+        }
+        if self.tasks is not None:
+            found["answers"] = to_dict(run_tasks(model, self.tokenizer, self.tasks).answers)
+        return {**found, "code": self.code}
 
-    def undamaged(self) -> dict[str, float]:
-        """Perplexities of the dense model, looked up or measured."""
-        made_with = {**self.common, "method": "dense"}
-        result = None if self.args.fresh else self.cells.get(made_with)
-        if result is None:
-            result = {"perplexity": self.perplexities(self.dense), "code": self.code}
-            self.cells.put(made_with, result)
-        return result["perplexity"]
+    def undamaged(self) -> dict[str, Any]:
+        """Figures of the dense model."""
+        return self.kept({**self.common, "method": "dense"}, lambda: self.figures(self.dense)) or missing(self.cells)
 
-    def write(self, cells: list[Cell], dense: dict[str, float]) -> list[dict[str, Any]]:
-        """Write the table of what is there so far; returns its rows."""
-        rows = rows_of(cells, dense)
+    def saved(self, argument: str) -> Cell | None:
+        """Figures of a saved model; its weights decide, not its folder."""
+        name, _, folder = argument.rpartition("=")
+        model = load_model(folder, dtype=self.args.dtype, device=self.args.device)
+        left = sum(p.numel() for p in model.parameters()) / sum(p.numel() for p in self.dense.parameters())
+        made_with = {**self.common, "method": "saved", "saved": weights_digest(model)}
+        result = self.kept(made_with, lambda: {"removed_all": 1 - left, **self.figures(model)})
+        return None if result is None else Cell(name or Path(folder).name, None, None, result)
+
+    def write(self, cells: list[Cell], saved: list[Cell], dense: dict[str, Any]) -> list[dict[str, Any]]:
+        """Write the tables of what is there so far; returns the rows of the first."""
+        rows = rows_of(cells, dense["perplexity"])
         self.cells.write(command=command(), machine=self.machine(), rows=rows)
         methods = list(dict.fromkeys(cell.method for cell in cells))
         notes = [f"* {name}: {METHODS[name].note}" for name in methods]
         versions = {cell.result["code"] for cell in cells}
         if len(versions) > 1:
             notes.append(f"* made by {len(versions)} versions of the package's code; --fresh makes all cells by one")
-        parts = [f"```sh\n{command()}\n```", self.machine(), self.measured(), markdown(rows, dense), "\n".join(notes)]
+        parts = [f"```sh\n{command()}\n```", self.machine(), self.measured(), markdown(rows, dense["perplexity"])]
+        parts += ["\n".join(notes)]
+        if saved or self.tasks is not None:
+            parts.append(task_markdown([*cells, *saved], dense))
         path = self.cells.path.with_suffix(".md")
         path.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
         return rows
@@ -175,8 +201,9 @@ def predicted(batches: list[Tensor]) -> int:
 
 
 def plain_name(argument: str) -> str:
-    """A name of a file or folder without the path to it."""
-    return Path(argument).name if os.sep in argument and Path(argument).exists() else argument
+    """A name of a file or folder, or NAME=FOLDER, without the path to it."""
+    name, equals, path = argument.rpartition("=")
+    return name + equals + Path(path).name if os.sep in path and Path(path).exists() else argument
 
 
 def command() -> str:
@@ -185,12 +212,25 @@ def command() -> str:
     return shlex.join(["python", f"examples/benchmarks/{Path(__file__).name}", *map(plain_name, given)])
 
 
+def missing(cells: Cells) -> NoReturn:
+    """Nothing to make a table of."""
+    raise SystemExit(f"{cells.path} must hold a cell of these settings, got none; leave --table out")
+
+
+def say(name: str, result: dict[str, Any]) -> None:
+    """A line for one cell."""
+    found = [f"{text} {value:.3f}" for text, value in result["perplexity"].items()]
+    if answers := result.get("answers"):
+        found += [f"{task} {figure}" for task, figure in accuracies(from_dict(answers)).items() if task not in answers]
+    print(name, *found, sep="  ", flush=True)
+
+
 def main() -> None:
     """Fill the cells one by one."""
     args = arguments()
     bench = Benchmark(args)
     dense = bench.undamaged()
-    print("dense", *(f"{text} {value:.3f}" for text, value in dense.items()), sep="  ", flush=True)
+    say("dense", dense)
     cells: list[Cell] = []
     rows: list[dict[str, Any]] = []
     for seed in args.seeds:
@@ -200,13 +240,18 @@ def main() -> None:
                 if cell is None:
                     continue
                 cells.append(cell)
-                found = (f"{text} {value:.3f}" for text, value in cell.result["perplexity"].items())
-                print(f"{method} {sparsity:g} seed {seed}", *found, sep="  ", flush=True)
-                rows = bench.write(cells, dense)
+                say(f"{method} {sparsity:g} seed {seed}", cell.result)
+                rows = bench.write(cells, [], dense)
     if not rows:
-        raise SystemExit(f"{bench.cells.path} must hold a cell of these settings, got none; leave --table out")
+        missing(bench.cells)
+    saved: list[Cell] = []
+    for argument in args.models:
+        if (cell := bench.saved(argument)) is not None:
+            saved.append(cell)
+            say(cell.method, cell.result)
+            rows = bench.write(cells, saved, dense)
     pictured = [row for row in rows if METHODS[row["method"]].pictured]
-    picture(pictured or rows, dense, bench.cells.path.with_suffix(".png"))
+    picture(pictured or rows, dense["perplexity"], bench.cells.path.with_suffix(".png"))
 
 
 if __name__ == "__main__":

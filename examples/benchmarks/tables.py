@@ -7,8 +7,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from fasp_lightning.cli.tasks.answers import accuracies, differences, from_dict
+
 REFERENCE = "paper"
 """The method that the others' damage is divided by."""
+
+UNRESTORED = "-no-restoration"
+"""What the name of a method ends in that is another one without least squares."""
 
 CEILING = 8.0
 """Highest perplexity in the picture, times the dense one; lines that leave it are ruins."""
@@ -19,14 +24,14 @@ class Cell(NamedTuple):
 
     Attributes:
         method: Its name, ``"dense"`` among them.
-        sparsity: The one asked for.
-        seed: Of the calibration windows.
+        sparsity: The one asked for; ``None`` for a saved model.
+        seed: Of the calibration windows; ``None`` for a saved model.
         result: What :func:`quality.measure` gave.
     """
 
     method: str
-    sparsity: float
-    seed: int
+    sparsity: float | None
+    seed: int | None
     result: dict[str, Any]
 
 
@@ -106,6 +111,50 @@ def markdown(rows: list[dict[str, Any]], dense: dict[str, float]) -> str:
             cells += [str(figures[name]) if figures[name] else "" for name in ("perplexity", "damage", "ratio")]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def task_markdown(cells: list[Cell], dense: dict[str, Any]) -> str:
+    """Perplexities and accuracies of each cell, with the differences to the dense model on the same questions.
+
+    Args:
+        cells: All that is there.
+        dense: What the dense model gave.
+    """
+    answers = from_dict(dense.get("answers", {}))
+    head = ["method", "asked", "removed of all", "seed", *dense["perplexity"]]
+    for name in accuracies(answers):
+        head += [name] if name in answers else [name, f"{name} − dense"]
+    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    for cell in [Cell("dense", None, None, {"removed_all": 0.0, **dense}), *cells]:
+        lines.append(f"| {' | '.join(_task_row(cell, dense))} |")
+    notes = [
+        "± is one standard error; of a difference, over the same questions. A mean counts each task alike.",
+        *_restoring(cells),
+    ]
+    return "\n".join(lines) + "\n\n" + "\n".join(f"* {note}" for note in notes)
+
+
+def _task_row(cell: Cell, dense: dict[str, Any]) -> list[str]:
+    found = from_dict(cell.result.get("answers", {}))
+    apart = differences(found, from_dict(dense["answers"])) if found else {}
+    row = [cell.method, "" if cell.sparsity is None else f"{cell.sparsity:g}", f"{cell.result['removed_all']:.4f}"]
+    row += ["" if cell.seed is None else str(cell.seed), *(f"{p:.2f}" for p in cell.result["perplexity"].values())]
+    for name, figure in accuracies(found).items():
+        row += [str(figure)] if name in found else [str(figure), "" if cell.method == "dense" else apart[name].signed()]
+    return row
+
+
+def _restoring(cells: list[Cell]) -> list[str]:
+    """What least squares change, where a method is there without them too."""
+    found = {(cell.method, cell.sparsity, cell.seed): cell.result.get("answers") for cell in cells}
+    lines = []
+    for (method, sparsity, seed), ours in found.items():
+        theirs = found.get((f"{method}{UNRESTORED}", sparsity, seed))
+        if ours and theirs:
+            apart = differences(from_dict(ours), from_dict(theirs))
+            means = ", ".join(f"{name} {figure.signed()}" for name, figure in apart.items() if name not in ours)
+            lines.append(f"least squares of {method} at {sparsity:g} (seed {seed}), against the same without: {means}")
+    return lines
 
 
 def picture(rows: list[dict[str, Any]], dense: dict[str, float], path: Path) -> None:

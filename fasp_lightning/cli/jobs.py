@@ -173,8 +173,38 @@ class PlanJob(PruneJob):
             raise FaspError(f"tensor_parallel must be at least 1, got {self.tensor_parallel}")
 
 
+@dataclass(frozen=True, kw_only=True)
+class TaskOptions:
+    """Tasks that a model is measured by.
+
+    Attributes:
+        tasks: Tasks of lm-evaluation-harness, or folders with questions of your own (*.jsonl), separated by commas;
+            needs the extra: pip install 'fasp-lightning[eval]'. A line of such a file is {"context": str, "choices":
+            [str, …], "label": int} or {"contexts": [str, …], "continuation": str, "label": int}.
+        task_folder: Folder with task definitions of your own, in the harness' YAML.
+        task_limit: Examples of each task; null takes all.
+        task_batch_size: Requests in a batch.
+    """
+
+    tasks: str | None = None
+    task_folder: str | None = None
+    task_limit: int | None = None
+    task_batch_size: int = 32
+
+    def require_tasks(self) -> None:
+        """Refuse numbers that cannot be.
+
+        Raises:
+            FaspError: If ``task_limit`` or ``task_batch_size`` is less than 1.
+        """
+        for name in ("task_limit", "task_batch_size"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise FaspError(f"{name} must be at least 1, got {value}")
+
+
 @dataclass(frozen=True)
-class EvaluateJob:
+class EvaluateJob(TaskOptions):
     """Measure the perplexity of a model, pruned or not, and run tasks of the evaluation harness.
 
     Attributes:
@@ -183,29 +213,22 @@ class EvaluateJob:
             '[{source: builtin:topics, split: test}]', which replaces the default, or '[]' for none.
         dtype: As for fasp prune.
         device: "auto", "cpu", "cuda" or "cuda:N".
-        tasks: Tasks of lm-evaluation-harness, separated by commas; needs the extra: pip install
-            'fasp-lightning[eval]'.
-        task_folder: Folder with task definitions of your own.
-        task_limit: Examples of each task; null takes all.
-        task_batch_size: Requests in a batch.
-        output_file: JSON file for the figures.
+        output_file: JSON file for the figures, and for the answers to the tasks' questions.
+        against: The output_file of another model that was measured by the same tasks: shows the differences, with their
+            standard errors question by question.
     """
 
     model: ModelConfig
     evaluation: list[TextConfig] = field(default_factory=default_evaluation)
     dtype: str = "auto"
     device: str = "auto"
-    tasks: str | None = None
-    task_folder: str | None = None
-    task_limit: int | None = None
-    task_batch_size: int = 8
     output_file: str | None = None
+    against: str | None = None
 
     def __post_init__(self) -> None:
         require_dtype(self.dtype)
         if not self.evaluation and not self.tasks:
             raise FaspError("evaluation must name a text where there are no tasks, got an empty list")
-        for name in ("task_limit", "task_batch_size"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise FaspError(f"{name} must be at least 1, got {value}")
+        if self.against is not None and not self.tasks:
+            raise FaspError(f"against must be left out where there are no tasks, got {self.against!r}")
+        self.require_tasks()

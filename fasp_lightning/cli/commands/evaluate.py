@@ -14,9 +14,12 @@ from fasp_lightning.cli.console import dtype_name, note, shown_warnings, table, 
 from fasp_lightning.cli.jobs import EvaluateJob
 from fasp_lightning.cli.model_setup import config_of, load
 from fasp_lightning.cli.quiet import quiet_libraries
-from fasp_lightning.cli.tasks import TaskResult, find_tasks, run_tasks
+from fasp_lightning.cli.tasks.answers import Measured, accuracies, differences, read_measured, require_same, to_dict
+from fasp_lightning.cli.tasks.harness import TaskFigures, find_tasks, run_tasks
+from fasp_lightning.cli.tasks.tables import task_table
 from fasp_lightning.cli.texts import Text, begins_with, load_text
 from fasp_lightning.pruning.perplexity import PerplexityResult, measure_perplexity
+from fasp_lightning.staging import write_beside
 from fasp_lightning.text.config import for_role
 
 JOB = EvaluateJob
@@ -25,7 +28,10 @@ JOB = EvaluateJob
 def run(job: EvaluateJob) -> int:
     """Run the command; returns the exit code."""
     quiet_libraries()
-    wanted = None if job.tasks is None else find_tasks(job.tasks, job.task_folder)
+    against = None if job.against is None else read_measured(job.against)
+    wanted = find_tasks(job)
+    if wanted is not None and against is not None:
+        require_same(wanted.questions, against.answers)
     device, config = choose_device(job.device), config_of(job.model)
     shapes = model_shapes(resolve_source(job.model.name_or_path), config, job.model.trust_remote_code)
     tokenizer = tokenizer_of(job.model)
@@ -38,21 +44,27 @@ def run(job: EvaluateJob) -> int:
         measured = {
             text.name: measure_perplexity(model, tracked(text.batches, f"perplexity: {text.name}")) for text in texts
         }
-        tasks = [] if wanted is None else run_tasks(model, tokenizer, wanted, job)
-    _print(job, model, texts, measured, tasks)
-    _write(job, model, texts, measured, tasks)
+        tasks = run_tasks(model, tokenizer, wanted)
+    _print(job, model, texts, measured, tasks, against)
+    _write(job, model, texts, measured, tasks, against)
     return 0
 
 
 def _print(
-    job: EvaluateJob, model: Any, texts: list[Text], measured: dict[str, PerplexityResult], tasks: list[TaskResult]
+    job: EvaluateJob,
+    model: Any,
+    texts: list[Text],
+    measured: dict[str, PerplexityResult],
+    tasks: TaskFigures,
+    against: Measured | None,
 ) -> None:
     name = f"{job.model.name_or_path}, {dtype_name(model.dtype)} on {model.device}"
     if measured:
         table(f"perplexity of {name}", *_perplexities(texts, measured))
-    if tasks:
-        rows = [(r.task, r.metric, f"{r.value:.4f}", f"{r.error:.4f}", f"{r.examples:,}") for r in tasks]
-        table(f"tasks, {name}", ("task", "metric", "value", "std. error", "examples"), rows)
+    if tasks.results:
+        table(f"tasks, {name}", *task_table(tasks, against))
+    if against is not None and against.dtype != dtype_name(model.dtype):
+        note(f"{against.model} was measured in {against.dtype}, which alone changes some answers")
 
 
 def _perplexities(
@@ -71,7 +83,12 @@ def _perplexities(
 
 
 def _write(
-    job: EvaluateJob, model: Any, texts: list[Text], measured: dict[str, PerplexityResult], tasks: list[TaskResult]
+    job: EvaluateJob,
+    model: Any,
+    texts: list[Text],
+    measured: dict[str, PerplexityResult],
+    tasks: TaskFigures,
+    against: Measured | None,
 ) -> None:
     if job.output_file is None:
         return
@@ -83,9 +100,18 @@ def _write(
             text.name: {**measured[text.name].to_dict(), **({} if text.bos is None else {"bos": text.bos})}
             for text in texts
         },
-        "tasks": [result._asdict() for result in tasks],
+        "tasks": [result._asdict() for result in tasks.results],
+        "accuracy": {name: figure._asdict() for name, figure in accuracies(tasks.answers).items()},
+        "answers": to_dict(tasks.answers),
     }
+    if against is not None:
+        apart = differences(tasks.answers, against.answers)
+        figures["against"] = {
+            "model": against.model,
+            "dtype": against.dtype,
+            "difference": {name: figure._asdict() for name, figure in apart.items()},
+        }
     path = Path(job.output_file)
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+    write_beside(path, (json.dumps(figures, indent=1) + "\n").encode())
     note(f"wrote {path}")

@@ -21,10 +21,12 @@ from fasp_lightning.cli.checks import check_output_dir, claimed_output, texts_of
 from fasp_lightning.cli.commands.sweep_tables import Finished, print_sweep, write_sweep
 from fasp_lightning.cli.console import PruningProgress, dtype_name, gibibytes, note, percent, shown_warnings
 from fasp_lightning.cli.generation import check_prompt, continuation
-from fasp_lightning.cli.jobs import PruneJob
+from fasp_lightning.cli.jobs import PruneJob, TaskOptions
 from fasp_lightning.cli.measured import domains_of, measure, place, prune_measured, save
 from fasp_lightning.cli.model_setup import Setup, already_pruned, bytes_before, load, memory_of, saved_dtype, set_up
 from fasp_lightning.cli.quiet import quiet_libraries
+from fasp_lightning.cli.tasks.answers import Answers, to_dict
+from fasp_lightning.cli.tasks.harness import Tasks, find_tasks, run_tasks
 from fasp_lightning.cli.texts import (
     Calibration,
     Text,
@@ -47,7 +49,7 @@ Settings = dict[str, Any]
 
 
 @dataclass(frozen=True)
-class SweepJob(PruneJob):
+class SweepJob(PruneJob, TaskOptions):
     """Prune a causal language model to several sparsities, measure it at each, and save each.
 
     A sparsity that an earlier run has finished with the same settings is not computed again.
@@ -63,6 +65,7 @@ class SweepJob(PruneJob):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self.require_tasks()
         if self.speedup is not None:
             raise FaspError(f"speedup must be null in a sweep, whose sparsities are given, got {self.speedup}")
         _ = self.folder  # refuses null
@@ -122,6 +125,7 @@ def run(job: SweepJob) -> int:
 
 def _run(job: SweepJob) -> None:
     calibration_configs, evaluation_configs = texts_of(job)
+    tasks = find_tasks(job)
     points = _set_up(job.points())
     setup = points[0][1]
     require_space(job.folder / "sweep", max(setup.stored_bytes for _, setup in points))
@@ -133,7 +137,7 @@ def _run(job: SweepJob) -> None:
     with shown_warnings():
         note("loading the weights")
         dense = load(job.model, setup.config, setup.dtype, torch.device("cpu"))
-        sweep = _Sweep(job, setup, dense, tokenizer, calibration, evaluation)
+        sweep = _Sweep(job, setup, dense, tokenizer, calibration, evaluation, tasks)
         left = [point for point in points if sweep.is_left(point[0])]
         sweep.announce(points, left)
         for point in left:
@@ -169,13 +173,20 @@ class _Sweep:
     """What all sparsities share: the model as it was loaded, on the CPU, the texts, and what is known of both."""
 
     def __init__(
-        self, job: SweepJob, setup: Setup, dense: Any, tokenizer: Any, calibration: Calibration, evaluation: list[Text]
+        self,
+        job: SweepJob,
+        setup: Setup,
+        dense: Any,
+        tokenizer: Any,
+        calibration: Calibration,
+        evaluation: list[Text],
+        tasks: Tasks | None,
     ) -> None:
         self.stored, self.bytes_before = setup.stored, bytes_before(setup, job)
         self.job, self.dense, self.tokenizer = job, dense, tokenizer
-        self.calibration, self.evaluation = calibration, evaluation
+        self.calibration, self.evaluation, self.tasks = calibration, evaluation, tasks
         self._model = weights_digest(dense)
-        self._shared: tuple[list[PerplexityResult], Prepared] | None = None
+        self._shared: tuple[list[PerplexityResult], dict[str, Answers], Prepared] | None = None
 
     def settings(self, job: PruneJob) -> Settings:
         """All that decides what comes out, as plain data."""
@@ -185,6 +196,7 @@ class _Sweep:
             "pruning": job.pruning.to_dict(),
             "calibration": [[text.config.token_weight, _digest(text)] for text in self.calibration.texts],
             "evaluation": [_digest(text) for text in self.evaluation],
+            "tasks": None if self.tasks is None else self.tasks.questions,
             "form": job.form,
             "save_dtype": str(self.stored),
             "compare_unrestored": job.compares,
@@ -235,21 +247,26 @@ class _Sweep:
     def prune(self, job: PruneJob, setup: Setup) -> None:
         """Prune a copy to one sparsity, measure it and save it."""
         fresh = self._copies(place(setup))
-        before, prepared = self._shared = self._shared or self._share(fresh(), setup)
+        before, answered, prepared = self._shared = self._shared or self._share(fresh(), setup)
         note(f"sparsity {percent(setup.budget.sparsity)}")
         model = fresh()
         prune_measured(model, job, setup, self.calibration, self.evaluation, before, fresh, prepared)
         model.fasp_report["made_with"] = self.settings(job)
+        if self.tasks is not None:
+            both = {"before": answered, "after": run_tasks(model, self.tokenizer, self.tasks).answers}
+            model.fasp_report["tasks"] = {name: to_dict(answers) for name, answers in both.items()}
         if job.prompt is not None:
             text = continuation(model, self.tokenizer, job.prompt, job.new_tokens)
             model.fasp_report["continuation"] = {"prompt": job.prompt, "text": text}
         save(model, self.tokenizer, job, setup)
 
-    def _share(self, model: Any, setup: Setup) -> tuple[list[PerplexityResult], Prepared]:
-        """Perplexities before, and own text and loss sensitivity for the pruning to any sparsity."""
+    def _share(self, model: Any, setup: Setup) -> tuple[list[PerplexityResult], dict[str, Answers], Prepared]:
+        """Perplexities and answers before, and own text and loss sensitivity for the pruning to any sparsity."""
         before = measure(model, self.evaluation, "dense" if not setup.already_pruned else "as it is")
+        answered = run_tasks(model, self.tokenizer, self.tasks).answers
         with PruningProgress() as progress:
-            return before, FASPPruner(setup.pruning).prepare(model, self.calibration.batches, progress=progress)
+            prepared = FASPPruner(setup.pruning).prepare(model, self.calibration.batches, progress=progress)
+        return before, answered, prepared
 
     def _copies(self, device: torch.device) -> Callable[[], Any]:
         return lambda: copy.deepcopy(self.dense).to(device)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from fasp_lightning.cli.console import megabytes, note, percent, results, table
+from fasp_lightning.cli.tasks.answers import accuracies, differences, from_dict
 from fasp_lightning.staging import write_beside
 
 
@@ -34,6 +35,8 @@ def print_sweep(finished: list[Finished], name: str, folder: Path) -> None:
     """The one table, the continuations of a prompt, and where things are."""
     columns, rows = _table(finished)
     table(f"{name} over sparsities", columns, rows)
+    if answered := _task_table(finished):
+        table("tasks, and the difference to the model before on the same questions", *answered)
     console = results()
     for one in finished:
         if text := one.report.get("continuation"):
@@ -44,8 +47,10 @@ def print_sweep(finished: list[Finished], name: str, folder: Path) -> None:
 def write_sweep(finished: list[Finished], folder: Path) -> None:
     """Write sweep.md, sweep.json and, where matplotlib is installed, sweep.png."""
     columns, rows = _table(finished)
-    lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|", *(f"| {' | '.join(row)} |" for row in rows)]
-    write_beside(folder / "sweep.md", ("\n".join(lines) + "\n").encode())
+    parts = [_markdown(columns, rows)]
+    if answered := _task_table(finished):
+        parts.append(_markdown(*answered))
+    write_beside(folder / "sweep.md", "\n".join(parts).encode())
     data = [
         {
             "asked": one.asked,
@@ -77,6 +82,25 @@ def _table(finished: list[Finished]) -> tuple[Sequence[str], list[Sequence[str]]
     rows: list[Sequence[str]] = [("before", "", "", *sizes, *before, "", "", "")]
     rows += [_row(one) for one in finished]
     return columns, rows
+
+
+def _markdown(columns: Sequence[str], rows: list[Sequence[str]]) -> str:
+    lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|", *(f"| {' | '.join(row)} |" for row in rows)]
+    return "\n".join(lines) + "\n"
+
+
+def _task_table(finished: list[Finished]) -> tuple[Sequence[str], list[Sequence[str]]] | None:
+    """Columns and rows of the accuracies, if tasks were run: sparsities across, tasks and their means down."""
+    if not finished or "tasks" not in finished[0].report:
+        return None
+    before = from_dict(finished[0].report["tasks"]["before"])
+    columns = [[str(figure) for figure in accuracies(before).values()]]
+    for one in finished:
+        after = from_dict(one.report["tasks"]["after"])
+        apart = differences(after, before)
+        columns.append([f"{figure} ({apart[name].signed()})" for name, figure in accuracies(after).items()])
+    names = ("task", "before", *(percent(one.asked) for one in finished))
+    return names, list(zip(accuracies(before), *columns, strict=True))
 
 
 def _row(one: Finished) -> Sequence[str]:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from tiny import tiny_model
 
-from fasp_lightning.cli import tasks
+from fasp_lightning.cli.tasks import harness
 from fasp_lightning.pruning.perplexity import perplexity
 from fasp_lightning.text.config import TextConfig
 from fasp_lightning.text.tokens import token_batches
@@ -59,7 +59,7 @@ def test_nothing_to_evaluate_is_refused(fasp, tiny_folder) -> None:
 
 
 def test_tasks_without_the_harness_name_the_extra(fasp, tiny_folder, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tasks.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(harness.importlib.util, "find_spec", lambda name: None)
     outcome = fasp("evaluate", "--model.name_or_path", tiny_folder("opt"), "--tasks", "arc_easy")
     assert (outcome.code, outcome.err.count("\n")) == (2, 1)
     assert "pip install 'fasp-lightning[eval]'" in outcome.err
@@ -86,8 +86,8 @@ def task_folder(tmp_path: Path) -> Path:
     return folder
 
 
-def run_tasks(fasp, folder: Path, task_folder: Path, tasks: str):
-    options = ["--evaluation", "[]", "--tasks", tasks, "--task_folder", task_folder, "--device", "cpu"]
+def run_tasks(fasp, folder: Path, task_folder: Path, tasks: str, *more: object):
+    options = ["--evaluation", "[]", "--tasks", tasks, "--task_folder", task_folder, "--device", "cpu", *more]
     return fasp("evaluate", "--model.name_or_path", folder, *options)
 
 
@@ -110,3 +110,94 @@ def test_unknown_task_is_refused(fasp, tiny_folder, task_folder: Path) -> None:
     outcome = run_tasks(fasp, tiny_folder("llama"), task_folder, "letters,numbers")
     assert outcome.code == 2
     assert "got numbers" in outcome.err.splitlines()[-1]
+
+
+@pytest.fixture
+def questions(tmp_path: Path) -> Path:
+    """Three files of questions, in both shapes, one of a task that is reported by likelihood over length."""
+    folder = tmp_path / "questions"
+    folder.mkdir()
+    rows = {
+        "arc_challenge": [{"context": f"{c} is", "choices": [" a", " bcde"], "label": 0} for c in "wxyz"],
+        "piqa": [{"context": f"{c} is", "choices": [" a", " bcde"], "label": 1} for c in "uvwxyz"],
+        "winogrande": [{"contexts": [f"{c} a", f"{c} b"], "continuation": " is", "label": 1} for c in "stuvwxyz"],
+    }
+    for name, lines in rows.items():
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return folder
+
+
+def likelihood(model, tokenizer, context: str, continuation: str) -> float:
+    """Of a continuation, by the model itself."""
+    tokens = tokenizer(context + continuation)["input_ids"]
+    logits = model(torch.tensor([tokens])).logits[0].log_softmax(-1)
+    start = len(tokens) - len(continuation)
+    return sum(logits[i - 1, tokens[i]].item() for i in range(start, len(tokens)))
+
+
+def test_questions_of_a_folder_are_answered_as_the_field_does(
+    fasp, tiny_folder, tiny_tokenizer, questions: Path, tmp_path: Path
+) -> None:
+    pytest.importorskip("lm_eval")
+    figures = tmp_path / "figures.json"
+    outcome = run_tasks(fasp, tiny_folder("llama"), questions, str(questions), "--output_file", figures)
+    assert outcome.code == 0
+    found, model = json.loads(figures.read_text()), tiny_model("llama")
+    a, b = ([likelihood(model, tiny_tokenizer, f"{c} is", text) for c in "uvwxyz"] for text in (" a", " bcde"))
+    first, second = (
+        [likelihood(model, tiny_tokenizer, f"{c} {text}", " is") for c in "stuvwxyz"] for text in ("a", "b")
+    )
+    expected = {
+        "arc_challenge": ("acc_norm", [x > y / 4 for x, y in zip(a[2:], b[2:], strict=True)]),
+        "piqa": ("acc", [x < y for x, y in zip(a, b, strict=True)]),
+        "winogrande": ("acc", [x < y for x, y in zip(first, second, strict=True)]),
+    }
+    for task, (metric, correct) in expected.items():
+        given = found["answers"][task]
+        assert (given["metric"], given["correct"]) == (metric, "".join(str(int(right)) for right in correct))
+        assert re.search(rf"{task}\W+{metric}\W+{sum(correct) / len(correct):.4f}\W", outcome.out)
+    mean = sum(sum(correct) / len(correct) for _, correct in expected.values()) / 3
+    assert re.search(rf"mean\W+{mean:.4f}\W", outcome.out)
+
+
+def test_differences_to_another_model_are_of_the_same_questions(
+    fasp, tiny_folder, questions: Path, tmp_path: Path
+) -> None:
+    pytest.importorskip("lm_eval")
+    first, second = tmp_path / "first.json", tmp_path / "second.json"
+    run_tasks(fasp, tiny_folder("opt"), questions, str(questions), "--output_file", first)
+    folder = tiny_folder("llama")
+    more = ["--against", first, "--output_file", second]
+    outcome = run_tasks(fasp, folder, questions, str(questions), *more)
+    assert outcome.code == 0
+    theirs, ours = (json.loads(file.read_text()) for file in (first, second))
+    for name, figure in ours["against"]["difference"].items():
+        value = ours["accuracy"][name]["value"] - theirs["accuracy"][name]["value"]
+        assert figure["value"] == pytest.approx(value)
+        assert re.search(rf"{name}\W.*{value:+.4f}".replace("+", r"\+"), outcome.out)
+    outcome = run_tasks(fasp, folder, questions, str(questions), "--task_limit", 2, *more)
+    assert (outcome.code, outcome.err.count("\n")) == (2, 1)
+    assert "against must hold answers to the same questions" in outcome.err
+
+
+BAD = {
+    "not JSON": ("{", "JSON on each line"),
+    "no label": (json.dumps({"context": "a", "choices": [" b", " c"]}), "context, choices and label"),
+    "label beyond the choices": (json.dumps({"context": "a", "choices": [" b"], "label": 1}), "index of the right one"),
+    "empty": ("", "one or more questions"),
+    "no file": (None, "a folder with"),
+}
+
+
+@pytest.mark.usefixtures("no_weights")
+@pytest.mark.parametrize("name", BAD)
+def test_questions_that_are_none_are_refused(fasp, tiny_folder, tmp_path: Path, name: str) -> None:
+    pytest.importorskip("lm_eval")
+    text, says = BAD[name]
+    folder = tmp_path / "bad"
+    folder.mkdir()
+    if text is not None:
+        (folder / "mine.jsonl").write_text(text)
+    outcome = run_tasks(fasp, tiny_folder("llama"), folder, str(folder))
+    assert (outcome.code, outcome.err.count("\n")) == (2, 1)
+    assert says in outcome.err

@@ -175,6 +175,28 @@ def test_further_sparsity_keeps_the_others(sweep, tiny_folder, pruned: list[floa
     assert pruned == [0.1, 0.3, 0.2]
 
 
+def test_tasks_are_answered_before_and_at_each_sparsity(sweep, fasp, tiny_folder, tmp_path: Path, pruned) -> None:
+    pytest.importorskip("lm_eval")
+    folder, asked = tiny_folder("opt"), tmp_path / "questions"
+    asked.mkdir()
+    for name in ("piqa", "arc_easy"):
+        lines = [{"context": f"{c}{name[0]} is", "choices": [" a", " bcde", " cd"], "label": 1} for c in "stuvwxyz"]
+        (asked / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    tasks = ["--tasks", asked, "--evaluation", "[]"]
+    outcome = sweep(folder, *tasks)
+    assert outcome.code == 0
+    for model, row in ((folder, "before"), (tmp_path / "sweep" / "sparsity_0.30", "after")):
+        alone = ["--model.name_or_path", model, "--device", "cpu", "--output_file", tmp_path / "alone.json"]
+        fasp("evaluate", *alone, *tasks)
+        found = json.loads((tmp_path / "alone.json").read_text())
+        assert report_of(tmp_path / "sweep" / "sparsity_0.30")["tasks"][row] == found["answers"]
+        assert f"{found['accuracy']['mean']['value']:.4f} ±" in outcome.out
+        assert f"{found['accuracy']['mean']['value']:.4f} ±" in (tmp_path / "sweep" / "sweep.md").read_text()
+    (asked / "piqa.jsonl").unlink()
+    assert "made with other settings (tasks)" in " ".join(sweep(folder, *tasks).err.split())
+    assert pruned == [0.1, 0.3]
+
+
 CHANGES = {
     "pruning": ["--pruning.damping", 0.3],
     "calibration": ["--calibration.sequences", 6],
