@@ -38,6 +38,9 @@ if TYPE_CHECKING:
     from fasp_lightning.text.tokens import calibration_batches, token_batches
     from fasp_lightning.training.callback import FASPPruning
     from fasp_lightning.training.data import CausalLMDataModule
+    from fasp_lightning.training.distilling.config import DistillationConfig
+    from fasp_lightning.training.distilling.loss import distillation_loss
+    from fasp_lightning.training.distilling.teacher import Teacher
     from fasp_lightning.training.metrics import Perplexity
     from fasp_lightning.training.modeling.lora import LoRAConfig
     from fasp_lightning.training.modeling.structure_state import carry_structure
@@ -54,6 +57,7 @@ __all__ = [
     "Clock",
     "CoupledPair",
     "Cuts",
+    "DistillationConfig",
     "EventRecord",
     "Exported",
     "FASPPruner",
@@ -80,12 +84,14 @@ __all__ = [
     "Serving",
     "Speedup",
     "SpeedupPlan",
+    "Teacher",
     "TextConfig",
     "TextReport",
     "TokenizerTraining",
     "apply_plan",
     "calibration_batches",
     "carry_structure",
+    "distillation_loss",
     "export_gguf",
     "export_onnx",
     "export_vllm",
@@ -108,6 +114,7 @@ _HOMES = {
     "CausalLMModule": "training.module",
     "CoupledPair": "structure.spec",
     "Cuts": "structure.layout",
+    "DistillationConfig": "training.distilling.config",
     "EventRecord": "training.reporting",
     "Exported": "checkpoints.exporting.exported",
     "FASPPruner": "pruning.pruner",
@@ -135,12 +142,14 @@ _HOMES = {
     "Clock": "pruning.latency.stopwatch",
     "Speedup": "pruning.latency.speedup",
     "SpeedupPlan": "pruning.latency.speedup",
+    "Teacher": "training.distilling.teacher",
     "TextConfig": "text.config",
     "TextReport": "pruning.report",
     "TokenizerTraining": "text.tokenizer",
     "apply_plan": "structure.plan",
     "calibration_batches": "text.tokens",
     "carry_structure": "training.modeling.structure_state",
+    "distillation_loss": "training.distilling.loss",
     "export_gguf": "checkpoints.exporting.gguf.export",
     "export_onnx": "checkpoints.exporting.onnx_graph",
     "export_vllm": "checkpoints.exporting.vllm.folder",

@@ -67,10 +67,13 @@ TRAINING = (
     "FASPPruning",
     "CausalLMModule",
     "CausalLMDataModule",
+    "DistillationConfig",
     "EventRecord",
     "LoRAConfig",
     "Perplexity",
+    "Teacher",
     "carry_structure",
+    "distillation_loss",
 )
 PUBLIC = (*ENGINE, *TRAINING)
 SIGNATURES = {
@@ -80,6 +83,7 @@ SIGNATURES = {
     "push_to_hub=None, private=None)",
     "load_pruned": "(path, dtype='auto', device_map=None, attn_implementation=None, revision=None, "
     "trust_remote_code=False)",
+    "distillation_loss": "(student_logits, teacher, batch, config=None)",
     "export_gguf": "(model, path, tokenizer, outtype='f16', pad=False, architecture='auto', check=True, "
     "overwrite=False)",
     "export_onnx": "(model, path, tokenizer=None, check=True, overwrite=False)",

@@ -98,10 +98,15 @@ class TokenBatch:
         """The batch in pieces of so many sequences; ``None`` leaves it whole."""
         step = size or len(self.input_ids)
         for start in range(0, len(self.input_ids), step):
-            rows = {name: getattr(self, name) for name in ROWS}
-            yield replace(
-                self, **{name: value[start : start + step] for name, value in rows.items() if value is not None}
-            )
+            yield replace(self, **{name: value[start : start + step] for name, value in self._rows().items()})
+
+    def to(self, device: torch.device) -> TokenBatch:
+        """The batch on a device."""
+        return replace(self, **{name: value.to(device) for name, value in self._rows().items()})
+
+    def _rows(self) -> dict[str, Tensor]:
+        rows = {name: getattr(self, name) for name in ROWS}
+        return {name: value for name, value in rows.items() if value is not None}
 
 
 def each_batch(batches: Any) -> Iterable[Any]:

@@ -14,15 +14,18 @@ from fasp_lightning.pruning.budget.widths import is_reached
 from fasp_lightning.pruning.config import PruningConfig
 from fasp_lightning.pruning.processes import Processes
 from fasp_lightning.structure.adapters import has_adapters
+from fasp_lightning.training import reporting
 from fasp_lightning.training.calibration import Draw, calibration_loader, has_calibration_loader
-from fasp_lightning.training.events import check_data, prune_model, validation_perplexity
+from fasp_lightning.training.distilling.distiller import Distiller, distiller_of
+from fasp_lightning.training.distilling.teacher import Teacher
+from fasp_lightning.training.events import Quality, check_data, prune_model, validation_quality
 from fasp_lightning.training.modeling.export import check_export, data_tokenizer, export_model
 from fasp_lightning.training.modeling.locate import find_causal_lm
 from fasp_lightning.training.modeling.lora import LoRAConfig, attach_lora, merge_lora
 from fasp_lightning.training.modeling.structure_state import carries_structure, carry_structure
 from fasp_lightning.training.recovery import MODES, Recovery, trained_names
 from fasp_lightning.training.rehearsal import cuts_of
-from fasp_lightning.training.reporting import EventRecord, report_event, report_history, report_missed, report_structure
+from fasp_lightning.training.reporting import EventRecord
 from fasp_lightning.training.schedule import PruningSchedule, ScheduledPruning
 from fasp_lightning.training.trainer import checks, resuming, surgery
 from fasp_lightning.training.trainer.handover import Handover
@@ -115,6 +118,7 @@ class FASPPruning(Callback):
         self._unsaved: dict[str, dict[str, Tensor]] = {}
         self._processes = Processes()
         self._handover = Handover()
+        self._distiller: Distiller | None = None
 
     @property
     def records(self) -> list[EventRecord]:
@@ -122,6 +126,11 @@ class FASPPruning(Callback):
         if not self._records:
             self._records = [EventRecord(**record) for record in self._handover.take()]
         return self._records
+
+    @property
+    def teacher(self) -> Teacher | None:
+        """What a module with settings as its ``distillation`` learns from; ``None`` before the first event."""
+        return self._distiller and self._distiller.teacher
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Find the model, refuse what cannot work, and let checkpoints carry the plan."""
@@ -142,6 +151,9 @@ class FASPPruning(Callback):
         cuts = cuts_of(model, self.schedule, self.pruning)
         if self.export_to is not None:
             check_export(model, self.export_to, self.form, self.overwrite, cuts, data_tokenizer(trainer))
+        if distiller := distiller_of(pl_module):
+            distiller.check(model)
+        self._distiller = distiller
         self._set_up_recovery(trainer, model)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -162,6 +174,8 @@ class FASPPruning(Callback):
         """Refuse a schedule that the run will not reach the end of, and data that gives no calibration."""
         checks.check_length(trainer, self.schedule, self._done)
         check_data(trainer, self._model(pl_module), self._draw(trainer, pl_module), self.validation_batches)
+        if self._distiller:
+            self._distiller.start(self._model(pl_module))
         if self._random is not None:
             resuming.take_up(trainer, pl_module, self._unsaved)
             self._unsaved = {}
@@ -185,12 +199,12 @@ class FASPPruning(Callback):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Measure what recovery brought."""
         self._ended = True
-        report_missed(self.schedule, self._done)
+        reporting.report_missed(self.schedule, self._done)
         if self._records:
-            perplexity = self._perplexity(trainer, pl_module)
-            self._close(trainer, perplexity)
-            report_structure(trainer, self._model(pl_module), perplexity)
-            report_history(trainer, self._records)
+            quality = self._quality(trainer, pl_module)
+            reporting.report_recovered(trainer, self._records, quality)
+            reporting.report_structure(trainer, self._model(pl_module), quality)
+            reporting.report_history(trainer, self._records)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Merge the adapters that this callback attached, and export; after the last checkpoint, which has them."""
@@ -239,38 +253,28 @@ class FASPPruning(Callback):
     def _run(self, trainer: Trainer, pl_module: LightningModule, event: ScheduledPruning) -> None:
         """Run one event: measure, prune, measure, report."""
         model = self._model(pl_module)
-        before = self._perplexity(trainer, pl_module)
-        self._close(trainer, before)
-        report_structure(trainer, model, before, before=True)
+        before = self._quality(trainer, pl_module)
+        reporting.report_recovered(trainer, self._records, before)
+        reporting.report_structure(trainer, model, before, before=True)
         draw = self._draw(trainer, pl_module)
+        if self._distiller:
+            self._distiller.before_event(trainer, model)
         start, self._halfway = time.perf_counter(), True
         with surgery.unwrapped(trainer):
             report = prune_model(trainer, model, self._config(event), draw, self.attribute)
             self._recovery.apply(model, True, trainer.optimizers)
-        record = EventRecord(
-            step=trainer.global_step,
-            sparsity=report.sparsity,
-            sparsity_total=report.sparsity_total,
-            parameters=report.parameters_after,
-            seconds=time.perf_counter() - start,
-            perplexity_before=before,
-            perplexity_pruned=self._perplexity(trainer, pl_module),
-        )
+        seconds = time.perf_counter() - start
+        pruned = self._quality(trainer, pl_module)
+        record = EventRecord.of(trainer.global_step, report, seconds, before, pruned)
         self._records.append(record)
         self._halfway = False
         surgery.forget_best(trainer)
-        report_event(trainer, record, report)
-        report_structure(trainer, model, record.perplexity_pruned)
-        report_history(trainer, self._records)
+        reporting.report_event(trainer, record, report)
+        reporting.report_structure(trainer, model, pruned)
+        reporting.report_history(trainer, self._records)
 
-    def _close(self, trainer: Trainer, perplexity: float | None) -> None:
-        """Note and log the perplexity that the recovery from the last event ends with."""
-        if self._records and perplexity is not None:
-            self._records[-1].perplexity_recovered = perplexity
-            surgery.publish(trainer, {"fasp/perplexity_recovered": perplexity})
-
-    def _perplexity(self, trainer: Trainer, pl_module: LightningModule) -> float | None:
-        return validation_perplexity(trainer, self._model(pl_module), self.validation_batches)
+    def _quality(self, trainer: Trainer, pl_module: LightningModule) -> Quality:
+        return validation_quality(trainer, self._model(pl_module), self.validation_batches, self._distiller)
 
     def _draw(self, trainer: Trainer, pl_module: LightningModule) -> Draw:
         loader = calibration_loader(trainer, pl_module)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from itertools import islice
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from lightning.pytorch import Trainer
+from torch import Tensor
 
 from fasp_lightning.pruning.config import PruningConfig
 from fasp_lightning.pruning.inputs import ModelInputs
@@ -17,6 +18,8 @@ from fasp_lightning.pruning.report import PruningReport
 from fasp_lightning.structure.modes import evaluating
 from fasp_lightning.text.batches import TokenBatch, read_batch
 from fasp_lightning.training.calibration import Draw
+from fasp_lightning.training.distilling.distiller import Distiller
+from fasp_lightning.training.distilling.loss import summed_divergence
 from fasp_lightning.training.metrics import Perplexity
 from fasp_lightning.training.progress_bar import pruning_bar
 from fasp_lightning.training.trainer.random_state import isolated_random_state
@@ -78,35 +81,57 @@ def prune_model(
     return report
 
 
-def validation_perplexity(trainer: Trainer, model: PreTrainedModel, batches: int) -> float | None:
-    """Perplexity on the first validation batches of every loader, over all processes.
+class Quality(NamedTuple):
+    """What a model is worth on validation batches; ``None`` where it was not measured.
+
+    Attributes:
+        perplexity: exp(Σ NLL / predicted tokens).
+        divergence: Mean KL from the teacher over the same tokens.
+    """
+
+    perplexity: float | None = None
+    divergence: float | None = None
+
+
+def validation_quality(
+    trainer: Trainer, model: PreTrainedModel, batches: int, distiller: Distiller | None = None
+) -> Quality:
+    """Perplexity, and divergence from a teacher, on the first validation batches of every loader, over all processes.
 
     Args:
         trainer: Its validation loaders are read; the random state of its run stays.
         model: The causal LM.
         batches: How many batches of each loader, in each process.
+        distiller: Has the teacher; one that is not live is not asked.
 
     Returns:
-        exp(Σ NLL / predicted tokens); ``None`` if there is no validation data.
+        Both figures, none if there is no validation data.
     """
     with isolated_random_state():
         loaders = validation_loaders(trainer)
         if not loaders or batches == 0:
-            return None
-        metric, processes = Perplexity(sync_on_compute=False), Processes.everyone()
+            return Quality()
+        teacher = distiller.teacher if distiller and distiller.teacher and distiller.teacher.live else None
+        metric, processes, divergence = Perplexity(sync_on_compute=False), Processes.everyone(), 0.0
         autocast = trainer.precision_plugin.forward_context()
         with processes.together(), evaluating(model), eagerly(), autocast:
             for loader in loaders:
                 for batch in islice(loader, batches):
-                    _update(metric, model, batch)
-        nll, tokens = processes.total(float(metric.nll_sum), float(metric.tokens))
-    return exp_nll(nll / tokens) if tokens else None
+                    logits, given = _predicted(model, batch)
+                    metric.to(logits.device).update(logits, given.targets)
+                    if distiller and teacher:
+                        divergence += summed_divergence(logits, teacher, given, distiller.config)
+        nll, kl, tokens = processes.total(float(metric.nll_sum), divergence, float(metric.tokens))
+    if not tokens:
+        return Quality()
+    return Quality(exp_nll(nll / tokens), kl / tokens if teacher else None)
 
 
-def _update(metric: Perplexity, model: PreTrainedModel, batch: Any) -> None:
+def _predicted(model: PreTrainedModel, batch: Any) -> tuple[Tensor, TokenBatch]:
+    """Logits of a batch, and the batch where they are."""
     given = _read_validation(batch)
-    logits = model(**ModelInputs(model).checked(given, "validation data"), use_cache=False).logits
-    metric.to(logits.device).update(logits, given.targets.to(logits.device))
+    logits: Tensor = model(**ModelInputs(model).checked(given, "validation data"), use_cache=False).logits
+    return logits, given.to(logits.device)
 
 
 def _read_validation(batch: Any) -> TokenBatch:

@@ -15,9 +15,12 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 
 from fasp_lightning.errors import FaspError, as_refusal, one_line
-from fasp_lightning.ops.loss import next_token_loss, sequence_nll
+from fasp_lightning.ops.loss import sequence_nll
 from fasp_lightning.pruning.inputs import ModelInputs
 from fasp_lightning.text.batches import read_batch
+from fasp_lightning.training.distilling.config import DistillationConfig
+from fasp_lightning.training.distilling.distiller import distiller_of
+from fasp_lightning.training.distilling.loss import distillation_loss, divergence_in
 from fasp_lightning.training.metrics import Perplexity
 from fasp_lightning.training.modeling.building import new_model, read_model, recompute_activations, seeded
 from fasp_lightning.training.modeling.export import export_model
@@ -47,6 +50,9 @@ class CausalLMModule(L.LightningModule):
             defaults.
         lora: Settings of low-rank adapters for the decoder blocks, or a mapping of them; then the adapters train, and
             nothing else does.
+        distillation: Settings of recovery by distillation, or a mapping of them: from the first pruning on, or from the
+            start for a model that is pruned already, the loss is the divergence from the model before it. Logged is
+            ``train_kl`` too.
         optimizer: Makes the optimizer from the parameters.
         lr_scheduler: Makes a learning rate scheduler, stepped once per optimizer step (one that watches a metric:
             once per epoch).
@@ -75,6 +81,7 @@ class CausalLMModule(L.LightningModule):
         name_or_path: str | None = None,
         config: dict[str, Any] | None = None,
         lora: LoRAConfig | None = None,
+        distillation: DistillationConfig | None = None,
         optimizer: OptimizerCallable = lambda parameters: torch.optim.AdamW(parameters, lr=1e-4),
         lr_scheduler: LRSchedulerCallable | None = None,
         gradient_checkpointing: bool = False,
@@ -93,6 +100,8 @@ class CausalLMModule(L.LightningModule):
         name_or_path = None if name_or_path is None else str(name_or_path)
         dtype = str(dtype).removeprefix("torch.")
         lora = adapters and adapters.to_dict()  # type: ignore[assignment]
+        self.distillation = DistillationConfig(**distillation) if isinstance(distillation, dict) else distillation
+        distillation = self.distillation and self.distillation.to_dict()  # type: ignore[assignment]
         self.save_hyperparameters(ignore=["optimizer", "lr_scheduler"])
         # the command line reads the lambda's source, but processes can't send each other a lambda
         self.optimizer = _DEFAULT_OPTIMIZER if optimizer in _defaults() else optimizer
@@ -124,6 +133,16 @@ class CausalLMModule(L.LightningModule):
         """Merge the model's adapters into its weights, and note in ``hparams`` that there are none."""
         merge_lora(self.model)
         self.hparams["lora"] = None
+
+    def setup(self, stage: str) -> None:
+        """Refuse a teacher that could not be used."""
+        if stage == "fit" and (distiller := distiller_of(self)):
+            distiller.check(self.model)
+
+    def on_train_start(self) -> None:
+        """Read the teacher of a model that is pruned already."""
+        if distiller := distiller_of(self):
+            distiller.start(self.model)
 
     def configure_model(self) -> None:
         """Shard the model if the strategy asks for it."""
@@ -159,10 +178,15 @@ class CausalLMModule(L.LightningModule):
         return logits
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        """Mean NLL of the batch's predicted tokens."""
+        """Mean NLL of the batch's predicted tokens; with a teacher, mostly their divergence from what that predicts."""
         inputs, targets = self._read(batch)
-        loss = next_token_loss(self(**inputs), targets)
+        logits, distiller = self(**inputs), distiller_of(self)
+        teacher = distiller and distiller.teacher
+        loss = distillation_loss(logits, teacher, batch, self.distillation)
         self.log("train_loss", loss, prog_bar=True, batch_size=len(targets))
+        if teacher and self.distillation:
+            divergence = divergence_in(loss, logits, targets, self.distillation)
+            self.log("train_kl", divergence, batch_size=len(targets))
         return loss
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:

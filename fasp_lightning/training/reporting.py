@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from statistics import fmean
 from typing import TYPE_CHECKING
@@ -14,6 +14,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from fasp_lightning.pruning.budget.widths import present_budget
 from fasp_lightning.pruning.report import PruningReport
+from fasp_lightning.training.events import Quality
 from fasp_lightning.training.schedule import PruningSchedule
 from fasp_lightning.training.trainer.surgery import publish
 
@@ -28,14 +29,17 @@ COLUMNS = {
     "perplexity_before": "perplexity before",
     "perplexity_pruned": "pruned",
     "perplexity_recovered": "recovered",
+    "kl_pruned": "KL pruned",
+    "kl_recovered": "recovered",
     "seconds": "seconds",
 }
-"""Fields of :class:`EventRecord` that the table of events shows, and their titles."""
+"""Fields of :class:`EventRecord` that the table of events shows where any event has them, and their titles."""
 
 LAYOUT = {
     "FASP": {
         "loss": ["Multiline", ["train_loss", "val_loss"]],
         "perplexity, up at an event, down in recovery": ["Multiline", ["^fasp/perplexity$"]],
+        "divergence from the teacher": ["Multiline", ["train_kl", "^fasp/kl$"]],
         "sparsity: of the blocks, of all parameters": ["Multiline", ["^fasp/sparsity$", "^fasp/sparsity_total$"]],
         "width of each pair": ["Multiline", ["fasp_width/.*"]],
         "relative error per output, restored, mean of a kind": ["Multiline", ["fasp/output_error_.*"]],
@@ -46,6 +50,7 @@ LAYOUT = {
 """Charts on TensorBoard's page "Custom Scalars": all of a run, with a line for each pair."""
 
 FORMATS = {"step": "d", "parameters": ",d", "sparsity": ".3f", "sparsity_total": ".3f", "seconds": ".1f"}
+FORMATS |= {"kl_pruned": ".4f", "kl_recovered": ".4f"}
 """How the table writes numbers; others with two decimals."""
 
 
@@ -62,6 +67,9 @@ class EventRecord:
         perplexity_before: On the validation batches, before the event; ``None`` without validation data.
         perplexity_pruned: Likewise right after the event.
         perplexity_recovered: Likewise at the next event or the end of the run; ``None`` until then.
+        kl_pruned: Mean KL from the teacher on the validation batches, right after the event, in nats a token; ``None``
+            without a teacher.
+        kl_recovered: Likewise at the next event or the end of the run.
     """
 
     step: int
@@ -72,18 +80,42 @@ class EventRecord:
     perplexity_before: float | None = None
     perplexity_pruned: float | None = None
     perplexity_recovered: float | None = None
+    kl_pruned: float | None = None
+    kl_recovered: float | None = None
+
+    @classmethod
+    def of(cls, step: int, report: PruningReport, seconds: float, before: Quality, pruned: Quality) -> EventRecord:
+        """The record of an event that has just happened.
+
+        Args:
+            step: Optimizer steps that were done before it.
+            report: What was pruned.
+            seconds: How long that took.
+            before: The model's quality before it.
+            pruned: And after it.
+        """
+        return cls(
+            step=step,
+            sparsity=report.sparsity,
+            sparsity_total=report.sparsity_total,
+            parameters=report.parameters_after,
+            seconds=seconds,
+            perplexity_before=before.perplexity,
+            perplexity_pruned=pruned.perplexity,
+            kl_pruned=pruned.divergence,
+        )
 
     def metrics(self) -> dict[str, float]:
         """Name → value for loggers, without what was not measured.
 
         Sparsity and parameters are left to :func:`report_structure`, which reads them from the model.
         """
-        own = ("seconds", "perplexity_before", "perplexity_pruned")
+        own = ("seconds", "perplexity_before", "perplexity_pruned", "kl_pruned")
         return {f"fasp/{key}": value for key, value in asdict(self).items() if key in own and value is not None}
 
 
-def report_structure(trainer: Trainer, model: PreTrainedModel, perplexity: float | None, before: bool = False) -> None:
-    """Log what the model is: sparsity, parameters, the width of each pair, and its perplexity if that was measured.
+def report_structure(trainer: Trainer, model: PreTrainedModel, quality: Quality, before: bool = False) -> None:
+    """Log what the model is: sparsity, parameters, the width of each pair, and its quality as far as that was measured.
 
     To be called before and after each event and at the end of the run, so that charts show a stair at each event. What
     was before an event stands at the last step that was trained with it, one to the left; an event at step 0 has both
@@ -92,7 +124,7 @@ def report_structure(trainer: Trainer, model: PreTrainedModel, perplexity: float
     Args:
         trainer: The Trainer.
         model: The causal LM.
-        perplexity: On the validation batches.
+        quality: On the validation batches.
         before: Whether this is the model before an event.
     """
     budget = present_budget(model)
@@ -102,7 +134,8 @@ def report_structure(trainer: Trainer, model: PreTrainedModel, perplexity: float
         "fasp/parameters": float(budget.parameters_after),
     }
     pairs = {f"fasp_width/{pair.layer}": float(pair.dims_left) for block in budget.pairs for pair in block}
-    measured = {} if perplexity is None else {"fasp/perplexity": perplexity}
+    quality_of = {"fasp/perplexity": quality.perplexity, "fasp/kl": quality.divergence}
+    measured = {name: value for name, value in quality_of.items() if value is not None}
     publish(trainer, scalars | pairs | measured, max(0, trainer.global_step - before))
 
 
@@ -115,6 +148,17 @@ def report_event(trainer: Trainer, record: EventRecord, report: PruningReport) -
     publish(trainer, record.metrics() | outputs)
     errors = {f"fasp_error/{pair.layer}": pair.error_after for pair in report.pairs}
     publish(trainer, errors | {f"fasp_error_unrestored/{pair.layer}": pair.error_before for pair in report.pairs})
+
+
+def report_recovered(trainer: Trainer, records: Sequence[EventRecord], quality: Quality) -> None:
+    """Note and log the quality that the recovery from the last event ends with."""
+    if not records:
+        return
+    found = {"perplexity_recovered": quality.perplexity, "kl_recovered": quality.divergence}
+    for name, value in found.items():
+        if value is not None:
+            setattr(records[-1], name, value)
+            publish(trainer, {f"fasp/{name}": value})
 
 
 def report_missed(schedule: PruningSchedule, done: int) -> None:
@@ -131,11 +175,13 @@ def report_missed(schedule: PruningSchedule, done: int) -> None:
         )
 
 
-def report_history(trainer: Trainer, records: Iterable[EventRecord]) -> None:
+def report_history(trainer: Trainer, records: Sequence[EventRecord]) -> None:
     """Show all events so far as one table: on the console, and as a text in TensorBoard, where charts are laid out."""
-    rows = [[_cell(record, name) for name in COLUMNS] for record in records]
-    show_text(trainer, _table(rows))
-    lines = [list(COLUMNS.values()), ["---"] * len(COLUMNS), *rows]
+    shown = [name for name in COLUMNS if "kl" not in name or any(getattr(one, name) is not None for one in records)]
+    titles = [COLUMNS[name] for name in shown]
+    rows = [[_cell(record, name) for name in shown] for record in records]
+    show_text(trainer, _table(titles, rows))
+    lines = [titles, ["---"] * len(titles), *rows]
     text = "\n".join(f"| {' | '.join(line)} |" for line in lines)
     for logger in trainer.loggers:
         if isinstance(logger, TensorBoardLogger) and trainer.is_global_zero:
@@ -148,12 +194,12 @@ def _cell(record: EventRecord, name: str) -> str:
     return "" if value is None else format(value, FORMATS.get(name, ".2f"))
 
 
-def _table(rows: list[list[str]]) -> str:
+def _table(titles: list[str], rows: list[list[str]]) -> str:
     from rich.console import Console
     from rich.table import Table
 
     table = Table(title="FASP pruning", title_justify="left")
-    for title in COLUMNS.values():
+    for title in titles:
         table.add_column(title, justify="right")
     for row in rows:
         table.add_row(*row)

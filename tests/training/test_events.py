@@ -12,7 +12,7 @@ from tiny import tiny_model
 from torch.utils.data import DataLoader
 
 from fasp_lightning import perplexity
-from fasp_lightning.training.events import validation_perplexity
+from fasp_lightning.training.events import Quality, validation_quality
 
 
 def test_validation_data_without_token_ids(tmp_path: Any) -> None:
@@ -41,7 +41,7 @@ class Measuring(L.Callback):
     def on_train_batch_start(self, trainer: Any, pl_module: Any, *_: Any) -> None:
         if trainer.global_step == 2:
             state = torch.get_rng_state()
-            self.found = validation_perplexity(trainer, pl_module.lm, self.batches)
+            self.found = validation_quality(trainer, pl_module.lm, self.batches).perplexity
             self.undisturbed = torch.equal(state, torch.get_rng_state()) and pl_module.lm.training
             self.expected = perplexity(pl_module.lm, list(loader(6))[: self.batches])
 
@@ -60,7 +60,7 @@ def test_perplexity_is_that_of_the_first_batches(batches: int, workers: int, tmp
 def test_perplexity_is_not_measured(batches: int, data: Any, tmp_path: Any) -> None:
     class NotMeasuring(Measuring):
         def on_train_batch_start(self, trainer: Any, pl_module: Any, *_: Any) -> None:
-            self.undisturbed = validation_perplexity(trainer, pl_module.lm, self.batches) is None
+            self.undisturbed = validation_quality(trainer, pl_module.lm, self.batches) == Quality()
 
     measuring = NotMeasuring(batches)
     trainer(tmp_path, measuring, max_steps=1).fit(UserModule(tiny_model("llama").train()), loader(), data)

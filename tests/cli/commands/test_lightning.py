@@ -245,7 +245,7 @@ def test_bug_keeps_its_traceback(fasp, config, monkeypatch: pytest.MonkeyPatch) 
     def bug(*_: object, **__: object) -> None:
         raise ZeroDivisionError("a bug")
 
-    monkeypatch.setattr("fasp_lightning.training.callback.validation_perplexity", bug)
+    monkeypatch.setattr("fasp_lightning.training.callback.validation_quality", bug)
     outcome = fasp("fit", "-c", config(trainer={"callbacks": [pruning()]}))
     assert outcome.code == 1
     assert "ZeroDivisionError: a bug" in outcome.err
@@ -272,7 +272,7 @@ def test_interrupt_is_told_after_the_trainer_has_shut_down(fasp, config, monkeyp
     def interrupt(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("fasp_lightning.training.callback.validation_perplexity", interrupt)
+    monkeypatch.setattr("fasp_lightning.training.callback.validation_quality", interrupt)
     monkeypatch.setattr("signal.signal", lambda *_: None)  # Lightning ignores further ones for good
     outcome = fasp("fit", "-c", config(trainer={"callbacks": [pruning()]}))
     assert outcome.code == 130

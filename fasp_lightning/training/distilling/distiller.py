@@ -1,0 +1,173 @@
+"""Gives a run its teacher: checked at setup, read when it is needed, and the same again where a run is resumed."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from lightning.pytorch import LightningModule, Trainer
+from torch import nn
+
+from fasp_lightning.checkpoints.devices import choose_device
+from fasp_lightning.checkpoints.loading import load_config, load_model
+from fasp_lightning.errors import FaspError
+from fasp_lightning.structure.plan import plan_in, plan_of
+from fasp_lightning.training.distilling.config import DistillationConfig
+from fasp_lightning.training.distilling.dense import holds_same_weights, written_beside
+from fasp_lightning.training.distilling.teacher import Identity, LiveTeacher, Teacher
+from fasp_lightning.training.trainer.random_state import isolated_random_state
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+_MARK = "fasp_distiller"
+
+
+class Distiller:
+    """Holds the teacher of a LightningModule, outside of its module tree.
+
+    So no checkpoint, optimizer, average or DDP bucket has its weights. Deep copies of the module share it.
+
+    Args:
+        config: Settings.
+        hub: ``revision`` and ``trust_remote_code``, with which the student was read.
+    """
+
+    def __init__(self, config: DistillationConfig, hub: dict[str, Any]) -> None:
+        self.config = config
+        self.teacher: Teacher | None = None
+        self._expected: Identity | None = None
+        self._hub = hub
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Distiller:
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        return vars(self) | {"teacher": None}  # each spawned process reads it
+
+    @property
+    def identity(self) -> Identity | None:
+        """Which teacher the run has, or will have again."""
+        return self._expected if self.teacher is None else self.teacher.identity
+
+    def expect(self, identity: Identity) -> None:
+        """Take no other teacher than that of the checkpoint from which a run goes on."""
+        self._expected = identity
+
+    def check(self, model: PreTrainedModel) -> None:
+        """Refuse, before anything is read, a teacher that could not be used.
+
+        Args:
+            model: The student, its checkpoint not loaded yet.
+
+        Raises:
+            FaspError: If its vocabulary is another one, it is not there, or a model that was pruned before does not say
+                which one it was pruned from.
+        """
+        self._expected, size = None, _vocabulary(model.config)
+        if self.config.teacher_device is not None:
+            choose_device(self.config.teacher_device)
+        if self.config.top_k is not None and self.config.top_k >= size:
+            raise FaspError(f"top_k must be less than the student's vocabulary of {size}, got {self.config.top_k}")
+        if self.config.teacher is None and not _is_pruned(model):
+            return
+        source = self._source(model)
+        found = _vocabulary(load_config(source, **self._options(model, source)))
+        if found != size:
+            raise FaspError(
+                f"teacher must have the student's vocabulary of {size} tokens, got {source!r} with {found}; name a "
+                "model with the same tokenizer, or leave teacher out for the model as it was before its pruning"
+            )
+
+    def start(self, model: PreTrainedModel) -> None:
+        """Read the teacher of a model that is pruned already, as one that is resumed is; once it is there, do nothing.
+
+        Args:
+            model: The student, its checkpoint loaded.
+
+        Raises:
+            FaspError: If it is not the one that the checkpoint names.
+        """
+        if not _is_pruned(model):
+            self.teacher = None  # of an earlier fit
+        elif self.teacher is None:
+            source = self._source(model)
+            self._take(self._read(model, source), source)
+
+    def before_event(self, trainer: Trainer, model: PreTrainedModel) -> None:
+        """Let the model as it is before its first pruning be the teacher, if no other one is named.
+
+        Args:
+            trainer: Beside whose checkpoints the model is written, if it is not what its source holds.
+            model: The student.
+        """
+        if self.teacher is not None:
+            return
+        source = self.config.teacher or getattr(model, "fasp_source", None)
+        read = None if source is None else self._read(model, source)
+        if read is None or not (self.config.teacher or holds_same_weights(read, model)):
+            with written_beside(trainer, model) as (folder, lasting):
+                read, source = self._read(model, str(folder)), str(folder) if lasting else None
+        self._take(read, source)
+
+    def _take(self, model: PreTrainedModel, source: str | None) -> None:
+        teacher, expected = LiveTeacher(model, source, self.config), self._expected
+        if expected is not None and expected.fingerprint != teacher.identity.fingerprint:
+            raise FaspError(
+                f"teacher must be that of the run that is resumed, {expected.source!r} with fingerprint "
+                f"{expected.fingerprint}, got {source!r} with {teacher.identity.fingerprint}; name that one, or begin "
+                "a new run with the weights (load_from_checkpoint)"
+            )
+        self.teacher = teacher
+
+    def _source(self, model: PreTrainedModel) -> str:
+        """Where the teacher of a model that is pruned already can be read."""
+        if self.config.teacher is not None:
+            return self.config.teacher
+        source = _dense_source(model, self._hub) if self._expected is None else self._expected.source
+        if source is None:
+            raise FaspError(
+                "teacher must be named for a model that is pruned already and whose model before that is not known, "
+                "got None; set it in distillation to a folder, hub id or file of that one"
+            )
+        return source
+
+    def _read(self, model: PreTrainedModel, source: str) -> PreTrainedModel:
+        with isolated_random_state():
+            read: Any = load_model(source, self.config.teacher_dtype, "cpu", **self._options(model, source))
+        return read
+
+    def _options(self, model: PreTrainedModel, source: str) -> dict[str, Any]:
+        """A revision is that of the student's own repository."""
+        return self._hub if source == getattr(model, "fasp_source", None) else self._hub | {"revision": None}
+
+
+def distiller_of(module: nn.Module) -> Distiller | None:
+    """The distiller of a LightningModule with settings of distillation as its ``distillation``; ``None`` of others."""
+    config = getattr(module, "distillation", None)
+    if not isinstance(config, DistillationConfig):
+        return None
+    if _MARK not in vars(module):
+        given = module.hparams if isinstance(module, LightningModule) else {}
+        hub = {"revision": given.get("revision"), "trust_remote_code": given.get("trust_remote_code", False)}
+        setattr(module, _MARK, Distiller(config, hub))
+    found: Distiller = getattr(module, _MARK)
+    return found
+
+
+def _dense_source(model: PreTrainedModel, hub: dict[str, Any]) -> str | None:
+    """Where a model came from, or, if that was pruned, what its report says that it was pruned from."""
+    source = getattr(model, "fasp_source", None)
+    if source is not None and plan_in(load_config(source, **hub)) is None:
+        return str(source)
+    base = getattr(model, "fasp_report", {}).get("base", {})
+    return base.get("id")
+
+
+def _is_pruned(model: PreTrainedModel) -> bool:
+    plan = plan_of(model)
+    return plan is not None and any(plan.blocks)
+
+
+def _vocabulary(config: Any) -> int:
+    size: int = config.get_text_config().vocab_size
+    return size
