@@ -18,6 +18,9 @@ from fasp_lightning.text.splits import SHARES
 SPLITS = tuple(SHARES)
 """The splits of built-in and local text."""
 
+OWN_TEXT = "own_text"
+"""Source of text that the model of a training run writes itself, before anything is pruned."""
+
 SEQUENCES, SEQ_LEN, BATCH_SIZE, SEED = 64, 512, 1, 0
 """What a text that leaves these open means outside a data module, which has values of its own."""
 
@@ -48,7 +51,9 @@ class TextConfig:
 
     Attributes:
         source: builtin:topics (Python's help topics), builtin:docstrings (of the standard library's modules),
-            a local file, a folder or glob pattern of files of one kind, or the id of a data set on the hub. Files are
+            a local file, a folder or glob pattern of files of one kind, or the id of a data set on the hub; in a data
+            module also own_text: text that the run's model writes before it is pruned, which needs no data at hand and
+            goes as well beside other text. Files are
             .txt or .md (one document each), .jsonl, .json, .csv, .tsv, .parquet or .arrow (a document a row), all but
             the last two also with .gz, .bz2, .xz or .zst after it. A folder may be what save_to_disk of datasets made;
             hidden files in it, and those about the data (LICENSE, README and the like), are no text.
@@ -72,7 +77,8 @@ class TextConfig:
         sequences: Number of sequences, drawn at random by the seed where the text has more: from its first 1024, or
             from 16 times as many as are asked for, if that is more. None is the whole text. "auto" is 64 in the
             commands; in a data module it is the whole text, but of calibration text, and of validation and test
-            text beside a streamed training text, the first 1024 sequences.
+            text beside a streamed training text, the first 1024 sequences, and of own text 1024 to train on and 64
+            of another role.
         seed: Seed of that drawing; None is that of the data module, and 0 outside one.
         seq_len: Tokens of a sequence; None is that of the data module, and 512 outside one.
         batch_size: Sequences of a batch; None is that of the data module, and 1 outside one.
@@ -108,6 +114,11 @@ class TextConfig:
                 )
             object.__setattr__(self, "source", f"{self.source.rstrip('/')}/{self.split}")
             object.__setattr__(self, "split", None)
+        if kind == "own" and (self.split is not None or self.sequences is None):
+            raise FaspError(
+                f"split and sequences of {OWN_TEXT} must not be set to a split, and to the whole of a text that has no "
+                f"end, got {self.split!r} and {self.sequences!r}; leave them out, or give a number of sequences"
+            )
         if kind != "hub" and self.split is not None and self.split not in SPLITS:
             raise FaspError(unknown_split(self))
         if kind != "hub" and self.subset is not None:
@@ -127,7 +138,9 @@ class TextConfig:
 
     @property
     def kind(self) -> str:
-        """Where the text is: "builtin", "local" or "hub". A path that exists is never taken for a hub id."""
+        """Where the text is: "builtin", "own", "local" or "hub". A path that exists is never taken for a hub id."""
+        if self.source == OWN_TEXT:
+            return "own"
         if self.source in BUILTIN:
             return "builtin"
         if not self.source.startswith("builtin:") and self.source:
@@ -136,8 +149,8 @@ class TextConfig:
             if _HUB_ID.fullmatch(self.source):
                 return "hub"
         raise FaspError(
-            f"source must be one of {', '.join(BUILTIN)}, a file ending in {SUFFIXES}, a folder or glob pattern of "
-            f"such files, or a data set on the hub, got {self.source!r}"
+            f"source must be one of {', '.join((*BUILTIN, OWN_TEXT))}, a file ending in {SUFFIXES}, a folder or glob "
+            f"pattern of such files, or a data set on the hub, got {self.source!r}"
         )
 
     @property
@@ -177,7 +190,7 @@ def for_role(config: TextConfig, role: str) -> TextConfig:
 
     Returns:
         The config with that split (of the hub, and of a saved ``DatasetDict``: "train" for calibration); unchanged
-        where a split is set, and for other local text, all of which is meant unless a split is named.
+        where a split is set, for own text, and for other local text, all of which is meant unless a split is named.
 
     Raises:
         FaspError: If there is no such role, or the text has a weight that means nothing in it.
@@ -195,7 +208,8 @@ def for_role(config: TextConfig, role: str) -> TextConfig:
             f"only a training epoch is divided by it; leave it out{' or set token_weight' * (role == 'calibration')}"
         )
     split = role if config.kind == "builtin" else _HUB_SPLITS.get(role, role)
-    if config.split is not None or (config.kind == "local" and split not in saved_splits(config.source)):
+    whole = config.kind == "own" or (config.kind == "local" and split not in saved_splits(config.source))
+    if config.split is not None or whole:
         return config
     return dataclasses.replace(config, split=split)
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from fasp_lightning.errors import FaspError
 from fasp_lightning.staging import fingerprint
-from fasp_lightning.text.config import TextConfig, describe
+from fasp_lightning.text.config import OWN_TEXT, TextConfig, describe
 from fasp_lightning.text.packed_cache import FORMAT, Tokenised, TooShort, drawn, tokenised, without
 from fasp_lightning.text.roles import ROLES, RoleTexts
 from fasp_lightning.text.tokenizer import tokenizer_digest
@@ -37,6 +37,7 @@ class RoleCache:
 
     Attributes:
         packings: How each text of a role is cut.
+        written: Own text, by role and index among its texts; who has the model puts it here.
 
     Raises:
         FaspError: If sequences of a text should begin with a token that the tokenizer hasn't.
@@ -52,9 +53,22 @@ class RoleCache:
         }
         self._digest = tokenizer_digest(tokenizer)
         self._found: dict[str, list[Tokenised] | Exception] = {}
+        self.written: dict[tuple[str, int], Tokenised] = {}
 
     def get(self, role: str) -> list[Tokenised]:
-        """The texts of a role, tokenised.
+        """The texts of a role, tokenised or written.
+
+        Args:
+            role: One of ``ROLES``.
+
+        Raises:
+            FaspError: As :meth:`read`, or if own text is not written.
+        """
+        texts, read = self.roles.texts[role], iter(self.read(role))
+        return [next(read) if text.kind != "own" else self._own(role, index) for index, text in enumerate(texts)]
+
+    def read(self, role: str) -> list[Tokenised]:
+        """The texts of a role that are read, tokenised: all but own text.
 
         Args:
             role: One of ``ROLES``.
@@ -65,7 +79,8 @@ class RoleCache:
         """
         if role not in self._found:
             try:
-                self._found[role] = [self._text(role, index) for index in range(len(self.roles.texts[role]))]
+                texts = self.roles.texts[role]
+                self._found[role] = [self._text(role, n) for n, text in enumerate(texts) if text.kind != "own"]
             except Unreadable as error:
                 self._found[role] = error
         found = self._found[role]
@@ -77,7 +92,7 @@ class RoleCache:
         """Read the texts of a role if they can be read; say in the log if not."""
         known = role in self._found
         try:
-            self.get(role)
+            self.read(role)
         except Unreadable as error:
             if not known:
                 log.warning("there is no %s text, which matters only if it is asked for: %s", role, error)
@@ -87,7 +102,7 @@ class RoleCache:
     def before(self, role: str) -> list[Tokenised]:
         """The texts whose documents a role leaves out."""
         earlier = [name for name in ROLES[: ROLES.index(role)] if self.ready(name)]
-        return [text for name in earlier for text in self.get(name)]
+        return [text for name in earlier for text in self.read(name)]
 
     def taken(self, role: str) -> frozenset[str]:
         """Marks of the documents that a role leaves out, by :func:`~fasp_lightning.text.splits.distinct`."""
@@ -105,6 +120,14 @@ class RoleCache:
         bos = self.packings[role][index].bos
         parts = {"text": self.roles.identity(role, index), "bos": bos, "limit": limit, "without": earlier}
         return fingerprint(FORMAT, self._digest, self.seq_len, parts)
+
+    def _own(self, role: str, index: int) -> Tokenised:
+        if (role, index) not in self.written:
+            raise FaspError(
+                f"the {role} text {OWN_TEXT} must be written by the model of a run, got none; let a Trainer set the "
+                "data module up, or name another text"
+            )
+        return self.written[role, index]
 
     def _text(self, role: str, index: int) -> Tokenised:
         text = self.roles.texts[role][index]

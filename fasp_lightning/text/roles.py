@@ -67,7 +67,8 @@ class RoleTexts:
     def resolve(cls, source: str | None, given: Mapping[str, Sequence[TextConfig] | None]) -> RoleTexts:
         """Fill in the texts of the roles that have none of their own: ``source``, else those of training.
 
-        What training takes of its texts, ``sequences`` and ``epoch_weight``, is not handed on with them.
+        What training takes of its texts, ``sequences`` and ``epoch_weight``, is not handed on with them; own text is
+        where it is training's only one.
 
         Args:
             source: The text of all roles that have none of their own; ``None`` is training's, and failing that
@@ -78,7 +79,8 @@ class RoleTexts:
             FaspError: If a text has a weight that means nothing in its role.
         """
         train = [replace(text, sequences="auto", epoch_weight=None) for text in given.get("train") or ()]
-        default = [TextConfig(source)] if source is not None else train or [TextConfig()]
+        read = [text for text in train if text.kind != "own"]
+        default = [TextConfig(source)] if source is not None else read or train or [TextConfig()]
         return cls({role: tuple(_in_role(text, role) for text in given.get(role) or default) for role in ROLES})
 
     def documents(self, role: str, index: int) -> Iterator[str]:

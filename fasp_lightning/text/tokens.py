@@ -12,7 +12,7 @@ from torch.nn import functional
 
 from fasp_lightning.errors import FaspError
 from fasp_lightning.text.batches import labelled
-from fasp_lightning.text.config import TextConfig, describe, unknown_split
+from fasp_lightning.text.config import OWN_TEXT, TextConfig, describe, unknown_split
 from fasp_lightning.text.corpora import builtin_splits
 from fasp_lightning.text.reading.chats import Chat, rendered
 from fasp_lightning.text.reading.documents import hub_documents, local_documents
@@ -103,7 +103,7 @@ def documents(config: TextConfig) -> Iterator[str]:
 
     Raises:
         FaspFileNotFoundError: If a local file isn't there.
-        FaspError: If built-in text is asked for without a split, or the source can't be read.
+        FaspError: If built-in text is asked for without a split, the source can't be read, or it is own text.
     """
     kind, split = config.kind, config.split
     if kind == "hub":
@@ -111,6 +111,11 @@ def documents(config: TextConfig) -> Iterator[str]:
     elif kind == "local":
         found = local_documents(config.source, config.column, in_pieces=split is not None)
         yield from (document for document in found if split is None or split_of(document) == split)
+    elif kind == "own":
+        raise FaspError(
+            f"source {OWN_TEXT} must be one of a data module, whose run has the model that writes it; to calibrate on "
+            "own text alone, set share of the pruning's own_text to 1"
+        )
     elif split is None:
         raise FaspError(unknown_split(config))
     else:

@@ -15,7 +15,7 @@ from fasp_lightning.checkpoints.loading import load_tokenizer
 from fasp_lightning.errors import FaspError
 from fasp_lightning.pruning.inputs import ModelInputs
 from fasp_lightning.staging import fingerprint
-from fasp_lightning.text.config import TextConfig, describe
+from fasp_lightning.text.config import OWN_TEXT, TextConfig, describe
 from fasp_lightning.text.packed_cache import FORMAT, Tokenised, default_cache
 from fasp_lightning.text.role_cache import RoleCache
 from fasp_lightning.text.roles import ROLES, RoleTexts, as_texts
@@ -24,6 +24,7 @@ from fasp_lightning.text.tokenizer import TokenizerTraining, trained_tokenizer
 from fasp_lightning.training.loaders.build import TrainingOptions, cached_loader, stream_loader
 from fasp_lightning.training.loaders.cached import PackedSequences, ResumableLoader
 from fasp_lightning.training.loaders.streamed import StreamLoader
+from fasp_lightning.training.loaders.written import write_own_text
 from fasp_lightning.training.modeling.locate import causal_lms
 from fasp_lightning.training.trainer.resuming import BatchProgress
 
@@ -35,6 +36,8 @@ class CausalLMDataModule(L.LightningDataModule):
     tokens. Roles that read the same text divide its documents among themselves; no document of 80 characters
     or more serves two roles, wherever it stands. A training run stopped at any batch goes on, resumed, with the
     very next one. Batches are {"input_ids", "labels"}, (batch, seq_len) int64; no label counts where it is −100.
+    ``own_text`` is written by the run's model before anything is pruned, once, and starts like the calibration text
+    that is read; each role has sequences of its own, and beside other training text only training has any.
 
     Args:
         tokenizer: The model's name, folder or GGUF file, a tokenizer of transformers, or settings by which one
@@ -130,22 +133,22 @@ class CausalLMDataModule(L.LightningDataModule):
     def prepare_data(self) -> None:
         """Tokenise what the run needs, in one process, for all to load."""
         cache = self._texts()
-        function = None if self.trainer is None else self.trainer.state.fn
-        evaluated = {TrainerFn.VALIDATING: "validation", TrainerFn.TESTING: "test", TrainerFn.PREDICTING: "test"}
-        for role in (evaluated[function],) if function in evaluated else ROLES:
+        for role in self._needed():
             if role != "train" or not self.streaming:
                 cache.ready(role)  # what can't be read is an error where it is asked for
 
     def setup(self, stage: str) -> None:
-        """Load the training text, and refuse what the model cannot take, before anything is spent.
+        """Load the training text, have own text written, and refuse what the model cannot take.
 
         Raises:
             FaspError: If the text cannot be read, sequences are longer than the model's learned positions, or a token
-                that occurs in them has no embedding. Streamed batches are looked at one by one.
+                that occurs in them has no embedding, or own text cannot be written. Streamed batches are looked at one
+                by one.
         """
         inputs = self._model_inputs()
         if inputs is not None:
             inputs.check_length(self.seq_len, "the data module")
+        write_own_text(self._texts(), self._needed(), self.trainer, self._model())
         if stage == "fit" and not self.streaming:
             self._read("train")
         if stage == "fit" and inputs is not None and self._texts().ready("validation"):
@@ -201,6 +204,8 @@ class CausalLMDataModule(L.LightningDataModule):
             return
         if self.sequences_per_epoch is None:
             raise FaspError("sequences_per_epoch must be set with streaming, got None: a stream has no end")
+        if any(text.kind == "own" for text in self.roles.texts["train"]):
+            raise FaspError(f"streaming must be false with the training text {OWN_TEXT}, which is cached")
         cut = [text.source for text in self.roles.texts["train"] if text.number is not None]
         if cut:
             raise FaspError(
@@ -225,7 +230,9 @@ class CausalLMDataModule(L.LightningDataModule):
 
     def _trained(self, training: TokenizerTraining) -> Any:
         """Train the tokenizer on the training text, or load the one trained before."""
-        texts = range(len(self.roles.texts["train"]))
+        texts = [index for index, text in enumerate(self.roles.texts["train"]) if text.kind != "own"]
+        if not texts:
+            raise FaspError(f"tokenizer must be that of the model to write {OWN_TEXT}, got none but settings")
         identities = [self.roles.identity("train", index) for index in texts]
         key = fingerprint(FORMAT, identities, vars(training))
         documents = (document for index in texts for document in self.roles.documents("train", index))
@@ -237,11 +244,22 @@ class CausalLMDataModule(L.LightningDataModule):
             self._cache = RoleCache(self.roles, self.tokenizer, self.seq_len, self.seed, self._folder(), short)
         return self._cache
 
-    def _model_inputs(self) -> ModelInputs | None:
-        """What the run's model takes; ``None`` outside a run, or where its module does not hold one model."""
+    def _needed(self) -> tuple[str, ...]:
+        """The roles whose text the run reads, or may read."""
+        function = None if self.trainer is None else self.trainer.state.fn
+        evaluated = {TrainerFn.VALIDATING: "validation", TrainerFn.TESTING: "test", TrainerFn.PREDICTING: "test"}
+        return (evaluated[function],) if function in evaluated else ROLES
+
+    def _model(self) -> Any:
+        """The run's model; ``None`` outside a run, or where its module does not hold one model."""
         module = getattr(self.trainer, "lightning_module", None)
         models = [] if module is None else list(causal_lms(module).values())
-        return ModelInputs(models[0]) if len(models) == 1 else None
+        return models[0] if len(models) == 1 else None
+
+    def _model_inputs(self) -> ModelInputs | None:
+        """What the run's model takes, if there is one."""
+        model = self._model()
+        return None if model is None else ModelInputs(model)
 
     def _read(self, role: str) -> list[Tokenised]:
         """The texts of a role, whose tokens the model has embeddings for."""

@@ -59,6 +59,8 @@ def sample(model: PreTrainedModel, starts: Tensor, draws: Tensor, temperature: f
     Raises:
         FaspError: If the logits are not finite.
     """
+    if not len(starts):  # a process's part of fewer sequences than there are processes
+        return draws.new_empty((0, draws.shape[1] + 1), dtype=torch.long)
     at_once = _at_once(model, len(starts), draws.shape[1] + 1)
     with evaluating(model):
         parts = [

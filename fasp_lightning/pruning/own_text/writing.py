@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import functools
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -66,10 +67,37 @@ def own_text(
         )
     if starts is not None:
         check_vocabulary(starts, ModelInputs(model).vocabulary, OWN_TEXT)
-    cached = None if config.cache_dir in (None, "auto") else Path(str(config.cache_dir)).expanduser()
     text = _Text(model, config, starts)
-    mine = _sampled(text, processes) if cached is None else _kept(text, processes, cached)
+    if config.cache_dir in (None, "auto"):
+        mine = _sampled(text, processes)
+    else:
+        mine = _kept(text, processes, weights_digest)[processes.rank :: processes.count]
     return list(mine.split(max(1, BATCH_TOKENS // config.seq_len)))
+
+
+def own_sequences(
+    model: PreTrainedModel, configs: Iterable[OwnTextConfig], processes: Processes, starts: Tensor | None = None
+) -> Iterator[Tensor]:
+    """Sample pieces of a long text one by one: each is kept in its cache as soon as it is written.
+
+    Args:
+        model: As for :func:`own_text`, as the others; its weights are hashed once.
+        configs: One for each piece, with a folder as ``cache_dir`` and a seed of its own.
+        processes: Those that share the work; all of them call this.
+        starts: Tokens that the first token of each sequence is drawn from.
+
+    Yields:
+        All of the piece's sequences in every process: (sequences, seq_len) int64 token ids on the CPU.
+
+    Raises:
+        FaspError: If a start is not in the vocabulary, or the logits are not finite.
+        RuntimeError: If another process raised an error.
+    """
+    if starts is not None:
+        check_vocabulary(starts, ModelInputs(model).vocabulary, OWN_TEXT)
+    digest = functools.cache(weights_digest)
+    for config in configs:
+        yield _kept(_Text(model, config, starts), processes, digest)
 
 
 def within_positions(model: PreTrainedModel, config: OwnTextConfig) -> OwnTextConfig:
@@ -113,24 +141,23 @@ def _sampled(text: _Text, processes: Processes) -> Tensor:
         return sample(model, starts[mine], draws[mine], config.temperature)
 
 
-def _kept(text: _Text, processes: Processes, folder: Path) -> Tensor:
-    """The same, from a file of the first process's if there is one; else they are put there."""
+def _kept(text: _Text, processes: Processes, digest: Callable[[PreTrainedModel], str]) -> Tensor:
+    """All of it in every process: from a file of the first one's if there is one; else sampled, and put there."""
     found = None
     with processes.together():
         if processes.is_first:
-            path = folder / f"{fingerprint(FORMAT, weights_digest(text.model), text.settings())}.ids"
+            folder = Path(str(text.config.cache_dir)).expanduser()
+            path = folder / f"{fingerprint(FORMAT, digest(text.model), text.settings())}.ids"
             found = path, read_ids(path, text.shape)
     path, ids = processes.from_first(found)
     if ids is not None:
-        return ids[processes.rank :: processes.count]
-    mine = _sampled(text, processes)
-    parts = processes.gather(mine)
-    if processes.rank == 0:
-        whole = torch.empty(text.shape, dtype=torch.long)
-        for rank, part in enumerate(parts):
-            whole[rank :: processes.count] = part
+        return ids
+    whole = torch.empty(text.shape, dtype=torch.long)
+    for rank, part in enumerate(processes.gather(_sampled(text, processes))):
+        whole[rank :: processes.count] = part
+    if processes.is_first:
         write_ids(path, whole)
-    return mine
+    return whole
 
 
 def calibration_starts(batches: list[Any], processes: Processes | None = None) -> Tensor | None:
