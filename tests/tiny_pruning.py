@@ -30,6 +30,7 @@ INGREDIENTS = {
     "fisher": replace(BOTH, score="fisher"),
     "adaptive": replace(BOTH, allocation="adaptive", head_balance="free"),
     "auto": replace(BOTH, damping="auto"),
+    "principal": replace(BOTH, value_basis="principal", damping="auto"),
     "own-text": replace(BOTH, own_text=OWN),
     "rounds": replace(BOTH, score="fisher", own_text=OWN, rounds=2),
     "everything": replace(BOTH, score="fisher", allocation="adaptive", damping="auto", own_text=OWN),

@@ -69,7 +69,8 @@ def prune_measured(
     with PruningProgress() as progress:
         report = FASPPruner(setup.pruning).prune(model, prepared or calibration.batches, progress=progress)
     after = measure(model, evaluation, "pruned")
-    plain = _unrestored(model, again(), evaluation) if job.compares else [None] * len(evaluation)
+    given = all(pair.basis == "given" for pair in report.pairs)  # else the weights as they were have other columns
+    plain = _unrestored(model, again(), evaluation) if job.compares and given else [None] * len(evaluation)
     domains = domains_of(job, calibration, evaluation)
     names, begins = [text.name for text in evaluation], [text.bos for text in evaluation]
     rows = zip(names, domains, before, after, plain, begins, strict=True)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from fasp_lightning.errors import FaspError
+from fasp_lightning.ops.basis import turned
 from fasp_lightning.ops.devices import sums_halves
 
 DOUBLE_LIMIT = 8192
@@ -90,6 +91,18 @@ class GramStatistics:
         for total, more in ((self.lower, other.lower), (self.sums, other.sums)):
             total += more
         self.tokens += other.tokens
+
+    def turned(self, blocks: Sequence[Tensor]) -> GramStatistics:
+        """Those of the inputs B X, B block-diagonal.
+
+        Args:
+            blocks: Of B, see :func:`~fasp_lightning.ops.basis.turned`.
+        """
+        other = GramStatistics(self.columns, self.sums.device)
+        other.lower.copy_(turned(turned(self.gram(), blocks, 0), blocks, 1))
+        other.sums = turned(self.sums, blocks, 0)
+        other.tokens = self.tokens
+        return other
 
     @property
     def lower(self) -> Tensor:

@@ -22,6 +22,7 @@ class PairReport:
         kind: ``"ffn"``, ``"value"`` or ``"groups"``.
         width_before: Units before this pruning.
         width_after: Units after it.
+        basis: ``"given"``, or ``"principal"`` where the value dims were turned before they were cut.
         error_before: ‖WX − W_M X_M‖/‖WX‖, the relative reconstruction error without restoration.
         error_after: ‖WX − ŴX_M‖/‖WX‖, with it.
         output_error_before: Root mean square of the same ratio of each output of the consumer, at most 1 each. Where a
@@ -36,6 +37,7 @@ class PairReport:
     kind: str
     width_before: int
     width_after: int
+    basis: str
     error_before: float
     error_after: float
     output_error_before: float

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from fasp_lightning.ops.basis import Basis
 from fasp_lightning.ops.least_squares import (
     Restoration,
     error_per_output,
@@ -57,6 +59,7 @@ def restore_pair(
     statistics: GramStatistics,
     held: GramStatistics | None,
     config: PruningConfig,
+    bases: Sequence[Basis] = (),
 ) -> tuple[Restored, PairReport]:
     """Restore a consumer on the columns ``kept``, and measure the error before and after.
 
@@ -70,8 +73,10 @@ def restore_pair(
         statistics: Of the consumer's inputs; afterwards of those held back, too.
         held: Of the inputs that were held back to choose the damping by.
         config: ``restoration``, ``ridge``, ``damping`` and ``refit_bias`` are read.
+        bases: The basis of each KV head's value dims that the statistics are of, and the restored weights are for; by
+            default the given one.
     """
-    problem = _Problem.of(pair, kept, config)
+    problem = _Problem.of(pair, kept, config, bases)
     damping = None if config.restoration == "none" else config.damping
     if damping == "auto":
         damping = _best_damping(problem, statistics, held)
@@ -93,6 +98,7 @@ def restore_pair(
         kind=width.kind,
         width_before=width.before,
         width_after=width.after,
+        basis="principal" if bases else "given",
         error_before=relative_error(plain, energies),
         error_after=relative_error(errors, energies),
         output_error_before=error_per_output(plain, energies),
@@ -155,8 +161,8 @@ class _Problem:
     ridge: str
 
     @classmethod
-    def of(cls, pair: ResolvedPair, kept: Tensor, config: PruningConfig) -> _Problem:
-        factors = [factor.double() for factor in pair.factors]
+    def of(cls, pair: ResolvedPair, kept: Tensor, config: PruningConfig, bases: Sequence[Basis]) -> _Problem:
+        factors = pair.factors_in(bases)
         bias = getattr(pair.consumer, "bias", None) if config.refit_bias else None
         return cls(pair, kept, factors, pair.effective(factors), None if bias is None else bias.detach(), config.ridge)
 

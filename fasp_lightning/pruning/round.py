@@ -10,11 +10,12 @@ import time
 import warnings
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
+from fasp_lightning.ops.basis import Basis
 from fasp_lightning.ops.statistics import GramStatistics
 from fasp_lightning.pruning.blocks.capture import capture
 from fasp_lightning.pruning.blocks.replay import BlockReplay
@@ -24,9 +25,10 @@ from fasp_lightning.pruning.budget.budget import Budget, PairWidth
 from fasp_lightning.pruning.config import PruningConfig
 from fasp_lightning.pruning.finite import require_finite
 from fasp_lightning.pruning.prepare import Prepared
-from fasp_lightning.pruning.report import PruningReport
-from fasp_lightning.pruning.restore import restore_pair
+from fasp_lightning.pruning.report import PairReport, PruningReport
+from fasp_lightning.pruning.restore import Restored, restore_pair
 from fasp_lightning.pruning.select import activation_scores, select_units
+from fasp_lightning.pruning.value_basis import View, views_of
 from fasp_lightning.structure.modes import evaluating, placed
 from fasp_lightning.structure.pair import ResolvedPair
 from fasp_lightning.structure.plan import recorded
@@ -58,6 +60,24 @@ def round_configs(budget: Budget, config: PruningConfig) -> list[PruningConfig]:
         replace(config, sparsity=sparsity, own_text=own)
         for sparsity, own in zip([*steps, config.sparsity], own_texts, strict=True)
     ]
+
+
+class _Decided(NamedTuple):
+    """What becomes of a pair: the units that stay, their columns among those left, and the consumer's new weights.
+
+    Attributes:
+        bases: The basis that each KV head's value dims are turned to before; none for the given one.
+    """
+
+    units: Tensor
+    columns: Tensor
+    restored: Restored
+    entry: PairReport
+    bases: list[Basis]
+
+
+def _error(decided: _Decided) -> float:
+    return decided.entry.error_after
 
 
 @dataclass(frozen=True)
@@ -138,15 +158,14 @@ class PruningRound:
         decided = None
         with processes.together(), clock.phase("solve"):
             if processes.is_first:
-                found = activation_scores(pair, fitted, self.config) if scores is None else scores
-                units = select_units(pair, width, found, self.config)
-                columns = self._columns(pair, units)
-                restored, entry = restore_pair(pair, width, columns, fitted, held, self.config)
-                decided = units, columns, restored.like(pair.consumer.weight), entry
-        units, columns, restored, entry = processes.from_first(decided)
+                views = views_of(pair, fitted, held, self.config)
+                decided = min((self._solve(pair, width, view, scores) for view in views), key=_error)
+        units, columns, restored, entry, bases = processes.from_first(decided)
         if restored.singular:
             self._warn(f"{width.layer}: the gram was singular; solved by {entry.solver} with damping {entry.damping:g}")
         with clock.phase("cut"), all_or_nothing(pair), processes.together():
+            if bases:
+                pair.turn(bases)
             pair.cut(units)
             pair.assign(restored.factors, restored.bias)
         errors = entry.error_after, entry.output_error_after
@@ -154,7 +173,17 @@ class PruningRound:
         entry.seconds = time.perf_counter() - start
         self.report.pairs.append(entry)
         with processes.together():
-            replay.finish(pair, columns.to(self.session.device), inputs)
+            blocks = pair.column_blocks([basis.forward for basis in bases])
+            replay.finish(pair, columns.to(self.session.device), inputs, blocks)
+
+    def _solve(self, pair: ResolvedPair, width: PairWidth, view: View, scores: Tensor | None) -> _Decided:
+        """Selection and restoration in one basis; scores that come from elsewhere are those of the given one."""
+        if scores is None or view.bases:
+            scores = activation_scores(pair, view.fitted, self.config, view.bases)
+        units = select_units(pair, width, scores, self.config)
+        columns = self._columns(pair, units)
+        restored, entry = restore_pair(pair, width, columns, view.fitted, view.held, self.config, view.bases)
+        return _Decided(units, columns, restored.like(pair.consumer.weight), entry, view.bases)
 
     def _statistics(
         self, replay: BlockReplay, pair: ResolvedPair

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import Tensor
 
+from fasp_lightning.ops.basis import Basis
 from fasp_lightning.ops.scores import wanda_score
 from fasp_lightning.ops.selection import select_columns
 from fasp_lightning.ops.statistics import GramStatistics
@@ -28,13 +31,16 @@ def select_units(pair: ResolvedPair, width: PairWidth, scores: Tensor, config: P
     return pair.kept[select_columns(scores, width.after // heads, heads)]
 
 
-def activation_scores(pair: ResolvedPair, statistics: GramStatistics, config: PruningConfig) -> Tensor:
+def activation_scores(
+    pair: ResolvedPair, statistics: GramStatistics, config: PruningConfig, bases: Sequence[Basis] = ()
+) -> Tensor:
     """Scores of the units left, from the consumer's weights and inputs; a unit's is the sum over the columns it feeds.
 
     Args:
         pair: The pair, not cut yet.
         statistics: Of the consumer's inputs.
         config: ``score`` is read.
+        bases: As for :func:`~fasp_lightning.pruning.restore.restore_pair`.
 
     Returns:
         (units left,) float64, on the CPU.
@@ -42,4 +48,5 @@ def activation_scores(pair: ResolvedPair, statistics: GramStatistics, config: Pr
     norms = statistics.norms()
     if config.score == "magnitude":
         norms = (norms > 0).double()  # a dead column goes first, whatever its weights
-    return pair.layout.unit_scores(wanda_score(pair.weight, norms), pair.kept)
+    weight = pair.effective(pair.factors_in(bases)) if bases else pair.weight
+    return pair.layout.unit_scores(wanda_score(weight, norms), pair.kept)

@@ -70,6 +70,10 @@ class PairLayout:
         owners = torch.searchsorted(kept, self.units_of(self.columns(kept)))
         return torch.zeros(kept.numel(), dtype=scores.dtype).index_add(0, owners, scores.cpu())
 
+    def dims(self, kept: Tensor) -> list[int]:
+        """Value dims left of each KV head."""
+        return torch.bincount(kept // self.size, minlength=self.groups).tolist()
+
     def unit_rows(self, producer: int, units: Tensor) -> Tensor:
         """Rows of one producer that make ``units``."""
         rows = self.producer_rows[producer]

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, cast
+from typing import NamedTuple, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 
+from fasp_lightning.ops.basis import Basis, turn, turned
 from fasp_lightning.ops.slicing import expand, shrink
 from fasp_lightning.structure.adapters import adapters_of, base_of, effective_weight
 from fasp_lightning.structure.compact import (
@@ -21,6 +22,8 @@ from fasp_lightning.structure.compact import (
 )
 from fasp_lightning.structure.layout import PairLayout
 from fasp_lightning.structure.spec import CoupledPair
+
+T = TypeVar("T")
 
 
 class Piece(NamedTuple):
@@ -101,6 +104,12 @@ class ResolvedPair:
         adapters = adapters_of(self.spec.consumer, self.consumer)
         return [weight.T if self.transposed else weight, *(adapter.first.weight.detach() for adapter in adapters)]
 
+    def factors_in(self, bases: Sequence[Basis]) -> list[Tensor]:
+        """The factors in float64, in another basis of each KV head's value dims; in the given one for none."""
+        factors = [factor.double() for factor in self.factors]
+        blocks = self.column_blocks([basis.inverse.T for basis in bases])
+        return [turned(factor, blocks, 1) for factor in factors] if bases else factors
+
     def effective(self, factors: Sequence[Tensor]) -> Tensor:
         """The (out, m) weight that ``factors`` make together, on any m of the columns."""
         base, *firsts = factors
@@ -153,6 +162,28 @@ class ResolvedPair:
         for piece in self.pieces():
             old, new = self.positions(piece, before), self.positions(piece, after)
             yield piece.parameter, piece.dim, torch.searchsorted(old, new)
+
+    def turn(self, bases: Sequence[Basis]) -> None:
+        """Change the basis of each KV head's value dims, in place: v ← A v, O ← O A⁻¹. What is computed stays.
+
+        Afterwards the units left number the new dims.
+
+        Args:
+            bases: Of the dims left of each KV head.
+        """
+        for piece in self.pieces():
+            left = self.positions(piece, self.kept)
+            if piece.producer is None:
+                blocks = self.column_blocks([basis.inverse.T for basis in bases])
+                basis, own = (blocks, self.column_blocks([basis.forward for basis in bases])), left
+            else:
+                basis = [basis.forward for basis in bases], [basis.inverse.T for basis in bases]
+                own = self.layout.unit_rows(piece.producer, self.kept)
+            turn(piece.parameter, torch.searchsorted(left, own), piece.dim, basis)
+
+    def column_blocks(self, blocks: Sequence[T]) -> list[T]:
+        """What belongs to the columns of each query head, in their order, of what belongs to each KV head."""
+        return [block for block in blocks for _ in range(self.layout.repeats)]
 
     def cut(self, kept: Tensor) -> None:
         """Remove all units but ``kept`` on both sides, in place.

@@ -43,7 +43,8 @@ class FASPPruning(Callback):
 
     An event runs before the first batch whose optimizer step, or epoch, has come, when no gradient is pending:
     perplexity, calibration, pruning block by block, perplexity. Optimizer state, DDP, averaged weights and compiled
-    code follow; learning rate schedules go on. ``ModelCheckpoint`` and ``EarlyStopping`` start to compare anew.
+    code follow (state of layers whose value dims an event turns to their principal basis starts anew); learning rate
+    schedules go on. ``ModelCheckpoint`` and ``EarlyStopping`` start to compare anew.
     ``fasp/…`` metrics go to every logger at ``trainer.global_step``, and to ``trainer.callback_metrics``. Supported
     are one device and ``ddp`` (statistics are summed over the processes, one solves).
 

@@ -16,6 +16,7 @@ BAD = {
     "sparsity": [-0.1, 1.0, 1.3, float("nan"), float("inf")],
     "attention": ["heads", "VALUE_DIMS", None],
     "head_balance": ["uneven"],
+    "value_basis": ["pca"],
     "score": ["l2"],
     "sensitivity_tokens": [0],
     "allocation": ["global"],

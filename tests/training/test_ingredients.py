@@ -131,6 +131,27 @@ def test_run_goes_on_across_the_cut(name: str, tmp_path: Any) -> None:
     assert_law(tmp_path, CASES[name])
 
 
+def test_turned_value_dims_train_on_from_the_same_loss_with_new_state(tmp_path: Any) -> None:
+    """Nothing is lost with dims that are dead; AdamW then goes another way, since it does so in every basis."""
+    case = Case({"attention": "value_dims", "value_basis": "principal"}, attention=((0, 9, 18, 27), (7, 8, 17, 31)))
+    runs = []
+    for cut in (False, True):
+        torch.manual_seed(0)
+        model, sparsity = dead(case)
+        module = UserModule(model)
+        run = trainer(tmp_path, *([pruning(case, sparsity)] if cut else []))
+        run.fit(module, loader())
+        runs.append((run.optimizers[0].state, module))
+    (_, dense), (states, cut) = runs
+    torch.testing.assert_close(torch.tensor(cut.losses[:5]), torch.tensor(dense.losses[:5]), atol=1e-5, rtol=0)
+    assert max(cut.losses) < 1.5 * max(dense.losses)
+    for name, parameter in cut.named_parameters():
+        state = states[parameter]
+        assert state["exp_avg"].shape == parameter.shape
+        turned = "v_proj" in name or "o_proj" in name
+        assert state["step"] == (6 if turned else 10)
+
+
 @pytest.mark.parametrize("option", OPTIONS)
 @pytest.mark.parametrize("name", ["everything", "groups"])
 def test_trainer_option_goes_on_across_the_cut(name: str, option: str, tmp_path: Any) -> None:

@@ -8,11 +8,13 @@ stand-ins, and the parts that are not wanted yet are skipped; see :mod:`fasp_lig
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from fasp_lightning.ops.basis import turned
 from fasp_lightning.ops.statistics import GramStatistics
 from fasp_lightning.pruning.blocks.rehearsal import require_one_call
 from fasp_lightning.pruning.blocks.samples import Call, Sample, Stored
@@ -53,11 +55,13 @@ class _Recorded(NamedTuple):
         pair: The pair.
         kept: (m,) which of the recorded columns are left.
         inputs: (…, columns) inputs of the consumer, one a sample.
+        blocks: What has turned the columns since they were recorded; none if nothing has.
     """
 
     pair: ResolvedPair
     kept: Tensor
     inputs: list[Stored]
+    blocks: Sequence[Tensor]
 
 
 class BlockReplay:
@@ -169,15 +173,16 @@ class BlockReplay:
         fixed.value = with_first(output.skeleton, self.session.store.get(output.hidden))
         return {path: fixed}
 
-    def finish(self, pair: ResolvedPair, kept: Tensor, inputs: list[Stored]) -> None:
+    def finish(self, pair: ResolvedPair, kept: Tensor, inputs: list[Stored], blocks: Sequence[Tensor] = ()) -> None:
         """After the cut: apply the consumer to what was recorded (an attention's now, an FFN's in :meth:`advance`).
 
         Args:
             pair: The pair.
             kept: (m,) which of the recorded columns are left.
             inputs: What :meth:`record` returned, one a sample.
+            blocks: What has turned the columns since.
         """
-        recorded = _Recorded(pair, kept, inputs)
+        recorded = _Recorded(pair, kept, inputs, blocks)
         if not pair.spec.inside_attention:
             self._ffn = recorded
             return
@@ -194,7 +199,10 @@ class BlockReplay:
     def _consume(self, recorded: _Recorded, number: int) -> Tensor:
         """Output of a cut consumer on its recorded inputs, which are dropped: they are the largest thing in memory."""
         store, stored = self.session.store, recorded.inputs[number]
-        inputs = store.get(stored).index_select(-1, recorded.kept)
+        inputs = store.get(stored)
+        if recorded.blocks:
+            inputs = turned(inputs, recorded.blocks, -1)
+        inputs = inputs.index_select(-1, recorded.kept)
         store.drop(stored)
         recorded.inputs[number] = torch.empty(0)  # the last reference of a tensor in memory
         output: Tensor = recorded.pair.consumer(inputs)

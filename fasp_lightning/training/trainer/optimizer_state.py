@@ -1,4 +1,4 @@
-"""Optimizer state is cut like its parameter: check whether an optimizer allows it, and cut."""
+"""Optimizer state is cut like its parameter: check whether an optimizer allows it, cut, and restart."""
 
 from __future__ import annotations
 
@@ -78,3 +78,19 @@ def slice_states(optimizers: Iterable[Optimizer], slices: Iterable[tuple[Tensor,
             for key, value in state.get(parameter, {}).items():
                 if isinstance(value, Tensor) and value.numel() > 1 and value.shape[dim] != index.numel():
                     state[parameter][key] = value.index_select(dim, index.to(value.device))
+
+
+def restart_states(optimizers: Iterable[Optimizer], parameters: Iterable[Tensor]) -> None:
+    """Drop the optimizer state of parameters that were turned to another basis: it starts anew with their next step.
+
+    A sum of gradients could be turned along, one of their squares could not: an entry of the turned gradient is a sum
+    of several old ones, and the square of a sum needs their products, which no optimizer keeps.
+
+    Args:
+        optimizers: All optimizers of the run; what they do not hold is passed over.
+        parameters: Those that were turned.
+    """
+    states = [optimizer.state for optimizer in optimizers]
+    for parameter in parameters:
+        for state in states:
+            state.pop(parameter, None)

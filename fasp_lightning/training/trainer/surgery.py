@@ -23,10 +23,12 @@ from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader
 
 from fasp_lightning.errors import FaspError
+from fasp_lightning.pruning.report import PruningReport
+from fasp_lightning.structure.pair import ResolvedPair
 from fasp_lightning.structure.plan import conform, plan_of, resolve_pruned
 from fasp_lightning.structure.pruning_plan import PruningPlan
 from fasp_lightning.training.modeling.locate import find_causal_lm
-from fasp_lightning.training.trainer.optimizer_state import slice_states
+from fasp_lightning.training.trainer.optimizer_state import restart_states, slice_states
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -81,8 +83,8 @@ def unwrapped(trainer: Trainer) -> Iterator[None]:
 
 
 def prune_attached(
-    trainer: Trainer, model: PreTrainedModel, prune: Callable[[], Any], attribute: str | None, kv_groups: bool
-) -> Any:
+    trainer: Trainer, model: PreTrainedModel, prune: Callable[[], PruningReport], attribute: str | None, kv_groups: bool
+) -> PruningReport:
     """Let ``prune`` change the model in place, and all that hangs on its shapes follow: optimizers, averages.
 
     Args:
@@ -97,19 +99,28 @@ def prune_attached(
     """
     old = plan_of(model)
     with eagerly():
-        result = prune()
-        slice_states(trainer.optimizers, _slices(model, old, kv_groups))
+        report = prune()
+        blocks = resolve_pruned(model, kv_groups=kv_groups)
+        restart_states(trainer.optimizers, _turned(blocks, report))
+        slice_states(trainer.optimizers, _slices(blocks, old))
         for average in _average_models(trainer):
             _restart_average(average, trainer.lightning_module, model, attribute)
     if _compiles():
         # Beyond 8 shapes (torch._dynamo.config.recompile_limit) dynamo would stop compiling, with a log line only.
         torch.compiler.reset()
-    return result
+    return report
 
 
-def _slices(model: PreTrainedModel, old: PruningPlan | None, kv_groups: bool) -> Iterator[tuple[Tensor, int, Tensor]]:
+def _turned(blocks: list[list[ResolvedPair]], report: PruningReport) -> Iterator[Tensor]:
+    """The parameters of pairs whose value dims are in another basis than before."""
+    layers = {pair.layer for pair in report.pairs if pair.basis != "given"}
+    for pair in chain.from_iterable(blocks):
+        if pair.layer in layers:
+            yield from (piece.parameter for piece in pair.pieces())
+
+
+def _slices(blocks: list[list[ResolvedPair]], old: PruningPlan | None) -> Iterator[tuple[Tensor, int, Tensor]]:
     """How each parameter of a pair changed from the units of its old plan: (parameter, dim, positions kept)."""
-    blocks = resolve_pruned(model, kv_groups=kv_groups)
     planned = old.blocks if old else repeat({}, len(blocks))
     for pairs, cut in zip(blocks, planned, strict=True):
         for pair in pairs:

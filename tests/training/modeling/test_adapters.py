@@ -21,6 +21,7 @@ BATCHES = [random_tokens(2, 40, seed=seed) for seed in range(3)]
 SETTINGS = {
     "original": basic(0.2, attention="value_dims"),
     "zero": PruningConfig.paper(0.2, refit_bias=True),
+    "principal": basic(0.2, attention="value_dims", value_basis="principal"),
 }
 
 

@@ -9,7 +9,7 @@ import torch
 import transformers
 from torch import nn
 
-from fasp_lightning.training.trainer.optimizer_state import check_optimizer, slice_states
+from fasp_lightning.training.trainer.optimizer_state import check_optimizer, restart_states, slice_states
 
 
 def weight() -> list[nn.Parameter]:
@@ -78,3 +78,22 @@ def test_parameter_without_state_is_passed_over() -> None:
     optimizer = torch.optim.AdamW([parameter])
     slice_states([optimizer], [(parameter, 1, torch.tensor([0]))])
     assert parameter not in optimizer.state
+
+
+@pytest.mark.parametrize("name", ["AdamW", "SGD"])
+def test_state_of_a_turned_parameter_starts_anew(name: str) -> None:
+    """Its next step is a new optimizer's first; those of others go on."""
+    first, second = nn.Parameter(torch.randn(4, 3)), nn.Parameter(torch.randn(4, 3))
+    options = {"lr": 1e-3, "momentum": 0.9} if name == "SGD" else {"lr": 1e-3}
+    make = getattr(torch.optim, name)
+    optimizer = make([first, second], **options)
+    (first.square().sum() + second.square().sum()).backward()
+    optimizer.step()
+    kept = optimizer.state[second]
+    restart_states([optimizer], [first])
+    assert optimizer.state[second] is kept
+    copy = nn.Parameter(first.detach().clone())
+    copy.grad = first.grad.clone()
+    optimizer.step()
+    make([copy], **options).step()
+    assert torch.equal(first, copy)
