@@ -1,15 +1,16 @@
-"""A model of a config's shapes with random weights, in which a few blocks of every width stand side by side."""
+"""Models of a config's shapes with random weights, each of one width: as many of its blocks as a timing needs."""
 
 from __future__ import annotations
 
 import copy
-import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from statistics import mean
 from typing import Any
 
 import torch
+from torch import nn
 
 from fasp_lightning.pruning.budget.budget import PairWidth
 from fasp_lightning.structure.pair import ResolvedPair
@@ -17,8 +18,8 @@ from fasp_lightning.structure.plan import record_plan, resolve_pruned
 from fasp_lightning.structure.registry import spec_for
 from fasp_lightning.structure.resolve import find_blocks
 
-BEYOND_CACHES = 2**28
-"""Bytes of weights in the sample's blocks, if the model has so many: fewer might stay in a cache between two tokens."""
+BEYOND_CACHES = 2**30
+"""Bytes of a sample's blocks, if the model has so many: of fewer, caches keep a part that depends on the width."""
 
 PATTERN = 2**20
 """Random values that weights repeat: to draw each of billions would take minutes."""
@@ -34,29 +35,26 @@ class Sample:
     Attributes:
         model: The causal LM, in evaluation mode.
         blocks: Its blocks.
-        kinds: Of each block: its kind of layer, and the index of its widths.
+        kinds: The kind of layer of each, all different ones first.
         layers: How many layers of each kind the whole model has.
     """
 
     model: Any
     blocks: list[Any]
-    kinds: list[tuple[str | None, int]]
+    kinds: list[str | None]
     layers: dict[str | None, int]
 
     def shorten(self) -> None:
-        """Leave one block of each kind and width, which is enough where a weight is read once for many tokens."""
-        once = len(set(self.kinds))
+        """Leave one block of each kind, which is enough where a weight is read once for many tokens."""
         for blocks in (find_blocks(self.model, spec_for(self.model)), self.blocks, self.kinds):
-            del blocks[once:]
+            del blocks[len(self.layers) :]
 
-    def whole(self, parts: Sequence[float], width: int) -> float:
-        """Seconds of the whole model, all blocks in one width, from those of the sample's blocks and of the rest."""
+    def whole(self, parts: Sequence[float]) -> float:
+        """Seconds of the whole model from those of the sample's blocks and of the rest."""
         *blocks, rest = parts
-        total = rest
         for kind, count in self.layers.items():
-            mine = [seconds for seconds, found in zip(blocks, self.kinds, strict=True) if found == (kind, width)]
-            total += count * sum(mine) / len(mine)
-        return total
+            rest += count * mean(seconds for seconds, found in zip(blocks, self.kinds, strict=True) if found == kind)
+        return rest
 
 
 def layer_kinds(config: Any) -> dict[str | None, int]:
@@ -77,12 +75,13 @@ def shapes_of(config: Any, kinds: Sequence[str | None], **options: Any) -> Any:
         return AutoModelForCausalLM.from_config(own, **options)
 
 
-def make_sample(
+def make_samples(
     config: Any, widths: Sequence[Widths], device: torch.device, dtype: torch.dtype, **options: Any
-) -> Sample:
-    """Build the sample: nothing larger than it is ever in memory.
+) -> list[Sample]:
+    """Build a sample of each width: nothing larger than them is ever in memory.
 
-    Blocks of all widths alternate, so that whatever else the machine does meets them alike.
+    A token reads all weights once. How many of them a cache still holds from the token before depends on their
+    size, so each sample has all blocks of the model, or more bytes than any cache; they share the embeddings.
 
     Args:
         config: The model's.
@@ -92,11 +91,17 @@ def make_sample(
         options: Further ones of ``AutoModelForCausalLM.from_config``.
     """
     layers = layer_kinds(config)
-    once = [(kind, index) for kind in layers for index in range(len(widths))]
-    kinds = once * _repeats(config, widths, dtype.itemsize)
-    each = [widths[index] for _, index in kinds]
-    model = random_model(config, [kind for kind, _ in kinds], each, device, dtype, **options)
-    return Sample(model, list(find_blocks(model, spec_for(model))), kinds, layers)
+    block = shapes_of(config, list(layers)[:1], **options)
+    whole = sum(parameter.numel() for parameter in find_blocks(block, spec_for(block)).parameters())
+    others = (Counter(layers) - Counter(list(layers))).elements()
+    kinds, samples = [*layers, *others], list[Sample]()
+    for pairs in widths:
+        size = dtype.itemsize * (whole - sum(pair.removed for pair in pairs))
+        some = kinds[: max(len(layers), -(-BEYOND_CACHES // size))]
+        head = samples[0].model if samples else None
+        model = random_model(config, some, [pairs] * len(some), device, dtype, head=head, **options)
+        samples.append(Sample(model, list(find_blocks(model, spec_for(model))), some, layers))
+    return samples
 
 
 def random_model(
@@ -105,6 +110,8 @@ def random_model(
     widths: Sequence[Widths],
     device: torch.device,
     dtype: torch.dtype,
+    *,
+    head: Any = None,
     **options: Any,
 ) -> Any:
     """A model of random weights with these layers, in evaluation mode.
@@ -115,6 +122,7 @@ def random_model(
         widths: The widths of the pairs of each block.
         device: Where it is to be.
         dtype: In which.
+        head: A model of the same config that lends its embeddings.
         options: Further ones of ``AutoModelForCausalLM.from_config``.
     """
     model = shapes_of(config, kinds, dtype=dtype, **options)
@@ -123,20 +131,17 @@ def random_model(
         for pair, width in zip(block, block_widths, strict=True):
             pair.cut(_first_units(pair, width.after))
     record_plan(model, pairs)
+    if head is not None:  # what is to be replaced needs no memory
+        model.set_input_embeddings(nn.Identity())
+        model.set_output_embeddings(nn.Identity())
     model.to_empty(device=device)
-    model.tie_weights()
+    if head is None:
+        model.tie_weights()
     _fill(model)
+    if head is not None:
+        model.set_input_embeddings(head.get_input_embeddings())
+        model.set_output_embeddings(head.get_output_embeddings())
     return model.eval()
-
-
-def _repeats(config: Any, widths: Sequence[Widths], size: int) -> int:
-    """How often each width stands there, so that the blocks are larger than caches or than those of the model."""
-    block = shapes_of(config, list(layer_kinds(config))[:1])
-    whole = sum(parameter.numel() for parameter in find_blocks(block, spec_for(block)).parameters())
-    cut = sum(pair.removed for pairs in widths for pair in pairs)
-    kinds = layer_kinds(config)
-    once = len(kinds) * (whole * len(widths) - cut) * size
-    return math.ceil(min(BEYOND_CACHES, whole * sum(kinds.values()) * size) / once)
 
 
 def _first_units(pair: ResolvedPair, units: int) -> torch.Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +16,7 @@ from fasp_lightning.pruning.budget.widths import budget_towards
 from fasp_lightning.pruning.config import PruningConfig
 from fasp_lightning.pruning.inputs import ModelInputs
 from fasp_lightning.pruning.latency.curve import Curve, least_sparsity
-from fasp_lightning.pruning.latency.sample import Sample, layer_kinds, make_sample, shapes_of
+from fasp_lightning.pruning.latency.sample import Sample, layer_kinds, make_samples, shapes_of
 from fasp_lightning.pruning.latency.serving import PHASES, Serving, require_speedup
 from fasp_lightning.pruning.latency.stopwatch import Clock, Passes, WallClock, repeated
 from fasp_lightning.structure.modes import evaluating, own_modes
@@ -160,20 +161,22 @@ def _timed(
     chosen = sorted({round((len(budgets) - 1) * place / TIMED) for place in range(1, TIMED + 1)})
     timed = [budgets[index] for index in chosen]
     dense = tuple(dataclasses.replace(width, after=width.before) for width in timed[0].pairs[0])
-    sample = make_sample(config, [dense, *(budget.pairs[0] for budget in timed)], device, dtype, **options)
-    seconds = {"decode": _seconds(sample, "decode", serving, clock)}
-    sample.shorten()
-    seconds["prefill"] = _seconds(sample, "prefill", serving, clock)
+    samples = make_samples(config, [dense, *(budget.pairs[0] for budget in timed)], device, dtype, **options)
+    seconds = {"decode": _seconds(samples, "decode", serving, clock)}
+    for sample in samples:
+        sample.shorten()
+    seconds["prefill"] = _seconds(samples, "prefill", serving, clock)
     return Curve((0.0, *(budget.sparsity for budget in timed)), seconds)
 
 
-def _seconds(sample: Sample, phase: str, serving: Serving, clock: Clock) -> tuple[float, ...]:
-    """Seconds that the whole model takes for a phase, in each of the sample's widths."""
-    passes = Passes(sample.model, serving, clock, sample.blocks)
-    with evaluating(sample.model):
-        parts = repeated([getattr(passes, phase)])[0]
-    widths = sorted({width for _, width in sample.kinds})
-    return tuple(sample.whole(parts, width) for width in widths)
+def _seconds(samples: list[Sample], phase: str, serving: Serving, clock: Clock) -> tuple[float, ...]:
+    """Seconds that the whole model takes for a phase, in the width of each sample."""
+    passes = [Passes(sample.model, serving, clock, sample.blocks) for sample in samples]
+    with ExitStack() as stack:
+        for sample in samples:
+            stack.enter_context(evaluating(sample.model))
+        parts = repeated([getattr(one, phase) for one in passes])
+    return tuple(sample.whole(times) for sample, times in zip(samples, parts, strict=True))
 
 
 @own_modes()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import time
 from collections.abc import Callable, Sequence
@@ -15,11 +16,12 @@ from fasp_lightning.ops.devices import synchronize
 from fasp_lightning.pruning.latency.serving import Serving
 from fasp_lightning.structure.modes import hooked
 
-SECONDS, LEAST, MOST = 2.0, 3, 15
-"""A phase is repeated for about so long, at least and at most so often."""
+SECONDS, LEAST, MOST = 3.0, 4, 100
+"""Passes are repeated for about so long, at least and at most so often."""
 
-STEPS, AT_A_TIME = 24, 3
-"""Decode steps that a cache is used for, in the middle of those that are asked for; those that are timed in a row."""
+RUN = 9
+"""Decode steps in a row, in the middle of those that are asked for. The first one finds another model's weights in the
+caches, and is not counted: a model that is served finds its own."""
 
 
 class Clock(Protocol):
@@ -76,22 +78,21 @@ class Passes:
         if "logits_to_keep" in inspect.signature(model.forward).parameters:
             self._options["logits_to_keep"] = 1
         self._device = model.get_input_embeddings().weight.device
-        steps = min(serving.new, STEPS)
-        self._context, self._steps = serving.prompt + (serving.new - steps) // 2, steps
-        self._cache, self._left = None, 0
+        self._steps = min(serving.new, RUN)
+        self._context = serving.prompt + (serving.new - self._steps) // 2
+        self._read: Any = None
 
     def prefill(self) -> list[list[float]]:
         """Seconds of one pass over the prompt: of each block, and of all beside them."""
         return [self._timed(self._tokens(self._serving.prompt))]
 
     def decode(self) -> list[list[float]]:
-        """The same of several passes over one token more each, all with the cache of a context that is read once."""
-        if not self._left:
-            self._cache = self._model(self._tokens(self._context), **self._options).past_key_values
-            self._left = self._steps
-        steps = min(self._left, AT_A_TIME)
-        self._left -= steps
-        return [self._timed(self._tokens(1), past_key_values=self._cache) for _ in range(steps)]
+        """The same of several passes over one token more each, after a context that is read once."""
+        if self._read is None:
+            self._read = self._model(self._tokens(self._context), **self._options).past_key_values
+        cache = copy.deepcopy(self._read)
+        steps = [self._timed(self._tokens(1), past_key_values=cache) for _ in range(self._steps)]
+        return steps[1:] or steps
 
     def _tokens(self, length: int) -> Tensor:
         return torch.full((self._serving.batch, length), 5, device=self._device)
@@ -112,7 +113,7 @@ class Passes:
 
 
 def repeated(runs: Sequence[Callable[[], list[list[float]]]]) -> list[list[float]]:
-    """Call several runs in turn, a first time to warm up, and then for a while.
+    """Call several runs in turn for a while; the first pass of each is to warm up.
 
     Args:
         runs: Each gives the parts of one or more passes.
@@ -122,13 +123,9 @@ def repeated(runs: Sequence[Callable[[], list[list[float]]]]) -> list[list[float
     """
     found: list[list[list[float]]] = [[] for _ in runs]
     spent = 0.0
-    for run in runs:
-        run()
-    for number in range(MOST):
-        if number >= LEAST and spent > SECONDS * len(runs):
-            break
+    while len(found[0]) < LEAST or (spent < SECONDS * len(runs) and len(found[0]) < MOST):
         for passes, run in zip(found, runs, strict=True):
             new = run()
             passes += new
             spent += sum(map(sum, new))
-    return [[median(part) for part in zip(*passes, strict=True)] for passes in found]
+    return [[median(part) for part in zip(*passes[1:], strict=True)] for passes in found]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
@@ -13,10 +14,21 @@ from tiny_pruning import basic
 
 from fasp_lightning import FaspError, FASPPruner
 from fasp_lightning.pruning.budget.widths import decide_budget
-from fasp_lightning.pruning.latency.sample import PATTERN, _fill, _first_units, layer_kinds, make_sample, shapes_of
+from fasp_lightning.pruning.latency import sample as sampling
+from fasp_lightning.pruning.latency.sample import (
+    PATTERN,
+    Sample,
+    _fill,
+    _first_units,
+    layer_kinds,
+    make_samples,
+    shapes_of,
+)
 from fasp_lightning.pruning.latency.serving import Serving
 from fasp_lightning.pruning.latency.speedup import Speedup, measure_speedup, plan_speedup
 from fasp_lightning.structure.plan import record_plan, resolve_pruned
+from fasp_lightning.structure.registry import spec_for
+from fasp_lightning.structure.resolve import find_blocks
 
 SHORT = Serving(prompt=20, new=4, batch=2)
 
@@ -100,14 +112,39 @@ def test_pruned_model_is_refused() -> None:
         plan_speedup(model.config, 1.1)
 
 
-def test_prefill_takes_one_block_of_each_kind_and_width() -> None:
+@pytest.fixture
+def samples() -> list[Sample]:
+    """Of gemma3 in two widths."""
     config = TINY["gemma3"].config()
     pairs = [decide_budget(shapes_of(config, list(layer_kinds(config))), basic(part)).pairs[0] for part in (0.2, 0.4)]
-    sample = make_sample(config, pairs, torch.device("cpu"), torch.float32)
-    kinds = list(sample.kinds)
-    sample.shorten()
-    assert sample.kinds == [(kind, width) for kind in layer_kinds(config) for width in (0, 1)]
-    assert sample.kinds == kinds[: len(sample.blocks)]
+    return make_samples(config, pairs, torch.device("cpu"), torch.float32)
+
+
+def test_samples_have_all_blocks_of_a_small_model_and_prefill_takes_one_of_each_kind(samples) -> None:
+    layers = layer_kinds(TINY["gemma3"].config())
+    for sample in samples:
+        assert Counter(sample.kinds) == layers
+        assert len(find_blocks(sample.model, spec_for(sample.model))) == len(sample.blocks) == sum(layers.values())
+        sample.shorten()
+        assert sample.kinds == list(layers)
+        assert len(find_blocks(sample.model, spec_for(sample.model))) == len(sample.blocks) == len(layers)
+
+
+def test_samples_of_a_large_model_have_blocks_beyond_caches(monkeypatch) -> None:
+    config = TINY["llama"].config()
+    config.num_hidden_layers = 50
+    shapes = shapes_of(config, [None])
+    widths = [decide_budget(shapes, basic(part)).pairs[0] for part in (0.1, 0.5)]
+    monkeypatch.setattr(sampling, "BEYOND_CACHES", 200_000)
+    for sample in make_samples(config, widths, torch.device("cpu"), torch.float32):
+        sizes = [sum(4 * parameter.numel() for parameter in block.parameters()) for block in sample.blocks]
+        assert sum(sizes) >= 200_000 > sum(sizes[1:])
+
+
+def test_samples_share_the_embeddings(samples) -> None:
+    first, second = (sample.model for sample in samples)
+    assert first.get_input_embeddings() is second.get_input_embeddings()
+    assert first.get_output_embeddings() is second.get_output_embeddings()
 
 
 def test_weights_are_all_random() -> None:
