@@ -2,48 +2,20 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
-import signal
 import socket
-import subprocess
-import sys
 from collections.abc import Callable, Sequence
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-import fasp_lightning
+import torch
 
 TIME_LIMIT = 150
-"""Seconds until a script that hangs is ended; none takes a fifth of that on an idle core."""
+"""Seconds until a process that hangs is ended; none takes a fifth of that on an idle core."""
 
 LARGE = ["lightning", "peft", "transformers.models.llama.modeling_llama", "transformers.models.opt.modeling_opt"]
 """What takes seconds to import."""
-
-
-def run_script(script: Path, *arguments: Any) -> tuple[int, str]:
-    """Run a script and wait for the end.
-
-    Args:
-        script: The script.
-        arguments: Its arguments.
-
-    Returns:
-        Its exit status, which is negative if the time was up, and its standard error.
-    """
-    process = subprocess.Popen(
-        [sys.executable, str(script), *map(str, arguments)],
-        env=_environment(),
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,  # so that what it starts can be ended along with it
-    )
-    try:
-        return _outcome(process)
-    finally:
-        _end(process)
 
 
 def run_forked(function: Callable[..., Any], folder: Path, *calls: Sequence[Any]) -> list[tuple[int, str]]:
@@ -60,8 +32,7 @@ def run_forked(function: Callable[..., Any], folder: Path, *calls: Sequence[Any]
     Returns:
         Exit status and standard error of each; a status is negative if the time was up.
     """
-    forks = get_context("forkserver")
-    forks.set_forkserver_preload(LARGE)
+    forks = prepared()
     files, started = [folder / f"stderr-{index}.txt" for index in range(len(calls))], []
     try:
         for file, call in zip(files, calls, strict=True):
@@ -76,6 +47,28 @@ def run_forked(function: Callable[..., Any], folder: Path, *calls: Sequence[Any]
             process.terminate()
             process.join()
     return [(process.exitcode, file.read_text()) for process, file in zip(started, files, strict=True)]
+
+
+def run_ranks(function: Callable[..., Any], folder: Path, *arguments: Any) -> list[tuple[int, str]]:
+    """Call a function in two processes, which Lightning takes for those that it has started.
+
+    Args:
+        function: Of a module that is found on the path.
+        folder: For their standard error.
+        arguments: Of the function.
+
+    Returns:
+        As :func:`run_forked`.
+    """
+    port = str(free_port())
+    return run_forked(_as_rank, folder, *((rank, port, function, *arguments) for rank in range(2)))
+
+
+def prepared() -> Any:
+    """How to start processes that unpickle what they do, as spawned ones, but have imported the large libraries."""
+    context = get_context("forkserver")
+    context.set_forkserver_preload(LARGE)
+    return context
 
 
 def raised_elsewhere(message: str) -> str:
@@ -98,28 +91,12 @@ def free_port() -> int:
             return port
 
 
-def _with_errors_in(file: Path, function: Callable[..., Any], *arguments: Any) -> None:
-    os.dup2(os.open(file, os.O_WRONLY | os.O_TRUNC), 2)
+def _as_rank(rank: int, port: str, function: Callable[..., Any], *arguments: Any) -> None:
+    os.environ |= {"LOCAL_RANK": str(rank), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    torch.set_num_threads(1)
     function(*arguments)
 
 
-def _environment() -> dict[str, str]:
-    tests = Path(__file__).parent
-    paths = [Path(fasp_lightning.__file__).parents[1], tests, tests / "training", tests / "training" / "trainer"]
-    ours = {"PYTHONPATH": os.pathsep.join(map(str, paths)), "MASTER_PORT": str(free_port()), "OMP_NUM_THREADS": "1"}
-    return os.environ | ours
-
-
-def _outcome(process: subprocess.Popen[str]) -> tuple[int, str]:
-    try:
-        _, errors = process.communicate(timeout=TIME_LIMIT)
-    except subprocess.TimeoutExpired:
-        _end(process)
-        _, errors = process.communicate()
-    return process.returncode, errors
-
-
-def _end(process: subprocess.Popen[str]) -> None:
-    """End a script and what it started, if any of them still runs."""
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
+def _with_errors_in(file: Path, function: Callable[..., Any], *arguments: Any) -> None:
+    os.dup2(os.open(file, os.O_WRONLY | os.O_TRUNC), 2)
+    function(*arguments)

@@ -3,36 +3,30 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import lightning as L
 import pytest
 import torch
-from processes import free_port
+from processes import run_ranks
 from tiny import random_tokens
 from tiny_pruning import BOTH, pruned
 from torch.utils.data import DataLoader
 
-import fasp_lightning
 from fasp_lightning import save_pruned
 from fasp_lightning.training.modeling.sharding import shard
 from fasp_lightning.training.module import CausalLMModule
 
 SCRIPT = """
-import functools, json, os, sys
+import functools, json, os
 import lightning as L
 import torch
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch.utils.data import DataLoader
 from fasp_lightning.training.module import CausalLMModule
 
-folder, tokens, out = sys.argv[1:]
-torch.set_num_threads(1)
-data = DataLoader(torch.load(tokens)[int(os.environ.get("LOCAL_RANK", 0)) :: 2], batch_size=2)
+data = DataLoader(torch.load(tokens)[int(os.environ["LOCAL_RANK"]) :: 2], batch_size=2)
 
 def fit(epochs, checkpoint=None):
     module = CausalLMModule(folder, optimizer=functools.partial(torch.optim.SGD, lr=0.1, momentum=0.9))
@@ -65,15 +59,9 @@ def folder(tmp_path: Path) -> Path:
 
 @pytest.mark.slow
 def test_sharded_training_of_a_pruned_model_stopped_and_resumed_equals_one_process(folder: Path) -> None:
-    script = folder / "sharded.py"
-    script.write_text(SCRIPT)
-    arguments = [str(script), str(folder / "pruned"), str(folder / "tokens.pt"), str(folder)]
-    root = str(Path(fasp_lightning.__file__).parents[1])
-    environment = os.environ | {"MASTER_PORT": str(free_port()), "OMP_NUM_THREADS": "1", "PYTHONPATH": root}
-    done = subprocess.run(
-        [sys.executable, *arguments], env=environment, cwd=folder, timeout=150, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    given = {"folder": str(folder / "pruned"), "tokens": str(folder / "tokens.pt"), "out": str(folder)}
+    ended = run_ranks(exec, folder, SCRIPT, given)
+    assert [status for status, _ in ended] == [0, 0], ended
 
     module = CausalLMModule(str(folder / "pruned"), optimizer=lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9))
     data = DataLoader(random_tokens(16), batch_size=4)

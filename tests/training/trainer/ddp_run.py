@@ -1,12 +1,11 @@
-"""Started by ``test_ddp.py``: several runs under ddp, one after the other in the same two processes.
+"""Called by ``test_ddp.py`` in two processes: several runs under ddp, one after the other.
 
-The first Trainer starts the second process, as Lightning does it. Each process writes what it has after every run to
+Each process writes what it has after every run to
 ``FOLDER/RUN-RANK.pt``. The last run ends with an error in one process, and nobody catches it.
 """
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -173,7 +172,7 @@ def found(module: Any, made: L.Trainer, callback: FASPPruning) -> dict[str, Any]
 
 
 def main(folder: Path) -> None:
-    torch.set_num_threads(1)
+    """All runs."""
 
     def note(run: str, make: Callable[[], Any]) -> int:
         try:
@@ -196,7 +195,3 @@ def main(folder: Path) -> None:
     note("token", lambda: failing(folder, out_of_range))
     note("validation", lambda: failing(folder, validation_out_of_range))
     failing(folder, breaks_in_one)
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))

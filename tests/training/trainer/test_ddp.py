@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import multiprocessing.context
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import ddp_run
 import pytest
 import torch
 from ddp_run import GROUPS, INGREDIENTS, Noting, fasp, fit, plain, sgd
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
-from processes import raised_elsewhere, run_script
+from processes import prepared, raised_elsewhere, run_ranks
 from runs import UserModule, half, trainer
 from tiny import random_tokens, tiny_model
 from tiny_lightning import SCRATCH
@@ -28,17 +30,16 @@ Found = Callable[[str], list[dict[str, Any]]]
 
 
 @pytest.fixture(scope="module")
-def ended(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, int, str]:
-    """Folder of what the processes of ``ddp_run.py`` wrote, exit status and standard error."""
+def ended(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[tuple[int, str]]]:
+    """Folder of what the processes of ``ddp_run.py`` wrote, exit status and standard error of each."""
     folder = tmp_path_factory.mktemp("ddp")
-    status, errors = run_script(Path(__file__).with_name("ddp_run.py"), folder)
-    return folder, status, errors
+    return folder, run_ranks(ddp_run.main, folder, folder)
 
 
 @pytest.fixture(scope="module")
-def found(ended: tuple[Path, int, str]) -> Found:
+def found(ended: tuple[Path, list[tuple[int, str]]]) -> Found:
     """What both processes have after a run."""
-    folder, _, errors = ended
+    folder, errors = ended
 
     def load(run: str) -> list[dict[str, Any]]:
         paths = [folder / f"{run}-{rank}.pt" for rank in range(2)]
@@ -137,19 +138,20 @@ def test_activations_of_one_process_that_are_not_finite_end_both(found: Found) -
     assert "activations must be finite, got NaN or Inf at the input of model.layers.0" in first
 
 
-def test_error_that_nobody_catches_ends_both_processes(ended: tuple[Path, int, str]) -> None:
-    _, status, errors = ended
-    assert status == 1  # and not the signal that ends a script whose time is up
+def test_error_that_nobody_catches_ends_both_processes(ended: tuple[Path, list[tuple[int, str]]]) -> None:
+    (first, errors), (second, _) = ended[1]
+    assert (first, second) == (1, 1)  # and not the signal that ends a process whose time is up
     assert "RuntimeError: process 1 stopped with OSError: disk gone" in errors
 
 
-def test_spawned_processes_give_back_what_they_pruned(tmp_path: Path) -> None:
+def test_spawned_processes_give_back_what_they_pruned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The main process's module gets the new shapes and the weights; the adapters were attached in the workers."""
     module = CausalLMModule(config=SCRATCH)
     callback = fasp(recovery="lora", lora=LoRAConfig(rank=2), export_to=str(tmp_path / "out"))
     keys = module.model.state_dict().keys()
     data = torch.utils.data.DataLoader(random_tokens(40), batch_size=2)
     made = trainer(tmp_path, callback, max_steps=5, strategy="ddp_spawn", devices=2)
+    monkeypatch.setitem(multiprocessing.context._concrete_contexts, "spawn", prepared())  # type: ignore[attr-defined]
     made.fit(module, data, data)
     loaded = load_pruned(tmp_path / "out")  # written by the first worker
     assert module.model.fasp_plan == loaded.fasp_plan
