@@ -142,7 +142,7 @@ class CausalLMModule(L.LightningModule):
     def on_train_start(self) -> None:
         """Read the teacher of a model that is pruned already."""
         if distiller := distiller_of(self):
-            distiller.start(self.model)
+            distiller.start(self.trainer, self.model)
 
     def configure_model(self) -> None:
         """Shard the model if the strategy asks for it."""
