@@ -104,7 +104,7 @@ class TokenBatch:
         """The batch on a device."""
         return replace(self, **{name: value.to(device) for name, value in self._rows().items()})
 
-    def _rows(self) -> dict[str, Tensor]:
+    def _rows(self) -> dict[str, Any]:
         rows = {name: getattr(self, name) for name in ROWS}
         return {name: value for name, value in rows.items() if value is not None}
 

@@ -16,7 +16,7 @@ from fasp_lightning.pruning.processes import Processes
 from fasp_lightning.structure.adapters import has_adapters
 from fasp_lightning.training import reporting
 from fasp_lightning.training.calibration import Draw, calibration_loader, has_calibration_loader
-from fasp_lightning.training.distilling.distiller import Distiller, distiller_of
+from fasp_lightning.training.distilling.distiller import Distiller, checked_distiller, load_teacher, save_teacher
 from fasp_lightning.training.distilling.teacher import Teacher
 from fasp_lightning.training.events import Quality, check_data, prune_model, validation_quality
 from fasp_lightning.training.modeling.export import check_export, data_tokenizer, export_model
@@ -130,7 +130,7 @@ class FASPPruning(Callback):
     @property
     def teacher(self) -> Teacher | None:
         """What a module with settings as its ``distillation`` learns from; ``None`` before the first event."""
-        return self._distiller and self._distiller.teacher
+        return self._distiller.teacher if self._distiller else None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Find the model, refuse what cannot work, and let checkpoints carry the plan."""
@@ -151,9 +151,7 @@ class FASPPruning(Callback):
         cuts = cuts_of(model, self.schedule, self.pruning)
         if self.export_to is not None:
             check_export(model, self.export_to, self.form, self.overwrite, cuts, data_tokenizer(trainer))
-        if distiller := distiller_of(pl_module):
-            distiller.check(model)
-        self._distiller = distiller
+        self._distiller = checked_distiller(pl_module, model)
         self._set_up_recovery(trainer, model)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -223,10 +221,12 @@ class FASPPruning(Callback):
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Add what Lightning leaves out, see :func:`~fasp_lightning.training.trainer.resuming.unsaved_state`."""
+        save_teacher(pl_module, checkpoint)
         checkpoint[UNSAVED] = resuming.unsaved_state(trainer, pl_module, self._processes)
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Keep what :meth:`on_save_checkpoint` added until the run starts."""
+        load_teacher(pl_module, checkpoint)
         self._unsaved = checkpoint.get(UNSAVED, {})
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:

@@ -19,7 +19,12 @@ from fasp_lightning.ops.loss import sequence_nll
 from fasp_lightning.pruning.inputs import ModelInputs
 from fasp_lightning.text.batches import read_batch
 from fasp_lightning.training.distilling.config import DistillationConfig
-from fasp_lightning.training.distilling.distiller import distiller_of
+from fasp_lightning.training.distilling.distiller import (
+    checked_distiller,
+    distiller_of,
+    load_teacher,
+    save_teacher,
+)
 from fasp_lightning.training.distilling.loss import distillation_loss, divergence_in
 from fasp_lightning.training.metrics import Perplexity
 from fasp_lightning.training.modeling.building import new_model, read_model, recompute_activations, seeded
@@ -136,13 +141,21 @@ class CausalLMModule(L.LightningModule):
 
     def setup(self, stage: str) -> None:
         """Refuse a teacher that could not be used."""
-        if stage == "fit" and (distiller := distiller_of(self)):
-            distiller.check(self.model)
+        if stage == "fit":
+            checked_distiller(self, self.model)
 
     def on_train_start(self) -> None:
         """Read the teacher of a model that is pruned already."""
         if distiller := distiller_of(self):
             distiller.start(self.trainer, self.model)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Note the teacher, whose weights are in no checkpoint."""
+        save_teacher(self, checkpoint)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Expect the same one again."""
+        load_teacher(self, checkpoint)
 
     def configure_model(self) -> None:
         """Shard the model if the strategy asks for it."""
@@ -181,7 +194,7 @@ class CausalLMModule(L.LightningModule):
         """Mean NLL of the batch's predicted tokens; with a teacher, mostly their divergence from what that predicts."""
         inputs, targets = self._read(batch)
         logits, distiller = self(**inputs), distiller_of(self)
-        teacher = distiller and distiller.teacher
+        teacher = distiller.teacher if distiller else None
         loss = distillation_loss(logits, teacher, batch, self.distillation)
         self.log("train_loss", loss, prog_bar=True, batch_size=len(targets))
         if teacher and self.distillation:

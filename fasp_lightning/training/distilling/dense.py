@@ -55,8 +55,8 @@ def written_beside(trainer: Trainer, model: PreTrainedModel) -> Iterator[tuple[P
     """
     place, dtype = _place(trainer), str(model.dtype).removeprefix("torch.")
     if place is None:
-        with tempfile.TemporaryDirectory() as folder:
-            yield export_model(model, folder, dtype=dtype), False
+        with tempfile.TemporaryDirectory() as temporary:
+            yield export_model(model, temporary, dtype=dtype), False
         return
     folder, processes = place / f"teacher-{weights_digest(model)[:12]}", Processes.everyone()
     with processes.together():

@@ -25,6 +25,9 @@ from fasp_lightning.training.trainer.random_state import isolated_random_state
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+NOTE = "fasp_teacher"
+"""Entry of a checkpoint: where its teacher comes from, and its fingerprint."""
+
 _MARK = "fasp_distiller"
 
 
@@ -51,13 +54,8 @@ class Distiller:
     def __getstate__(self) -> dict[str, Any]:
         return vars(self) | {"teacher": None, "_sequences": None}  # each spawned process reads them
 
-    @property
-    def identity(self) -> Identity | None:
-        """Which teacher the run has, or will have again."""
-        return self._expected if self.teacher is None else self.teacher.identity
-
-    def expect(self, identity: Identity) -> None:
-        """Take no other teacher than that of the checkpoint from which a run goes on."""
+    def expect(self, identity: Identity | None) -> None:
+        """Take no other teacher than that of the checkpoint from which a run goes on; to be called after the check."""
         self._expected = identity
 
     def check(self, model: PreTrainedModel) -> None:
@@ -193,6 +191,34 @@ def distiller_of(module: nn.Module) -> Distiller | None:
         setattr(module, _MARK, Distiller(config, hub))
     found: Distiller = getattr(module, _MARK)
     return found
+
+
+def checked_distiller(module: nn.Module, model: PreTrainedModel) -> Distiller | None:
+    """The same in ``setup`` of a fit: refused if its teacher could not be used.
+
+    Args:
+        module: The LightningModule.
+        model: The student in it.
+
+    Raises:
+        FaspError: As :meth:`Distiller.check`.
+    """
+    if distiller := distiller_of(module):
+        distiller.check(model)
+    return distiller
+
+
+def save_teacher(module: nn.Module, checkpoint: dict[str, Any]) -> None:
+    """Note in a checkpoint which teacher the run has; its weights are in none."""
+    distiller = distiller_of(module)
+    if distiller and distiller.teacher:
+        checkpoint[NOTE] = distiller.teacher.identity._asdict()
+
+
+def load_teacher(module: nn.Module, checkpoint: dict[str, Any]) -> None:
+    """Let a run that goes on with a checkpoint expect the same teacher."""
+    if distiller := distiller_of(module):
+        distiller.expect(Identity(**checkpoint[NOTE]) if NOTE in checkpoint else None)
 
 
 def _dense_source(model: PreTrainedModel, hub: dict[str, Any]) -> str | None:

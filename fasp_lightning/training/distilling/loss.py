@@ -68,10 +68,10 @@ def divergence_in(loss: Tensor, logits: Tensor, targets: Tensor, config: Distill
         targets: (batch, seq) labels that are predicted.
         config: The settings.
     """
-    share, labels = config.label_weight, 0.0
+    share, divergence = config.label_weight, loss.detach()
     if share:
-        labels = share * next_token_loss(logits.detach(), targets)
-    return (loss.detach() - labels) / ((1 - share) * config.temperature**2)
+        divergence = (divergence - share * next_token_loss(logits.detach(), targets)) / (1 - share)
+    return divergence / config.temperature**2
 
 
 @torch.no_grad()

@@ -1,7 +1,6 @@
 """A LightningModule's state dict carries the model's structure, and gives the model that structure before it is loaded.
 
-The structure is the pruning plan and the settings of adapters; beside it stands which teacher the model recovers with.
-It travels in the state dict itself, not beside it,
+The structure is the pruning plan and the settings of adapters. It travels in the state dict itself, not beside it,
 since that is what every way of loading has in common: ``fit(ckpt_path)``, ``validate(ckpt_path)``,
 ``load_from_checkpoint``, weights-only checkpoints, averaged models, and the state that ``ddp_spawn`` sends back to the
 main process.
@@ -13,14 +12,11 @@ import json
 from typing import Any
 
 import torch
-from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 
 from fasp_lightning.structure.adapters import has_adapters, is_adapter_parameter
 from fasp_lightning.structure.plan import adopt_plan, conform, plan_of
 from fasp_lightning.structure.pruning_plan import PruningPlan
-from fasp_lightning.training.distilling.distiller import distiller_of
-from fasp_lightning.training.distilling.teacher import Identity
 from fasp_lightning.training.modeling.locate import find_causal_lm
 from fasp_lightning.training.modeling.lora import LoRAConfig, attach_lora
 
@@ -82,10 +78,7 @@ def _write(module: nn.Module, state: dict[str, Any], prefix: str, _metadata: Any
     plan, lora = plan_of(model), getattr(model, "fasp_lora", None)
     pruned = plan is not None and any(plan.blocks)
     if pruned or lora:
-        distiller = distiller_of(module)
-        teacher = distiller.identity if distiller and pruned else None
-        noted = {"teacher": teacher._asdict()} if teacher else {}
-        state[prefix + KEY] = _encode({"plan": plan.to_dict() if plan and pruned else None, "lora": lora, **noted})
+        state[prefix + KEY] = _encode({"plan": plan.to_dict() if plan and pruned else None, "lora": lora})
 
 
 def _read(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
@@ -93,21 +86,12 @@ def _read(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> Non
     if prefix + KEY not in state and not _holds(state, module, model, prefix):
         return
     structure = _decode(state.pop(prefix + KEY)) if prefix + KEY in state else {"plan": None, "lora": None}
-    distiller, teacher = distiller_of(module), structure.get("teacher")
-    if distiller and teacher and _resumes(module):
-        distiller.expect(Identity(**teacher))
     conform(model, structure["plan"] and PruningPlan.from_dict(structure["plan"]))
     if structure["lora"] and not has_adapters(model):
         with torch.random.fork_rng(devices=[]):  # the loaded values overwrite those drawn here
             attach_lora(model, LoRAConfig(**structure["lora"]))
     elif has_adapters(model) and not any(is_adapter_parameter(key) for key in state):
         _add_adapters(module, state, prefix)
-
-
-def _resumes(module: nn.Module) -> bool:
-    """Whether a run goes on with a checkpoint, of which ``load_from_checkpoint`` takes the weights alone."""
-    trainer = getattr(module, "_trainer", None)  # the property raises without one
-    return trainer is not None and trainer.state.fn == TrainerFn.FITTING
 
 
 def _holds(state: dict[str, Any], module: nn.Module, model: nn.Module, prefix: str) -> bool:

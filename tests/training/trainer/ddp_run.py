@@ -25,6 +25,9 @@ from torch.utils.data import DataLoader, DistributedSampler, default_collate
 from fasp_lightning import PruningConfig
 from fasp_lightning.pruning.config import OwnTextConfig
 from fasp_lightning.training.callback import FASPPruning
+from fasp_lightning.training.distilling.config import DistillationConfig
+from fasp_lightning.training.distilling.distiller import distiller_of
+from fasp_lightning.training.distilling.loss import distillation_loss
 from fasp_lightning.training.modeling.lora import LoRAConfig
 from fasp_lightning.training.module import CausalLMModule
 
@@ -88,12 +91,35 @@ def plain(folder: Path, processes: int = 2, **options: Any) -> tuple[Noting, L.T
     return module, made, callback
 
 
-def fit(folder: Path, module: Noting, callback: FASPPruning, processes: int = 2, **options: Any) -> L.Trainer:
+def fit(
+    folder: Path, module: Noting, callback: FASPPruning, processes: int = 2, *more: L.Callback, **options: Any
+) -> L.Trainer:
     options = {"max_steps": 5, "accumulate_grad_batches": 2, "num_sanity_val_steps": 0} | options
     options |= {"strategy": "ddp", "devices": processes} if processes > 1 else {}
-    made = trainer(folder, callback, **options)
+    made = trainer(folder, callback, *more, **options | {"enable_checkpointing": bool(more)})
     made.fit(module, val_dataloaders=DataLoader(module.validation, batch_size=4 // processes))
     return made
+
+
+class Distilled(Noting):
+    """Learns from what it was before the first event."""
+
+    distillation = DistillationConfig(label_weight=0.5)
+
+    def training_step(self, batch: Tensor, _: int) -> Tensor:
+        distiller = distiller_of(self)
+        assert distiller is not None
+        logits = self.lm(input_ids=batch, use_cache=False).logits
+        loss = distillation_loss(logits, distiller.teacher, batch, self.distillation)
+        self.losses.append(loss.item())
+        return loss
+
+
+def distilled(folder: Path, processes: int = 2) -> tuple[Noting, L.Trainer, FASPPruning]:
+    """The teacher is written by the first process, beside the checkpoints."""
+    module, callback = Distilled(sgd), fasp()
+    saver = ModelCheckpoint(dirpath=folder / "distilled", every_n_train_steps=5)
+    return module, fit(folder, module, callback, processes, saver), callback
 
 
 def full(folder: Path) -> tuple[Any, L.Trainer, FASPPruning]:
@@ -169,6 +195,7 @@ def found(module: Any, made: L.Trainer, callback: FASPPruning) -> dict[str, Any]
             (record.perplexity_before, record.perplexity_pruned, record.perplexity_recovered)
             for record in callback.records
         ],
+        "divergences": [(record.kl_pruned, record.kl_recovered) for record in callback.records],
     }
 
 
@@ -188,6 +215,7 @@ def main(folder: Path) -> None:
     rank = note("none", lambda: plain(folder))
     note("ingredients", lambda: plain(folder, pruning=INGREDIENTS))
     note("groups", lambda: plain(folder, pruning=GROUPS))
+    note("distilled", lambda: distilled(folder))
     note("full", lambda: full(folder))
     note("lora", lambda: lora(folder))
     note("whole", lambda: resumable(folder, rank))

@@ -21,7 +21,14 @@ from tiny_pruning import basic
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from fasp_lightning import CausalLMDataModule, CausalLMModule, FASPPruning, LoRAConfig, PruningConfig
+from fasp_lightning import (
+    CausalLMDataModule,
+    CausalLMModule,
+    DistillationConfig,
+    FASPPruning,
+    LoRAConfig,
+    PruningConfig,
+)
 from fasp_lightning.pruning.config import OwnTextConfig
 from fasp_lightning.text.config import TextConfig
 
@@ -58,6 +65,7 @@ class Run:
         validate_every: Batches between validations; None is once an epoch.
         by_steps: The run ends by max_steps, not by max_epochs.
         plateau: The learning rate falls by what validation gives.
+        distilled: Recovery is by distillation, from the model as it was trained until the first event.
         settings: A key of ``PRUNING``.
     """
 
@@ -69,6 +77,7 @@ class Run:
     validate_every: int | None = None
     by_steps: bool = False
     plateau: bool = False
+    distilled: bool = False
     settings: str = "plain"
 
     @property
@@ -176,7 +185,13 @@ def new_own(run: Run, folder: Path) -> tuple[L.LightningModule, dict[str, Any]]:
         cache_dir=str(text / "cache"),
     )
     schedule = watching if run.plateau else falling
-    module = CausalLMModule(config=run.config, lora=LORA if run.lora else None, optimizer=adamw, lr_scheduler=schedule)
+    module = CausalLMModule(
+        config=run.config,
+        lora=LORA if run.lora else None,
+        distillation=DistillationConfig(label_weight=0.5) if run.distilled else None,
+        optimizer=adamw,
+        lr_scheduler=schedule,
+    )
     return module, {"datamodule": data}
 
 

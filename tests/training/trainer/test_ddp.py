@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from ddp_run import GROUPS, INGREDIENTS, Noting, fasp, fit, plain, sgd
+from ddp_run import GROUPS, INGREDIENTS, Noting, distilled, fasp, fit, plain, sgd
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from processes import raised_elsewhere, run_script
 from runs import UserModule, half, trainer
@@ -55,7 +55,7 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return module, callback
 
 
-@pytest.mark.parametrize("run", ["none", "ingredients", "groups", "full", "lora", "whole"])
+@pytest.mark.parametrize("run", ["none", "ingredients", "groups", "distilled", "full", "lora", "whole"])
 def test_weights_and_optimizer_state_stay_the_same_in_both(run: str, found: Found) -> None:
     first, second = found(run)
     assert first["plan"] == second["plan"]
@@ -88,6 +88,16 @@ def test_run_in_two_processes_equals_one_on_all_the_data(
     for process in found(run):
         assert process["plan"] == module.lm.fasp_plan.to_json()
         assert process["weights"].keys() == module.lm.state_dict().keys()
+        for name, value in module.lm.state_dict().items():
+            torch.testing.assert_close(process["weights"][name], value, atol=1e-5, rtol=1e-5)
+
+
+def test_distillation_in_two_processes_equals_one_on_all_the_data(found: Found, tmp_path: Path) -> None:
+    module, _, callback = distilled(tmp_path, processes=1)
+    expected = [(record.kl_pruned, record.kl_recovered) for record in callback.records]
+    for process in found("distilled"):
+        for divergences, pair in zip(process["divergences"], expected, strict=True):
+            assert divergences == pytest.approx(pair, rel=1e-3, abs=1e-6)
         for name, value in module.lm.state_dict().items():
             torch.testing.assert_close(process["weights"][name], value, atol=1e-5, rtol=1e-5)
 

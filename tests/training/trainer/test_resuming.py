@@ -33,6 +33,7 @@ RUNS = {
     "own-plateau-by-steps": Run(plateau=True, saves="epoch", by_steps=True, accumulate=2),
     "own-saved-on-error": Run(recovery="lora", saves="error", accumulate=2),
     "own-everything": Run(settings="everything", recovery="lora"),
+    "own-distilled": Run(recovery="lora", accumulate=2, distilled=True),
     "own-groups": Run(settings="groups", recovery="full", accumulate=2),
     "foreign": Run(foreign=True, saves="epoch"),
     "foreign-full-by-steps": Run(foreign=True, recovery="full", saves="epoch", by_steps=True),
@@ -172,6 +173,7 @@ SAMPLE = [
     ("foreign-groups", Stop("batch", 12)),
     ("own-lora", Stop("calibration", 7, "kill")),
     ("own-lora-of-the-module", Stop("saved", 8, "kill")),
+    ("own-distilled", Stop("step", 8, "kill")),
 ]
 
 
