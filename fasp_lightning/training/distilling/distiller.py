@@ -124,9 +124,10 @@ class Distiller:
         if self._sequences is None:
             self.teacher = ask()
             return
-        ask, folder = functools.cache(ask), cache_of(trainer)
-        identity = self._expected or ask().identity  # a run that goes on need not read it if all is said
-        self.teacher = stored(identity, ask, self._sequences, self.config, folder, _vocabulary(model.config))
+        ask, known = functools.cache(ask), self._expected
+        if known is None or self.config.teacher not in (None, known.source):
+            known = ask().identity  # else a run that goes on need not read what has said all
+        self.teacher = stored(known, ask, self._sequences, self.config, cache_of(trainer), _vocabulary(model.config))
 
     def _named(self, model: PreTrainedModel) -> LiveTeacher:
         """The one in the settings, in the checkpoint, or in the report of a model that was pruned before."""
