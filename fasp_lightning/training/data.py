@@ -36,8 +36,9 @@ class CausalLMDataModule(L.LightningDataModule):
     tokens. Roles that read the same text divide its documents among themselves; no document of 80 characters
     or more serves two roles, wherever it stands. A training run stopped at any batch goes on, resumed, with the
     very next one. Batches are {"input_ids", "labels"}, (batch, seq_len) int64; no label counts where it is −100.
-    ``own_text`` is written by the run's model before anything is pruned, once, and starts like the calibration text
-    that is read; each role has sequences of its own, and beside other training text only training has any.
+    ``own_text`` is written by the run's model before anything is pruned, once; its sequences start like the
+    calibration text that is read, else with any token. Each role has some of its own, but those without a text of
+    their own none beside other training text.
 
     Args:
         tokenizer: The model's name, folder or GGUF file, a tokenizer of transformers, or settings by which one

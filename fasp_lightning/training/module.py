@@ -147,7 +147,7 @@ class CausalLMModule(L.LightningModule):
     def on_train_start(self) -> None:
         """Read the teacher of a model that is pruned already."""
         if distiller := distiller_of(self):
-            distiller.start(self.model)
+            distiller.start(self.trainer, self.model)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Note the teacher, whose weights are in no checkpoint."""

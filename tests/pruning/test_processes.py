@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ from tiny_pruning import INGREDIENTS, basic, calibration
 
 from fasp_lightning import FASPPruner, PruningPlan
 from fasp_lightning.pruning.config import OwnTextConfig
-from fasp_lightning.pruning.own_text.writing import calibration_starts, own_text
+from fasp_lightning.pruning.own_text.writing import calibration_starts, own_sequences, own_text
 from fasp_lightning.pruning.processes import Processes
 
 Found = Callable[[str], list[dict[str, Any]]]
@@ -99,6 +100,12 @@ def test_processes_write_together_what_one_does(found: Found) -> None:
         for case in process["written"]:  # sampled, put into a cache, and read from it
             assert torch.equal(torch.cat(case), whole[rank::2])
         assert process["files"] == 1
+
+
+def test_each_process_has_all_of_what_is_written_in_pieces(found: Found, tmp_path: Path) -> None:
+    whole = list(own_sequences(tiny_model("opt"), two_processes.pieces(tmp_path), Processes()))
+    for process in found("own"):
+        assert all(map(torch.equal, process["pieces"], whole))
 
 
 def test_own_text_has_its_share_over_all_processes(found: Found) -> None:

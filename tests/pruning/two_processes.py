@@ -16,9 +16,9 @@ import torch.distributed as dist
 from tiny import VOCAB, random_tokens, tiny_model
 from tiny_pruning import INGREDIENTS, OWN, basic, calibration
 
-from fasp_lightning import FASPPruner, PruningConfig
+from fasp_lightning import FASPPruner, OwnTextConfig, PruningConfig
 from fasp_lightning.pruning import round
-from fasp_lightning.pruning.own_text.writing import calibration_starts, mixed, own_text
+from fasp_lightning.pruning.own_text.writing import calibration_starts, mixed, own_sequences, own_text
 from fasp_lightning.pruning.processes import Processes
 
 CONFIG = basic(0.2, attention="value_dims")
@@ -78,6 +78,11 @@ def main(folder: Path, rank: int) -> None:
     dist.destroy_process_group()
 
 
+def pieces(folder: Path) -> list[OwnTextConfig]:
+    """Three sequences, and one, of which a process has no part."""
+    return [OwnTextConfig(tokens=20 * n, seq_len=20, seed=n, cache_dir=str(folder)) for n in (3, 1)]
+
+
 def write(folder: Path, rank: int) -> None:
     """Own text without a cache, into one and from it, mixed with the calibration text; and a model that cannot."""
     processes = Processes.everyone()
@@ -85,6 +90,7 @@ def write(folder: Path, rank: int) -> None:
     starts = calibration_starts(uneven(rank), processes)
     written = [own_text(tiny_model("opt"), replace(OWN, cache_dir=cache), processes, starts) for cache in caches]
     batches = mixed(uneven(rank), written[0], OWN.share, processes)
+    whole = list(own_sequences(tiny_model("opt"), pieces(folder / "pieces"), processes))
     broken = tiny_model("opt")
     if rank == 1:
         broken.model.decoder.final_layer_norm.weight.data.fill_(float("nan"))
@@ -94,6 +100,7 @@ def write(folder: Path, rank: int) -> None:
     except Exception as error:
         message = f"{type(error).__name__}: {error}"
     found = {"written": written, "batches": batches, "message": message, "files": len(list(folder.glob("cache/*")))}
+    found["pieces"] = whole
     torch.save(found, folder / f"own-{rank}.pt")
 
 

@@ -224,6 +224,11 @@ def test_builtin_text_needs_a_split(source: str) -> None:
         list(documents(TextConfig(source)))
 
 
+def test_own_text_is_not_read_without_a_model() -> None:
+    with pytest.raises(ValueError, match="whose run has the model that writes it.*set share of the pruning's own_text"):
+        next(documents(TextConfig("own_text")))
+
+
 @pytest.mark.parametrize("split", SPLITS)
 def test_builtin_text_gives_batches(split: str, tiny_tokenizer: PreTrainedTokenizerFast) -> None:
     config = TextConfig(split=split, sequences=3, seq_len=16, batch_size=2)

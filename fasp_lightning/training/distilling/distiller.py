@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import nn
 
-from fasp_lightning.checkpoints.devices import choose_device
+from fasp_lightning.checkpoints.devices import choose_device, choose_dtype
 from fasp_lightning.checkpoints.loading import load_config, load_model
 from fasp_lightning.errors import FaspError
 from fasp_lightning.structure.plan import plan_in, plan_of
 from fasp_lightning.training.distilling.config import DistillationConfig
 from fasp_lightning.training.distilling.dense import holds_same_weights, written_beside
+from fasp_lightning.training.distilling.store import Sequences
+from fasp_lightning.training.distilling.stored import cache_of, stored, training_sequences
 from fasp_lightning.training.distilling.teacher import Identity, LiveTeacher, Teacher
+from fasp_lightning.training.modeling.copying import plain_copy
 from fasp_lightning.training.trainer.random_state import isolated_random_state
 
 if TYPE_CHECKING:
@@ -39,13 +45,14 @@ class Distiller:
         self.config = config
         self.teacher: Teacher | None = None
         self._expected: Identity | None = None
+        self._sequences: Sequences | None = None
         self._hub = hub
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Distiller:
         return self
 
     def __getstate__(self) -> dict[str, Any]:
-        return vars(self) | {"teacher": None}  # each spawned process reads it
+        return vars(self) | {"teacher": None, "_sequences": None}  # each spawned process reads them
 
     def expect(self, identity: Identity | None) -> None:
         """Take no other teacher than that of the checkpoint from which a run goes on; to be called after the check."""
@@ -61,7 +68,7 @@ class Distiller:
             FaspError: If its vocabulary is another one, it is not there, or a model that was pruned before does not say
                 which one it was pruned from.
         """
-        self._expected, size = None, _vocabulary(model.config)
+        self._expected, self._sequences, size = None, None, _vocabulary(model.config)
         if self.config.teacher_device is not None:
             choose_device(self.config.teacher_device)
         if self.config.top_k is not None and self.config.top_k >= size:
@@ -76,23 +83,28 @@ class Distiller:
                 "model with the same tokenizer, or leave teacher out for the model as it was before its pruning"
             )
 
-    def start(self, model: PreTrainedModel) -> None:
+    def start(self, trainer: Trainer, model: PreTrainedModel) -> None:
         """Read the teacher of a model that is pruned already, as one that is resumed is; once it is there, do nothing.
 
         Args:
+            trainer: In ``on_train_start``.
             model: The student, its checkpoint loaded.
 
         Raises:
-            FaspError: If it is not the one that the checkpoint names.
+            FaspError: If it is not the one that the checkpoint names, or cannot be asked about the training data
+                beforehand, as ``top_k`` has it.
         """
+        if self.config.top_k is not None and self._sequences is None:
+            self._sequences = training_sequences(trainer)
         if not _is_pruned(model):
             self.teacher = None  # of an earlier fit
         elif self.teacher is None:
-            source = self._source(model)
-            self._take(self._read(model, source), source)
+            self._take(trainer, model, lambda: self._named(model))
 
     def before_event(self, trainer: Trainer, model: PreTrainedModel) -> None:
         """Let the model as it is before its first pruning be the teacher, if no other one is named.
+
+        What is asked of it beforehand, it says itself: there is no second model in memory.
 
         Args:
             trainer: Beside whose checkpoints the model is written, if it is not what its source holds.
@@ -100,14 +112,44 @@ class Distiller:
         """
         if self.teacher is not None:
             return
-        source = self.config.teacher or getattr(model, "fasp_source", None)
+        if self.config.teacher is not None:
+            self._take(trainer, model, lambda: self._named(model))
+        elif self.config.top_k is not None:
+            self._take(trainer, model, lambda: self._copied(model))
+        else:
+            self._take(trainer, model, lambda: self._itself(trainer, model))
+
+    def _take(self, trainer: Trainer, model: PreTrainedModel, ask: Callable[[], LiveTeacher]) -> None:
+        """Have the teacher asked live, or once about all training sequences."""
+        if self._sequences is None:
+            self.teacher = ask()
+            return
+        ask, known = functools.cache(ask), self._expected
+        if known is None or self.config.teacher not in (None, known.source):
+            known = ask().identity  # else a run that goes on need not read what has said all
+        self.teacher = stored(known, ask, self._sequences, self.config, cache_of(trainer), _vocabulary(model.config))
+
+    def _named(self, model: PreTrainedModel) -> LiveTeacher:
+        """The one in the settings, in the checkpoint, or in the report of a model that was pruned before."""
+        source = self._source(model)
+        return self._live(self._read(model, source), source)
+
+    def _copied(self, model: PreTrainedModel) -> LiveTeacher:
+        """The model, in the dtype in which :meth:`_read` would read it again."""
+        stored = getattr(model, "fasp_stored_dtype", None) or model.dtype
+        dtype = choose_dtype(self.config.teacher_dtype, stored, torch.device("cpu"))
+        return self._live(plain_copy(model, dtype=dtype), getattr(model, "fasp_source", None))
+
+    def _itself(self, trainer: Trainer, model: PreTrainedModel) -> LiveTeacher:
+        """The model, as its source holds it if it was not trained since."""
+        source = getattr(model, "fasp_source", None)
         read = None if source is None else self._read(model, source)
-        if read is None or not (self.config.teacher or holds_same_weights(read, model)):
+        if read is None or not holds_same_weights(read, model):
             with written_beside(trainer, model) as (folder, lasting):
                 read, source = self._read(model, str(folder)), str(folder) if lasting else None
-        self._take(read, source)
+        return self._live(read, source)
 
-    def _take(self, model: PreTrainedModel, source: str | None) -> None:
+    def _live(self, model: PreTrainedModel, source: str | None) -> LiveTeacher:
         teacher, expected = LiveTeacher(model, source, self.config), self._expected
         if expected is not None and expected.fingerprint != teacher.identity.fingerprint:
             raise FaspError(
@@ -115,7 +157,7 @@ class Distiller:
                 f"{expected.fingerprint}, got {source!r} with {teacher.identity.fingerprint}; name that one, or begin "
                 "a new run with the weights (load_from_checkpoint)"
             )
-        self.teacher = teacher
+        return teacher
 
     def _source(self, model: PreTrainedModel) -> str:
         """Where the teacher of a model that is pruned already can be read."""

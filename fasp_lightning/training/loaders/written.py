@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from lightning.pytorch import Trainer
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fasp_lightning.errors import FaspError
 from fasp_lightning.pruning.config import OwnTextConfig
+from fasp_lightning.pruning.inputs import ModelInputs
 from fasp_lightning.pruning.own_text.cache import digest_of
 from fasp_lightning.pruning.own_text.writing import own_sequences, within_positions
 from fasp_lightning.pruning.processes import Processes
@@ -21,6 +22,9 @@ from fasp_lightning.text.config import OWN_TEXT
 from fasp_lightning.text.packed_cache import Tokenised
 from fasp_lightning.text.role_cache import RoleCache
 from fasp_lightning.training.modeling.copying import plain_copy
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 TRAINING, OTHERS = 1024, 64
 """Sequences of own text to train on, and of another role's, where the text sets no number."""
@@ -38,8 +42,7 @@ def write_own_text(cache: RoleCache, roles: Iterable[str], trainer: Trainer | No
     A run that is resumed has the same text: its model is, before the checkpoint is loaded, what it was at the start.
 
     Args:
-        cache: Where the text is put. Its sequences start like the calibration text that is read, else with the model's
-            beginning-of-text token.
+        cache: Where the text is put. Its sequences start like the calibration text that is read, else with any tokens.
         roles: Which ones; what is there already stays.
         trainer: Says where to compute, and whether in bfloat16.
         model: The causal LM; ``None`` where there is no run.
@@ -55,7 +58,7 @@ def write_own_text(cache: RoleCache, roles: Iterable[str], trainer: Trainer | No
     _check(model, cache.seq_len)
     run: Any = trainer
     dtype = torch.bfloat16 if str(run.precision).startswith("bf16") else None
-    writer, starts = plain_copy(model, run.strategy.root_device, dtype), _starts(cache)
+    writer, starts = plain_copy(model, run.strategy.root_device, dtype), _starts(cache, model)
     for (role, index), text in missing.items():
         wanted, _, _, seed = text.extent(TRAINING if role == "train" else OTHERS, cache.seq_len, seed=cache.seed)
         pieces = _pieces(cache, wanted or 0, (seed, role, index))
@@ -80,12 +83,17 @@ def _check(model: Any, seq_len: int) -> None:
         raise FaspError(f"seq_len must be at most {longest}, the model's positions, to write {OWN_TEXT}, got {seq_len}")
 
 
-def _starts(cache: RoleCache) -> Tensor | None:
-    """The first token of every sequence of the calibration text that is read; ``None`` if there is none."""
+def _starts(cache: RoleCache, model: PreTrainedModel) -> Tensor:
+    """The first token of every sequence of the calibration text that is read; where there is none, the vocabulary.
+
+    Text from random first tokens is more varied than from one that begins a text (LLM-QAT, arXiv:2305.17888), which in
+    chat models may open a turn, from which alone follows none.
+    """
     texts = cache.read("calibration") if cache.ready("calibration") else []
     rows = (rows["input_ids"][:, 0].tolist() for text in texts for rows in text.sequences.iter(1000))
-    found = sorted(token for tokens in rows for token in tokens)
-    return torch.tensor(found) if found else None
+    found = [token for tokens in rows for token in tokens]
+    tokens = set(cache.tokenizer.get_vocab().values()) - set(cache.tokenizer.all_special_ids)
+    return torch.tensor(sorted(found or (token for token in tokens if token < ModelInputs(model).vocabulary)))
 
 
 def _pieces(cache: RoleCache, sequences: int, key: tuple[Any, ...]) -> list[OwnTextConfig]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -35,9 +35,11 @@ def plain_copy(
         return nn.Parameter(weight.detach().to(device or weight.device, kind or weight.dtype), requires_grad=False)
 
     # deepcopy takes from its memo what it need not copy
-    copied = copy.deepcopy(model, {id(weight): placed(weight) for weight in model.parameters()})
+    copied: Any = copy.deepcopy(model, {id(weight): placed(weight) for weight in model.parameters()})
     for path, layer in list(copied.named_modules()):
-        if is_adapted(layer) and not any(weight.any() for weight in layer.lora_B.parameters()):  # type: ignore[union-attr]
-            replace_module(copied, path, layer.base_layer)  # type: ignore[arg-type]
+        if is_adapted(layer) and not any(weight.any() for weight in layer.lora_B.parameters()):
+            replace_module(copied, path, layer.base_layer)
     merge_lora(copied)
-    return copied.to(device or model.device).eval().requires_grad_(False)  # buffers, too, go there
+    copied.config.dtype = copied.dtype  # as where it is read so
+    found: PreTrainedModel = copied.to(device or model.device).eval().requires_grad_(False)  # buffers go there too
+    return found

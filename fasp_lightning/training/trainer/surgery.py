@@ -211,13 +211,18 @@ def training_loader(trainer: Trainer) -> DataLoader:
     Raises:
         FaspError: If there are several, or it is another kind of loader.
     """
-    # _FitLoop.setup_data (loops/fit_loop.py) makes it before on_train_start; trainer.train_dataloader would be a list
-    # or mapping where the user gave one.
-    combined = trainer.fit_loop._combined_loader
-    loaders = [] if combined is None else combined.flattened
+    loaders = training_loaders(trainer)
     if len(loaders) != 1 or not isinstance(loaders[0], DataLoader):
         raise FaspError(no_source(", ".join(type(loader).__name__ for loader in loaders) or "none"))
     return loaders[0]
+
+
+def training_loaders(trainer: Trainer) -> list[Any]:
+    """Whatever the training batches come from."""
+    # _FitLoop.setup_data (loops/fit_loop.py) makes it before on_train_start; trainer.train_dataloader would be a list
+    # or mapping where the user gave one.
+    combined = trainer.fit_loop._combined_loader
+    return [] if combined is None else list(combined.flattened)
 
 
 def no_source(got: str) -> str:

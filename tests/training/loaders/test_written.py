@@ -105,7 +105,9 @@ def test_the_dense_model_writes_it_although_the_run_prunes(tmp_path: Path, make:
     assert [piece.sequences for piece in pieces] == [6, 6, 4]
     assert len({piece.seed for piece in pieces}) == 3
     settings = [OwnTextConfig(tokens=piece.tokens, seq_len=8, seed=piece.seed) for piece in pieces]
-    expected = torch.cat([torch.cat(own_text(dense, one)) for one in settings])
+    starts = written._starts(data._texts(), dense)
+    assert not set(starts.tolist()) & set(data.tokenizer.all_special_ids)
+    expected = torch.cat([torch.cat(own_text(dense, one, starts=starts)) for one in settings])
     assert torch.equal(rows(data, "train"), expected)
 
 

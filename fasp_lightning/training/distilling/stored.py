@@ -1,0 +1,148 @@
+"""A teacher that is asked once about all training sequences, and then read from disk."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Trainer
+from torch import Tensor
+from torch.utils.data import DataLoader, IterableDataset
+
+from fasp_lightning.errors import FaspError
+from fasp_lightning.ops.distillation import TopK
+from fasp_lightning.pruning.processes import Processes
+from fasp_lightning.staging import fingerprint, require_space
+from fasp_lightning.text.batches import TokenBatch, read_batch
+from fasp_lightning.text.packed_cache import default_cache
+from fasp_lightning.training.distilling.config import DistillationConfig
+from fasp_lightning.training.distilling.store import FORMAT, AnswerStore, Sequences
+from fasp_lightning.training.distilling.teacher import Identity, Teacher
+from fasp_lightning.training.trainer.random_state import isolated_random_state
+from fasp_lightning.training.trainer.surgery import training_loaders
+
+BATCH_TOKENS = 1024
+"""Tokens that the teacher is asked about at a time."""
+
+LIVE = "set top_k of distillation to null to ask the teacher live"
+"""The way out of what cannot be computed beforehand."""
+
+log = logging.getLogger(__name__)
+
+
+class StoredTeacher:
+    """Says what a model once said of the sequences of a run; a :class:`~.teacher.Teacher`.
+
+    Args:
+        identity: Which model that was.
+        sequences: Those that it was asked about.
+        store: What it said.
+    """
+
+    live = False
+
+    def __init__(self, identity: Identity, sequences: Sequences, store: AnswerStore) -> None:
+        self.identity = identity
+        self._sequences, self._store = sequences, store
+
+    def __call__(self, batch: TokenBatch) -> TopK:
+        """See ``Teacher.__call__``."""
+        places = self._sequences.places(_ids(batch))
+        return TopK(*(part.to(batch.input_ids.device) for part in self._store.read(places)))
+
+
+def stored(
+    identity: Identity,
+    ask: Callable[[], Teacher],
+    sequences: Sequences,
+    config: DistillationConfig,
+    place: Path,
+    size: int,
+) -> StoredTeacher:
+    """The teacher whose answers are on disk; those that are not yet are computed, by all processes together.
+
+    What was stopped goes on with the next file.
+
+    Args:
+        identity: Which model it is.
+        ask: Gives it live; called only where answers are missing.
+        sequences: What it is asked about.
+        config: ``top_k`` and ``temperature`` are read.
+        place: The cache.
+        size: Tokens of its vocabulary.
+
+    Raises:
+        FaspError: If the disk has no room, or other processes do not see what this one wrote.
+        OSError: If it cannot be written.
+    """
+    processes, k = Processes.everyone(), config.top_k or 0
+    key = fingerprint(FORMAT, identity.fingerprint, sequences.digest, k, config.temperature)
+    count, seq_len = sequences.ids.shape
+    store = AnswerStore(place / "teacher" / key, count, seq_len, k, size)
+    missing = processes.from_first(store.missing())
+    if missing:
+        with processes.together():
+            _compute(store, missing[processes.rank :: processes.count], ask(), sequences, processes.is_first)
+    with processes.together():
+        if store.missing():
+            raise FaspError(
+                f"cache_dir must be a folder that all processes share, got {str(place)!r}, where what others have "
+                f"written is not seen; name such a folder, or {LIVE}"
+            )
+    return StoredTeacher(identity, sequences, store)
+
+
+def training_sequences(trainer: Trainer) -> Sequences:
+    """All sequences of the training data, in the order of the data set; the random state of the run stays.
+
+    Args:
+        trainer: Its one training loader is read.
+
+    Raises:
+        FaspError: If it is streamed, or its batches have padding, positions or different lengths.
+    """
+    loaders = training_loaders(trainer)
+    loader = loaders[0] if len(loaders) == 1 else None
+    if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset):
+        raise FaspError(
+            "top_k must be null but for training data of one DataLoader that is not streamed, got "
+            f"{', '.join(type(one).__name__ for one in loaders) or 'none'}: a teacher that answers once must know all "
+            f"sequences; {LIVE}, or let the data module cache the text (streaming: false)"
+        )
+    size = loader.batch_size or getattr(loader.batch_sampler, "batch_size", None)
+    options: dict[str, Any] = {"collate_fn": loader.collate_fn, "generator": torch.Generator()}
+    with isolated_random_state():
+        found = [_ids(read_batch(batch)) for batch in DataLoader(loader.dataset, batch_size=size, **options)]
+    if len({ids.shape[1] for ids in found}) != 1:
+        raise FaspError(f"top_k must be null with training batches of several lengths; {LIVE}, or cut them alike")
+    return Sequences(torch.cat(found))
+
+
+def cache_of(trainer: Trainer) -> Path:
+    """Where the data module keeps its tokenised text, else where it would by default."""
+    folder = getattr(trainer.datamodule, "cache_dir", None)  # type: ignore[attr-defined]
+    return default_cache() if folder is None else Path(folder).expanduser()
+
+
+def _ids(batch: TokenBatch) -> Tensor:
+    """(batch, seq) token ids, which alone must decide on what is said of them."""
+    plain = batch.unmasked()
+    if plain.attention_mask is not None or plain.position_ids is not None:
+        raise FaspError(f"top_k must be null with batches that have padding or position_ids; {LIVE}")
+    return plain.input_ids
+
+
+def _compute(store: AnswerStore, numbers: list[int], teacher: Teacher, sequences: Sequences, first: bool) -> None:
+    """Ask about the sequences of some files, and write them."""
+    require_space(store.folder, store.size)
+    step = max(1, BATCH_TOKENS // sequences.ids.shape[1])
+    pieces = store.pieces()
+    for done, number in enumerate(numbers, 1):
+        asked = sequences.ids[pieces[number].start : pieces[number].stop]
+        told: list[Any] = [teacher(TokenBatch(ids)) for ids in asked.split(step)]
+        store.write(number, TopK(*(torch.cat([part.cpu() for part in parts]) for parts in zip(*told, strict=True))))
+        if first:
+            log.info("the teacher's answers: %d of %d files of %d sequences", done, len(numbers), len(asked))
