@@ -45,6 +45,7 @@ OUTCOMES: dict[str, Callable[[dict[str, Any]], bool]] = {
     "plan_speedup": lambda names: names["found"].predicted.of("prefill") >= 1.05 and is_pruned(names["model"]),
     "CausalLMDataModule": lambda left: left["batch"]["input_ids"].dtype == torch.int64,
     "CausalLMModule": lambda left: (Path(left["folder"]) / "model.safetensors").is_file(),
+    "DistillationConfig": lambda left: left["module"].distillation.label_weight == 0.1,
     "FASPPruner": lambda left: is_pruned(left["model"]),
     "FASPPruning": lambda left: [record.step for record in left["pruning"].records] == [0, 1],
     "LoRAConfig": lambda left: len(left["trained"]) == 2 * 2 * LAYERS,  # A and B of two targets a block
@@ -54,6 +55,7 @@ OUTCOMES: dict[str, Callable[[dict[str, Any]], bool]] = {
     "PruningSchedule": lambda left: left["schedule"].events[0].sparsity == 0.23125,
     "apply_plan": lambda left: left["same_shapes"].fasp_plan == left["model"].fasp_plan,
     "carry_structure": lambda left: carries_structure(left["MyModule"](left["model"])),
+    "distillation_loss": lambda left: left["pruning"].teacher.live,
     "export_gguf": lambda left: left["exported"].path.stat().st_size == left["exported"].bytes,
     "export_onnx": lambda left: left["exported"].check.same == left["exported"].check.tokens,
     "export_vllm": lambda left: (Path(left["folder"]) / "model.safetensors").is_file(),

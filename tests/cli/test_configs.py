@@ -17,7 +17,9 @@ from fasp_lightning.text.config import TextConfig
 
 COMMANDS = {
     "evaluate": "evaluate",
-    **dict.fromkeys(("one_shot", "iterative_lora", "ddp_cpu", "opt_from_scratch", "recover_lora"), "fit"),
+    **dict.fromkeys(
+        ("one_shot", "iterative_lora", "ddp_cpu", "opt_from_scratch", "recover_lora", "recover_distill"), "fit"
+    ),
 }
 """Command of the configs that are not for ``fasp prune``; those for ``fit`` are run in test_training_configs.py."""
 

@@ -17,7 +17,7 @@ from fasp_lightning import PruningSchedule, load_pruned
 from fasp_lightning.cli.configs import find_config
 from fasp_lightning.structure.plan import resolve_pruned
 
-NAMES = ("one_shot", "iterative_lora", "ddp_cpu", "recover_lora", "opt_from_scratch")
+NAMES = ("one_shot", "iterative_lora", "ddp_cpu", "recover_lora", "recover_distill", "opt_from_scratch")
 TINY_OPT = {"hidden_size": 32, "word_embed_proj_dim": 32, "ffn_dim": 72, "num_hidden_layers": 2, "vocab_size": 300}
 
 

@@ -12,7 +12,8 @@ from jsonargparse import ArgumentParser, Namespace
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-import fasp_lightning.training.callback  # noqa: F401  # its callback is then known by its bare name
+import fasp_lightning.training.callback  # its callback is then known by its bare name
+import fasp_lightning.training.trainer.precision  # noqa: F401  # as this one's plugin is
 from fasp_lightning.cli.checks import tokenizer_name
 from fasp_lightning.cli.commands.rehearsing import check_prunings
 from fasp_lightning.cli.errors import refusal_in, reworded

@@ -37,6 +37,7 @@ def distillation_loss(
     Example::
 
         import lightning as L
+        import torch
         from fasp_lightning import DistillationConfig, FASPPruning, distillation_loss
 
         pruning = FASPPruning([{"step": 1, "sparsity": 0.2}])
@@ -49,7 +50,14 @@ def distillation_loss(
                 self.lm = lm
 
             def training_step(self, batch, batch_idx):
-                return distillation_loss(self.lm(input_ids=batch).logits, pruning.teacher, batch, self.distillation)
+                logits = self.lm(input_ids=batch["input_ids"]).logits
+                return distillation_loss(logits, pruning.teacher, batch, self.distillation)
+
+            def configure_optimizers(self):
+                return torch.optim.AdamW(self.parameters(), lr=1e-4)
+
+        quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+        L.Trainer(callbacks=[pruning], max_steps=2, accelerator="cpu", **quiet).fit(MyModule(model), loader)
     """
     read, settings = read_batch(batch), config or DistillationConfig()
     if teacher is None:
