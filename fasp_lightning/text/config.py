@@ -77,7 +77,7 @@ class TextConfig:
         sequences: Number of sequences, drawn at random by the seed where the text has more: from its first 1024, or
             from 16 times as many as are asked for, if that is more. None is the whole text. "auto" is 64 in the
             commands; in a data module it is the whole text, but of calibration text, and of validation and test
-            text beside a streamed training text, the first 1024 sequences, and of own text 1024 to train on and 64
+            text beside a streamed training text, the first 1024 sequences, and of own text 512 to train on and 64
             of another role.
         seed: Seed of that drawing; None is that of the data module, and 0 outside one.
         seq_len: Tokens of a sequence; None is that of the data module, and 512 outside one.

@@ -225,7 +225,9 @@ def test_builtin_text_needs_a_split(source: str) -> None:
 
 
 def test_own_text_is_not_read_without_a_model() -> None:
-    with pytest.raises(ValueError, match="whose run has the model that writes it.*set share of the pruning's own_text"):
+    with pytest.raises(
+        ValueError, match=r"whose run has the model that writes it.*set share of the pruning's own_text"
+    ):
         next(documents(TextConfig("own_text")))
 
 

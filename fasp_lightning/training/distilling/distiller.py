@@ -127,7 +127,7 @@ class Distiller:
         ask, known = functools.cache(ask), self._expected
         if known is None or self.config.teacher not in (None, known.source):
             known = ask().identity  # else a run that goes on need not read what has said all
-        self.teacher = stored(known, ask, self._sequences, self.config, cache_of(trainer), _vocabulary(model.config))
+        self.teacher = stored(known, ask, self._sequences, self.config, cache_of(trainer), model)
 
     def _named(self, model: PreTrainedModel) -> LiveTeacher:
         """The one in the settings, in the checkpoint, or in the report of a model that was pruned before."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from lightning.pytorch import Trainer
@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from fasp_lightning.errors import FaspError
 from fasp_lightning.ops.distillation import TopK
+from fasp_lightning.pruning.inputs import ModelInputs
 from fasp_lightning.pruning.processes import Processes
 from fasp_lightning.staging import fingerprint, require_space
 from fasp_lightning.text.batches import TokenBatch, read_batch
@@ -23,6 +24,9 @@ from fasp_lightning.training.distilling.store import FORMAT, AnswerStore, Sequen
 from fasp_lightning.training.distilling.teacher import Identity, Teacher
 from fasp_lightning.training.trainer.random_state import isolated_random_state
 from fasp_lightning.training.trainer.surgery import training_loaders
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 BATCH_TOKENS = 1024
 """Tokens that the teacher is asked about at a time."""
@@ -60,7 +64,7 @@ def stored(
     sequences: Sequences,
     config: DistillationConfig,
     place: Path,
-    size: int,
+    student: PreTrainedModel,
 ) -> StoredTeacher:
     """The teacher whose answers are on disk; those that are not yet are computed, by all processes together.
 
@@ -72,20 +76,21 @@ def stored(
         sequences: What it is asked about.
         config: ``top_k`` and ``temperature`` are read.
         place: The cache.
-        size: Tokens of its vocabulary.
+        student: Who will learn from it: the teacher computes where that does, unless settings name another device.
 
     Raises:
         FaspError: If the disk has no room, or other processes do not see what this one wrote.
         OSError: If it cannot be written.
     """
-    processes, k = Processes.everyone(), config.top_k or 0
+    processes, k, vocabulary = Processes.everyone(), config.top_k or 0, ModelInputs(student).vocabulary
     key = fingerprint(FORMAT, identity.fingerprint, sequences.digest, k, config.temperature)
     count, seq_len = sequences.ids.shape
-    store = AnswerStore(place / "teacher" / key, count, seq_len, k, size)
+    store = AnswerStore(place / "teacher" / key, count, seq_len, k, vocabulary)
     missing = processes.from_first(store.missing())
     if missing:
         with processes.together():
-            _compute(store, missing[processes.rank :: processes.count], ask(), sequences, processes.is_first)
+            mine = missing[processes.rank :: processes.count]
+            _compute(store, mine, ask(), sequences.ids, student.device, processes.is_first)
     with processes.together():
         if store.missing():
             raise FaspError(
@@ -135,14 +140,16 @@ def _ids(batch: TokenBatch) -> Tensor:
     return plain.input_ids
 
 
-def _compute(store: AnswerStore, numbers: list[int], teacher: Teacher, sequences: Sequences, first: bool) -> None:
+def _compute(
+    store: AnswerStore, numbers: list[int], teacher: Teacher, sequences: Tensor, device: torch.device, first: bool
+) -> None:
     """Ask about the sequences of some files, and write them."""
     require_space(store.folder, store.size)
-    step = max(1, BATCH_TOKENS // sequences.ids.shape[1])
+    step = max(1, BATCH_TOKENS // sequences.shape[1])
     pieces = store.pieces()
     for done, number in enumerate(numbers, 1):
-        asked = sequences.ids[pieces[number].start : pieces[number].stop]
-        told: list[Any] = [teacher(TokenBatch(ids)) for ids in asked.split(step)]
+        asked = sequences[pieces[number].start : pieces[number].stop]
+        told: list[Any] = [teacher(TokenBatch(ids.to(device))) for ids in asked.split(step)]
         store.write(number, TopK(*(torch.cat([part.cpu() for part in parts]) for parts in zip(*told, strict=True))))
         if first:
             log.info("the teacher's answers: %d of %d files of %d sequences", done, len(numbers), len(asked))

@@ -26,7 +26,7 @@ from fasp_lightning.training.modeling.copying import plain_copy
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-TRAINING, OTHERS = 1024, 64
+TRAINING, OTHERS = 512, 64
 """Sequences of own text to train on, and of another role's, where the text sets no number."""
 
 PIECE = 256
