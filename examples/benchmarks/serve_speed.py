@@ -107,13 +107,10 @@ class Benchmark:
         """Make the models that are missing, then measure format by format."""
         if not self.args.table:
             self.models.make({variant: None for name in self.args.formats for variant in self.variants(name)})
-        rows: list[dict[str, Any]] = []
-        for name in self.args.formats:
-            rows += self.rows(name)
-            if rows:
-                self.write(rows)
+        rows = [row for name in self.args.formats for row in self.rows(name)]
         if not rows:
             raise SystemExit(f"{self.cells.path} must hold a row of these settings, got none; leave --table out")
+        self.write(rows)
 
     def rows(self, name: str) -> list[dict[str, Any]]:
         """A row a variant: its runs beside those of the dense model, which is loaded once."""
@@ -179,7 +176,7 @@ class Benchmark:
         return result
 
     def write(self, rows: list[dict[str, Any]]) -> None:
-        """Write the tables of what is there so far."""
+        """Write the tables."""
         self.cells.write(command=command(), machine=self.machine())
         args, files = self.args, [row for row in rows if "perplexity" in row]
         parts = [
