@@ -66,6 +66,9 @@ METHODS: dict[str, Method] = {
     "stock-ridge-zero": Method("stock with the ridge towards zero", stock(ridge="zero")),
     "stock-damping-auto": Method("stock with damping chosen on held-back tokens", stock(damping="auto")),
     "stock-value-dims": Method("stock with V/O cut too", stock(attention="value_dims")),
+    "stock-value-dims-principal": Method(
+        "stock with V/O cut too, in the principal basis", stock(attention="value_dims", value_basis="principal")
+    ),
     "stock-kv-groups": Method("stock with whole KV heads cut too", stock(attention="kv_groups")),
     "stock-rounds-2": Method("stock in two rounds", stock(rounds=2)),
     "stock-rounds-4": Method("stock in four rounds", stock(rounds=4)),

@@ -12,7 +12,7 @@ from torch import Tensor
 from fasp_lightning.errors import FaspError
 from fasp_lightning.ops.likelihood import IGNORED
 from fasp_lightning.pruning.blocks.capture import capture, micro_batches
-from fasp_lightning.pruning.blocks.rehearsal import rehearse
+from fasp_lightning.pruning.blocks.rehearsal import rehearse, require_turnable
 from fasp_lightning.pruning.blocks.samples import Sample, spread_samples
 from fasp_lightning.pruning.blocks.sensitivity import fisher_scores
 from fasp_lightning.pruning.blocks.session import Session
@@ -73,7 +73,8 @@ def prepare(
         model: The model as it is.
         pairs: Its pairs.
         batches: Calibration batches, read once.
-        config: ``own_text``, ``score``, ``allocation``, ``sensitivity_tokens`` and ``micro_batch_size`` are read.
+        config: ``own_text``, ``score``, ``allocation``, ``sensitivity_tokens``, ``micro_batch_size`` and
+            ``value_basis`` are read.
 
     Raises:
         FaspError: Before anything is computed, if a batch is refused, there is no token, or the model does not run its
@@ -83,7 +84,7 @@ def prepare(
     with processes.together():
         alone = own is not None and own.share == 1  # own text needs no other
         batches = [] if alone else list(each_batch(batches))
-        tokens = _check(model, pairs, batches)
+        tokens = _check(model, pairs, batches, config)
     if own is None or own.share < 1:
         _require_tokens(processes.total(tokens)[0], own is not None)
     if own is not None:
@@ -103,7 +104,7 @@ def prepare(
         return Prepared(batches, fisher_scores(session, model, pairs, chosen, hidden))
 
 
-def _check(model: PreTrainedModel, pairs: list[list[ResolvedPair]], batches: list[Any]) -> int:
+def _check(model: PreTrainedModel, pairs: list[list[ResolvedPair]], batches: list[Any], config: PruningConfig) -> int:
     """Refuse batches and models that cannot be used; returns the number of tokens in this process."""
     inputs = ModelInputs(model)
     check_at_hand(inputs, batches, CALIBRATION)
@@ -114,6 +115,8 @@ def _check(model: PreTrainedModel, pairs: list[list[ResolvedPair]], batches: lis
         if batch.tokens and (number == 0 or (mask is not None and not mask[0, 0])):  # padding on the left may do harm
             example = inputs(batch)
     rehearse(model, pairs, example)
+    if config.value_basis == "principal":
+        require_turnable(model, pairs, example)
     return tokens
 
 

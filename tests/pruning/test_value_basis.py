@@ -73,7 +73,7 @@ def test_cut_model_equals_the_turned_and_masked_one(name: str) -> None:
         assert pairs[0].kept.tolist() == wanted
     with torch.no_grad():
         found, expected = (model(random_tokens(seed=9), use_cache=False).logits for model in (cut, original))
-    torch.testing.assert_close(found, expected, atol=1e-7, rtol=0)
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize("name", ["opt", "llama", "llama-gqa"])
@@ -129,4 +129,4 @@ def test_dims_that_the_consumer_does_not_read_go_without_loss(basis: Any) -> Non
         columns.copy_((left * torch.where(half, values, 0)) @ right)
     found = FASPPruner(replace(PLAIN, value_basis=basis)).prune(model, calibration()).pairs[0]
     assert (found.kind, found.width_after >= found.width_before // 2) == ("value", True)
-    assert (found.error_before < 1e-9) == (basis == "principal")
+    assert (found.error_before < 1e-6) == (basis == "principal")

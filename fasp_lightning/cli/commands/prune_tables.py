@@ -42,6 +42,7 @@ def print_results(
             "",
         ),
         ("sparsity of all parameters", percent(_total(setup)), percent(report.sparsity_total), ""),
+        *_bases(report),
         (
             f"seconds to prune\n  calibration {calibration.name}, {calibration.tokens:,} tokens",
             "",
@@ -59,6 +60,13 @@ def print_results(
         results().print("seconds by phase: " + ", ".join(f"{name} {value:.1f}" for name, value in phases.items()))
     if report.evaluation:
         print_perplexities(report.evaluation)
+
+
+def _bases(report: PruningReport) -> list[Row]:
+    """How many value pairs were cut in another basis than the given one, if any."""
+    bases = [pair.basis for pair in report.pairs if pair.kind == "value"]
+    turned = bases.count("principal")
+    return [("value dims in their principal basis", "", f"{turned} of {len(bases)} pairs", "")] if turned else []
 
 
 def _on_disk(job: PruneJob, setup: Setup, saved: SavedModel | None) -> list[Row]:

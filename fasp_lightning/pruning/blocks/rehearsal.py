@@ -7,10 +7,12 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from fasp_lightning.errors import FaspError
+from fasp_lightning.ops.basis import turned
 from fasp_lightning.pruning.blocks.standins import first
 from fasp_lightning.pruning.finite import bad_parameter, require_finite
 from fasp_lightning.structure.adapters import base_of
@@ -44,6 +46,73 @@ def rehearse(model: PreTrainedModel, pairs: Sequence[Sequence[ResolvedPair]], in
     with evaluating(model), watch.attached():
         model(**given, use_cache=False)
     watch.check()
+
+
+def require_turnable(
+    model: PreTrainedModel, pairs: Sequence[Sequence[ResolvedPair]], inputs: dict[str, Tensor]
+) -> None:
+    """Refuse value dims that something else than a mix of tokens takes from V to O, which no other basis would bear.
+
+    A second forward pass on the same few tokens reflects V's outputs, in each head by 1 − 2/d · 11ᵀ, and O's inputs
+    back: those must be the inputs that they were.
+
+    Args:
+        model: The causal LM, where it is.
+        pairs: The pairs of its blocks.
+        inputs: As for :func:`rehearse`.
+
+    Raises:
+        FaspError: If they are others, as behind a gate or a norm of the values.
+    """
+    embeddings: Any = model.get_input_embeddings()
+    given = {name: value.to(embeddings.weight.device) for name, value in _excerpt(inputs).items()}
+    values = [pair for block in pairs for pair in block if pair.spec.kind == "value"]
+    seen: dict[str, Tensor] = {}
+    notes = [(pair.consumer, _noter(pair, seen)) for pair in values]
+    checks = [(pair.consumer, _unturner(pair, seen)) for pair in values]
+    turns = [(producer, _turner(pair, index)) for pair in values for index, producer in enumerate(pair.producers)]
+    with evaluating(model):
+        for before, after in ((notes, []), (checks, turns)):
+            with hooked(before=before, after=after):
+                model(**given, use_cache=False)
+
+
+def _reflections(pair: ResolvedPair) -> list[Tensor]:
+    """One a KV head; each is its own inverse."""
+    return [torch.eye(dims) - 2 / max(dims, 1) for dims in pair.layout.dims(pair.kept)]
+
+
+def _noter(pair: ResolvedPair, seen: dict[str, Tensor]) -> Hook:
+    def note(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        seen[pair.layer] = args[0]
+
+    return note
+
+
+def _turner(pair: ResolvedPair, index: int) -> Hook:
+    rows, blocks = pair.layout.unit_rows(index, pair.kept), _reflections(pair)
+
+    def turn(_: nn.Module, args: Any, output: Tensor) -> Tensor:
+        place = rows.to(output.device)
+        return output.index_copy(-1, place, turned(output.index_select(-1, place), blocks, -1))
+
+    return turn
+
+
+def _unturner(pair: ResolvedPair, seen: dict[str, Tensor]) -> Hook:
+    blocks = pair.column_blocks(_reflections(pair))
+
+    def back(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        found, expected = turned(args[0], blocks, -1), seen[pair.layer]
+        allowed = (1e-3 if found.dtype.itemsize > 2 else 0.05) * expected.abs().max()
+        if (found - expected).abs().max() > allowed:
+            raise FaspError(
+                f"value_basis must be 'given' for {pair.layer}, got 'principal', though its inputs are more than a mix "
+                "of values over tokens: a gate or norm stands between, which another basis would change"
+            )
+        return (expected, *args[1:]), kwargs  # so that rounding does not add up over blocks
+
+    return back
 
 
 def _excerpt(inputs: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -13,7 +13,7 @@ from torch.nn import functional
 
 from fasp_lightning import FaspError, FASPPruner
 from fasp_lightning.pruning.blocks import capture as capturing
-from fasp_lightning.pruning.blocks.rehearsal import rehearse
+from fasp_lightning.pruning.blocks.rehearsal import rehearse, require_turnable
 from fasp_lightning.structure.plan import resolve_pruned
 
 
@@ -21,6 +21,21 @@ from fasp_lightning.structure.plan import resolve_pruned
 def test_every_family_passes(tiny: Any, length: int) -> None:
     rehearse(tiny, resolve_pruned(tiny), {"input_ids": random_tokens(1, length)})
     assert leftovers(tiny) == []
+
+
+def test_every_family_bears_another_basis_of_its_values(tiny: Any) -> None:
+    require_turnable(tiny, resolve_pruned(tiny), {"input_ids": random_tokens(1, 20)})
+    assert leftovers(tiny) == []
+
+
+def test_values_behind_a_gate_are_not_turned() -> None:
+    """What stands between V and O acts on single dims."""
+    model = tiny_model("llama")
+    model.model.layers[1].self_attn.v_proj.register_forward_hook(lambda _, args, output: output.sigmoid())
+    config = basic(attention="value_dims", value_basis="principal")
+    with pytest.raises(FaspError, match=r"value_basis must be 'given' for model\.layers\.1\.self_attn\.o_proj"):
+        FASPPruner(config).prune(model, calibration())
+    assert_unchanged(model)
 
 
 class Blocks(nn.ModuleList):
