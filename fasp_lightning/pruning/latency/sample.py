@@ -131,17 +131,22 @@ def random_model(
         for pair, width in zip(block, block_widths, strict=True):
             pair.cut(_first_units(pair, width.after))
     record_plan(model, pairs)
-    if head is not None:  # what is to be replaced needs no memory
-        model.set_input_embeddings(nn.Identity())
-        model.set_output_embeddings(nn.Identity())
-    model.to_empty(device=device)
-    if head is None:
-        model.tie_weights()
+    _give_memory(model, device, head)
     _fill(model)
     if head is not None:
         model.set_input_embeddings(head.get_input_embeddings())
         model.set_output_embeddings(head.get_output_embeddings())
     return model.eval()
+
+
+def _give_memory(model: Any, device: torch.device, head: Any) -> None:
+    """Put the model's shapes on a device, but for the embeddings if another model lends its own."""
+    if head is not None:
+        model.set_input_embeddings(nn.Identity())
+        model.set_output_embeddings(nn.Identity())
+    model.to_empty(device=device)
+    if head is None:
+        model.tie_weights()
 
 
 def _first_units(pair: ResolvedPair, units: int) -> torch.Tensor:

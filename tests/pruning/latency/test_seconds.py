@@ -11,31 +11,45 @@ from transformers import LlamaConfig
 from fasp_lightning import PruningConfig, Serving, plan_speedup
 from fasp_lightning.pruning.budget.widths import budget_towards
 from fasp_lightning.pruning.latency.sample import random_model, shapes_of
+from fasp_lightning.pruning.latency.serving import PHASES
 from fasp_lightning.pruning.latency.speedup import measure_speedup
 
-CONFIG = LlamaConfig(
-    hidden_size=2048,
-    intermediate_size=8192,
-    num_hidden_layers=8,
-    num_attention_heads=32,
-    num_key_value_heads=8,
-    vocab_size=32000,
-    max_position_embeddings=4096,
-)
+CONFIGS = {
+    "small": LlamaConfig(
+        hidden_size=576,
+        intermediate_size=1536,
+        num_hidden_layers=30,
+        num_attention_heads=9,
+        num_key_value_heads=3,
+        vocab_size=49152,
+        max_position_embeddings=4096,
+        tie_word_embeddings=True,
+    ),
+    "wide": LlamaConfig(
+        hidden_size=2048,
+        intermediate_size=8192,
+        num_hidden_layers=8,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        vocab_size=32000,
+        max_position_embeddings=4096,
+    ),
+}
 
 
 @pytest.mark.seconds
-@pytest.mark.parametrize("phase", ["prefill", "decode"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_predicted_speedup_is_within_a_tenth_of_the_measured(dtype: torch.dtype, phase: Any) -> None:
-    serving = Serving(prompt=512, new=64, phase=phase)
-    found = plan_speedup(CONFIG, 1.3, serving, dtype=dtype)
-    dense, pruned = (of_sparsity(sparsity, dtype) for sparsity in (0.0, found.sparsity))
+@pytest.mark.parametrize("name", list(CONFIGS))
+def test_predicted_speedup_is_within_a_tenth_of_the_measured(name: str, dtype: torch.dtype) -> None:
+    serving = Serving(prompt=512, new=64)
+    found = plan_speedup(CONFIGS[name], 1.2, serving, dtype=dtype)
+    dense, pruned = (of_sparsity(CONFIGS[name], sparsity, dtype) for sparsity in (0.0, found.sparsity))
     measured = measure_speedup(dense, pruned, serving)
-    assert found.predicted.of(phase) == pytest.approx(measured.of(phase), rel=0.1)
+    figures = {phase: (found.predicted.of(phase), measured.of(phase)) for phase in PHASES}
+    assert all(predicted == pytest.approx(got, rel=0.1) for predicted, got in figures.values()), figures
 
 
-def of_sparsity(sparsity: float, dtype: torch.dtype) -> Any:
-    kinds: list[None] = [None] * CONFIG.num_hidden_layers
-    widths = budget_towards(shapes_of(CONFIG, kinds), PruningConfig(sparsity)).pairs
-    return random_model(CONFIG, kinds, widths, torch.device("cpu"), dtype)
+def of_sparsity(config: LlamaConfig, sparsity: float, dtype: torch.dtype) -> Any:
+    kinds: list[None] = [None] * config.num_hidden_layers
+    widths = budget_towards(shapes_of(config, kinds), PruningConfig(sparsity)).pairs
+    return random_model(config, kinds, widths, torch.device("cpu"), dtype)
