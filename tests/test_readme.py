@@ -33,6 +33,7 @@ SHOWN = {
     "gguf": "llama.cpp by `fasp export`",
     "converter": "llama.cpp's converter",
     "vllm": "vLLM",
+    "vllm_export": "vLLM by `fasp export`",
     "onnx": "ONNX Runtime",
 }
 FORMS = {

@@ -3,7 +3,7 @@
     python examples/benchmarks/loaders.py --rows loaders.jsonl --loaders load_pruned,transformers,gguf,onnx
     python examples/benchmarks/loaders.py --rows loaders.jsonl --loaders older --older ENVIRONMENT/bin/python
     python examples/benchmarks/loaders.py --rows loaders.jsonl --loaders converter --converter ENVIRONMENT/bin/python
-    python examples/benchmarks/loaders.py --rows loaders.jsonl --loaders vllm --vllm ENVIRONMENT/bin/python
+    python examples/benchmarks/loaders.py --rows loaders.jsonl --loaders vllm,vllm_export --vllm ENVIRONMENT/bin/python
     python examples/benchmarks/loaders.py --rows loaders.jsonl --table fasp_lightning/checkpoints/loaders.json
 
 The first lines try and add a line of JSON a trial; the last writes the table that the package prints from. Where a
@@ -38,6 +38,7 @@ from fasp_lightning import (
     apply_plan,
     export_gguf,
     export_onnx,
+    export_vllm,
     load_pruned,
     save_pruned,
 )
@@ -45,6 +46,7 @@ from fasp_lightning.checkpoints.exporting.exported import Reference, reference
 from fasp_lightning.checkpoints.exporting.gguf.llama_cpp import answer
 from fasp_lightning.checkpoints.exporting.onnx_graph import GRAPH_FILE
 from fasp_lightning.checkpoints.exporting.onnx_graph import answer as answer_of_graph
+from fasp_lightning.checkpoints.exporting.vllm.decilm import ARCHITECTURE
 from fasp_lightning.checkpoints.loaders import LOADERS, TRIED_FORMS
 from fasp_lightning.structure.plan import resolve_pruned
 from fasp_lightning.structure.registry import known_architectures
@@ -251,6 +253,19 @@ def as_onnx(folder: Path, expected: Reference) -> dict[str, Any]:
     return {"version": f"onnxruntime {check.version}", "same": check.same}
 
 
+def as_vllm(python: str, made: Made) -> Answers:
+    """What vLLM answers from the folders that ``fasp export --to vllm`` writes."""
+
+    def written(folder: Path, _: Reference) -> dict[str, Any]:
+        exported = export_vllm(load_pruned(folder), folder.with_suffix(".vllm"), byte_level(), check=False)
+        return {"as": exported.architecture} if exported.architecture == ARCHITECTURE else {}
+
+    found = each(written, made)
+    there = {folder.with_suffix(".vllm"): made[folder] for folder, answer in found.items() if "error" not in answer}
+    asked = elsewhere(python, "vllm", there)
+    return {folder: answer | asked.get(folder.with_suffix(".vllm"), {}) for folder, answer in found.items()}
+
+
 def own(load: Callable[..., PreTrainedModel], folder: Path, expected: Reference) -> dict[str, Any]:
     """What a loader of this environment answers."""
     family = AutoConfig.from_pretrained(folder).model_type
@@ -267,6 +282,7 @@ def tries(asked: argparse.Namespace) -> dict[str, Callable[[Made], Answers]]:
         "older": partial(elsewhere, asked.older, "transformers"),
         "converter": partial(each, partial(converted, asked.converter)),
         "vllm": partial(elsewhere, asked.vllm, "vllm"),
+        "vllm_export": partial(as_vllm, asked.vllm),
         "gguf": partial(each, as_gguf),
         "onnx": partial(each, as_onnx),
     }

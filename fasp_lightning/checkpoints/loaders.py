@@ -17,6 +17,7 @@ LOADERS = {
     "gguf": "llama.cpp, fasp export --to gguf",
     "converter": "llama.cpp, its own converter",
     "vllm": "vLLM",
+    "vllm_export": "vLLM, fasp export --to vllm",
     "onnx": "ONNX Runtime, torch.onnx.export of load_pruned",
 }
 """The loaders, in the order in which they are shown, and how each comes by a saved model."""
@@ -26,6 +27,7 @@ INSTEAD = {
     "older": ("load_pruned",),
     "gguf": ("converter",),
     "converter": ("gguf",),
+    "vllm": ("vllm_export",),
 }
 """Other ways to the same end."""
 

@@ -78,7 +78,7 @@ def test_way_out_is_one_that_was_tried() -> None:
     remedies = {loader.name: loader.remedy for loader in loaders}
     assert remedies["transformers AutoModelForCausalLM"] == "use fasp_lightning.load_pruned"
     assert remedies["llama.cpp, its own converter"] == "use llama.cpp, fasp export --to gguf"
-    assert remedies["vLLM"] == "save it in form zero_filled"
+    assert remedies["vLLM"] == "use vLLM, fasp export --to vllm"
 
 
 def test_families_of_ones_own_were_not_tried(monkeypatch: pytest.MonkeyPatch) -> None:

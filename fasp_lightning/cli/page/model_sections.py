@@ -203,7 +203,7 @@ def _exports(facts: Facts) -> list[Part]:
     exports = [one for one in facts.report.get("exports") or () if isinstance(one, dict)]
     if not exports:
         return [Note("No export of this folder was checked.")]
-    header = ("target", "architecture", "file", "bytes", "loader", "same tokens", "difference of logits", "date")
+    header = ("target", "architecture", "file", "size", "loader", "same tokens", "difference of logits", "date")
     return [Table(header, [_export(one) for one in exports], numbers=False)]
 
 
@@ -212,9 +212,10 @@ def _export(one: dict[str, Any]) -> tuple[str, ...]:
     same = f"{one['same']} of {one['tokens']}" if {"same", "tokens"} <= set(one) else "not measured"
     logits = one.get("logit_difference")
     names = [str(one.get(name) or "") for name in ("target", "architecture", "file")]
-    size = megabytes(one["bytes"]) if isinstance(one.get("bytes"), int) else UNKNOWN
+    size = megabytes(one["bytes"]).replace(" ", "\u00a0") if isinstance(one.get("bytes"), int) else UNKNOWN
     difference = "not measured" if logits is None else f"{logits:.1e}"
-    return *names, size, loader or "not loaded", same, difference, str(one.get("date") or "")
+    day = str(one.get("date") or "").partition("T")[0]
+    return *names, size, loader or "not loaded", same, difference, day
 
 
 def _settings(facts: Facts) -> list[Part]:
