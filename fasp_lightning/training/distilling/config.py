@@ -25,7 +25,7 @@ class DistillationConfig:
             default the model as it was before the first event, read again from where it came. If it was trained since,
             or built from a config, it is written beside the run's checkpoints first.
         teacher_dtype: Data type of the teacher's weights; ``"auto"`` is the checkpoint's, on a CPU only where that is
-            faster than fp32, as for ``fasp prune``.
+            faster than fp32, as for ``fasp prune``. Name one if the run may be resumed on other hardware.
         teacher_device: Where the teacher computes, such as ``"cuda:1"``; by default where the student does.
         top_k: Ask the teacher once about all training sequences, before the first event: its likeliest tokens, so many
             of each prediction, are kept on disk beside the tokenised text, and all others are one more outcome. It is

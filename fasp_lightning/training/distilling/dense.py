@@ -35,7 +35,9 @@ def holds_same_weights(read: PreTrainedModel, model: PreTrainedModel) -> bool:
             if "lora_B" in name and value.any():
                 return False
             continue
-        other = there[stock_name(model, name)]
+        other = there.get(stock_name(model, name))
+        if other is None:
+            return False
         dtype = min(value.dtype, other.dtype, key=lambda one: one.itemsize)
         if not torch.equal(value.to("cpu", dtype), other.to("cpu", dtype)):
             return False

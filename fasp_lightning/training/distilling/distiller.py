@@ -172,8 +172,9 @@ class Distiller:
         return source
 
     def _read(self, model: PreTrainedModel, source: str) -> PreTrainedModel:
+        place = self.config.teacher_device or model.device
         with isolated_random_state():
-            read: Any = load_model(source, self.config.teacher_dtype, "cpu", **self._options(model, source))
+            read: Any = load_model(source, self.config.teacher_dtype, place, **self._options(model, source))
         return read
 
     def _options(self, model: PreTrainedModel, source: str) -> dict[str, Any]:

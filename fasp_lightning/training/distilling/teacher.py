@@ -75,12 +75,13 @@ class LiveTeacher:
         self.identity = Identity(source, weights_digest(model))
         self._config = config
         self._inputs = ModelInputs(model)
+        self._device = None if config.teacher_device is None else choose_device(config.teacher_device)
 
     @torch.no_grad()
     def __call__(self, batch: TokenBatch) -> Tensor | TopK:
         """See :meth:`Teacher.__call__`."""
-        home, named = batch.input_ids.device, self._config.teacher_device
-        place = home if named is None else choose_device(named)
+        home = batch.input_ids.device
+        place = self._device or home
         if self.model.device != place:
             self.model.to(place)
         inputs = {name: value.to(place) for name, value in self._inputs(batch).items()}

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 
 import torch
 from lightning.pytorch.plugins import MixedPrecision
@@ -27,11 +28,13 @@ class AutocastWhereFaster(MixedPrecision):
         self._module = module
         return module
 
-    def forward_context(self) -> AbstractContextManager[None]:
+    @contextmanager
+    def forward_context(self) -> Iterator[None]:
         """Autocast on the module's device, or nothing."""
         if self._module is not None:
             self.device = next(self._module.parameters()).device.type
-        return super().forward_context() if self._pays() else nullcontext()
+        with super().forward_context() if self._pays() else nullcontext():
+            yield
 
     def _pays(self) -> bool:
         if self.device == "cpu":
