@@ -57,8 +57,8 @@ def write_own_text(cache: RoleCache, roles: Iterable[str], trainer: Trainer | No
         return
     _check(model, cache.seq_len)
     run: Any = trainer
-    dtype = torch.bfloat16 if str(run.precision).startswith("bf16") else None
-    writer, starts = plain_copy(model, run.strategy.root_device, dtype), _starts(cache, model)
+    writer = plain_copy(model, run.strategy.root_device, torch.bfloat16 if _in_bfloat16(run) else None)
+    starts = _starts(cache, model)
     for (role, index), text in missing.items():
         wanted, _, _, seed = text.extent(TRAINING if role == "train" else OTHERS, cache.seq_len, seed=cache.seed)
         pieces = _pieces(cache, wanted or 0, (seed, role, index))
@@ -81,6 +81,17 @@ def _check(model: Any, seq_len: int) -> None:
     longest = within_positions(model, OwnTextConfig(tokens=seq_len, seq_len=seq_len)).seq_len
     if longest < seq_len:
         raise FaspError(f"seq_len must be at most {longest}, the model's positions, to write {OWN_TEXT}, got {seq_len}")
+
+
+def _in_bfloat16(trainer: Any) -> bool:
+    """Whether the run computes in it: its precision alone may not tell, since a plugin can decide by the hardware."""
+    kinds = {
+        trainer.strategy.root_device.type,
+        "cpu",
+    }  # before the module is placed, a plugin takes it to be on the CPU
+    with trainer.precision_plugin.forward_context():
+        dtypes = [torch.get_autocast_dtype(kind) for kind in kinds if torch.is_autocast_enabled(kind)]
+        return torch.bfloat16 in [*dtypes, torch.get_default_dtype()]
 
 
 def _starts(cache: RoleCache, model: PreTrainedModel) -> Tensor:
