@@ -117,7 +117,8 @@ def test_printed_config_gives_the_same_job(fasp, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("config", [PruneJob, EvaluateJob, ModelConfig, PruningConfig, TextConfig])
 def test_every_field_is_documented(config: type) -> None:
-    assert all(f"        {field.name}: " in config.__doc__ for field in dataclasses.fields(config))
+    documented = "".join(kind.__doc__ or "" for kind in config.__mro__)
+    assert all(f"        {field.name}: " in documented for field in dataclasses.fields(config))
 
 
 @pytest.mark.parametrize(

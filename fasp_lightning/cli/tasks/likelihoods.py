@@ -20,12 +20,12 @@ class Row(NamedTuple):
     """One continuation.
 
     Attributes:
-        index: Of its request.
+        request: Its index among the requests.
         fed: The context's last token and the continuation but for its last one: what predicts the continuation.
         wanted: The continuation.
     """
 
-    index: int
+    request: int
     fed: list[int]
     wanted: list[int]
 
@@ -93,7 +93,7 @@ def score(model: Any, batch: Batch) -> list[tuple[int, Answer]]:
     # padded on the right, where no token of a continuation looks
     fed = torch.tensor([row.fed + [0] * (length - len(row.fed)) for row in rows], device=model.device)
     logits = model(fed, past_key_values=cache, use_cache=cache is not None).logits
-    return [(row.index, _answer(logits[i, : len(row.wanted)], row.wanted)) for i, row in enumerate(rows)]
+    return [(row.request, _answer(logits[i, : len(row.wanted)], row.wanted)) for i, row in enumerate(rows)]
 
 
 def _cache(model: Any, prefixes: list[tuple[int, ...]], owner: Tensor) -> Any:

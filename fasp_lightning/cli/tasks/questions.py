@@ -80,7 +80,7 @@ def _question(line: str, place: str) -> Question:
 
 
 def _valid(question: Question) -> bool:
-    options = question.get("choices", question.get("contexts", []))
+    options: list[Any] = question["choices" if "choices" in question else "contexts"]
     texts = [*options, question.get("context", "c"), question.get("continuation", "c")]
     return 0 <= question["label"] < len(options) and all(isinstance(text, str) and text.strip() for text in texts)
 

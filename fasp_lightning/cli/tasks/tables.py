@@ -17,9 +17,9 @@ def task_table(found: TaskFigures, against: Measured | None) -> tuple[tuple[str,
         found: What the model reaches.
         against: Another model's answers to the same questions; its columns are left out without it.
     """
-    columns = ("task", "metric", "value", "std. error", "examples")
+    columns: tuple[str, ...] = ("task", "metric", "value", "std. error", "examples")
     means = {name: figure for name, figure in accuracies(found.answers).items() if name not in found.answers}
-    rows = [(r.task, r.metric, f"{r.value:.4f}", _error(r.error), f"{r.examples:,}") for r in found.results]
+    rows: Rows = [(r.task, r.metric, f"{r.value:.4f}", _error(r.error), f"{r.examples:,}") for r in found.results]
     rows += [(name, "", f"{figure.value:.4f}", _error(figure.error), "") for name, figure in means.items()]
     if against is None:
         return columns, rows
