@@ -125,7 +125,7 @@ class PruningReport:
         parameters_after: All parameters after it.
         tokens: Calibration tokens, padding left out.
         pairs: One entry for each pair that was cut, in the order of the cuts.
-        seconds: Wall-clock seconds by phase: capture, forward, gram, solve, cut, apply, and total.
+        seconds: Wall-clock seconds by phase: learning, capture, forward, gram, solve, cut, apply, and total.
         peak_memory: Bytes: ``"rss"`` of the process (its highest so far) and of the accelerator, such as ``"cuda"``.
         warnings: What the user should know.
         config: The settings.

@@ -1,1 +1,1 @@
-"""Columns that are learned: gates at the consumers' inputs, whose scores follow the divergence from the model itself."""
+"""Columns that are learned: gates at the consumers' inputs follow the divergence from the model without them."""

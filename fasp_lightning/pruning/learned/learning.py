@@ -17,7 +17,7 @@ from fasp_lightning.pruning.blocks.capture import micro_batches
 from fasp_lightning.pruning.blocks.samples import Sample, hold_back, spread_samples
 from fasp_lightning.pruning.blocks.session import Session
 from fasp_lightning.pruning.budget.budget import Budget
-from fasp_lightning.pruning.config import PruningConfig
+from fasp_lightning.pruning.config import LearningConfig, PruningConfig
 from fasp_lightning.pruning.inputs import ModelInputs
 from fasp_lightning.pruning.learned.gates import Gates
 from fasp_lightning.pruning.learned.state import LearningState, StateFile
@@ -37,7 +37,16 @@ HELD_TOKENS = 4096
 HELD_TOP_K = 128
 """Likeliest tokens by which the divergence on held-back tokens is measured, as the model's logits are kept for them."""
 
+FORWARDS = 3
+"""What a step costs, in forwards of its tokens: the model as it is, with gates, and back to these."""
+
 log = logging.getLogger(__name__)
+
+
+def forward_tokens(learning: LearningConfig) -> int:
+    """About how many tokens could go forward through the model in the time that the learning takes."""
+    looks = 1 + -(-learning.steps // CHECK_EVERY) + 1  # the model as it is, and the gates at the start and then
+    return FORWARDS * learning.steps * learning.tokens + looks * HELD_TOKENS
 
 
 def require_whole(session: Session, pairs: list[list[ResolvedPair]]) -> None:

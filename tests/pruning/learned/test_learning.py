@@ -14,7 +14,7 @@ from tiny_pruning import assert_same, assert_unchanged, basic, calibration, left
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from fasp_lightning import FASPPruner, PruningConfig, ProgressEvent, save_pruned
+from fasp_lightning import FASPPruner, ProgressEvent, PruningConfig, save_pruned
 from fasp_lightning.errors import FaspError
 from fasp_lightning.pruning.config import LearningConfig
 from fasp_lightning.pruning.learned import learning
@@ -201,7 +201,7 @@ def test_model_elsewhere_is_refused_before_anything_is_read() -> None:
         raise AssertionError
         yield
 
-    with pytest.raises(FaspError, match="score='learned' must have the whole model where it computes, .* 'fisher'"):
+    with pytest.raises(FaspError, match=r"score='learned' must have the whole model where it computes, .* 'fisher'"):
         FASPPruner(replace(CONFIG, device="meta")).prune(tiny_model("llama-gqa"), never())
 
 
