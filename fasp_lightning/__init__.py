@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from fasp_lightning.checkpoints.pruned_folder import load_pruned
     from fasp_lightning.checkpoints.saving import SavedModel, save_pruned
     from fasp_lightning.errors import FaspError
-    from fasp_lightning.pruning.config import OwnTextConfig, PruningConfig
+    from fasp_lightning.pruning.config import LearningConfig, OwnTextConfig, PruningConfig
     from fasp_lightning.pruning.latency.serving import Serving
     from fasp_lightning.pruning.latency.speedup import Speedup, SpeedupPlan, measure_speedup, plan_speedup
     from fasp_lightning.pruning.latency.stopwatch import Clock
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from fasp_lightning.pruning.processes import Processes
     from fasp_lightning.pruning.progress import ProgressEvent
     from fasp_lightning.pruning.pruner import FASPPruner
-    from fasp_lightning.pruning.report import PairReport, PruningReport, TextReport
+    from fasp_lightning.pruning.report import LearningReport, PairReport, PruningReport, TextReport
     from fasp_lightning.structure.layout import Cuts, PairLayout
     from fasp_lightning.structure.plan import apply_plan
     from fasp_lightning.structure.pruning_plan import PairPlan, PruningPlan
@@ -63,6 +63,8 @@ __all__ = [
     "FASPPruner",
     "FASPPruning",
     "FaspError",
+    "LearningConfig",
+    "LearningReport",
     "LoRAConfig",
     "LoaderCheck",
     "LoaderSupport",
@@ -120,6 +122,8 @@ _HOMES = {
     "FASPPruner": "pruning.pruner",
     "FASPPruning": "training.callback",
     "FaspError": "errors",
+    "LearningConfig": "pruning.config",
+    "LearningReport": "pruning.report",
     "LoRAConfig": "training.modeling.lora",
     "LoaderCheck": "checkpoints.exporting.exported",
     "LoaderSupport": "checkpoints.forms",

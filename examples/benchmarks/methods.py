@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from flap import flap
 from torch import Tensor, nn
 
-from fasp_lightning import FASPPruner, OwnTextConfig, PruningConfig
+from fasp_lightning import FASPPruner, LearningConfig, OwnTextConfig, PruningConfig
 
 FREE: dict[str, Any] = dict(allocation="adaptive")
 """The free form: what differs from the default. Stock code can load it zero-filled alone."""
@@ -28,6 +28,11 @@ def stock(**changes: Any) -> Callable[[float], PruningConfig]:
 def free(**changes: Any) -> Callable[[float], PruningConfig]:
     """The free form, changed."""
     return stock(**FREE | changes)
+
+
+def learned(form: Callable[..., Callable[[float], PruningConfig]], **changes: Any) -> Callable[[float], PruningConfig]:
+    """A form with learned columns, and other settings of the learning."""
+    return form(score="learned", learning=LearningConfig(**changes))
 
 
 class Method(NamedTuple):
@@ -70,6 +75,9 @@ METHODS: dict[str, Method] = {
         "stock with V/O cut too, in the principal basis", stock(attention="value_dims", value_basis="principal")
     ),
     "stock-kv-groups": Method("stock with whole KV heads cut too", stock(attention="kv_groups")),
+    "stock-learned": Method("stock with learned columns", stock(score="learned")),
+    "stock-learned-120": Method("the same in 120 steps", learned(stock, steps=120)),
+    "stock-learned-rate-0.01": Method("the same with half the rate", learned(stock, rate=0.01)),
     "stock-rounds-2": Method("stock in two rounds", stock(rounds=2)),
     "stock-rounds-4": Method("stock in four rounds", stock(rounds=4)),
     "free-no-own-text": Method("free without own text", free(own_text=None)),
@@ -77,6 +85,7 @@ METHODS: dict[str, Method] = {
     "free-no-restoration": Method("free without least squares", free(restoration="none")),
     "free-value-dims": Method("free, V/O cut too", free(attention="value_dims", head_balance="free")),
     "free-value-dims-even": Method("free, as many value dims in each KV head", free(attention="value_dims")),
+    "free-learned": Method("free with learned columns and widths", free(score="learned")),
     "free-rounds-2": Method("free in two rounds", free(rounds=2)),
     "free-rounds-4": Method("free in four rounds", free(rounds=4)),
 }

@@ -100,7 +100,8 @@ def prepare(
         chosen = spread_samples(samples, config.sensitivity_tokens, processes)
         _require_targets(chosen, processes)
         later = sum(1 for _ in micro_batches(batches, config.micro_batch_size))
-        session.progress.expect(len(chosen) * len(pairs) + later * session.progress.passes)
+        steps = config.learning.steps if config.score == "learned" else 0
+        session.progress.expect((len(chosen) + steps) * len(pairs) + later * session.progress.passes)
         return Prepared(batches, fisher_scores(session, model, pairs, chosen, hidden))
 
 

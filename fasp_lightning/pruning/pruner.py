@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from fasp_lightning.errors import FaspError
 from fasp_lightning.ops.devices import device_function
 from fasp_lightning.pruning.blocks.session import Session
 from fasp_lightning.pruning.budget.allocation import adaptive_budget
+from fasp_lightning.pruning.budget.budget import Budget
 from fasp_lightning.pruning.budget.steps import budgets_in_turn
 from fasp_lightning.pruning.budget.widths import budget_towards, decide_budget
 from fasp_lightning.pruning.config import PruningConfig
+from fasp_lightning.pruning.learned.learning import learn_scores, require_whole
 from fasp_lightning.pruning.prepare import Prepared, prepare
 from fasp_lightning.pruning.processes import Processes
 from fasp_lightning.pruning.progress import Progress, peak_memory
-from fasp_lightning.pruning.report import PruningReport
+from fasp_lightning.pruning.report import LearningReport, PruningReport
 from fasp_lightning.pruning.round import PruningRound, passes_over, round_configs
 from fasp_lightning.structure.modes import own_modes
 from fasp_lightning.structure.pair import ResolvedPair
@@ -96,6 +99,8 @@ class FASPPruner:
         if len(configs) > 1 and budget.attention == "kv_groups":  # few steps: a later round may be out of reach
             list(budgets_in_turn(model, configs, budget_towards))
         session = Session.start(self.config, pairs, progress, processes)
+        if self.config.score == "learned":
+            require_whole(session, pairs)
         start = time.perf_counter()
         if reset := device_function(session.device, "reset_peak_memory_stats"):
             reset(session.device)
@@ -107,9 +112,13 @@ class FASPPruner:
             session.progress.later_rounds = len(configs) - 1 - number
             given = batches if isinstance(batches, Prepared) else prepare(session, model, pairs, batches, config)
             given.check(pairs, config)
+            learned: list[LearningReport] = []
+            if config.score == "learned":
+                given, learned = _learned(session, model, pairs, given, budget, config)
             if config.allocation == "adaptive":
                 budget = adaptive_budget(budget, pairs, given.sensitivity, config)
             found = PruningReport.of_budget(budget, self.config.to_dict())
+            found.learning = learned
             PruningRound(session, model, pairs, config, budget, found).prune(given)
             report = report.followed_by(found)
             batches = given.batches
@@ -147,6 +156,20 @@ class FASPPruner:
     def _pairs(self, model: PreTrainedModel) -> list[list[ResolvedPair]]:
         adopt_plan(model)
         return resolve_pruned(model, kv_groups=self.config.attention == "kv_groups")
+
+
+def _learned(
+    session: Session,
+    model: PreTrainedModel,
+    pairs: list[list[ResolvedPair]],
+    given: Prepared,
+    budget: Budget,
+    config: PruningConfig,
+) -> tuple[Prepared, list[LearningReport]]:
+    """What was prepared, with learned scores in place of the loss sensitivity that they started from."""
+    with session.clock.phase("learning"):
+        scores, report = learn_scores(session, model, pairs, given.batches, given.sensitivity, budget, config)
+    return replace(given, sensitivity=scores), [report]
 
 
 def _require_weights(model: PreTrainedModel) -> None:

@@ -48,6 +48,26 @@ class PairReport:
 
 
 @dataclass
+class LearningReport:
+    """Columns that were learned, in one round.
+
+    Attributes:
+        steps: Optimizer steps.
+        chosen: Steps of the scores that were taken, those with the lowest divergence.
+        tokens: Held-back calibration tokens that it was measured on.
+        divergence_before: KL from the model as it was to the one without the units that were to go at the start, in
+            nats a token, nothing restored.
+        divergence_after: The same with the units that go.
+    """
+
+    steps: int
+    chosen: int
+    tokens: int
+    divergence_before: float
+    divergence_after: float
+
+
+@dataclass
 class TextReport:
     """Perplexity on one text that the calibration did not see.
 
@@ -107,11 +127,12 @@ class PruningReport:
         parameters_after: All parameters after it.
         tokens: Calibration tokens, padding left out.
         pairs: One entry for each pair that was cut, in the order of the cuts.
-        seconds: Wall-clock seconds by phase: capture, forward, gram, solve, cut, apply, and total.
+        seconds: Wall-clock seconds by phase: learning, capture, forward, gram, solve, cut, apply, and total.
         peak_memory: Bytes: ``"rss"`` of the process (its highest so far) and of the accelerator, such as ``"cuda"``.
         warnings: What the user should know.
         config: The settings.
         evaluation: Perplexity on each text that was measured: ``fasp prune`` fills it, the engine measures none.
+        learning: One entry a round in which columns were learned.
     """
 
     sparsity: float
@@ -125,6 +146,7 @@ class PruningReport:
     warnings: list[str] = field(default_factory=list)
     config: dict[str, Any] = field(default_factory=dict)
     evaluation: list[TextReport] = field(default_factory=list)
+    learning: list[LearningReport] = field(default_factory=list)
 
     @classmethod
     def of_budget(cls, budget: Budget, config: dict[str, Any]) -> PruningReport:
@@ -140,7 +162,8 @@ class PruningReport:
             later: Of the pruning that followed; its figures are those of the outcome.
         """
         pairs, warnings = self.pairs + later.pairs, self.warnings + later.warnings
-        return replace(later, parameters_before=self.parameters_before, pairs=pairs, warnings=warnings)
+        learning, before = self.learning + later.learning, self.parameters_before
+        return replace(later, parameters_before=before, pairs=pairs, warnings=warnings, learning=learning)
 
     def to_dict(self) -> dict[str, Any]:
         """The report as plain data."""

@@ -27,8 +27,13 @@ def select_units(pair: ResolvedPair, width: PairWidth, scores: Tensor, config: P
     Returns:
         (units kept,) ascending, in original numbering, on the CPU.
     """
-    heads = pair.layout.groups if config.head_balance == "even" else 1
+    heads = even_heads(pair, config)
     return pair.kept[select_columns(scores, width.after // heads, heads)]
+
+
+def even_heads(pair: ResolvedPair, config: PruningConfig) -> int:
+    """In how many groups of units the same number is kept; 1 where they may differ."""
+    return pair.layout.groups if config.head_balance == "even" else 1
 
 
 def activation_scores(

@@ -58,6 +58,13 @@ def test_settings_mean_the_same_in_two_processes(family: str, settings: str, fou
             torch.testing.assert_close(process["weights"][name], value, atol=1e-5, rtol=1e-4)
 
 
+def test_columns_learned_in_two_processes_on_the_same_text_are_those_of_one(found: Found) -> None:
+    model = tiny_model("llama-gqa")
+    FASPPruner(two_processes.LEARNED).prune(model, calibration(8))
+    for process in found("learned"):
+        assert process["plan"] == model.fasp_plan.to_json()
+
+
 MIXED = [f"{family}-{settings}" for family in FAMILIES for settings in INGREDIENTS]
 
 

@@ -18,10 +18,12 @@ from tiny_pruning import INGREDIENTS, OWN, basic, calibration
 
 from fasp_lightning import FASPPruner, OwnTextConfig, PruningConfig
 from fasp_lightning.pruning import round
+from fasp_lightning.pruning.config import LearningConfig
 from fasp_lightning.pruning.own_text.writing import calibration_starts, mixed, own_sequences, own_text
 from fasp_lightning.pruning.processes import Processes
 
 CONFIG = basic(0.2, attention="value_dims")
+LEARNED = basic(0.3, score="learned", learning=LearningConfig(steps=4, tokens=80, rate=0.3))
 FAMILIES = ("llama-gqa", "opt")
 
 
@@ -70,6 +72,7 @@ def main(folder: Path, rank: int) -> None:
         prune(family, uneven, family)
         for name, config in INGREDIENTS.items():
             prune(f"{family}-{name}", eight, family, config)
+    prune("learned", lambda rank: calibration(8), "llama-gqa", LEARNED)
     prune("token", out_of_range)
     prune("nothing", nothing_in_one)
     prune("breaks", breaks_in_one)

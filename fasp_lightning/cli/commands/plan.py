@@ -8,7 +8,7 @@ from collections.abc import Callable
 from fasp_lightning.checkpoints.forms import loaders_for
 from fasp_lightning.cli.checks import texts_of
 from fasp_lightning.cli.commands.prune_tables import loaders_table, print_speedup
-from fasp_lightning.cli.console import change, dtype_name, gibibytes, megabytes, note, percent, table
+from fasp_lightning.cli.console import change, dtype_name, gibibytes, megabytes, note, percent, results, table
 from fasp_lightning.cli.jobs import PlanJob, PruneJob
 from fasp_lightning.cli.model_setup import Setup, already_pruned, bytes_before, memory_of, set_up
 from fasp_lightning.cli.quiet import one_thread, quiet_libraries
@@ -16,6 +16,7 @@ from fasp_lightning.cli.startup import without_collection
 from fasp_lightning.cli.texts import calibration_name, own_tokens
 from fasp_lightning.pruning.budget.footprint import PeakMemory, footprints
 from fasp_lightning.pruning.budget.widths import ffn_multiple
+from fasp_lightning.pruning.learned.learning import forward_tokens
 from fasp_lightning.pruning.own_text.writing import within_positions
 
 JOB = PlanJob
@@ -40,6 +41,7 @@ def run(job: PlanJob) -> int:
     print_speedup(setup)
     _print_kernels(job, setup)
     _print_memory(job, setup)
+    _print_learning(setup)
     loaders_table(loaders_for(setup.form, setup.config, setup.cuts))
     return 0
 
@@ -117,6 +119,17 @@ def _print_memory(job: PruneJob, setup: Setup) -> None:
     rows.append(("peak, if all of it is in one place", gibibytes(memory.total), ""))
     title = f"estimated memory while pruning on {tokens:,} tokens of {calibration_name(calibration, own)}"
     table(title, ("", "size", "where"), rows)
+
+
+def _print_learning(setup: Setup) -> None:
+    """What learned columns cost beside the rest, which goes over the calibration set a few times."""
+    if setup.pruning.score != "learned":
+        return
+    learning = setup.pruning.learning
+    results().print(
+        f"columns are learned in {learning.steps:,} steps of {learning.tokens:,} tokens, with the whole model on "
+        f"{setup.device}: about the time of {forward_tokens(learning):,} tokens forward through it"
+    )
 
 
 def _parts(memory: PeakMemory, setup: Setup) -> list[tuple[str, int, str]]:

@@ -58,6 +58,11 @@ def print_results(
     phases = {name: value for name, value in report.seconds.items() if name != "total"}
     if phases:
         results().print("seconds by phase: " + ", ".join(f"{name} {value:.1f}" for name, value in phases.items()))
+    for learned in report.learning:
+        results().print(
+            f"columns learned: step {learned.chosen} of {learned.steps}; divergence from the model without gates, on "
+            f"{learned.tokens:,} held-back tokens: {learned.divergence_before:.4f} -> {learned.divergence_after:.4f}"
+        )
     if report.evaluation:
         print_perplexities(report.evaluation)
 

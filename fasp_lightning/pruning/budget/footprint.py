@@ -111,7 +111,8 @@ def peak_memory_estimate(
     Args:
         model: The causal LM, on any device.
         budget: Its widths.
-        config: ``restoration``, ``damping``, ``score``, ``allocation`` and ``sensitivity_tokens`` are read.
+        config: ``restoration``, ``damping``, ``score``, ``allocation``, ``sensitivity_tokens`` and ``learning`` are
+            read.
         tokens: Calibration tokens.
         evaluated_tokens: Tokens of the largest batch of which logits are computed; 0 for none.
         bytes_per_value: Of the model's dtype.
@@ -131,6 +132,8 @@ def peak_memory_estimate(
     sensitivity = 0
     if config.needs_sensitivity:
         piece = min(tokens, config.sensitivity_tokens, PIECE_TOKENS)
+        if config.score == "learned":
+            piece = max(piece, min(tokens, config.learning.tokens))
         # about what autograd keeps of a block whose weights are frozen: measured 0.5 to 1.3 times this, by family
         kept = len(budget.pairs) * (7 * hidden + 4 * widest)
         sensitivity = bytes_per_value * (tokens * hidden + piece * (kept + 3 * vocabulary))

@@ -1,4 +1,4 @@
-"""Token ids on disk, under a key of the model that wrote them."""
+"""What takes long to make, on disk: checked when it is read, under a key of the model that made it."""
 
 from __future__ import annotations
 
@@ -85,31 +85,56 @@ def read_ids(path: Path, shape: tuple[int, int]) -> Tensor | None:
     Returns:
         (sequences, seq_len) int64, or ``None`` if there is no such file, or it is damaged.
     """
-    try:
-        content = path.read_bytes()
-    except FileNotFoundError:
-        return None
-    except OSError as error:
-        log.warning("%s cannot be read (%s): own text is sampled anew", path, error)
-        return None
-    body = content[DIGEST:]
-    if len(body) != 4 * shape[0] * shape[1] or content[:DIGEST] != hashlib.sha256(body).digest():
-        log.warning("%s is damaged: own text is sampled anew", path)
-        return None
-    return torch.frombuffer(bytearray(body), dtype=torch.int32).long().view(shape)
+    body = read_checked(path, "own text is sampled anew", 4 * shape[0] * shape[1])
+    return None if body is None else torch.frombuffer(bytearray(body), dtype=torch.int32).long().view(shape)
 
 
 def write_ids(path: Path, ids: Tensor) -> None:
-    """Put token ids on disk: beside, then renamed, so that nobody reads half a file.
-
-    A cache that cannot be written is no error: the ids are at hand, and the log says so.
+    """Put token ids on disk; see :func:`write_checked`.
 
     Args:
         path: The file; its folder is made.
         ids: (sequences, seq_len) int64.
     """
-    body = ids.to(torch.int32).contiguous().numpy().tobytes()
+    write_checked(path, ids.to(torch.int32).contiguous().numpy().tobytes(), "own text")
+
+
+def read_checked(path: Path, otherwise: str, size: int | None = None) -> bytes | None:
+    """Read what :func:`write_checked` wrote.
+
+    Args:
+        path: The file.
+        otherwise: What will be done without it, for the log.
+        size: Bytes that there must be, if that is known.
+
+    Returns:
+        The content, or ``None`` if there is no such file, or it is damaged.
+    """
+    try:
+        content = path.read_bytes()
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        log.warning("%s cannot be read (%s): %s", path, error, otherwise)
+        return None
+    body = content[DIGEST:]
+    if len(body) != (len(body) if size is None else size) or content[:DIGEST] != hashlib.sha256(body).digest():
+        log.warning("%s is damaged: %s", path, otherwise)
+        return None
+    return body
+
+
+def write_checked(path: Path, body: bytes, what: str) -> None:
+    """Put bytes on disk with their digest: beside, then renamed, so that nobody reads half a file.
+
+    A cache that cannot be written is no error: its content is at hand, and the log says so.
+
+    Args:
+        path: The file; its folder is made.
+        body: The content.
+        what: What it is, for the log.
+    """
     try:
         write_beside(path, hashlib.sha256(body).digest() + body)
     except OSError as error:
-        log.warning("own text cannot be kept in %s: %s", path.parent, error)
+        log.warning("%s cannot be kept in %s: %s", what, path.parent, error)
