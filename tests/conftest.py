@@ -18,7 +18,9 @@ from tiny import TINY, tiny_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from fasp_lightning.checkpoints.facts import Facts
 from fasp_lightning.checkpoints.loading import load_model, load_tokenizer
+from fasp_lightning.checkpoints.publishing import card
 
 ALPHABET = "ĊĠ" + "".join(chr(code) for code in range(33, 127) if chr(code) not in "`|~")
 """What the tiny tokenizer knows, newline and space in byte-level form; with four special tokens it has 97."""
@@ -61,6 +63,26 @@ def environment() -> Iterator[None]:
     for name in set(os.environ) - set(before) - {"PYTEST_CURRENT_TEST"}:
         del os.environ[name]
     os.environ.update({name: value for name, value in before.items() if name != "PYTEST_CURRENT_TEST"})
+
+
+@pytest.fixture(autouse=True)
+def undrawn(request: pytest.FixtureRequest) -> Iterator[None]:
+    """A card's picture, most of a tiny model's saving, is drawn where a test looks at it: that asks for ``drawn``."""
+
+    def blank(facts: Facts, file: Path) -> bool:
+        if facts.pairs:
+            file.write_bytes(b"\x89PNG")
+        return bool(facts.pairs)
+
+    with pytest.MonkeyPatch.context() as patched:
+        if "drawn" not in request.fixturenames:
+            patched.setattr(card, "draw", blank)
+        yield
+
+
+@pytest.fixture
+def drawn() -> None:
+    """Pictures are drawn."""
 
 
 @pytest.fixture(params=list(TINY))

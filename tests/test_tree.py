@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import re
 from collections import Counter
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,11 @@ def of(path: Path) -> str:
     return str(path.relative_to(PACKAGE))
 
 
+@cache
+def parsed(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"))
+
+
 def test_no_folder_shows_more_than_fifteen_files() -> None:
     assert max(Counter(path.parent for path in FILES).values()) <= 15
 
@@ -27,16 +33,13 @@ def test_no_folder_shows_more_than_fifteen_files() -> None:
 def test_file_is_short_and_says_what_it_is_for(path: Path) -> None:
     text = path.read_text(encoding="utf-8")
     assert len(text.splitlines()) <= 300
-    assert ast.get_docstring(ast.parse(text))
+    assert ast.get_docstring(parsed(path))
 
 
 @pytest.mark.parametrize("path", FILES, ids=of)
 def test_nothing_is_asserted_that_data_could_say(path: Path) -> None:
     """An assert that a field is set by now says that the data has the wrong shape."""
-    found = [
-        node.lineno for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) if isinstance(node, ast.Assert)
-    ]
-    assert not found
+    assert not [node.lineno for node in ast.walk(parsed(path)) if isinstance(node, ast.Assert)]
 
 
 @pytest.mark.parametrize("path", FILES, ids=of)
@@ -50,8 +53,7 @@ def test_checks_raise_refusals_and_loggers_have_one_name(path: Path) -> None:
 
 @pytest.mark.parametrize("path", FILES, ids=of)
 def test_code_in_docstrings_is_quoted_one_way(path: Path) -> None:
-    tree = ast.parse(path.read_text(encoding="utf-8"))
     documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
-    texts = [ast.get_docstring(node) or "" for node in ast.walk(tree) if isinstance(node, documented)]
+    texts = [ast.get_docstring(node) or "" for node in ast.walk(parsed(path)) if isinstance(node, documented)]
     single = [found for text in texts for found in re.findall(r"(?<![`:\w])`[^`\n]+`(?![`_])", text)]
     assert not single

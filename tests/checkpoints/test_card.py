@@ -24,6 +24,8 @@ from fasp_lightning.checkpoints.publishing.card import write_card
 from fasp_lightning.structure.layout import PairLayout
 from fasp_lightning.structure.pruning_plan import PairPlan, PruningPlan
 
+pytestmark = pytest.mark.usefixtures("drawn")
+
 HOSTILE = "a | b\n# c: `d` <script> [e](f) *g* _h_ $i$ \"j\" 'k' & \\ ---"
 LOADERS = [LoaderSupport("ours", True, "it does"), LoaderSupport("theirs|x", None, HOSTILE)]
 

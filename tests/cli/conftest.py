@@ -12,6 +12,7 @@ import torch
 
 from fasp_lightning.checkpoints import loading
 from fasp_lightning.cli.main import main
+from fasp_lightning.text import tokens
 
 WORDS = ("the", "cat", "sat", "on", "a", "mat", "while", "some", "dog", "ran", "off", "and", "rain", "fell")
 BASIC = ("--pruning.score", "wanda", "--pruning.own_text", "null")
@@ -37,6 +38,12 @@ def user_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Mon
     folder = tmp_path_factory.mktemp("cache")
     monkeypatch.setenv("XDG_CACHE_HOME", str(folder))
     return folder
+
+
+@pytest.fixture(autouse=True)
+def no_more_read_than_needed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A text is tokenized by pieces of a size that suits small runs: whole, it takes most of their time."""
+    monkeypatch.setattr(tokens, "GROUP_LENGTH", 20_000)
 
 
 @pytest.fixture

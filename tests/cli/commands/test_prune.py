@@ -50,6 +50,7 @@ def test_table_holds_the_figures(prune, tiny_folder, tmp_path: Path) -> None:
     assert re.search(r"peak memory, process .* \d+\.\d\d GiB", out)
 
 
+@pytest.mark.usefixtures("drawn")
 def test_the_model_card_has_the_figures(prune, tiny_folder, tmp_path: Path) -> None:
     prune(folder := tiny_folder("llama-gqa"))
     card, report = ModelCard.load(tmp_path / "pruned" / "README.md"), report_of(tmp_path / "pruned")

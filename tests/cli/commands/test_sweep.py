@@ -45,15 +45,10 @@ def sweep(fasp, tmp_path: Path) -> Callable:
 
 
 @pytest.fixture(autouse=True)
-def undrawn(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The picture, which takes half of a sweep's time, is drawn where a test looks at it: that asks for ``drawn``."""
+def undrawn_curve(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The sweep's own picture, too, is drawn for who asks for ``drawn``."""
     if "drawn" not in request.fixturenames:
         monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda self, path, **_: Path(path).write_bytes(b""))
-
-
-@pytest.fixture
-def drawn() -> None:
-    """The picture is drawn."""
 
 
 @pytest.fixture

@@ -156,7 +156,6 @@ def steps(batches: int, run: Run) -> tuple[int, int]:
 
 
 SAMPLE = [
-    ("own", Stop("batch", 2)),
     ("own", Stop("validation", 4)),
     ("own-full-by-steps", Stop("pruned", 4)),
     ("own-full-by-steps", Stop("end", 1)),
@@ -167,7 +166,6 @@ SAMPLE = [
     ("foreign-full-by-steps", Stop("batch", 8)),
     ("foreign-lora", Stop("calibration", 30)),
     ("own-everything", Stop("calibration", 20)),
-    ("own-everything", Stop("batch", 13)),
     ("own-groups", Stop("step", 4)),
     ("foreign-everything", Stop("pruned", 8)),
     ("foreign-groups", Stop("batch", 12)),
