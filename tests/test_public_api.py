@@ -93,8 +93,8 @@ SIGNATURES = {
     "register_architecture": "(model_type, spec, overwrite=False)",
     "spec_for": "(model_or_config)",
 }
-FOR_THE_ENGINE = ("Prepared.check", "PruningReport.of_budget", "TextConfig.extent")
-"""Methods of public classes that the package alone calls."""
+FOR_THE_ENGINE = ("Prepared.check", "PruningReport.of_budget", "TextConfig.extent", "Teacher", "Teacher.__call__")
+"""Methods of public classes that the package alone calls, and a protocol that it alone fulfils."""
 
 DEFAULTS = {
     "sparsity": 0.2,
