@@ -36,8 +36,6 @@ ENGINE = (
     "Clock",
     "LoaderCheck",
     "LoaderSupport",
-    "LearningConfig",
-    "LearningReport",
     "OwnTextConfig",
     "PairLayout",
     "PairPlan",
@@ -95,11 +93,8 @@ SIGNATURES = {
     "register_architecture": "(model_type, spec, overwrite=False)",
     "spec_for": "(model_or_config)",
 }
-FOR_THE_ENGINE = (
-    *("EventRecord.of", "Prepared.check", "PruningReport.of_budget", "TextConfig.extent"),
-    *("Teacher", "Teacher.__call__"),
-)
-"""Methods of public classes that the package alone calls, and what users only pass on."""
+FOR_THE_ENGINE = ("Prepared.check", "PruningReport.of_budget", "TextConfig.extent", "Teacher", "Teacher.__call__")
+"""Methods of public classes that the package alone calls, and a protocol that it alone fulfils."""
 
 DEFAULTS = {
     "sparsity": 0.2,

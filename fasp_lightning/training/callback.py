@@ -266,7 +266,7 @@ class FASPPruning(Callback):
             self._recovery.apply(model, True, trainer.optimizers)
         seconds = time.perf_counter() - start
         pruned = self._quality(trainer, pl_module)
-        record = EventRecord.of(trainer.global_step, report, seconds, before, pruned)
+        record = reporting.new_record(trainer.global_step, report, seconds, before, pruned)
         self._records.append(record)
         self._halfway = False
         surgery.forget_best(trainer)

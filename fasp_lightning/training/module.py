@@ -55,9 +55,6 @@ class CausalLMModule(L.LightningModule):
             defaults.
         lora: Settings of low-rank adapters for the decoder blocks, or a mapping of them; then the adapters train, and
             nothing else does.
-        distillation: Settings of recovery by distillation, or a mapping of them: from the first pruning on, or from the
-            start for a model that is pruned already, the loss is the divergence from the model before it. Logged is
-            ``train_kl`` too.
         optimizer: Makes the optimizer from the parameters.
         lr_scheduler: Makes a learning rate scheduler, stepped once per optimizer step (one that watches a metric:
             once per epoch).
@@ -69,6 +66,9 @@ class CausalLMModule(L.LightningModule):
         revision: Branch, tag or commit on the hub.
         trust_remote_code: Let the repository's own code run.
         seed: Seed of the weights of a model from scratch, and of the adapters.
+        distillation: Settings of recovery by distillation, or a mapping of them: from the first pruning on, or from the
+            start for a model that is pruned already, the loss is the divergence from the model before it. Logged is
+            ``train_kl`` too.
 
     Example::
 
@@ -86,7 +86,6 @@ class CausalLMModule(L.LightningModule):
         name_or_path: str | None = None,
         config: dict[str, Any] | None = None,
         lora: LoRAConfig | None = None,
-        distillation: DistillationConfig | None = None,
         optimizer: OptimizerCallable = lambda parameters: torch.optim.AdamW(parameters, lr=1e-4),
         lr_scheduler: LRSchedulerCallable | None = None,
         gradient_checkpointing: bool = False,
@@ -95,6 +94,7 @@ class CausalLMModule(L.LightningModule):
         revision: str | None = None,
         trust_remote_code: bool = False,
         seed: int = 0,
+        distillation: DistillationConfig | None = None,
     ) -> None:
         super().__init__()
         if (name_or_path is None) == (config is None):

@@ -83,28 +83,6 @@ class EventRecord:
     kl_pruned: float | None = None
     kl_recovered: float | None = None
 
-    @classmethod
-    def of(cls, step: int, report: PruningReport, seconds: float, before: Quality, pruned: Quality) -> EventRecord:
-        """The record of an event that has just happened.
-
-        Args:
-            step: Optimizer steps that were done before it.
-            report: What was pruned.
-            seconds: How long that took.
-            before: The model's quality before it.
-            pruned: And after it.
-        """
-        return cls(
-            step=step,
-            sparsity=report.sparsity,
-            sparsity_total=report.sparsity_total,
-            parameters=report.parameters_after,
-            seconds=seconds,
-            perplexity_before=before.perplexity,
-            perplexity_pruned=pruned.perplexity,
-            kl_pruned=pruned.divergence,
-        )
-
     def metrics(self) -> dict[str, float]:
         """Name → value for loggers, without what was not measured.
 
@@ -112,6 +90,28 @@ class EventRecord:
         """
         own = ("seconds", "perplexity_before", "perplexity_pruned", "kl_pruned")
         return {f"fasp/{key}": value for key, value in asdict(self).items() if key in own and value is not None}
+
+
+def new_record(step: int, report: PruningReport, seconds: float, before: Quality, pruned: Quality) -> EventRecord:
+    """The record of an event that has just happened.
+
+    Args:
+        step: Optimizer steps that were done before it.
+        report: What was pruned.
+        seconds: How long that took.
+        before: The model's quality before it.
+        pruned: And after it.
+    """
+    return EventRecord(
+        step=step,
+        sparsity=report.sparsity,
+        sparsity_total=report.sparsity_total,
+        parameters=report.parameters_after,
+        seconds=seconds,
+        perplexity_before=before.perplexity,
+        perplexity_pruned=pruned.perplexity,
+        kl_pruned=pruned.divergence,
+    )
 
 
 def report_structure(trainer: Trainer, model: PreTrainedModel, quality: Quality, before: bool = False) -> None:
