@@ -76,6 +76,7 @@ class Models:
 
     def __init__(self, source: str, folder: Path, calibration: TextConfig) -> None:
         self.source, self.root, self.calibration = source, folder, calibration
+        self.shapes: dict[Variant, tuple[Shape, list[int]]] = {}
 
     def folder(self, variant: Variant) -> Path:
         """Where a variant is saved."""
@@ -107,8 +108,10 @@ class Models:
 
     def shape(self, variant: Variant) -> tuple[Shape, list[int]]:
         """What its arithmetic depends on, and the FFN width of each block."""
-        model = self.load(variant, "float16")
-        return Shape.of(model), ffn_widths(model)
+        if variant not in self.shapes:
+            model = self.load(variant, "float16")
+            self.shapes[variant] = Shape.of(model), ffn_widths(model)
+        return self.shapes[variant]
 
     def gguf(self, variant: Variant, ftype: str) -> Path:
         """Its file in a type of llama.cpp, quantised from the one in F16."""
