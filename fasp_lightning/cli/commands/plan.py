@@ -128,7 +128,8 @@ def _print_learning(setup: Setup) -> None:
     learning = setup.pruning.learning
     results().print(
         f"columns are learned in {learning.steps:,} steps of {learning.tokens:,} tokens, with the whole model on "
-        f"{setup.device}: about the time of {forward_tokens(learning):,} tokens forward through it"
+        f"{setup.device}: about the time of {forward_tokens(learning):,} tokens forward through it",
+        soft_wrap=True,
     )
 
 

@@ -61,7 +61,8 @@ def print_results(
     for learned in report.learning:
         results().print(
             f"columns learned: step {learned.chosen} of {learned.steps}; divergence from the model without gates, on "
-            f"{learned.tokens:,} held-back tokens: {learned.divergence_before:.4f} -> {learned.divergence_after:.4f}"
+            f"{learned.tokens:,} held-back tokens: {learned.divergence_before:.4f} -> {learned.divergence_after:.4f}",
+            soft_wrap=True,
         )
     if report.evaluation:
         print_perplexities(report.evaluation)

@@ -60,6 +60,13 @@ def test_kernels_that_take_the_width(fasp, large: Path) -> None:
     assert re.search(r"tensor parallel, 8 ranks .* 8 .* yes", outcome.out)
 
 
+def test_learned_columns_show_what_they_cost(fasp, large: Path) -> None:
+    outcome = fasp("plan", "--model.name_or_path", large, "--device", "cpu", "--pruning.score", "learned",
+                   "--pruning.learning.steps", 50)  # fmt: skip
+    assert "columns are learned in 50 steps of 1,024 tokens" in outcome.out
+    assert "the time of 182,272 tokens forward" in outcome.out  # 3 · 50 · 1024, and 7 looks at 4096
+
+
 def test_fewer_kv_groups_show_in_widths_and_cache(fasp, large: Path) -> None:
     groups = ("--pruning.attention", "kv_groups", "--pruning.sparsity", 0.3)
     outcome = fasp("plan", "--model.name_or_path", large, "--device", "cpu", "--dtype", "bf16", *groups)
