@@ -36,6 +36,8 @@ ENGINE = (
     "Clock",
     "LoaderCheck",
     "LoaderSupport",
+    "LearningConfig",
+    "LearningReport",
     "OwnTextConfig",
     "PairLayout",
     "PairPlan",
