@@ -24,6 +24,9 @@ BEYOND_CACHES = 2**30
 PATTERN = 2**20
 """Random values that weights repeat: to draw each of billions would take minutes."""
 
+ALIGNMENT = 64
+"""Values; at least 64 bytes, a line of a cache."""
+
 Widths = tuple[PairWidth, ...]
 """The widths of the pairs of one block."""
 
@@ -78,10 +81,10 @@ def shapes_of(config: Any, kinds: Sequence[str | None], **options: Any) -> Any:
 def make_samples(
     config: Any, widths: Sequence[Widths], device: torch.device, dtype: torch.dtype, **options: Any
 ) -> list[Sample]:
-    """Build a sample of each width: nothing larger than them is ever in memory.
+    """Build a sample of each width, all of them in the memory that the largest takes: one is timed after the other.
 
     A token reads all weights once. How many of them a cache still holds from the token before depends on their
-    size, so each sample has all blocks of the model, or more bytes than any cache; they share the embeddings.
+    size, so each sample has all blocks of the model, or more bytes than any cache.
 
     Args:
         config: The model's.
@@ -98,21 +101,16 @@ def make_samples(
     for pairs in widths:
         size = dtype.itemsize * (whole - sum(pair.removed for pair in pairs))
         some = kinds[: max(len(layers), -(-BEYOND_CACHES // size))]
-        head = samples[0].model if samples else None
-        model = random_model(config, some, [pairs] * len(some), device, dtype, head=head, **options)
+        model = _cut_shapes(config, some, [pairs] * len(some), dtype, options)
         samples.append(Sample(model, list(find_blocks(model, spec_for(model))), some, layers))
+    memory = random_values(max(_extent(sample.model) for sample in samples), device, dtype)
+    for sample in samples:
+        _lay(sample.model, memory)
     return samples
 
 
 def random_model(
-    config: Any,
-    kinds: Sequence[str | None],
-    widths: Sequence[Widths],
-    device: torch.device,
-    dtype: torch.dtype,
-    *,
-    head: Any = None,
-    **options: Any,
+    config: Any, kinds: Sequence[str | None], widths: Sequence[Widths], device: torch.device, dtype: torch.dtype
 ) -> Any:
     """A model of random weights with these layers, in evaluation mode.
 
@@ -122,54 +120,62 @@ def random_model(
         widths: The widths of the pairs of each block.
         device: Where it is to be.
         dtype: In which.
-        head: A model of the same config that lends its embeddings.
-        options: Further ones of ``AutoModelForCausalLM.from_config``.
     """
+    model = _cut_shapes(config, kinds, widths, dtype, {})
+    _lay(model, random_values(_extent(model), device, dtype))
+    return model
+
+
+def random_values(count: int, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+    """(count,) random values, which repeat: an accelerator is slower on them than on zeros."""
+    generator = torch.Generator(device).manual_seed(0)
+    pattern = torch.empty(PATTERN, device=device, dtype=dtype).uniform_(-0.03, 0.03, generator=generator)
+    values = torch.empty(count, device=device, dtype=dtype)
+    whole = count - count % PATTERN
+    values[:whole].view(-1, PATTERN).copy_(pattern)
+    values[whole:].copy_(pattern[: count - whole])
+    return values
+
+
+def _cut_shapes(
+    config: Any, kinds: Sequence[str | None], widths: Sequence[Widths], dtype: torch.dtype, options: dict[str, Any]
+) -> Any:
+    """A model of these layers and widths on the ``meta`` device, in evaluation mode."""
     model = shapes_of(config, kinds, dtype=dtype, **options)
     pairs = resolve_pruned(model, kv_groups=any(width.kind == "groups" for width in widths[0]))
     for block, block_widths in zip(pairs, widths, strict=True):
         for pair, width in zip(block, block_widths, strict=True):
             pair.cut(_first_units(pair, width.after))
     record_plan(model, pairs)
-    _give_memory(model, device, head)
-    _fill(model)
-    if head is not None:
-        model.set_input_embeddings(head.get_input_embeddings())
-        model.set_output_embeddings(head.get_output_embeddings())
     return model.eval()
 
 
-def _give_memory(model: Any, device: torch.device, head: Any) -> None:
-    """Put the model's shapes on a device, but for the embeddings if another model lends its own."""
-    if head is not None:
-        model.set_input_embeddings(nn.Identity())
-        model.set_output_embeddings(nn.Identity())
-    model.to_empty(device=device)
-    if head is None:
-        model.tie_weights()
+def _extent(model: Any) -> int:
+    """How many values a model's parameters take up."""
+    return sum(_aligned(parameter.numel()) for parameter in model.parameters())
+
+
+def _aligned(count: int) -> int:
+    """Up to where the next parameter begins: allocators align each, as kernels like it."""
+    return -(-count // ALIGNMENT) * ALIGNMENT
+
+
+def _lay(model: Any, memory: torch.Tensor) -> None:
+    """Let a model's parameters lie in a memory, one behind the other; ones in its tables and masks."""
+    offset, laid = 0, dict[nn.Parameter, nn.Parameter]()
+    for module in model.modules():
+        for name, shape in list(module.named_parameters(recurse=False, remove_duplicate=False)):
+            if shape not in laid:
+                values = memory[offset : offset + shape.numel()].view(shape.shape)
+                laid[shape] = nn.Parameter(values.to(shape.dtype), requires_grad=False)
+                offset += _aligned(shape.numel())
+            setattr(module, name, laid[shape])
+        for name, buffer in list(module.named_buffers(recurse=False)):
+            value = 0 if buffer.dtype in (torch.int32, torch.int64) else 1
+            setattr(module, name, torch.full_like(buffer, value, device=memory.device))
 
 
 def _first_units(pair: ResolvedPair, units: int) -> torch.Tensor:
     """So many units, as many of each head as of the others where that is possible; which ones takes no time."""
     heads = pair.layout.groups if units % pair.layout.groups == 0 else 1
     return torch.arange(pair.layout.width).reshape(heads, -1)[:, : units // heads].reshape(-1)
-
-
-@torch.no_grad()
-def _fill(model: Any) -> None:
-    """Random weights, as an accelerator is slower on them than on zeros; ones in tables and masks."""
-    patterns: dict[torch.device, torch.Tensor] = {}
-    for parameter in model.parameters():
-        if parameter.device not in patterns:
-            patterns[parameter.device] = _pattern(parameter)
-        pattern, flat = patterns[parameter.device], parameter.view(-1)
-        whole = flat.numel() - flat.numel() % PATTERN
-        flat[:whole].view(-1, PATTERN).copy_(pattern)
-        flat[whole:].copy_(pattern[: flat.numel() - whole])
-    for buffer in model.buffers():
-        buffer.fill_(0 if buffer.dtype in (torch.int32, torch.int64) else 1)
-
-
-def _pattern(like: torch.Tensor) -> torch.Tensor:
-    generator = torch.Generator(like.device).manual_seed(0)
-    return like.new_empty(PATTERN).uniform_(-0.03, 0.03, generator=generator)

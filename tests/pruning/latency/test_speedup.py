@@ -18,10 +18,10 @@ from fasp_lightning.pruning.latency import sample as sampling
 from fasp_lightning.pruning.latency.sample import (
     PATTERN,
     Sample,
-    _fill,
     _first_units,
     layer_kinds,
     make_samples,
+    random_values,
     shapes_of,
 )
 from fasp_lightning.pruning.latency.serving import Serving
@@ -141,16 +141,20 @@ def test_samples_of_a_large_model_have_blocks_beyond_caches(monkeypatch) -> None
         assert sum(sizes) >= 200_000 > sum(sizes[1:])
 
 
-def test_samples_share_the_embeddings(samples) -> None:
-    first, second = (sample.model for sample in samples)
-    assert first.get_input_embeddings() is second.get_input_embeddings()
-    assert first.get_output_embeddings() is second.get_output_embeddings()
+def test_samples_lie_in_the_memory_of_the_largest(samples) -> None:
+    places = [
+        {parameter.data_ptr(): parameter.numel() * parameter.element_size() for parameter in sample.model.parameters()}
+        for sample in samples
+    ]
+    assert min(places[0]) == min(places[1])
+    for place in places:
+        ends = [start + size for start, size in sorted(place.items())]
+        assert all(end <= start for end, start in zip(ends, sorted(place)[1:], strict=False))  # none within another
+        assert all(start % 64 == min(place) % 64 for start in place)
 
 
 def test_weights_are_all_random() -> None:
-    layer = torch.nn.Linear(1100, 1000)
-    torch.nn.init.zeros_(layer.weight)
-    _fill(layer)
-    assert layer.weight.numel() > PATTERN
-    assert layer.weight.count_nonzero() > 0.99 * layer.weight.numel()
-    assert layer.weight.std().item() == pytest.approx(0.06 / 12**0.5, rel=0.01)
+    values = random_values(1_100_000, torch.device("cpu"), torch.float32)
+    assert values.numel() > PATTERN
+    assert values.count_nonzero() > 0.99 * values.numel()
+    assert values.std().item() == pytest.approx(0.06 / 12**0.5, rel=0.01)
