@@ -34,7 +34,7 @@ def assert_refused(outcome, *fragments: str) -> None:
         (("--pruning.sparsity=-0.1",), ("sparsity must be in [0, 1), got -0.1",)),
         (("--pruning.sparsity", "much"), ('"pruning.sparsity"', "float", "got much")),
         (("--pruning.sparsity", "0.95"), ("sparsity must be at most 0.7242 with queries and keys kept", "got 0.95")),
-        (("--pruning.score", "taylor"), ("pruning.score", "'wanda', 'fisher', 'magnitude'", "got taylor")),
+        (("--pruning.score", "taylor"), ("pruning.score", "'wanda', 'fisher', 'learned', 'magnitude'", "got taylor")),
         (("--pruning.multiple_of", "49"), ("multiple_of must be at most the FFN width 48, got 49",)),
         (("--pruning.damping=-1",), ("damping must be", "got -1")),
         (("--calibration.source", "builtin:novels"), ("source must be one of", "'builtin:novels'")),
