@@ -76,10 +76,6 @@ class _Decided(NamedTuple):
     bases: list[Basis]
 
 
-def _error(decided: _Decided) -> float:
-    return decided.entry.error_after
-
-
 @dataclass(frozen=True)
 class PruningRound:
     """One pass over the blocks of a model.
@@ -155,11 +151,13 @@ class PruningRound:
         """Statistics, selection, restoration and cut of one pair."""
         start, processes, clock = time.perf_counter(), self.session.processes, self.session.clock
         inputs, fitted, held = self._statistics(replay, pair)
-        decided = None
+        decided: _Decided | None = None
         with processes.together(), clock.phase("solve"):
-            if processes.is_first:
-                views = views_of(pair, fitted, held, self.config)
-                decided = min((self._solve(pair, width, view, scores) for view in views), key=_error)
+            for view in views_of(pair, fitted, held, self.config) if processes.is_first else ():
+                units, columns = self._select(pair, width, view, scores)
+                restored, entry = restore_pair(pair, width, columns, view.fitted, view.held, self.config, view.bases)
+                if decided is None or entry.error_after < decided.entry.error_after:
+                    decided = _Decided(units, columns, restored.like(pair.consumer.weight), entry, view.bases)
         units, columns, restored, entry, bases = processes.from_first(decided)
         if restored.singular:
             self._warn(f"{width.layer}: the gram was singular; solved by {entry.solver} with damping {entry.damping:g}")
@@ -176,14 +174,12 @@ class PruningRound:
             blocks = pair.column_blocks([basis.forward for basis in bases])
             replay.finish(pair, columns.to(self.session.device), inputs, blocks)
 
-    def _solve(self, pair: ResolvedPair, width: PairWidth, view: View, scores: Tensor | None) -> _Decided:
-        """Selection and restoration in one basis; scores that come from elsewhere are those of the given one."""
+    def _select(self, pair: ResolvedPair, width: PairWidth, view: View, scores: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The units that stay in one basis, and their columns; scores from elsewhere are those of the given basis."""
         if scores is None or view.bases:
             scores = activation_scores(pair, view.fitted, self.config, view.bases)
         units = select_units(pair, width, scores, self.config)
-        columns = self._columns(pair, units)
-        restored, entry = restore_pair(pair, width, columns, view.fitted, view.held, self.config, view.bases)
-        return _Decided(units, columns, restored.like(pair.consumer.weight), entry, view.bases)
+        return units, self._columns(pair, units)
 
     def _statistics(
         self, replay: BlockReplay, pair: ResolvedPair

@@ -169,9 +169,9 @@ def test_few_samples_are_fitted_as_a_whole(family: str) -> None:
 def test_engine_never_makes_tokens_held_back_worse(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     gains, tokens = [], []
 
-    def watched(pair: Any, width: Any, kept: Tensor, fitted: Any, held: Any, config: Any) -> Any:
+    def watched(pair: Any, width: Any, kept: Tensor, fitted: Any, held: Any, config: Any, bases: Any) -> Any:
         original, gram, mean, counts = pair.weight.double(), held.gram(), held.mean(), (fitted.tokens, held.tokens)
-        result = restore_pair(pair, width, kept, fitted, held, config)
+        result = restore_pair(pair, width, kept, fitted, held, config, bases)
         tokens.append((*counts, fitted.tokens))
         removed = original.clone()
         removed[:, kept] = 0

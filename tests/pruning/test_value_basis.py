@@ -10,7 +10,7 @@ import pytest
 import torch
 from oracle import best_units, consumer_inputs, consumer_weight, mask_units
 from tiny import TINY, random_tokens, tiny_model
-from tiny_pruning import BOTH, assert_same, calibration
+from tiny_pruning import BOTH, assert_same
 from torch import Tensor
 
 from fasp_lightning import FASPPruner
@@ -20,6 +20,8 @@ from fasp_lightning.structure.plan import resolve_pruned
 
 PRINCIPAL = replace(BOTH, sparsity=0.3, value_basis="principal")
 PLAIN = replace(PRINCIPAL, restoration="none")
+BATCHES = [random_tokens(2, 40, seed=seed) for seed in range(3)]
+"""Without padding, which eager attention does not bear in float64."""
 
 
 def double(name: str) -> Any:
@@ -41,16 +43,17 @@ def naive_bases(inputs: Tensor, weight: Tensor, groups: int, repeats: int) -> li
 
 
 @torch.no_grad()
-def masked(model: Any, plan: Any) -> list[list[int]]:
-    """Turn and mask a whole model, block by block; returns the best units of each value pair."""
+def masked(model: Any, plan: Any, bases: list[str]) -> list[list[int]]:
+    """Turn, where the engine has, and mask a whole model, block by block; returns the best units of each value pair."""
     best = []
     for index, pairs in enumerate(resolve_pruned(model)):
         pair, layout = pairs[0], pairs[0].layout
-        inputs = consumer_inputs(model, pair.consumer, calibration())
+        inputs = consumer_inputs(model, pair.consumer, BATCHES)
         weight = consumer_weight(model, index, pair.spec.consumer)
         centred = inputs - inputs.mean(0) if getattr(pair.consumer, "bias", None) is not None else inputs
-        pair.turn(naive_bases(centred, weight, layout.groups, layout.repeats))
-        norms = consumer_inputs(model, pair.consumer, calibration()).norm(dim=0)
+        if bases[index] == "principal":
+            pair.turn(naive_bases(centred, weight, layout.groups, layout.repeats))
+        norms = consumer_inputs(model, pair.consumer, BATCHES).norm(dim=0)
         scores = consumer_weight(model, index, pair.spec.consumer).abs().sum(0) * norms
         keep = len(plan.blocks[index][pair.spec.consumer].kept) // layout.groups
         best.append(best_units(scores, layout.groups, layout.repeats, keep))
@@ -64,11 +67,10 @@ def masked(model: Any, plan: Any) -> list[list[int]]:
 def test_cut_model_equals_the_turned_and_masked_one(name: str) -> None:
     cut = double(name)
     original = copy.deepcopy(cut)
-    report = FASPPruner(PLAIN).prune(cut, calibration())
-    values = [pair for pair in report.pairs if pair.kind == "value"]
-    if any(pair.basis == "given" for pair in values):
-        pytest.skip("the given basis loses less somewhere")
-    best = masked(original, cut.fasp_plan)
+    report = FASPPruner(PLAIN).prune(cut, BATCHES)
+    bases = [pair.basis for pair in report.pairs if pair.kind == "value"]
+    assert "principal" in bases
+    best = masked(original, cut.fasp_plan, bases)
     for pairs, wanted in zip(resolve_pruned(cut), best, strict=True):
         assert pairs[0].kept.tolist() == wanted
     with torch.no_grad():
@@ -82,8 +84,7 @@ def test_calibration_error_is_never_above_that_of_the_given_basis(name: str, res
     """Of the first block, whose inputs are the same in both; and the principal basis does win somewhere."""
     config = replace(PRINCIPAL, restoration=restoration)
     turned, given = (
-        FASPPruner(one).prune(double(name), calibration()).pairs[0]
-        for one in (config, replace(config, value_basis="given"))
+        FASPPruner(one).prune(double(name), BATCHES).pairs[0] for one in (config, replace(config, value_basis="given"))
     )
     assert (turned.kind, given.basis) == ("value", "given")
     assert turned.error_after <= given.error_after
@@ -93,7 +94,7 @@ def test_calibration_error_is_never_above_that_of_the_given_basis(name: str, res
 @pytest.mark.parametrize("family", TINY)
 def test_nothing_is_turned_where_nothing_is_cut(family: str) -> None:
     model, original = tiny_model(family), tiny_model(family)
-    report = FASPPruner(replace(PRINCIPAL, sparsity=0.0)).prune(model, calibration())
+    report = FASPPruner(replace(PRINCIPAL, sparsity=0.0)).prune(model, BATCHES)
     assert report.pairs == []
     assert all(torch.equal(value, original.state_dict()[name]) for name, value in model.state_dict().items())
 
@@ -102,7 +103,7 @@ def test_values_that_are_not_cut_stay_in_the_given_basis() -> None:
     """attention="auto" leaves those of grouped-query attention whole."""
     models = [tiny_model("llama-gqa"), tiny_model("llama-gqa")]
     for model, basis in zip(models, ("given", "principal"), strict=True):
-        FASPPruner(replace(PRINCIPAL, attention="auto", value_basis=basis)).prune(model, calibration())
+        FASPPruner(replace(PRINCIPAL, attention="auto", value_basis=basis)).prune(model, BATCHES)
     assert_same(*models)
 
 
@@ -111,8 +112,8 @@ def test_cut_pairs_are_turned_again_by_a_later_pruning(balance: Any) -> None:
     model = double("llama-gqa")
     for sparsity in (0.1, 0.3):
         config = replace(PRINCIPAL, sparsity=sparsity, head_balance=balance)
-        report = FASPPruner(config).prune(model, calibration())
-        assert {pair.basis for pair in report.pairs if pair.kind == "value"} == {"principal"}
+        report = FASPPruner(config).prune(model, BATCHES)
+        assert "principal" in {pair.basis for pair in report.pairs if pair.kind == "value"}
         assert {pair.basis for pair in report.pairs if pair.kind == "ffn"} == {"given"}
     assert report.sparsity == pytest.approx(0.3, abs=0.01)
     assert model(random_tokens()).logits.isfinite().all()
@@ -127,6 +128,6 @@ def test_dims_that_the_consumer_does_not_read_go_without_loss(basis: Any) -> Non
     for columns in pair.consumer.weight.data.split(pair.layout.size, 1):
         left, values, right = torch.linalg.svd(columns, full_matrices=False)
         columns.copy_((left * torch.where(half, values, 0)) @ right)
-    found = FASPPruner(replace(PLAIN, value_basis=basis)).prune(model, calibration()).pairs[0]
+    found = FASPPruner(replace(PLAIN, value_basis=basis)).prune(model, BATCHES).pairs[0]
     assert (found.kind, found.width_after >= found.width_before // 2) == ("value", True)
     assert (found.error_before < 1e-6) == (basis == "principal")

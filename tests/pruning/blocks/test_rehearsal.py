@@ -31,7 +31,7 @@ def test_every_family_bears_another_basis_of_its_values(tiny: Any) -> None:
 def test_values_behind_a_gate_are_not_turned() -> None:
     """What stands between V and O acts on single dims."""
     model = tiny_model("llama")
-    model.model.layers[1].self_attn.v_proj.register_forward_hook(lambda _, args, output: output.sigmoid())
+    model.model.layers[1].self_attn.o_proj.register_forward_pre_hook(lambda _, args: (args[0].sigmoid(),))
     config = basic(attention="value_dims", value_basis="principal")
     with pytest.raises(FaspError, match=r"value_basis must be 'given' for model\.layers\.1\.self_attn\.o_proj"):
         FASPPruner(config).prune(model, calibration())
