@@ -81,7 +81,7 @@ def shapes_of(config: Any, kinds: Sequence[str | None], **options: Any) -> Any:
 def make_samples(
     config: Any, widths: Sequence[Widths], device: torch.device, dtype: torch.dtype, **options: Any
 ) -> list[Sample]:
-    """Build a sample of each width, all of them in the memory that the largest takes: one is timed after the other.
+    """Build a sample of each width, the blocks of all in the memory that the most take: one is timed after the other.
 
     A token reads all weights once. How many of them a cache still holds from the token before depends on their
     size, so each sample has all blocks of the model, or more bytes than any cache.
@@ -103,9 +103,7 @@ def make_samples(
         some = kinds[: max(len(layers), -(-BEYOND_CACHES // size))]
         model = _cut_shapes(config, some, [pairs] * len(some), dtype, options)
         samples.append(Sample(model, list(find_blocks(model, spec_for(model))), some, layers))
-    memory = random_values(max(_extent(sample.model) for sample in samples), device, dtype)
-    for sample in samples:
-        _lay(sample.model, memory)
+    _lay([sample.model for sample in samples], device, dtype)
     return samples
 
 
@@ -122,7 +120,7 @@ def random_model(
         dtype: In which.
     """
     model = _cut_shapes(config, kinds, widths, dtype, {})
-    _lay(model, random_values(_extent(model), device, dtype))
+    _lay([model], device, dtype)
     return model
 
 
@@ -150,9 +148,34 @@ def _cut_shapes(
     return model.eval()
 
 
-def _extent(model: Any) -> int:
-    """How many values a model's parameters take up."""
-    return sum(_aligned(parameter.numel()) for parameter in model.parameters())
+def _lay(models: Sequence[Any], device: torch.device, dtype: torch.dtype) -> None:
+    """Give models of one config memory: blocks lie one behind the other, those of all models in the same place.
+
+    Embeddings are one and the same, in memory of their own as in a model that is loaded: torch copies the head of some
+    models on each pass, which takes half as long again at one address than at another.
+    """
+    heads = [random_values(shape.numel(), device, dtype) for shape in _embeddings(models[0])]
+    lengths = [sum(_aligned(shape.numel()) for shape in _others(model)) for model in models]
+    memory = random_values(max(lengths), device, dtype)
+    for model in models:
+        places = dict(zip(_embeddings(model), heads, strict=True))
+        offset = 0
+        for shape in _others(model):
+            places[shape] = memory[offset : offset + shape.numel()]
+            offset += _aligned(shape.numel())
+        _put(model, places, device)
+
+
+def _embeddings(model: Any) -> list[nn.Parameter]:
+    """The parameters of input and output embeddings, one if they are tied."""
+    modules = (model.get_input_embeddings(), model.get_output_embeddings())
+    return list(dict.fromkeys(parameter for module in modules for parameter in module.parameters()))
+
+
+def _others(model: Any) -> list[nn.Parameter]:
+    """All other parameters."""
+    embeddings = set(_embeddings(model))
+    return [parameter for parameter in model.parameters() if parameter not in embeddings]
 
 
 def _aligned(count: int) -> int:
@@ -160,19 +183,18 @@ def _aligned(count: int) -> int:
     return -(-count // ALIGNMENT) * ALIGNMENT
 
 
-def _lay(model: Any, memory: torch.Tensor) -> None:
-    """Let a model's parameters lie in a memory, one behind the other; ones in its tables and masks."""
-    offset, laid = 0, dict[nn.Parameter, nn.Parameter]()
+def _put(model: Any, places: dict[nn.Parameter, torch.Tensor], device: torch.device) -> None:
+    """Let each parameter be the values at its place; ones in tables and masks."""
+    laid = {
+        shape: nn.Parameter(values.view(shape.shape).to(shape.dtype), requires_grad=False)
+        for shape, values in places.items()
+    }
     for module in model.modules():
         for name, shape in list(module.named_parameters(recurse=False, remove_duplicate=False)):
-            if shape not in laid:
-                values = memory[offset : offset + shape.numel()].view(shape.shape)
-                laid[shape] = nn.Parameter(values.to(shape.dtype), requires_grad=False)
-                offset += _aligned(shape.numel())
             setattr(module, name, laid[shape])
         for name, buffer in list(module.named_buffers(recurse=False)):
             value = 0 if buffer.dtype in (torch.int32, torch.int64) else 1
-            setattr(module, name, torch.full_like(buffer, value, device=memory.device))
+            setattr(module, name, torch.full_like(buffer, value, device=device))
 
 
 def _first_units(pair: ResolvedPair, units: int) -> torch.Tensor:

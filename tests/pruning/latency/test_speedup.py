@@ -146,7 +146,9 @@ def test_samples_lie_in_the_memory_of_the_largest(samples) -> None:
         {parameter.data_ptr(): parameter.numel() * parameter.element_size() for parameter in sample.model.parameters()}
         for sample in samples
     ]
-    assert min(places[0]) == min(places[1])
+    for head in ("get_input_embeddings", "get_output_embeddings"):
+        first, second = (getattr(sample.model, head)().weight.data_ptr() for sample in samples)
+        assert first == second  # an address decides on how long a copy takes
     for place in places:
         ends = [start + size for start, size in sorted(place.items())]
         assert all(end <= start for end, start in zip(ends, sorted(place)[1:], strict=False))  # none within another
