@@ -70,6 +70,7 @@ METHODS: dict[str, Method] = {
     "stock-no-restoration": Method("stock without least squares", stock(restoration="none")),
     "stock-ridge-zero": Method("stock with the ridge towards zero", stock(ridge="zero")),
     "stock-damping-auto": Method("stock with damping chosen on held-back tokens", stock(damping="auto")),
+    "stock-ffn-alone": Method("stock with the FFN cut alone", stock(attention="none")),
     "stock-value-dims": Method("stock with V/O cut too", stock(attention="value_dims")),
     "stock-value-dims-principal": Method(
         "stock with V/O cut too, in the principal basis", stock(attention="value_dims", value_basis="principal")
