@@ -5,6 +5,7 @@ import json
 import os
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -105,6 +106,18 @@ def test_a_python_that_is_not_there_is_refused_before_anything_is_written(tmp_pa
     with pytest.raises(FaspError, match=f"{answering.PYTHON} must be the path of a python"):
         export_vllm(tiny_model("llama"), tmp_path / "served")
     assert not list(tmp_path.iterdir())
+
+
+def test_paths_may_be_relative(tmp_path, monkeypatch):
+    """Of the folder and of vLLM's python: one that answers nothing notes what it was asked."""
+    monkeypatch.chdir(tmp_path)
+    seen = tmp_path / "seen.txt"
+    Path("python").write_text(f"#!/bin/sh\ncat > {seen}\necho asked >&2\n")
+    Path("python").chmod(0o755)
+    monkeypatch.setenv(answering.PYTHON, "python")
+    with pytest.raises(FaspError, match="vLLM must serve what was written, but it says: asked"):
+        export_vllm(tiny_model("llama"), "folder")
+    assert Path(json.loads(seen.read_text())["folder"]).parent == tmp_path
 
 
 def test_what_vllm_says_is_told(tmp_path, monkeypatch):

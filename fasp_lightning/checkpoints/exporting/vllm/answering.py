@@ -29,7 +29,8 @@ def python_with_vllm() -> str | None:
     named = os.environ.get(PYTHON)
     if named and not Path(named).is_file():
         raise FaspError(f"{PYTHON} must be the path of a python in which vLLM is installed, got {named!r}")
-    return named or (sys.executable if find_spec("vllm") else None)
+    # absolute, as its process works in a folder of its own; not resolved, as an environment's python is a link
+    return str(Path(named).absolute()) if named else (sys.executable if find_spec("vllm") else None)
 
 
 def answer(folder: Path, expected: Reference, python: str, dtype: torch.dtype, trusted: bool) -> LoaderCheck:
@@ -48,7 +49,7 @@ def answer(folder: Path, expected: Reference, python: str, dtype: torch.dtype, t
     with TemporaryDirectory() as place:
         said = Path(place) / "answer.json"
         job = {
-            "folder": str(folder),
+            "folder": str(folder.absolute()),
             "prompt": expected.prompt,
             "tokens": len(expected.greedy),
             "dtype": str(dtype).removeprefix("torch."),
