@@ -18,7 +18,7 @@ LOADERS = {
     "converter": "llama.cpp, its own converter",
     "vllm": "vLLM",
     "vllm_export": "vLLM, fasp export --to vllm",
-    "onnx": "ONNX Runtime, torch.onnx.export of load_pruned",
+    "onnx": "ONNX Runtime, fasp export --to onnx",
 }
 """The loaders, in the order in which they are shown, and how each comes by a saved model."""
 
