@@ -101,27 +101,10 @@ def make_samples(
     for pairs in widths:
         size = dtype.itemsize * (whole - sum(pair.removed for pair in pairs))
         some = kinds[: max(len(layers), -(-BEYOND_CACHES // size))]
-        model = _cut_shapes(config, some, [pairs] * len(some), dtype, options)
+        model = cut_shapes(config, some, [pairs] * len(some), dtype, options)
         samples.append(Sample(model, list(find_blocks(model, spec_for(model))), some, layers))
-    _lay([sample.model for sample in samples], device, dtype)
+    lay([sample.model for sample in samples], device, dtype)
     return samples
-
-
-def random_model(
-    config: Any, kinds: Sequence[str | None], widths: Sequence[Widths], device: torch.device, dtype: torch.dtype
-) -> Any:
-    """A model of random weights with these layers, in evaluation mode.
-
-    Args:
-        config: The dense model's.
-        kinds: The kind of each layer.
-        widths: The widths of the pairs of each block.
-        device: Where it is to be.
-        dtype: In which.
-    """
-    model = _cut_shapes(config, kinds, widths, dtype, {})
-    _lay([model], device, dtype)
-    return model
 
 
 def random_values(count: int, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
@@ -135,10 +118,18 @@ def random_values(count: int, device: torch.device, dtype: torch.dtype) -> torch
     return values
 
 
-def _cut_shapes(
+def cut_shapes(
     config: Any, kinds: Sequence[str | None], widths: Sequence[Widths], dtype: torch.dtype, options: dict[str, Any]
 ) -> Any:
-    """A model of these layers and widths on the ``meta`` device, in evaluation mode."""
+    """A model on the ``meta`` device, in evaluation mode.
+
+    Args:
+        config: The dense model's.
+        kinds: The kind of each layer.
+        widths: The widths of the pairs of each block.
+        dtype: Of its parameters.
+        options: Further ones of ``AutoModelForCausalLM.from_config``.
+    """
     model = shapes_of(config, kinds, dtype=dtype, **options)
     pairs = resolve_pruned(model, kv_groups=any(width.kind == "groups" for width in widths[0]))
     for block, block_widths in zip(pairs, widths, strict=True):
@@ -148,7 +139,7 @@ def _cut_shapes(
     return model.eval()
 
 
-def _lay(models: Sequence[Any], device: torch.device, dtype: torch.dtype) -> None:
+def lay(models: Sequence[Any], device: torch.device, dtype: torch.dtype) -> None:
     """Give models of one config memory: blocks lie one behind the other, those of all models in the same place.
 
     Embeddings are one and the same, in memory of their own as in a model that is loaded: torch copies the head of some

@@ -10,7 +10,7 @@ from transformers import LlamaConfig
 
 from fasp_lightning import PruningConfig, Serving, plan_speedup
 from fasp_lightning.pruning.budget.widths import budget_towards
-from fasp_lightning.pruning.latency.sample import random_model, shapes_of
+from fasp_lightning.pruning.latency.sample import cut_shapes, lay, shapes_of
 from fasp_lightning.pruning.latency.serving import PHASES
 from fasp_lightning.pruning.latency.speedup import measure_speedup
 
@@ -52,4 +52,6 @@ def test_predicted_speedup_is_within_a_tenth_of_the_measured(name: str, dtype: t
 def of_sparsity(config: LlamaConfig, sparsity: float, dtype: torch.dtype) -> Any:
     kinds: list[None] = [None] * config.num_hidden_layers
     widths = budget_towards(shapes_of(config, kinds), PruningConfig(sparsity)).pairs
-    return random_model(config, kinds, widths, torch.device("cpu"), dtype)
+    model = cut_shapes(config, kinds, widths, dtype, {})
+    lay([model], torch.device("cpu"), dtype)
+    return model
