@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -104,3 +105,19 @@ def check_output_dir(job: PruneJob) -> None:
     if path.exists() and path.resolve() == Path(job.model.name_or_path).expanduser().resolve():
         raise FaspError(f"output_dir must not be the folder of the model that is pruned, got {job.output_dir!r}")
     check_output(path, job.overwrite)
+
+
+def check_output_file(file: str | None) -> None:
+    """Refuse, before anything is measured, a file that could not be written afterwards.
+
+    Raises:
+        FaspError: If it is a folder, or would stand where nothing can be written.
+    """
+    if file is None:
+        return
+    path = Path(file).absolute()
+    if path.is_dir():
+        raise FaspError(f"output_file must be a file, got the folder {file!r}; name a file in it")
+    home = next(parent for parent in path.parents if parent.exists())
+    if not home.is_dir() or not os.access(home, os.W_OK):
+        raise FaspError(f"output_file must stand in a folder that can be written to, got {file!r}; name another place")

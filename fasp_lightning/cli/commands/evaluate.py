@@ -9,7 +9,7 @@ from typing import Any
 from fasp_lightning.checkpoints.devices import choose_device
 from fasp_lightning.checkpoints.loading import model_shapes
 from fasp_lightning.checkpoints.source import resolve_source
-from fasp_lightning.cli.checks import tokenizer_of
+from fasp_lightning.cli.checks import check_output_file, tokenizer_of
 from fasp_lightning.cli.console import dtype_name, note, shown_warnings, table, tracked
 from fasp_lightning.cli.jobs import EvaluateJob
 from fasp_lightning.cli.model_setup import config_of, load
@@ -28,6 +28,7 @@ JOB = EvaluateJob
 def run(job: EvaluateJob) -> int:
     """Run the command; returns the exit code."""
     quiet_libraries()
+    check_output_file(job.output_file)
     against = None if job.against is None else read_measured(job.against)
     wanted = find_tasks(job)
     if wanted is not None and against is not None:

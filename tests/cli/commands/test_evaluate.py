@@ -58,6 +58,17 @@ def test_nothing_to_evaluate_is_refused(fasp, tiny_folder) -> None:
     assert "evaluation must name a text" in outcome.err
 
 
+@pytest.mark.parametrize(("name", "words"), [("", "must be a file"), ("a_file/figures.json", "can be written to")])
+def test_a_place_for_the_figures_that_is_none_is_refused_first(fasp, tiny_folder, tmp_path, name, words) -> None:
+    (tmp_path / "a_file").touch()
+    options = ["--evaluation", TEXT, "--output_file", tmp_path / name]
+    outcome = fasp("evaluate", "--model.name_or_path", tiny_folder("opt"), *options)
+    assert outcome.code == 2
+    assert "output_file must" in outcome.err
+    assert words in outcome.err
+    assert "loading" not in outcome.err + outcome.out
+
+
 def test_tasks_without_the_harness_name_the_extra(fasp, tiny_folder, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(harness.importlib.util, "find_spec", lambda name: None)
     outcome = fasp("evaluate", "--model.name_or_path", tiny_folder("opt"), "--tasks", "arc_easy")
