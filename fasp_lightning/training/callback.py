@@ -53,7 +53,7 @@ class FASPPruning(Callback):
             (``{kind: cubic, …}`` or a list of ``{step | epoch, sparsity}``), or the path of a YAML file that holds it.
         pruning: How to prune; its ``sparsity`` is replaced by that of each event.
         recovery: What trains after the first event: ``"none"``, what the module trains anyway; ``"full"``, every
-            parameter of the model; ``"lora"``, adapters alone. Until the first event it makes no difference.
+            parameter; ``"blocks"``, those of the decoder blocks; ``"lora"``, adapters. It makes no difference before.
         lora: Settings of the adapters for ``recovery="lora"``, where the model has none; they are merged at the end
             of the run.
         attribute: Path of the model in the module, such as ``"model"``; by default the one causal LM that is found.
@@ -84,7 +84,7 @@ class FASPPruning(Callback):
         self,
         schedule: PruningSchedule | dict[str, Any] | list[dict[str, Any]] | str,
         pruning: PruningConfig | None = None,
-        recovery: Literal["none", "full", "lora"] = "none",
+        recovery: Literal["none", "full", "blocks", "lora"] = "none",
         lora: LoRAConfig | None = None,
         attribute: str | None = None,
         calibration_sequences: int = 64,

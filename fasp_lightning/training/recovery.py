@@ -10,12 +10,13 @@ from torch.optim import Optimizer
 
 from fasp_lightning.errors import FaspError
 from fasp_lightning.structure.adapters import is_adapter_parameter
+from fasp_lightning.structure.registry import spec_for
 from fasp_lightning.training.modeling.lora import stock_name
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-MODES = ("none", "full", "lora")
+MODES = ("none", "full", "blocks", "lora")
 
 
 class Recovery:
@@ -23,7 +24,8 @@ class Recovery:
 
     Args:
         mode: ``"none"`` leaves all as the user's module has it; ``"full"`` trains every parameter after the first
-            pruning; ``"lora"`` its adapters alone.
+            pruning; ``"blocks"`` those of the decoder blocks, so that embeddings, final norm and head stay; ``"lora"``
+            its adapters alone.
         own: Names of what trains before the first pruning, as :func:`trained_names` gives them. Adapters that are not
             among them train only after it.
     """
@@ -40,7 +42,7 @@ class Recovery:
         """
         if self.mode != "none":
             for name, parameter in model.named_parameters():
-                parameter.requires_grad_(self._is_own(model, name) or self._recovers(name))
+                parameter.requires_grad_(self._is_own(model, name) or self._recovers(model, name))
 
     def apply(self, model: PreTrainedModel, pruned: bool, optimizers: Sequence[Optimizer] = ()) -> None:
         """Set the parameters for a phase of the run; a frozen one has no gradient, so that no optimizer moves it.
@@ -52,7 +54,7 @@ class Recovery:
         """
         if self.mode != "none":
             for name, parameter in model.named_parameters():
-                trains = self._recovers(name) if pruned else self._is_own(model, name)
+                trains = self._recovers(model, name) if pruned else self._is_own(model, name)
                 parameter.requires_grad_(trains)
                 if not trains:
                     parameter.grad = None
@@ -79,9 +81,11 @@ class Recovery:
 
     def _recovering(self, model: PreTrainedModel) -> Iterator[tuple[str, nn.Parameter]]:
         if self.mode != "none":
-            yield from ((name, one) for name, one in model.named_parameters() if self._recovers(name))
+            yield from ((name, one) for name, one in model.named_parameters() if self._recovers(model, name))
 
-    def _recovers(self, name: str) -> bool:
+    def _recovers(self, model: PreTrainedModel, name: str) -> bool:
+        if self.mode == "blocks":
+            return name.startswith(f"{spec_for(model).layers}.")
         return self.mode == "full" or is_adapter_parameter(name)
 
     def _is_own(self, model: PreTrainedModel, name: str) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -16,6 +17,7 @@ import fasp_lightning
 from fasp_lightning import PruningSchedule, load_pruned
 from fasp_lightning.cli.configs import find_config
 from fasp_lightning.structure.plan import resolve_pruned
+from fasp_lightning.text.config import OWN_TEXT
 
 NAMES = ("one_shot", "iterative_lora", "ddp_cpu", "recover_lora", "recover_distill", "opt_from_scratch")
 TINY_OPT = {"hidden_size": 32, "word_embed_proj_dim": 32, "ffn_dim": 72, "num_hidden_layers": 2, "vocab_size": 300}
@@ -30,6 +32,15 @@ def schedule_of(name: str) -> PruningSchedule:
     return PruningSchedule.parse(content(name)["trainer"]["callbacks"][-1]["init_args"]["schedule"])
 
 
+def trained_on(name: str, text: Path) -> dict[str, Any]:
+    """The options that put a short text in the place of what a config trains on, and let the model write little."""
+    texts = [
+        one | ({"sequences": 4} if one["source"] == OWN_TEXT else {"source": str(text)})
+        for one in content(name)["data"].get("train", [])
+    ]
+    return {"train": json.dumps(texts), "sequences_per_epoch": 8} if texts else {}
+
+
 @pytest.fixture
 def small(tmp_path: Path, text: Path, tiny_folder: Callable[..., Path]) -> Callable[[str], list[str]]:
     """``small(name)`` gives the options that make a config small: as many steps as its schedule needs."""
@@ -41,6 +52,7 @@ def small(tmp_path: Path, text: Path, tiny_folder: Callable[..., Path]) -> Calla
             data |= {"train": "null", "tokenizer.vocab_size": TINY_OPT["vocab_size"]}
         else:
             model = {"name_or_path": tiny_folder("llama-gqa")}
+            data |= trained_on(name, text)
         steps = max(event.step for event in schedule_of(name)) + 2
         trainer = {"max_steps": steps, "val_check_interval": steps, "limit_val_batches": 2, "accelerator": "cpu"}
         trainer |= {"enable_progress_bar": "false", "log_every_n_steps": 50}

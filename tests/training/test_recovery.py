@@ -45,6 +45,13 @@ def test_adapters_alone_train_after_the_first_event(pruned: bool) -> None:
         assert parameter.requires_grad == (is_adapter_parameter(name) if pruned else "norm" in name)
 
 
+def test_blocks_alone_train_after_the_first_event() -> None:
+    model, own = norms_alone()
+    Recovery("blocks", own).apply(model, pruned=True)
+    for name, parameter in model.named_parameters():
+        assert parameter.requires_grad == name.startswith("model.layers."), name
+
+
 def test_parameter_that_no_longer_trains_has_no_gradient() -> None:
     model, own = norms_alone(adapters=True)
     recovery = Recovery("lora", own)
