@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from fasp_lightning.checkpoints.facts import Facts
+from fasp_lightning.checkpoints.tasks.answers import Figure
 from fasp_lightning.checkpoints.tasks.entries import TaskFacts, TaskRow
 from fasp_lightning.cli.page.charts import Series, dots, plot
 from fasp_lightning.cli.page.parts import Charts, Note, Part, Table, number, percent
@@ -35,9 +36,14 @@ def _dots(row: TaskRow, against: str | None) -> dict[str, float]:
 
 
 def _row(row: TaskRow) -> tuple[str, ...]:
-    compared = [] if row.theirs is None or row.apart is None else [str(row.theirs), row.apart.signed()]
+    compared = [] if row.theirs is None or row.apart is None else [_whole(row.theirs), _whole(row.apart.signed())]
     questions = "" if row.questions is None else number(row.questions)
-    return row.name, row.metric, questions, str(row.accuracy), *compared
+    return row.name, row.metric, questions, _whole(row.accuracy), *compared
+
+
+def _whole(figure: Figure | str) -> str:
+    """A figure with its error, which stay on one line."""
+    return str(figure).replace(" ", "\u00a0")
 
 
 def compared_parts(models: Sequence[Facts]) -> list[Part]:
@@ -52,7 +58,7 @@ def compared_parts(models: Sequence[Facts]) -> list[Part]:
     first, asked = measured[0].rows, measured[0].questions
     told = [_rows_of(facts, asked) for facts in models]
     cells = [[_cell(rows.get(row.name)) for rows in told] for row in first]
-    before = [str(row.theirs or "not measured") for row in first]
+    before = ["not measured" if row.theirs is None else _whole(row.theirs) for row in first]
     rows = [(row.name, *line) for row, *line in zip(first, before, *zip(*cells, strict=True), strict=True)]
     chart = plot("accuracy over sparsity", _curves(models, first, told), "% of the blocks removed", "accuracy")
     return [
@@ -71,7 +77,7 @@ def _rows_of(facts: Facts, asked: dict[str, str]) -> dict[str, TaskRow]:
 def _cell(row: TaskRow | None) -> str:
     if row is None:
         return "not measured"
-    return str(row.accuracy) if row.apart is None else f"{row.accuracy} ({row.apart.signed()})"
+    return " ".join([_whole(row.accuracy), *([] if row.apart is None else [_whole(f"({row.apart.signed()})")])])
 
 
 def _curves(models: Sequence[Facts], first: Sequence[TaskRow], told: Sequence[dict[str, TaskRow]]) -> list[Series]:

@@ -34,7 +34,7 @@ def page(fasp: Callable, tmp_path: Path) -> Callable[[Path], str]:
         output = tmp_path / "page.html"
         outcome = fasp("report", folder, "--output", output, "--overwrite")
         assert outcome.code == 0, outcome.err
-        return output.read_text(encoding="utf-8")
+        return output.read_text(encoding="utf-8").replace("\u00a0", " ")
 
     return make
 
