@@ -55,7 +55,7 @@ OUTCOMES: dict[str, Callable[[dict[str, Any]], bool]] = {
     "PruningSchedule": lambda left: left["schedule"].events[0].sparsity == 0.23125,
     "apply_plan": lambda left: left["same_shapes"].fasp_plan == left["model"].fasp_plan,
     "carry_structure": lambda left: carries_structure(left["MyModule"](left["model"])),
-    "distillation_loss": lambda left: left["pruning"].teacher.live,
+    "distillation_loss": lambda left: left["pruning"].teacher.identity,
     "export_gguf": lambda left: left["exported"].path.stat().st_size == left["exported"].bytes,
     "export_onnx": lambda left: left["exported"].check.same == left["exported"].check.tokens,
     "export_vllm": lambda left: (Path(left["folder"]) / "model.safetensors").is_file(),

@@ -17,7 +17,7 @@ from tiny_text import words
 
 from fasp_lightning import FASPPruner, PruningConfig, perplexity
 from fasp_lightning.checkpoints.loading import load_model
-from fasp_lightning.cli.tasks.answers import differences, from_dict
+from fasp_lightning.checkpoints.tasks.answers import differences, from_dict
 from fasp_lightning.structure.registry import spec_for
 from fasp_lightning.structure.resolve import linear_parameters, parameter_count
 from fasp_lightning.text.config import TextConfig

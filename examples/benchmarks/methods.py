@@ -83,6 +83,10 @@ METHODS: dict[str, Method] = {
     "stock-rounds-4": Method("stock in four rounds", stock(rounds=4)),
     "free-no-own-text": Method("free without own text", free(own_text=None)),
     "free-wanda": Method("free with Wanda columns", free(score="wanda")),
+    "free-influence": Method("free, shared by block influence, forward alone", stock(allocation="block_influence")),
+    "free-influence-0.2": Method(
+        "the same, more evenly", stock(allocation="block_influence", influence_temperature=0.2)
+    ),
     "free-no-restoration": Method("free without least squares", free(restoration="none")),
     "free-value-dims": Method("free, V/O cut too", free(attention="value_dims", head_balance="free")),
     "free-value-dims-even": Method("free, as many value dims in each KV head", free(attention="value_dims")),

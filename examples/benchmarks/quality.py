@@ -32,9 +32,9 @@ from tables import Cell, markdown, picture, rows_of, task_markdown
 from torch import Tensor, nn
 
 from fasp_lightning import TextConfig, load_model, load_tokenizer, measure_perplexity, token_batches
+from fasp_lightning.checkpoints.tasks.answers import accuracies, from_dict, to_dict
 from fasp_lightning.cli.checks import overlap
 from fasp_lightning.cli.jobs import TaskOptions
-from fasp_lightning.cli.tasks.answers import accuracies, from_dict, to_dict
 from fasp_lightning.cli.tasks.harness import find_tasks, run_tasks
 from fasp_lightning.pruning.own_text.cache import digest_of, weights_digest
 from fasp_lightning.text.config import describe, for_role

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from fasp_lightning.cli.tasks.answers import accuracies, differences, from_dict
+from fasp_lightning.checkpoints.tasks.answers import accuracies, differences, from_dict
 
 REFERENCE = "paper"
 """The method that the others' damage is divided by."""

@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from fasp_lightning.checkpoints.pruned_folder import REPORT_FILE
+from fasp_lightning.checkpoints.publishing.record import entries_in
+from fasp_lightning.checkpoints.tasks.entries import TaskFacts, facts_in_entry
 from fasp_lightning.errors import FaspError
 from fasp_lightning.staging import read_json
 from fasp_lightning.structure.layout import PairLayout
@@ -17,6 +19,9 @@ from fasp_lightning.structure.pruning_plan import PruningPlan
 log = logging.getLogger(__name__)
 
 ERRORS = ("error_before", "error_after", "output_error_before", "output_error_after")
+
+DAMAGED = (AttributeError, KeyError, TypeError, ValueError)
+"""What reading a damaged report raises."""
 
 Place = tuple[int, str]
 """A block's index, and the rest of a layer's path."""
@@ -92,6 +97,7 @@ class Facts:
         measured: Whether the weights are those that were measured; if not, they were trained since, or rounded.
         events: What each event of a training run did.
         settings: Of the pruning.
+        tasks: Accuracies of these weights.
     """
 
     model_type: str
@@ -103,6 +109,7 @@ class Facts:
     measured: bool = False
     events: tuple[dict[str, Any], ...] = ()
     settings: dict[str, Any] = field(default_factory=dict)
+    tasks: tuple[TaskFacts, ...] = ()
 
     @property
     def asked(self) -> float | None:
@@ -145,13 +152,14 @@ def facts_of(report: dict[str, Any], plan: PruningPlan, form: str) -> Facts:
         now = {(index, pair.consumer): width for pair in pairs for index, width in enumerate(pair.widths)}
         fits = all(now.get(at, entry["width_before"]) == entry["width_after"] for at, entry in entries.items())
         texts = tuple(map(_text, report.get("evaluation", ())))
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
+    except DAMAGED as error:
         log.warning("the report of the pruning is not told in full: it is damaged at %r", error)
         fits = False
+    events, tasks = _events(report), _tasks(report)
     if not fits:
-        return Facts(plan.model_type, form, _pairs(plan, {}), report, False, events=_events(report))
+        return Facts(plan.model_type, form, _pairs(plan, {}), report, False, events=events, tasks=tasks)
     measured, settings = bool(report.get("saved", {}).get("measured")), report.get("config", {})
-    return Facts(plan.model_type, form, pairs, report, True, texts, measured, _events(report), settings)
+    return Facts(plan.model_type, form, pairs, report, True, texts, measured, events, settings, tasks)
 
 
 def facts_in(folder: Path) -> Facts:
@@ -198,6 +206,17 @@ def _pair(path: str, layout: PairLayout, units: list[int], entries: dict[Place, 
 
 def _events(report: dict[str, Any]) -> tuple[dict[str, Any], ...]:
     return tuple(report.get("events", ()))
+
+
+def _tasks(report: dict[str, Any]) -> tuple[TaskFacts, ...]:
+    """Those that can be read."""
+    found = []
+    for entry in entries_in(report, "tasks"):
+        try:
+            found.append(facts_in_entry(entry))
+        except (*DAMAGED, FaspError) as error:
+            log.warning("answers to tasks are not told: they are damaged at %r", error)
+    return tuple(found)
 
 
 def _text(entry: dict[str, Any]) -> TextFacts:

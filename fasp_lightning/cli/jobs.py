@@ -207,6 +207,8 @@ class TaskOptions:
 class EvaluateJob(TaskOptions):
     """Measure the perplexity of a model, pruned or not, and run tasks of the evaluation harness.
 
+    Answers to tasks are kept in the report of a pruned folder too, where fasp report and model cards find them.
+
     Attributes:
         model: Which model.
         evaluation: The texts on which perplexity is measured; a list such as

@@ -1,4 +1,4 @@
-"""Column scores: one function a score. A column with the lowest score goes first."""
+"""Column scores, one function a score: a column with the lowest goes first; and how much a whole block does."""
 
 from __future__ import annotations
 
@@ -29,6 +29,19 @@ def magnitude_score(weight: Tensor) -> Tensor:
         (n,) scores in float64.
     """
     return weight.abs().sum(0, dtype=torch.float64)
+
+
+def block_influence(inputs: Tensor, outputs: Tensor) -> Tensor:
+    """How much a block turns each token's state, 1 − xᵀy / (‖x‖ ‖y‖) (Block Influence; Men et al., arXiv:2403.03853).
+
+    Args:
+        inputs: (…, hidden) what the block is given, x, any floating dtype.
+        outputs: (…, hidden) what it returns, y.
+
+    Returns:
+        (…) from 0 to 2, in float64.
+    """
+    return 1 - torch.nn.functional.cosine_similarity(inputs.double(), outputs.double(), dim=-1)
 
 
 def fisher_score(inputs: Tensor, gradients: Tensor) -> Tensor:

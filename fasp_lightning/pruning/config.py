@@ -121,9 +121,11 @@ class PruningConfig:
             with adaptive allocation, which measures the loss sensitivity anyway, and "wanda" elsewhere, where it
             measured as good in less time.
         learning: How columns are learned; only "learned" reads it.
-        sensitivity_tokens: Tokens behind the loss sensitivity.
+        sensitivity_tokens: Tokens behind the loss sensitivity, and behind block influence.
         allocation: "uniform" gives all blocks one FFN width, which stock code can load; "adaptive" lets the loss
-            sensitivity decide how much each pair of each block loses, to the same total.
+            sensitivity decide how much each pair of each block loses, to the same total; "block_influence" takes more
+            from blocks that change the hidden states less, which needs no gradient.
+        influence_temperature: How evenly "block_influence" takes: the blocks share by softmax(−influence / this).
         restoration: "least_squares" refits the remaining weights in closed form; "none" leaves them.
         ridge: What the least squares are pulled towards: the "original" weights, or "zero".
         damping: Strength of that pull, times the mean diagonal of the gram matrix; at least 0. "auto" chooses it for
@@ -157,7 +159,8 @@ class PruningConfig:
     score: Literal["auto", "wanda", "fisher", "learned", "magnitude"] = "auto"
     learning: LearningConfig = field(default_factory=LearningConfig)
     sensitivity_tokens: int = 16384
-    allocation: Literal["uniform", "adaptive"] = "uniform"
+    allocation: Literal["uniform", "adaptive", "block_influence"] = "uniform"
+    influence_temperature: float = 0.1
     restoration: Literal["least_squares", "none"] = "least_squares"
     ridge: Literal["original", "zero"] = "original"
     damping: float | Literal["auto"] = 0.1
@@ -189,6 +192,8 @@ class PruningConfig:
             raise FaspError(f"damping must be a finite number >= 0 or 'auto', got {self.damping!r}")
         if isinstance(self.multiple_of, str) and self.multiple_of != "auto":
             raise FaspError(f"multiple_of must be a number or 'auto', got {self.multiple_of!r}")
+        if not 0 < self.influence_temperature < math.inf:
+            raise FaspError(f"influence_temperature must be positive and finite, got {self.influence_temperature}")
         for name in ("sensitivity_tokens", "rounds", "multiple_of", "micro_batch_size"):
             value = getattr(self, name)
             if value not in (None, "auto") and value < 1:

@@ -1,4 +1,4 @@
-"""What a pruning needs to know of the model as it is: the calibration set, own text in it, and the loss sensitivity."""
+"""What a pruning needs to know of the model as it is: the calibration set, own text in it, what units and blocks do."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from torch import Tensor
 from fasp_lightning.errors import FaspError
 from fasp_lightning.ops.likelihood import IGNORED
 from fasp_lightning.pruning.blocks.capture import capture, micro_batches
+from fasp_lightning.pruning.blocks.influence import block_influence
 from fasp_lightning.pruning.blocks.rehearsal import rehearse, require_turnable
 from fasp_lightning.pruning.blocks.samples import Sample, spread_samples
 from fasp_lightning.pruning.blocks.sensitivity import fisher_scores
@@ -39,10 +40,12 @@ class Prepared:
     Attributes:
         batches: Calibration batches, own text among them.
         sensitivity: (units left,) loss sensitivity of each pair of each block; empty where no setting asks for it.
+        influence: (blocks,) influence of each block; ``None`` where no setting asks for it.
     """
 
     batches: list[Any]
     sensitivity: list[list[Tensor]]
+    influence: Tensor | None = None
 
     def check(self, pairs: list[list[ResolvedPair]], config: PruningConfig) -> None:
         """Refuse what was prepared for another model, or with other settings.
@@ -50,9 +53,10 @@ class Prepared:
         Raises:
             FaspError: If there is no sensitivity where ``config`` needs it, or one of other shapes.
         """
+        influence = config.allocation == "block_influence"
+        if bool(self.sensitivity) < config.needs_sensitivity or (self.influence is not None) != influence:
+            raise FaspError("batches must be prepared with the score and allocation that they are pruned with")
         if not self.sensitivity:
-            if config.needs_sensitivity:
-                raise FaspError("batches must be prepared with the score and allocation that they are pruned with")
             return
         found = [[scores.numel() for scores in block] for block in self.sensitivity]
         if found != [[pair.kept.numel() for pair in block] for block in pairs]:
@@ -66,7 +70,7 @@ def prepare(
     batches: Iterable[Any],
     config: PruningConfig,
 ) -> Prepared:
-    """Let the model write its own text, and measure the loss sensitivity of its units.
+    """Let the model write its own text, and measure the loss sensitivity of its units and the influence of its blocks.
 
     Args:
         session: Where to compute; its processes call this together.
@@ -91,18 +95,23 @@ def prepare(
         with session.clock.phase("own text"), evaluating(model):
             written = own_text(model, own, processes, calibration_starts(batches, processes))
             batches = mixed(batches, written, own.share, processes)
-    if not config.needs_sensitivity:
+    influence = config.allocation == "block_influence"
+    if not (config.needs_sensitivity or influence):
         return Prepared(batches, [])
     with session.clock.phase("sensitivity"), evaluating(model), session.store:
         bound = max(1, config.sensitivity_tokens // PIECES)
         with processes.together():
             samples, hidden = capture(model, batches, config.micro_batch_size, session.store, bound)
         chosen = spread_samples(samples, config.sensitivity_tokens, processes)
-        _require_targets(chosen, processes)
+        if config.needs_sensitivity:
+            _require_targets(chosen, processes)
         later = sum(1 for _ in micro_batches(batches, config.micro_batch_size))
         steps = config.learning.steps if config.score == "learned" else 0
-        session.progress.expect((len(chosen) + steps) * len(pairs) + later * session.progress.passes)
-        return Prepared(batches, fisher_scores(session, model, pairs, chosen, hidden))
+        passes = len(chosen) * (influence + config.needs_sensitivity) + steps
+        session.progress.expect(passes * len(pairs) + later * session.progress.passes)
+        found = block_influence(session, model, pairs, chosen, hidden) if influence else None
+        scores = fisher_scores(session, model, pairs, chosen, hidden) if config.needs_sensitivity else []
+        return Prepared(batches, scores, found)
 
 
 def _check(model: PreTrainedModel, pairs: list[list[ResolvedPair]], batches: list[Any], config: PruningConfig) -> int:

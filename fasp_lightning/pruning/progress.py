@@ -21,7 +21,7 @@ class ProgressEvent:
     Attributes:
         block: Index of the block, from 0.
         blocks: Number of blocks.
-        phase: ``"sensitivity"``, ``"learning"``, ``"statistics"`` or ``"apply"``.
+        phase: ``"influence"``, ``"sensitivity"``, ``"learning"``, ``"statistics"`` or ``"apply"``.
         done: Passes of one calibration sample through one block that are done.
         total: Likewise in all.
     """

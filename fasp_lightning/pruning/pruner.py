@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from fasp_lightning.errors import FaspError
 from fasp_lightning.ops.devices import device_function
 from fasp_lightning.pruning.blocks.session import Session
-from fasp_lightning.pruning.budget.allocation import adaptive_budget
+from fasp_lightning.pruning.budget.allocation import adaptive_budget, influence_budget
 from fasp_lightning.pruning.budget.budget import Budget
 from fasp_lightning.pruning.budget.steps import budgets_in_turn
 from fasp_lightning.pruning.budget.widths import budget_towards, decide_budget
@@ -112,6 +112,8 @@ class FASPPruner:
             session.progress.later_rounds = len(configs) - 1 - number
             given = batches if isinstance(batches, Prepared) else prepare(session, model, pairs, batches, config)
             given.check(pairs, config)
+            if given.influence is not None:
+                budget = influence_budget(budget, pairs, given.influence, config)
             learned: list[LearningReport] = []
             if config.score == "learned":
                 given, learned = _learned(session, model, pairs, given, budget, config)

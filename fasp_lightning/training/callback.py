@@ -174,7 +174,7 @@ class FASPPruning(Callback):
         checks.check_length(trainer, self.schedule, self._done)
         check_data(trainer, self._model(pl_module), self._draw(trainer, pl_module), self.validation_batches)
         if self._distiller:
-            self._distiller.start(trainer, self._model(pl_module))
+            self._distiller.start(trainer, self._model(pl_module), self.validation_batches)
         if self._random is not None:
             resuming.take_up(trainer, pl_module, self._unsaved)
             self._unsaved = {}

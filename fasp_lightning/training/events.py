@@ -102,7 +102,7 @@ def validation_quality(
         trainer: Its validation loaders are read; the random state of its run stays.
         model: The causal LM.
         batches: How many batches of each loader, in each process.
-        distiller: Has the teacher; one that is not live is not asked.
+        distiller: Has the teacher that is asked; a batch that it has no answer for leaves no divergence.
 
     Returns:
         Both figures, none if there is no validation data.
@@ -111,20 +111,22 @@ def validation_quality(
         loaders = validation_loaders(trainer)
         if not loaders or batches == 0:
             return Quality()
-        teacher = distiller.teacher if distiller and distiller.teacher and distiller.teacher.live else None
-        metric, processes, divergence = Perplexity(sync_on_compute=False), Processes.everyone(), 0.0
+        examiner = distiller.examiner if distiller else None
+        metric, processes, divergence, unknown = Perplexity(sync_on_compute=False), Processes.everyone(), 0.0, 0
         autocast = trainer.precision_plugin.forward_context()
         with processes.together(), evaluating(model), eagerly(), autocast:
             for loader in loaders:
                 for batch in islice(loader, batches):
                     logits, given = _predicted(model, batch)
                     metric.to(logits.device).update(logits, given.targets)
-                    if distiller and teacher:
-                        divergence += summed_divergence(logits, teacher, given, distiller.config)
-        nll, kl, tokens = processes.total(float(metric.nll_sum), divergence, float(metric.tokens))
+                    if distiller and examiner and examiner.knows(given):
+                        divergence += summed_divergence(logits, examiner, given, distiller.config)
+                    else:
+                        unknown += 1
+        nll, kl, tokens, missed = processes.total(float(metric.nll_sum), divergence, float(metric.tokens), unknown)
     if not tokens:
         return Quality()
-    return Quality(exp_nll(nll / tokens), kl / tokens if teacher else None)
+    return Quality(exp_nll(nll / tokens), None if missed else kl / tokens)
 
 
 def _predicted(model: PreTrainedModel, batch: Any) -> tuple[Tensor, TokenBatch]:

@@ -21,6 +21,8 @@ from fasp_lightning.checkpoints.forms import LoaderSupport
 from fasp_lightning.checkpoints.publishing import picture
 from fasp_lightning.checkpoints.publishing.base import base_of
 from fasp_lightning.checkpoints.publishing.card import write_card
+from fasp_lightning.checkpoints.tasks.answers import Answers, Measured
+from fasp_lightning.checkpoints.tasks.entries import entry_of
 from fasp_lightning.structure.layout import PairLayout
 from fasp_lightning.structure.pruning_plan import PairPlan, PruningPlan
 
@@ -132,6 +134,24 @@ def test_events_of_a_training_run_are_told(tmp_path: Path) -> None:
     event = {"step": 5, "sparsity": 0.2, "parameters": 830, "perplexity_before": 9.0, "perplexity_pruned": 12.5}
     rows = cells(card(tmp_path, {"events": [{**event, "perplexity_recovered": None}]}, [32, 32]).text)
     assert ["5", "20.00 %", "830", "9.000", "12.500", "–"] in rows
+
+
+def test_divergences_are_told_of_a_run_with_a_teacher(tmp_path: Path) -> None:
+    event = {"step": 5, "sparsity": 0.2, "parameters": 830, "kl_pruned": 0.5, "kl_recovered": 0.25}
+    rows = cells(card(tmp_path, {"events": [event]}, [32, 32]).text)
+    assert ["5", "20.00 %", "830", "–", "–", "–", "0.500", "0.250"] in rows
+
+
+def test_accuracies_stand_beside_those_of_another_model_and_the_hub_reads_them(tmp_path: Path) -> None:
+    ours, theirs = ({"arc": Answers("acc_norm", "q", correct)} for correct in ([1, 0, 0, 1], [1, 1, 0, 1]))
+    entry = entry_of(tiny_model("llama"), ours, Measured("the dense | one", "float32", theirs))
+    made = card(tmp_path, report([32, 32], tasks=[entry]), [32, 32])
+    rows = cells(made.text)
+    assert ["task", "metric", "questions", "accuracy", "of the dense | one", "difference"] in rows
+    assert ["arc", "acc_norm", "4", "0.5000 ± 0.2887", "0.7500 ± 0.2500", "-0.2500 ± 0.2500"] in rows
+    found = [(one.dataset_name, one.metric_type, one.metric_value) for one in made.data.eval_results]
+    assert found == [("topics (test)", "perplexity", 19.5), ("arc", "accuracy", 0.5)]
+    assert made.data.metrics == ["perplexity", "accuracy"]
 
 
 def test_no_name_breaks_the_card(tmp_path: Path) -> None:

@@ -14,6 +14,8 @@ from transformers import PreTrainedModel
 from fasp_lightning import FaspError, FASPPruner, load_pruned, save_pruned
 from fasp_lightning.checkpoints.facts import facts_in, facts_of
 from fasp_lightning.checkpoints.publishing.record import mark_of, record_of
+from fasp_lightning.checkpoints.tasks.answers import Answers
+from fasp_lightning.checkpoints.tasks.entries import entry_of
 from fasp_lightning.pruning.report import PruningReport
 from fasp_lightning.structure.plan import apply_plan
 
@@ -71,11 +73,15 @@ def test_the_report_of_another_pruning_is_not_told() -> None:
     assert facts.pairs[0].widths == tuple(len(block[facts.pairs[0].consumer].kept) for block in plan.blocks)
 
 
-@pytest.mark.parametrize("report", [{}, {"note": "mine"}, {"pairs": [{"layer": 3}]}, {"evaluation": ["x"]}])
+DAMAGED = {"tasks": [{"answers": {"arc": 3}}, {"answers": {"arc": {"correct": "x"}}}, 3]}
+
+
+@pytest.mark.parametrize("report", [{}, {"note": "mine"}, {"pairs": [{"layer": 3}]}, {"evaluation": ["x"]}, DAMAGED])
 def test_any_report_is_taken(report: dict) -> None:
     facts = facts_of(report, pruned()[0].fasp_plan, "compact")
     assert [pair.kind for pair in facts.pairs] == ["value", "ffn"]
     assert not facts.texts
+    assert not facts.tasks
 
 
 def test_perplexities_are_those_of_the_weights_that_are_saved(tmp_path: Path) -> None:
@@ -91,6 +97,20 @@ def test_perplexities_are_those_of_the_weights_that_are_saved(tmp_path: Path) ->
     facts = facts_in(tmp_path / "c")
     assert not facts.measured
     assert facts.texts[0].after == 8.5  # told as what they are
+
+
+def test_accuracies_are_those_of_the_weights_that_are_saved(tmp_path: Path) -> None:
+    model, answers = pruned()[0], {"arc": Answers("acc", "q", [1, 0])}
+    model.fasp_report = {**model.fasp_report, "tasks": [entry_of(model, answers, None), {"weights": "of others"}, 3]}
+    save_pruned(model, tmp_path / "a", form="compact", dtype="bfloat16", verify=False)
+    again = load_pruned(tmp_path / "a", dtype="float32")
+    save_pruned(again, tmp_path / "b", form="compact", verify=False)
+    for folder in (tmp_path / "a", tmp_path / "b"):
+        assert [[row.accuracy.value for row in found.rows] for found in facts_in(folder).tasks] == [[0.5]]
+    with torch.no_grad():
+        again.model.layers[1].self_attn.q_proj.weight.mul_(1.01)
+    save_pruned(again, tmp_path / "c", form="compact", verify=False)
+    assert facts_in(tmp_path / "c").tasks == ()
 
 
 def test_a_report_holds_no_path_of_this_machine(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,10 @@ import pytest
 import torch
 from runs import FFN_ONLY, HALF_FFN, Batches, Memory, UserModule, half, loader, trainer
 from tiny import tiny_model
+from tiny_pruning import basic
 
 from fasp_lightning import FASPPruner, PruningConfig, load_pruned, perplexity
+from fasp_lightning.pruning.config import LearningConfig
 from fasp_lightning.training.callback import FASPPruning
 
 TWO = [{"step": 2, "sparsity": 0.1}, {"step": 5, "sparsity": 0.2}]
@@ -57,13 +60,17 @@ def test_event_of_an_epoch_runs_at_its_start(tmp_path: Any) -> None:
     assert {(width, epoch) for _, width, epoch in widths.seen} == {(48, 0), (24, 1)}
 
 
-def test_model_is_pruned_as_the_engine_alone_prunes_it(tmp_path: Any) -> None:
+LEARNED = basic(score="learned", learning=LearningConfig(steps=6, tokens=24, rate=0.5))
+
+
+@pytest.mark.parametrize("config", [PruningConfig(), LEARNED], ids=["default", "learned"])
+def test_model_is_pruned_as_the_engine_alone_prunes_it(config: PruningConfig, tmp_path: Any) -> None:
     module = UserModule(tiny_model("llama").train(), lambda parameters: torch.optim.SGD(parameters, lr=0.0))
     data = loader(8)
-    callback = FASPPruning([{"step": 0, "sparsity": 0.2}], calibration_sequences=8, validation_batches=0)
+    callback = FASPPruning([{"step": 0, "sparsity": 0.2}], config, calibration_sequences=8, validation_batches=0)
     trainer(tmp_path, callback, max_steps=1).fit(module, data)
     expected = tiny_model("llama")
-    FASPPruner(PruningConfig(0.2)).prune(expected, list(data))
+    FASPPruner(replace(config, sparsity=0.2)).prune(expected, list(data))
     assert module.lm.fasp_plan == expected.fasp_plan
     for name, value in expected.state_dict().items():
         torch.testing.assert_close(module.lm.state_dict()[name], value, atol=1e-5, rtol=1e-5)

@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-import json
-import logging
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 from fasp_lightning.checkpoints.exporting.exported import Exported
-from fasp_lightning.checkpoints.pruned_folder import REPORT_FILE
-from fasp_lightning.staging import read_json, write_beside
-
-log = logging.getLogger(__name__)
+from fasp_lightning.checkpoints.publishing.record import add_to_report
 
 
 def record_export(folder: str | Path, exported: Exported) -> bool:
@@ -23,23 +18,18 @@ def record_export(folder: str | Path, exported: Exported) -> bool:
         exported: What came of it.
 
     Returns:
-        Whether it was written: not where the folder has no report, or is not writable, which is logged.
+        Whether it was written, see :func:`~fasp_lightning.checkpoints.publishing.record.add_to_report`.
 
     Raises:
         FaspError: If the report is damaged.
     """
-    file = Path(folder) / REPORT_FILE
-    if not file.is_file():
-        return False
-    report, entry = read_json(file), _entry(exported)
-    others = [old for old in report.get("exports", []) if any(old.get(key) != entry[key] for key in ("target", "file"))]
-    report["exports"] = [*others, entry]
-    try:
-        write_beside(file, (json.dumps(report, separators=(",", ":")) + "\n").encode())
-    except OSError as error:  # a folder that may only be read is exported all the same
-        log.info("the result is not in %s: %s", file, error)
-        return False
-    return True
+    entry = _entry(exported)
+    key = [entry[name] for name in ("target", "file")]
+
+    def added(exports: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        return [*(old for old in exports if [old.get(name) for name in ("target", "file")] != key), entry]
+
+    return add_to_report(folder, "exports", added)
 
 
 def _entry(exported: Exported) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from fasp_lightning.checkpoints.publishing import sections
 from fasp_lightning.checkpoints.publishing.base import CARD_FILE, LICENSE
 from fasp_lightning.checkpoints.publishing.markdown import percent, plain
 from fasp_lightning.checkpoints.publishing.picture import PICTURE_FILE, draw
+from fasp_lightning.checkpoints.tasks.entries import TaskRow
 
 if TYPE_CHECKING:
     from huggingface_hub import EvalResult
@@ -46,6 +47,7 @@ def _text(facts: Facts, loaders: Sequence[LoaderSupport], place: str, remote_cod
         "Use": sections.usage(facts, place, remote_code),
         "What was removed": sections.removed(facts, picture),
         "Perplexity" if facts.measured else "Perplexity right after the pruning": sections.perplexities(facts),
+        "Accuracy in tasks": sections.tasks(facts),
         "Training": sections.events(facts),
         "How it was made": sections.making(facts),
         "Who loads it": sections.loading(facts, loaders),
@@ -72,8 +74,10 @@ def metadata(facts: Facts) -> Any:
     if "id" in base:
         known |= {"base_model": base["id"], "base_model_relation": "finetune"}  # the hub has no word for pruned
     results = [_result(text) for text in facts.texts if facts.measured and finite(text.after)]
+    results += [_accuracy(row) for found in facts.tasks for row in found.rows if row.questions is not None]
     if results:
-        known |= {"model_name": _title(facts), "eval_results": results, "metrics": ["perplexity"]}
+        metrics = list(dict.fromkeys(result.metric_type for result in results))
+        known |= {"model_name": _title(facts), "eval_results": results, "metrics": metrics}
     library = "fasp_lightning" if facts.form == "compact" else "transformers"
     return ModelCardData(library_name=library, pipeline_tag="text-generation", tags=TAGS, **known)
 
@@ -88,6 +92,20 @@ def _result(text: TextFacts) -> EvalResult:
         dataset_args={"seq_len": text.seq_len, "predicted_tokens": text.tokens},
         metric_type="perplexity",
         metric_value=round(text.after, 4),
+    )
+
+
+def _accuracy(row: TaskRow) -> EvalResult:
+    from huggingface_hub import EvalResult
+
+    return EvalResult(
+        task_type="text-generation",
+        dataset_type=_slug(row.name),
+        dataset_name=row.name,
+        dataset_args={"questions": row.questions},
+        metric_type="accuracy",
+        metric_name=row.metric,
+        metric_value=round(row.accuracy.value, 4),
     )
 
 

@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 import hashlib
+import json
+import logging
+from collections.abc import Callable
 from importlib import import_module
-from pathlib import PurePath
+from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from fasp_lightning.checkpoints.pruned_folder import REPORT_FILE
 from fasp_lightning.checkpoints.publishing.base import base_of
+from fasp_lightning.staging import read_json, write_beside
 from fasp_lightning.structure.plan import resolve_pruned
 from fasp_lightning.structure.registry import spec_for
 from fasp_lightning.structure.resolve import linear_parameters, parameter_count
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+log = logging.getLogger(__name__)
 
 SAMPLED = 64
 """Values of each parameter that tell whether it was trained."""
@@ -50,12 +57,17 @@ def record_of(model: PreTrainedModel, dtype: torch.dtype) -> dict[str, Any]:
     Returns:
         ``saved``: both sparsities that were reached, ``parameters`` and ``original_parameters``, ``dtype``,
         ``versions``, and ``measured``, whether the weights are still those whose perplexities the report has.
+        ``tasks``: the answers that these weights gave; those that others gave are left out.
         ``base``: see :func:`~fasp_lightning.checkpoints.publishing.base.base_of`. No path of this machine.
     """
     report = dict(getattr(model, "fasp_report", {}))
-    measured = report.get("weights") == mark_of(model)
+    mark, stored = mark_of(model), mark_of(model, dtype)
+    measured = report.get("weights") == mark
     if measured:
-        report["weights"] = mark_of(model, dtype)
+        report["weights"] = stored
+    if "tasks" in report:
+        entries = entries_in(report, "tasks")
+        report["tasks"] = [entry | {"weights": stored} for entry in entries if entry.get("weights") == mark]
     saved = {
         "measured": measured,
         **sizes_of(model),
@@ -77,6 +89,41 @@ def sizes_of(model: PreTrainedModel) -> dict[str, float]:
         "parameters": left,
         "original_parameters": left + gone,
     }
+
+
+def entries_in(report: dict[str, Any], name: str) -> list[dict[str, Any]]:
+    """A list of mappings in a report, such as its ``exports``; what is damaged counts as not there."""
+    found = report.get(name)
+    return [entry for entry in found if isinstance(entry, dict)] if isinstance(found, list) else []
+
+
+def add_to_report(
+    folder: str | Path, name: str, change: Callable[[list[dict[str, Any]]], list[dict[str, Any]]]
+) -> bool:
+    """Change a list of mappings in the report of a pruned folder.
+
+    Args:
+        folder: The folder.
+        name: Of the list in the report.
+        change: Gives what is to stand there instead of what does.
+
+    Returns:
+        Whether it was written: not where the folder has no report, or is not writable, which is logged.
+
+    Raises:
+        FaspError: If the report is damaged.
+    """
+    file = Path(folder) / REPORT_FILE
+    if not file.is_file():
+        return False
+    report = read_json(file)
+    report[name] = change(entries_in(report, name))
+    try:
+        write_beside(file, (json.dumps(report, separators=(",", ":")) + "\n").encode())
+    except OSError as error:  # what came of a folder that may only be read is shown all the same
+        log.info("the result is not in %s: %s", file, error)
+        return False
+    return True
 
 
 def _versions() -> dict[str, str]:

@@ -8,6 +8,7 @@ from typing import Any
 from fasp_lightning.checkpoints.facts import Facts, PairFacts
 from fasp_lightning.checkpoints.forms import LoaderSupport
 from fasp_lightning.checkpoints.publishing.markdown import figure, folded, percent, plain, table
+from fasp_lightning.checkpoints.tasks.entries import TaskFacts
 
 UNITS = {"ffn": "hidden units of the FFN", "value": "value dims", "groups": "KV groups"}
 SOURCES = {"calibrated": "that of the calibration", "other": "another"}
@@ -23,7 +24,12 @@ EVENTS = {
     "perplexity_before": "perplexity before",
     "perplexity_pruned": "pruned",
     "perplexity_recovered": "recovered",
+    "kl_pruned": "KL pruned",
+    "kl_recovered": "KL recovered",
 }
+TAUGHT = ("kl_pruned", "kl_recovered")
+"""What only an event of a run with a teacher has."""
+
 MEMORY = {"rss": "process"}
 
 
@@ -158,15 +164,39 @@ def perplexities(facts: Facts) -> str:
     )
 
 
+def tasks(facts: Facts) -> str:
+    """Accuracies in tasks, as far as these weights were asked."""
+    protocol = (
+        "After ± stands the standard error over the questions; that of a difference is over the differences question "
+        "by question. A mean counts each task alike; acc_norm is accuracy by likelihood over length."
+    )
+    told = [f"{_tasks(found)}\n\nComputed in {plain(found.dtype)}." for found in facts.tasks]
+    return "\n\n".join([*told, protocol]) if told else ""
+
+
+def _tasks(found: TaskFacts) -> str:
+    header = ["task", "metric", "questions", "accuracy"]
+    header += [] if found.against is None else [f"of {plain(found.against)}", "difference"]
+    rows = []
+    for row in found.rows:
+        compared = [] if row.theirs is None or row.apart is None else [str(row.theirs), row.apart.signed()]
+        questions = "" if row.questions is None else f"{row.questions:,}"
+        rows.append([plain(row.name), plain(row.metric), questions, str(row.accuracy), *compared])
+    return table(header, rows)
+
+
 def events(facts: Facts) -> str:
     """What a training run did: when it pruned, and what recovery brought."""
     if not facts.events:
         return ""
-    rows = [[_event(event.get(name), name) for name in EVENTS] for event in facts.events]
+    taught = any(event.get(name) is not None for event in facts.events for name in TAUGHT)
+    shown = [name for name in EVENTS if taught or name not in TAUGHT]
+    rows = [[_event(event.get(name), name) for name in shown] for event in facts.events]
+    divergence = ", as is the divergence from the teacher (KL, in nats a token)" if taught else ""
     return (
         "It was pruned in a training run, and trained after each step. Perplexities are those on the run's validation "
-        "batches: before a step, right after it, and where the training that followed ended.\n\n"
-        + table(list(EVENTS.values()), rows)
+        f"batches: before a step, right after it, and where the training that followed ended{divergence}.\n\n"
+        + table([EVENTS[name] for name in shown], rows)
     )
 
 

@@ -4,17 +4,25 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from fasp_lightning.checkpoints.devices import choose_device
 from fasp_lightning.checkpoints.loading import model_shapes
-from fasp_lightning.checkpoints.source import resolve_source
+from fasp_lightning.checkpoints.source import ModelSource, resolve_source
+from fasp_lightning.checkpoints.tasks.answers import (
+    Measured,
+    accuracies,
+    differences,
+    read_measured,
+    require_same,
+    to_dict,
+)
+from fasp_lightning.checkpoints.tasks.entries import entry_of, record_tasks
 from fasp_lightning.cli.checks import check_output_file, tokenizer_of
 from fasp_lightning.cli.console import dtype_name, note, shown_warnings, table, tracked
 from fasp_lightning.cli.jobs import EvaluateJob
 from fasp_lightning.cli.model_setup import config_of, load
 from fasp_lightning.cli.quiet import quiet_libraries
-from fasp_lightning.cli.tasks.answers import Measured, accuracies, differences, read_measured, require_same, to_dict
 from fasp_lightning.cli.tasks.harness import TaskFigures, find_tasks, run_tasks
 from fasp_lightning.cli.tasks.tables import task_table
 from fasp_lightning.cli.texts import Text, begins_with, load_text
@@ -25,6 +33,31 @@ from fasp_lightning.text.config import for_role
 JOB = EvaluateJob
 
 
+class _Outcome(NamedTuple):
+    """What was measured of a model.
+
+    Attributes:
+        name: The model's name.
+        model: The model.
+        texts: The texts.
+        perplexities: Name of a text → its perplexity.
+        tasks: What the model reaches in tasks.
+        against: Another model's answers to their questions.
+    """
+
+    name: str
+    model: Any
+    texts: list[Text]
+    perplexities: dict[str, PerplexityResult]
+    tasks: TaskFigures
+    against: Measured | None
+
+    @property
+    def dtype(self) -> str:
+        """What the model computed in."""
+        return dtype_name(self.model.dtype)
+
+
 def run(job: EvaluateJob) -> int:
     """Run the command; returns the exit code."""
     quiet_libraries()
@@ -33,8 +66,8 @@ def run(job: EvaluateJob) -> int:
     wanted = find_tasks(job)
     if wanted is not None and against is not None:
         require_same(wanted.questions, against.answers)
-    device, config = choose_device(job.device), config_of(job.model)
-    shapes = model_shapes(resolve_source(job.model.name_or_path), config, job.model.trust_remote_code)
+    device, config, source = choose_device(job.device), config_of(job.model), resolve_source(job.model.name_or_path)
+    shapes = model_shapes(source, config, job.model.trust_remote_code)
     tokenizer = tokenizer_of(job.model)
     texts = [load_text(for_role(text, "test"), tokenizer, shapes, "evaluation") for text in job.evaluation]
     if begin := begins_with(texts):
@@ -42,77 +75,71 @@ def run(job: EvaluateJob) -> int:
     note(f"loading {job.model.name_or_path}")
     with shown_warnings():
         model = load(job.model, config, job.dtype, device)
-        measured = {
+        perplexities = {
             text.name: measure_perplexity(model, tracked(text.batches, f"perplexity: {text.name}")) for text in texts
         }
         tasks = run_tasks(model, tokenizer, wanted)
-    _print(job, model, texts, measured, tasks, against)
-    _write(job, model, texts, measured, tasks, against)
+    outcome = _Outcome(job.model.name_or_path, model, texts, perplexities, tasks, against)
+    _print(outcome)
+    if job.output_file is not None:
+        _write(outcome, Path(job.output_file))
+    _record(outcome, source)
     return 0
 
 
-def _print(
-    job: EvaluateJob,
-    model: Any,
-    texts: list[Text],
-    measured: dict[str, PerplexityResult],
-    tasks: TaskFigures,
-    against: Measured | None,
-) -> None:
-    name = f"{job.model.name_or_path}, {dtype_name(model.dtype)} on {model.device}"
-    if measured:
-        table(f"perplexity of {name}", *_perplexities(texts, measured))
-    if tasks.results:
-        table(f"tasks, {name}", *task_table(tasks, against))
-    if against is not None and against.dtype != dtype_name(model.dtype):
+def _print(outcome: _Outcome) -> None:
+    name, against = f"{outcome.name}, {outcome.dtype} on {outcome.model.device}", outcome.against
+    if outcome.perplexities:
+        table(f"perplexity of {name}", *_perplexities(outcome))
+    if outcome.tasks.results:
+        table(f"tasks, {name}", *task_table(outcome.tasks, against))
+    if against is not None and against.dtype != outcome.dtype:
         note(f"{against.model} was measured in {against.dtype}, which alone changes some answers")
 
 
-def _perplexities(
-    texts: list[Text], measured: dict[str, PerplexityResult]
-) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+def _perplexities(outcome: _Outcome) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
     """Columns and rows; what sequences begin with is among them where that is not the text."""
     rows = [
         (text, f"{r.perplexity:.3f}", f"{r.tokens:,}", str(r.seq_len), f"{r.tokens_per_second:,.0f}")
-        for text, r in measured.items()
+        for text, r in outcome.perplexities.items()
     ]
     columns = ("text", "perplexity", "predicted tokens", "seq_len", "tokens/s")
-    begins = {text.name: text.bos for text in texts if text.bos is not None}
+    begins = {text.name: text.bos for text in outcome.texts if text.bos is not None}
     if not begins:
         return columns, list(rows)
     return (*columns, "begins with"), [(*row, begins.get(row[0], "the text")) for row in rows]
 
 
-def _write(
-    job: EvaluateJob,
-    model: Any,
-    texts: list[Text],
-    measured: dict[str, PerplexityResult],
-    tasks: TaskFigures,
-    against: Measured | None,
-) -> None:
-    if job.output_file is None:
-        return
+def _write(outcome: _Outcome, path: Path) -> None:
+    answers, against = outcome.tasks.answers, outcome.against
     figures = {
-        "model": job.model.name_or_path,
-        "dtype": dtype_name(model.dtype),
-        "device": str(model.device),
+        "model": outcome.name,
+        "dtype": outcome.dtype,
+        "device": str(outcome.model.device),
         "perplexity": {
-            text.name: {**measured[text.name].to_dict(), **({} if text.bos is None else {"bos": text.bos})}
-            for text in texts
+            text.name: {**outcome.perplexities[text.name].to_dict(), **({} if text.bos is None else {"bos": text.bos})}
+            for text in outcome.texts
         },
-        "tasks": [result._asdict() for result in tasks.results],
-        "accuracy": {name: figure._asdict() for name, figure in accuracies(tasks.answers).items()},
-        "answers": to_dict(tasks.answers),
+        "tasks": [result._asdict() for result in outcome.tasks.results],
+        "accuracy": {name: figure._asdict() for name, figure in accuracies(answers).items()},
+        "answers": to_dict(answers),
     }
     if against is not None:
-        apart = differences(tasks.answers, against.answers)
+        apart = differences(answers, against.answers)
         figures["against"] = {
             "model": against.model,
             "dtype": against.dtype,
             "difference": {name: figure._asdict() for name, figure in apart.items()},
         }
-    path = Path(job.output_file)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_beside(path, (json.dumps(figures, indent=1) + "\n").encode())
     note(f"wrote {path}")
+
+
+def _record(outcome: _Outcome, source: ModelSource) -> None:
+    """Keep answers in the report of the folder whose weights gave them; a .gguf file has none."""
+    if not (outcome.tasks.answers and source.local and source.gguf_file is None):
+        return
+    entry = entry_of(outcome.model, outcome.tasks.answers, outcome.against)
+    if record_tasks(source.location, entry):
+        note(f"recorded in {source.location}")

@@ -17,6 +17,8 @@ from fasp_lightning.checkpoints.forms import choose_form
 from fasp_lightning.checkpoints.loading import load_config
 from fasp_lightning.checkpoints.pruned_folder import REPORT_FILE, form_in
 from fasp_lightning.checkpoints.source import weight_files
+from fasp_lightning.checkpoints.tasks.answers import Answers, Measured
+from fasp_lightning.checkpoints.tasks.entries import entry_of
 from fasp_lightning.cli.checks import check_output_dir, claimed_output, texts_of, tokenizer_of
 from fasp_lightning.cli.commands.sweep_tables import Finished, print_sweep, write_sweep
 from fasp_lightning.cli.console import PruningProgress, dtype_name, gibibytes, note, percent, shown_warnings
@@ -25,7 +27,6 @@ from fasp_lightning.cli.jobs import PruneJob, TaskOptions
 from fasp_lightning.cli.measured import domains_of, measure, place, prune_measured, save
 from fasp_lightning.cli.model_setup import Setup, already_pruned, bytes_before, load, memory_of, saved_dtype, set_up
 from fasp_lightning.cli.quiet import quiet_libraries
-from fasp_lightning.cli.tasks.answers import Answers, to_dict
 from fasp_lightning.cli.tasks.harness import Tasks, find_tasks, run_tasks
 from fasp_lightning.cli.texts import (
     Calibration,
@@ -182,11 +183,10 @@ class _Sweep:
         evaluation: list[Text],
         tasks: Tasks | None,
     ) -> None:
-        self.stored, self.bytes_before = setup.stored, bytes_before(setup, job)
+        self.stored, self.bytes_before, self._model = setup.stored, bytes_before(setup, job), weights_digest(dense)
         self.job, self.dense, self.tokenizer = job, dense, tokenizer
         self.calibration, self.evaluation, self.tasks = calibration, evaluation, tasks
-        self._model = weights_digest(dense)
-        self._shared: tuple[list[PerplexityResult], dict[str, Answers], Prepared] | None = None
+        self._shared: tuple[list[PerplexityResult], Measured, Prepared] | None = None
 
     def settings(self, job: PruneJob) -> Settings:
         """All that decides what comes out, as plain data."""
@@ -253,20 +253,21 @@ class _Sweep:
         prune_measured(model, job, setup, self.calibration, self.evaluation, before, fresh, prepared)
         model.fasp_report["made_with"] = self.settings(job)
         if self.tasks is not None:
-            both = {"before": answered, "after": run_tasks(model, self.tokenizer, self.tasks).answers}
-            model.fasp_report["tasks"] = {name: to_dict(answers) for name, answers in both.items()}
+            model.fasp_report["tasks"] = [entry_of(model, self._answer(model), answered)]
         if job.prompt is not None:
             text = continuation(model, self.tokenizer, job.prompt, job.new_tokens)
             model.fasp_report["continuation"] = {"prompt": job.prompt, "text": text}
         save(model, self.tokenizer, job, setup)
 
-    def _share(self, model: Any, setup: Setup) -> tuple[list[PerplexityResult], dict[str, Answers], Prepared]:
+    def _share(self, model: Any, setup: Setup) -> tuple[list[PerplexityResult], Measured, Prepared]:
         """Perplexities and answers before, and own text and loss sensitivity for the pruning to any sparsity."""
         before = measure(model, self.evaluation, "dense" if not setup.already_pruned else "as it is")
-        answered = run_tasks(model, self.tokenizer, self.tasks).answers
+        answered = Measured(self.job.model.name_or_path, dtype_name(model.dtype), self._answer(model))
         with PruningProgress() as progress:
-            prepared = FASPPruner(setup.pruning).prepare(model, self.calibration.batches, progress=progress)
-        return before, answered, prepared
+            return before, answered, FASPPruner(setup.pruning).prepare(model, self.calibration.batches, progress)
+
+    def _answer(self, model: Any) -> dict[str, Answers]:
+        return run_tasks(model, self.tokenizer, self.tasks).answers
 
     def _copies(self, device: torch.device) -> Callable[[], Any]:
         return lambda: copy.deepcopy(self.dense).to(device)
@@ -278,8 +279,7 @@ class _Sweep:
             folder = self.job.folder_at(job.pruning.sparsity)
             report = _report(folder)
             if report is not None and report.get("made_with") == self.settings(job):
-                size = sum(file.stat().st_size for file in weight_files(folder))
-                sizes = (self.bytes_before, size)
+                sizes = (self.bytes_before, sum(file.stat().st_size for file in weight_files(folder)))
                 rows.append(Finished(job.pruning.sparsity, folder, form_in(load_config(folder), folder), report, sizes))
         return rows
 

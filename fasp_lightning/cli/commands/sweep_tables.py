@@ -8,8 +8,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from fasp_lightning.checkpoints.publishing.record import entries_in
+from fasp_lightning.checkpoints.tasks.entries import TaskFacts, facts_in_entry
 from fasp_lightning.cli.console import megabytes, note, percent, results, table
-from fasp_lightning.cli.tasks.answers import accuracies, differences, from_dict
 from fasp_lightning.staging import write_beside
 
 
@@ -91,16 +92,22 @@ def _markdown(columns: Sequence[str], rows: list[Sequence[str]]) -> str:
 
 def _task_table(finished: list[Finished]) -> tuple[Sequence[str], list[Sequence[str]]] | None:
     """Columns and rows of the accuracies, if tasks were run: sparsities across, tasks and their means down."""
-    if not finished or "tasks" not in finished[0].report:
+    found = [_answered(one) for one in finished]
+    told = [facts.rows for facts in found if facts is not None]
+    if not told or len(told) < len(found):
         return None
-    before = from_dict(finished[0].report["tasks"]["before"])
-    columns = [[str(figure) for figure in accuracies(before).values()]]
-    for one in finished:
-        after = from_dict(one.report["tasks"]["after"])
-        apart = differences(after, before)
-        columns.append([f"{figure} ({apart[name].signed()})" for name, figure in accuracies(after).items()])
+    columns = [[str(row.theirs) for row in told[0]]]
+    columns += [[f"{row.accuracy} ({row.apart.signed()})" for row in rows if row.apart is not None] for rows in told]
     names = ("task", "before", *(percent(one.asked) for one in finished))
-    return names, list(zip(accuracies(before), *columns, strict=True))
+    return names, list(zip([row.name for row in told[0]], *columns, strict=True))
+
+
+def _answered(one: Finished) -> TaskFacts | None:
+    """What the sweep's own questions were answered with; the report may hold answers to others too."""
+    asked = one.report["made_with"]["tasks"] or {}
+    found = [facts_in_entry(entry) for entry in entries_in(one.report, "tasks")]
+    own = (facts for facts in found if facts.against and facts.questions.items() <= asked.items())
+    return next(own, None)
 
 
 def _row(one: Finished) -> Sequence[str]:

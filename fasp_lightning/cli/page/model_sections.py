@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from fasp_lightning.checkpoints.facts import Facts, PairFacts, TextFacts
+from fasp_lightning.checkpoints.publishing.record import entries_in
 from fasp_lightning.checkpoints.publishing.sections import UNITS
 from fasp_lightning.cli.console import gibibytes, megabytes
 from fasp_lightning.cli.page.charts import bars, blocks, dots
@@ -23,6 +24,7 @@ from fasp_lightning.cli.page.parts import (
     percent,
     settings_table,
 )
+from fasp_lightning.cli.page.task_parts import task_parts
 
 SOURCES = {"calibrated": "as calibrated", "other": "another"}
 PLACES = {"rss": "process", "cuda": "GPU"}
@@ -47,6 +49,7 @@ def _sections(model: Model) -> list[Section]:
         Section("Widths", _widths(facts)),
         Section("Errors", _errors(facts)),
         Section("Perplexity", _perplexities(facts)),
+        Section("Tasks", _tasks(facts)),
         Section("Time and memory", _cost(facts)),
         Section("Loaders", _loaders(model)),
         Section("Exports", _exports(facts)),
@@ -181,6 +184,12 @@ def _text(text: TextFacts) -> tuple[str, ...]:
     return text.name, SOURCES.get(text.domain, text.domain), *figures, text.bos or "the text"
 
 
+def _tasks(facts: Facts) -> list[Part]:
+    if not facts.tasks:
+        return [Note("Not measured; fasp evaluate --tasks on this folder keeps its answers in it.")]
+    return [part for found in facts.tasks for part in task_parts(found)]
+
+
 def _cost(facts: Facts) -> list[Part]:
     seconds, memory = facts.known("seconds") or {}, facts.known("peak_memory") or {}
     phases = {name: value for name, value in seconds.items() if name != "total"}
@@ -200,7 +209,7 @@ def _loaders(model: Model) -> list[Part]:
 
 
 def _exports(facts: Facts) -> list[Part]:
-    exports = [one for one in facts.report.get("exports") or () if isinstance(one, dict)]
+    exports = entries_in(facts.report, "exports")
     if not exports:
         return [Note("No export of this folder was checked.")]
     header = ("target", "architecture", "file", "size", "loader", "same tokens", "difference of logits", "date")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from fasp_lightning.cli.console import megabytes
@@ -21,15 +21,22 @@ from fasp_lightning.cli.page.parts import (
     settings_table,
 )
 from fasp_lightning.cli.page.runs import Run
+from fasp_lightning.cli.page.task_parts import compared_parts
 
 MOST = 400
 """Points of a curve; of more, some are left out."""
 
-EVENT_COLUMNS = {
+PERPLEXITIES = {
     "perplexity_before": "perplexity before",
     "perplexity_pruned": "pruned",
     "perplexity_recovered": "recovered",
 }
+DIVERGENCES = {"kl_pruned": "KL pruned", "kl_recovered": "KL recovered"}
+AROUND = ("perplexity_before", "perplexity_pruned")
+TEACHER = (
+    "The divergence is KL(teacher ‖ student) of the next token: that of training on the batches of the training, the "
+    "others on the run's validation text."
+)
 LOSSES = {"train_loss": 0, "val_loss": 1}
 
 
@@ -50,8 +57,13 @@ def _timeline(run: Run) -> list[Part]:
     steps = [event["step"] for event in run.events if "step" in event]
     perplexities = [
         Series("of validation", _curve(run, "val_perplexity"), color=0),
-        Series("around the events", _curve(run, "fasp/perplexity") or _around(run), color=1),
-        Series("right after an event", _pruned(run), "dots", color=2),
+        Series("around the events", _curve(run, "fasp/perplexity") or _at_events(run, *AROUND), color=1),
+        Series("right after an event", _at_events(run, "perplexity_pruned"), "dots", color=2),
+    ]
+    divergences = [
+        Series("of training", _curve(run, "train_kl"), color=0),
+        Series("around the events", _curve(run, "fasp/kl"), color=1),
+        Series("right after an event", _at_events(run, "kl_pruned"), "dots", color=2),
     ]
     reached = _curve(run, "fasp/sparsity") or [(e["step"], e["sparsity"]) for e in run.events if "sparsity" in e]
     sparsities = [
@@ -61,6 +73,7 @@ def _timeline(run: Run) -> list[Part]:
     ]
     charts = [
         plot("perplexity over steps", perplexities, "optimizer steps", "perplexity", marks=steps),
+        plot("divergence from the teacher over steps", divergences, "optimizer steps", "nats a token", marks=steps),
         plot("sparsity over steps", sparsities, "optimizer steps", "%", zero=True, marks=steps),
     ]
     shown = [chart for chart in charts if chart]
@@ -73,17 +86,13 @@ def _timeline(run: Run) -> list[Part]:
             "Vertical lines are events. Perplexities are on the run's validation text: those around the events on as "
             f"many batches as validation_batches says, those of validation on as many as limit_val_batches.{told}"
         ),
+        *([Note(TEACHER)] if charts[1] else []),
     ]
 
 
-def _around(run: Run) -> list[tuple[float, float]]:
-    """Before and after each event."""
-    names = ("perplexity_before", "perplexity_pruned")
+def _at_events(run: Run, *names: str) -> list[tuple[float, float]]:
+    """What was measured at each event."""
     return [(e["step"], e[name]) for e in run.events for name in names if e.get(name) is not None]
-
-
-def _pruned(run: Run) -> list[tuple[float, float]]:
-    return [(e["step"], e["perplexity_pruned"]) for e in run.events if e.get("perplexity_pruned") is not None]
 
 
 def _per_cent(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
@@ -100,8 +109,11 @@ def _curve(run: Run, name: str) -> list[tuple[int, float]]:
 def _events(run: Run) -> list[Part]:
     if not run.events:
         return [Note("No event is recorded.")]
-    header = ("step", "sparsity asked", "reached", "of all", "parameters", *EVENT_COLUMNS.values(), "seconds")
-    parts: list[Part] = [Table(header, [_event(run, event) for event in run.events]), Note(f"From {run.source}.")]
+    taught = any(event.get(name) is not None for event in run.events for name in DIVERGENCES)
+    figures = PERPLEXITIES | (DIVERGENCES if taught else {})
+    header = ("step", "sparsity asked", "reached", "of all", "parameters", *figures.values(), "seconds")
+    rows = [_event(run, event, figures) for event in run.events]
+    parts: list[Part] = [Table(header, rows), Note(f"From {run.source}.")]
     if len(run.schedule) > len(run.events):
         parts.append(
             Note(
@@ -113,8 +125,8 @@ def _events(run: Run) -> list[Part]:
     return parts
 
 
-def _event(run: Run, event: dict[str, Any]) -> tuple[str, ...]:
-    figures = ["not measured" if event.get(name) is None else number(event[name]) for name in EVENT_COLUMNS]
+def _event(run: Run, event: dict[str, Any], columns: Iterable[str]) -> tuple[str, ...]:
+    figures = ["not measured" if event.get(name) is None else number(event[name]) for name in columns]
     step, sparsity, total = (event.get(name) for name in ("step", "sparsity", "sparsity_total"))
     sizes = (
         percent(None if step is None else run.schedule.get(step)),
@@ -151,7 +163,8 @@ def sweep_chapter(name: str, models: Sequence[Model]) -> Chapter:
     rows = [_point(model, texts) for model in models]
     chart = plot("perplexity over sparsity", _curves(models, texts), "% of the blocks removed", "perplexity")
     parts: list[Part] = [Table(header, rows), Charts([chart]) if chart else Note("Perplexities: not measured.")]
-    return Chapter(name, f"sweep of {len(models)} models", [Section("All sparsities", parts)])
+    sections = [Section("All sparsities", parts), Section("Tasks", compared_parts([model.facts for model in models]))]
+    return Chapter(name, f"sweep of {len(models)} models", sections)
 
 
 def _point(model: Model, texts: Sequence[str]) -> tuple[str, ...]:

@@ -28,8 +28,12 @@ LOGGED = {
     "seconds": "fasp/seconds",
     "perplexity_before": "fasp/perplexity_before",
     "perplexity_pruned": "fasp/perplexity_pruned",
+    "kl_pruned": "fasp/kl_pruned",
 }
 """What an event says → the metric that holds it."""
+
+LOGGED_LATER = {"perplexity_recovered": "fasp/perplexity_recovered", "kl_recovered": "fasp/kl_recovered"}
+"""The same of what is logged at the next event, or at the end of the run."""
 
 
 @dataclass(frozen=True)
@@ -145,16 +149,14 @@ def _csv(file: Path) -> Scalars:
 
 def _logged_events(scalars: Scalars) -> list[dict[str, Any]]:
     """The events, each at a step at which its seconds were logged; what was not logged is absent."""
-    recovered = [value for _, value in scalars.get("fasp/perplexity_recovered", ())]
+    later = {name: [value for _, value in scalars.get(metric, ())] for name, metric in LOGGED_LATER.items()}
     events = []
     for index, (step, _) in enumerate(scalars.get("fasp/seconds", ())):
         values = {name: _at(scalars.get(metric, []), step) for name, metric in LOGGED.items()}
         event = {"step": step} | {name: value for name, value in values.items() if value is not None}
         if "parameters" in event:
             event["parameters"] = round(event["parameters"])
-        if index < len(recovered):
-            event["perplexity_recovered"] = recovered[index]
-        events.append(event)
+        events.append(event | {name: values[index] for name, values in later.items() if index < len(values)})
     return events
 
 

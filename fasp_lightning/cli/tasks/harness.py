@@ -9,9 +9,9 @@ import logging
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from fasp_lightning.checkpoints.tasks.answers import Answers
 from fasp_lightning.cli.console import tracked
 from fasp_lightning.cli.jobs import TaskOptions
-from fasp_lightning.cli.tasks.answers import Answers
 from fasp_lightning.cli.tasks.likelihoods import Answer, batches_of, score
 from fasp_lightning.cli.tasks.questions import configs_in, metric_of
 from fasp_lightning.errors import FaspError, as_refusal, one_line

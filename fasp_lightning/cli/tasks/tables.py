@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from fasp_lightning.cli.tasks.answers import Answers, Figure, Measured, accuracies, differences
+from fasp_lightning.checkpoints.tasks.answers import Answers, Figure, Measured, accuracies, differences
 from fasp_lightning.cli.tasks.harness import TaskFigures, TaskResult
 
 Rows = list[tuple[str, ...]]

@@ -1,7 +1,8 @@
-"""How much each pair of each block loses, by one threshold on the loss sensitivity."""
+"""How much each pair of each block loses, by one threshold on its loss sensitivity, or by its block's influence."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -26,7 +27,8 @@ class _Steps:
 
     Attributes:
         units: (k,) units that go with each step.
-        density: (k,) loss sensitivity of the step for each parameter that goes; ascending, as the scores are sorted.
+        density: (k,) what puts it in order among the steps of all pairs, such as the loss sensitivity for each
+            parameter that goes; ascending.
     """
 
     units: Tensor
@@ -51,6 +53,46 @@ def adaptive_budget(
     Returns:
         The budget with other widths.
     """
+
+    def steps(block: int, place: int, width: PairWidth) -> _Steps:
+        return _steps(pairs[block][place], width, sensitivity[block][place], config)
+
+    return _settled(budget, steps)
+
+
+def influence_budget(
+    budget: Budget, pairs: list[list[ResolvedPair]], influence: Tensor, config: PruningConfig
+) -> Budget:
+    """Widths that take more from blocks that do less, to the budget's total; no gradient is asked for.
+
+    Block i loses r L softmax(−s/ε)ᵢ of its parameters where a uniform cut takes r of each of L blocks (MoDeGPT, Lin et
+    al., arXiv:2408.09632, section 3.3): s is its influence and ε the temperature. What a block cannot give, as its
+    pairs lose so much at most, the others give in the same proportions.
+
+    Args:
+        budget: The uniform widths.
+        pairs: The pairs they belong to.
+        influence: (blocks,) from ``blocks.influence.block_influence``.
+        config: ``head_balance``, ``multiple_of`` and ``influence_temperature`` are read.
+
+    Returns:
+        The budget with other widths.
+    """
+    shares = (-influence / config.influence_temperature).softmax(0) * len(influence)
+
+    def steps(block: int, place: int, width: PairWidth) -> _Steps:
+        return _shared_steps(pairs[block][place], width, shares[block], config)
+
+    return _settled(budget, steps)
+
+
+def _settled(budget: Budget, steps_of: Callable[[int, int, PairWidth], _Steps]) -> Budget:
+    """The budget with the widths at one threshold.
+
+    Args:
+        budget: The uniform widths.
+        steps_of: Block, place of a pair in it and its width → its steps.
+    """
     chosen = [
         (block, place)
         for block, widths in enumerate(budget.pairs)
@@ -58,10 +100,7 @@ def adaptive_budget(
         if width.kind in PRUNED[budget.attention] - {SHARED}
     ]
     widths = [budget.pairs[block][place] for block, place in chosen]
-    steps = [
-        _steps(pairs[block][place], width, sensitivity[block][place], config)
-        for (block, place), width in zip(chosen, widths, strict=True)
-    ]
+    steps = [steps_of(block, place, width) for (block, place), width in zip(chosen, widths, strict=True)]
     found = [list(block) for block in budget.pairs]
     wanted = budget.parameters_before - budget.parameters_after
     wanted -= sum(width.removed for block in found for width in block if width not in widths)
@@ -74,14 +113,28 @@ def adaptive_budget(
 
 
 def _steps(pair: ResolvedPair, width: PairWidth, scores: Tensor, config: PruningConfig) -> _Steps:
-    """The steps of one pair."""
-    units = step_units(pair, config)
-    heads, size = (1, units) if width.kind == "ffn" else (units, 1)
+    """The steps of one pair, by their sensitivity."""
+    step, heads = _numbered(pair, width, config)
     ascending = scores.double().reshape(heads, -1).sort(dim=1).values.sum(0)
-    step = (torch.arange(ascending.numel()) + -width.before % size) // size  # the first one ends at a multiple
     total = ascending.new_zeros(int(step[-1]) + 1).index_add(0, step, ascending)
     going = torch.bincount(step) * heads
     return _Steps(going, total / (going * width.cost))
+
+
+def _shared_steps(pair: ResolvedPair, width: PairWidth, share: Tensor, config: PruningConfig) -> _Steps:
+    """The steps of one pair, by how much of its share is gone with them."""
+    step, heads = _numbered(pair, width, config)
+    going = torch.bincount(step) * heads
+    reach = going.cumsum(0) + width.original - width.before
+    return _Steps(going, (reach - going / 2) / (share * (width.original - width.after)).clamp(min=1e-12))
+
+
+def _numbered(pair: ResolvedPair, width: PairWidth, config: PruningConfig) -> tuple[Tensor, int]:
+    """The number of the step with which each unit goes, of each head where those are even, and of how many heads."""
+    units = step_units(pair, config)
+    heads, size = (1, units) if width.kind == "ffn" else (units, 1)
+    each = pair.kept.numel() // heads
+    return (torch.arange(each) + -width.before % size) // size, heads  # the first one ends at a multiple
 
 
 def _take(steps: list[_Steps], widths: list[PairWidth], wanted: int) -> list[int]:

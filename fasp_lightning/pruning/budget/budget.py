@@ -62,8 +62,8 @@ class Budget:
         parameters_before: All parameters before this pruning.
         parameters_after: All parameters after it.
         attention: ``"value_dims"``, ``"kv_groups"`` or ``"none"``, as decided.
-        allocation: As asked. With ``"adaptive"`` the widths of single blocks are not known before calibration:
-            ``pairs`` are the uniform ones, the sum is exact.
+        allocation: As asked. Where that is not ``"uniform"``, the widths of single blocks are not known before
+            calibration: ``pairs`` are the uniform ones, the sum is exact.
     """
 
     pairs: tuple[tuple[PairWidth, ...], ...]
@@ -75,8 +75,8 @@ class Budget:
     allocation: str = "uniform"
 
     def decided_later(self, kind: str) -> bool:
-        """Whether the widths of a kind of pair are decided block by block, by the loss sensitivity."""
-        return self.allocation == "adaptive" and kind != SHARED and self.changes
+        """Whether the widths of a kind of pair are decided block by block, by what calibration says of them."""
+        return self.allocation != "uniform" and kind != SHARED and self.changes
 
     @property
     def changes(self) -> bool:

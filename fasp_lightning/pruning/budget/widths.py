@@ -99,7 +99,7 @@ def budget_towards(model: PreTrainedModel, config: PruningConfig, pairs: Pairs |
     widths = tuple(tuple(map(_width, block, units)) for block, units in zip(pairs, left, strict=True))
     parameters = parameter_count(model) + now - gone
     newly = sum(width.removed for block in widths for width in block)
-    if config.allocation == "adaptive":  # the sum alone is known: what the uniform widths are rounded to is not
+    if config.allocation != "uniform":  # the sum alone is known: what the uniform widths are rounded to is not
         decided = [pair for block in pairs for pair in block if pair.spec.kind in pruned - {SHARED}]
         newly = round(config.sparsity * total) - gone
         if newly <= max(step_units(pair, config) * pair.unit_cost for pair in decided) / 2:

@@ -27,10 +27,11 @@ class DistillationConfig:
         teacher_dtype: Data type of the teacher's weights; ``"auto"`` is the checkpoint's, on a CPU only where that is
             faster than fp32, as for ``fasp prune``. Name one if the run may be resumed on other hardware.
         teacher_device: Where the teacher computes, such as ``"cuda:1"``; by default where the student does.
-        top_k: Ask the teacher once about all training sequences, before the first event: its likeliest tokens, so many
-            of each prediction, are kept on disk beside the tokenised text, and all others are one more outcome. It is
-            not needed afterwards, and unless one is named never stands beside the student. 128 tokens take 512 bytes a
-            token of text (768 of a vocabulary beyond 65,536). By default the teacher is asked live, and says all.
+        top_k: Ask the teacher once about all training sequences, and those of validation that events measure, before
+            the first event: its likeliest tokens, so many of each prediction, are kept on disk beside the tokenised
+            text, and all others are one more outcome. It is not needed afterwards, and unless one is named never stands
+            beside the student. 128 tokens take 512 bytes a token of text (768 of a vocabulary beyond 65,536). By
+            default the teacher is asked live, and says all.
 
     Example::
 

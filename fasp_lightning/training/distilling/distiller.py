@@ -17,7 +17,13 @@ from fasp_lightning.structure.plan import plan_in, plan_of
 from fasp_lightning.training.distilling.config import DistillationConfig
 from fasp_lightning.training.distilling.dense import holds_same_weights, written_beside
 from fasp_lightning.training.distilling.store import Sequences
-from fasp_lightning.training.distilling.stored import cache_of, stored, training_sequences
+from fasp_lightning.training.distilling.stored import (
+    as_stored,
+    cache_of,
+    stored,
+    training_sequences,
+    validation_sequences,
+)
 from fasp_lightning.training.distilling.teacher import Identity, LiveTeacher, Teacher
 from fasp_lightning.training.modeling.copying import plain_copy
 from fasp_lightning.training.trainer.random_state import isolated_random_state
@@ -39,20 +45,27 @@ class Distiller:
     Args:
         config: Settings.
         hub: ``revision`` and ``trust_remote_code``, with which the student was read.
+
+    Attributes:
+        teacher: Answers to training batches; ``None`` before the first event.
+        examiner: The same model, answering to validation batches; ``None`` where it was not asked about them.
     """
 
     def __init__(self, config: DistillationConfig, hub: dict[str, Any]) -> None:
         self.config = config
         self.teacher: Teacher | None = None
+        self.examiner: Teacher | None = None
         self._expected: Identity | None = None
         self._sequences: Sequences | None = None
+        self._examined: Sequences | None = None
         self._hub = hub
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Distiller:
         return self
 
     def __getstate__(self) -> dict[str, Any]:
-        return vars(self) | {"teacher": None, "_sequences": None}  # each spawned process reads them
+        read = ("teacher", "examiner", "_sequences", "_examined")  # each spawned process reads them
+        return vars(self) | dict.fromkeys(read)
 
     def expect(self, identity: Identity | None) -> None:
         """Take no other teacher than that of the checkpoint from which a run goes on; to be called after the check."""
@@ -68,7 +81,8 @@ class Distiller:
             FaspError: If its vocabulary is another one, it is not there, or a model that was pruned before does not say
                 which one it was pruned from.
         """
-        self._expected, self._sequences, size = None, None, _vocabulary(model.config)
+        self._expected = self._sequences = self._examined = None
+        size = _vocabulary(model.config)
         if self.config.teacher_device is not None:
             choose_device(self.config.teacher_device)
         if self.config.top_k is not None and self.config.top_k >= size:
@@ -83,12 +97,13 @@ class Distiller:
                 "model with the same tokenizer, or leave teacher out for the model as it was before its pruning"
             )
 
-    def start(self, trainer: Trainer, model: PreTrainedModel) -> None:
+    def start(self, trainer: Trainer, model: PreTrainedModel, validation_batches: int = 0) -> None:
         """Read the teacher of a model that is pruned already, as one that is resumed is; once it is there, do nothing.
 
         Args:
             trainer: In ``on_train_start``.
             model: The student, its checkpoint loaded.
+            validation_batches: Batches of each validation loader and process that events measure the divergence on.
 
         Raises:
             FaspError: If it is not the one that the checkpoint names, or cannot be asked about the training data
@@ -96,8 +111,9 @@ class Distiller:
         """
         if self.config.top_k is not None and self._sequences is None:
             self._sequences = training_sequences(trainer)
+            self._examined = validation_sequences(trainer, validation_batches)
         if not _is_pruned(model):
-            self.teacher = None  # of an earlier fit
+            self.teacher = self.examiner = None  # of an earlier fit
         elif self.teacher is None:
             self._take(trainer, model, lambda: self._named(model))
 
@@ -120,14 +136,21 @@ class Distiller:
             self._take(trainer, model, lambda: self._itself(trainer, model))
 
     def _take(self, trainer: Trainer, model: PreTrainedModel, ask: Callable[[], LiveTeacher]) -> None:
-        """Have the teacher asked live, or once about all training sequences."""
+        """Have the teacher asked live, or once about all training sequences, and those of validation."""
         if self._sequences is None:
-            self.teacher = ask()
+            self.teacher = self.examiner = ask()
             return
-        ask, known = functools.cache(ask), self._expected
-        if known is None or self.config.teacher not in (None, known.source):
-            known = ask().identity  # else a run that goes on need not read what has said all
-        self.teacher = stored(known, ask, self._sequences, self.config, cache_of(trainer), model)
+        ask, known, place = functools.cache(ask), self._expected, cache_of(trainer)
+        if known is not None and self.config.teacher in (None, known.source):
+            # a run that goes on need not read what has said all, and does not for other validation data
+            self.teacher = stored(known, ask, self._sequences, self.config, place, model)
+            examined = self._examined
+            self.examiner = None if examined is None else as_stored(known, examined, self.config, place, model)
+            return
+        self.teacher, self.examiner = (
+            None if one is None else stored(ask().identity, ask, one, self.config, place, model)
+            for one in (self._sequences, self._examined)
+        )
 
     def _named(self, model: PreTrainedModel) -> LiveTeacher:
         """The one in the settings, in the checkpoint, or in the report of a model that was pruned before."""

@@ -50,14 +50,23 @@ class Sequences:
         Raises:
             FaspError: If one is not.
         """
-        marks = _marks(ids)
-        at = np.searchsorted(self._sorted, marks).clip(max=len(self._sorted) - 1)
-        if not np.array_equal(self._sorted[at], marks):
+        at, known = self._find(ids)
+        if not known:
             raise FaspError(
                 "batches must hold the sequences that the teacher's answers were computed for, whole and as they were, "
                 "got another one; set top_k of distillation to null to ask the teacher live"
             )
         return self._order[at].tolist()
+
+    def hold(self, ids: Tensor) -> bool:
+        """Whether each row of a batch is among them."""
+        return self._find(ids)[1]
+
+    def _find(self, ids: Tensor) -> tuple[np.ndarray, bool]:
+        """Where rows are in the sorted marks, or would be, and whether all of them are there."""
+        marks = _marks(ids)
+        at = np.searchsorted(self._sorted, marks).clip(max=len(self._sorted) - 1)
+        return at, np.array_equal(self._sorted[at], marks)
 
 
 class AnswerStore:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +24,7 @@ from fasp_lightning.training.distilling.config import DistillationConfig
 from fasp_lightning.training.distilling.store import FORMAT, AnswerStore, Sequences
 from fasp_lightning.training.distilling.teacher import Identity, Teacher
 from fasp_lightning.training.trainer.random_state import isolated_random_state
-from fasp_lightning.training.trainer.surgery import training_loaders
+from fasp_lightning.training.trainer.surgery import training_loaders, validation_loaders
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -46,11 +47,13 @@ class StoredTeacher:
         store: What it said.
     """
 
-    live = False
-
     def __init__(self, identity: Identity, sequences: Sequences, store: AnswerStore) -> None:
         self.identity = identity
         self._sequences, self._store = sequences, store
+
+    def knows(self, batch: TokenBatch) -> bool:
+        """Whether its sequences are among those that it was asked about, whole and as they were."""
+        return _is_plain(batch) and self._sequences.hold(batch.input_ids)
 
     def __call__(self, batch: TokenBatch) -> TopK:
         """See ``Teacher.__call__``."""
@@ -82,10 +85,7 @@ def stored(
         FaspError: If the disk has no room, or other processes do not see what this one wrote.
         OSError: If it cannot be written.
     """
-    processes, k, vocabulary = Processes.everyone(), config.top_k or 0, ModelInputs(student).vocabulary
-    key = fingerprint(FORMAT, identity.fingerprint, sequences.digest, k, config.temperature)
-    count, seq_len = sequences.ids.shape
-    store = AnswerStore(place / "teacher" / key, count, seq_len, k, vocabulary)
+    processes, store = Processes.everyone(), _store(identity, sequences, config, place, student)
     missing = processes.from_first(store.missing())
     if missing:
         with processes.together():
@@ -98,6 +98,24 @@ def stored(
                 f"written is not seen; name such a folder, or {LIVE}"
             )
     return StoredTeacher(identity, sequences, store)
+
+
+def as_stored(
+    identity: Identity, sequences: Sequences, config: DistillationConfig, place: Path, student: PreTrainedModel
+) -> StoredTeacher | None:
+    """The same where all answers are on disk already, else ``None``."""
+    store = _store(identity, sequences, config, place, student)
+    whole = Processes.everyone().from_first(not store.missing())
+    return StoredTeacher(identity, sequences, store) if whole else None
+
+
+def _store(
+    identity: Identity, sequences: Sequences, config: DistillationConfig, place: Path, student: PreTrainedModel
+) -> AnswerStore:
+    """Under a key of all that decides on the answers."""
+    k, (count, seq_len) = config.top_k or 0, sequences.ids.shape
+    key = fingerprint(FORMAT, identity.fingerprint, sequences.digest, k, config.temperature)
+    return AnswerStore(place / "teacher" / key, count, seq_len, k, ModelInputs(student).vocabulary)
 
 
 def training_sequences(trainer: Trainer) -> Sequences:
@@ -126,6 +144,28 @@ def training_sequences(trainer: Trainer) -> Sequences:
     return Sequences(torch.cat(found))
 
 
+def validation_sequences(trainer: Trainer, batches: int) -> Sequences | None:
+    """Those of the first batches of each validation loader, in all processes; the random state of the run stays.
+
+    Args:
+        trainer: Its validation loaders are read.
+        batches: How many of each, in each process.
+
+    Returns:
+        ``None`` without any, and where padding, positions or several lengths keep a teacher from answering once.
+    """
+    processes = Processes.everyone()
+    with isolated_random_state(), processes.together():
+        loaders = validation_loaders(trainer) if batches else []
+        read = [read_batch(batch) for loader in loaders for batch in islice(loader, batches)]
+    mine = [batch.input_ids.cpu() for batch in read] if all(map(_is_plain, read)) else None
+    gathered = processes.gather(mine)
+    found = [ids for one in gathered if one is not None for ids in one]
+    if None in gathered or len({ids.shape[1] for ids in found}) != 1:
+        return None
+    return Sequences(torch.cat(found))
+
+
 def cache_of(trainer: Trainer) -> Path:
     """Where the data module keeps its tokenised text, else where it would by default."""
     folder = getattr(trainer.datamodule, "cache_dir", None)  # type: ignore[attr-defined]
@@ -134,10 +174,15 @@ def cache_of(trainer: Trainer) -> Path:
 
 def _ids(batch: TokenBatch) -> Tensor:
     """(batch, seq) token ids, which alone must decide on what is said of them."""
-    plain = batch.unmasked()
-    if plain.attention_mask is not None or plain.position_ids is not None:
+    if not _is_plain(batch):
         raise FaspError(f"top_k must be null with batches that have padding or position_ids; {LIVE}")
-    return plain.input_ids
+    return batch.input_ids
+
+
+def _is_plain(batch: TokenBatch) -> bool:
+    """Whether its token ids alone decide on what is said of it."""
+    plain = batch.unmasked()
+    return plain.attention_mask is None and plain.position_ids is None
 
 
 def _compute(

@@ -37,12 +37,12 @@ class Teacher(Protocol):
 
     Attributes:
         identity: Which model speaks; resuming a run with another one is refused.
-        live: Whether it answers for any tokens. One that does not is asked in training alone, and no event measures the
-            divergence from it on validation data.
     """
 
     identity: Identity
-    live: bool
+
+    def knows(self, batch: TokenBatch) -> bool:
+        """Whether it has an answer for a batch."""
 
     def __call__(self, batch: TokenBatch) -> Tensor | TopK:
         """Its predictions on a batch, on the device of the batch, without gradients.
@@ -68,14 +68,16 @@ class LiveTeacher:
         config: Where it computes, and how much of its predictions it says.
     """
 
-    live = True
-
     def __init__(self, model: PreTrainedModel, source: str | None, config: DistillationConfig) -> None:
         self.model = model.eval().requires_grad_(False)
         self.identity = Identity(source, weights_digest(model))
         self._config = config
         self._inputs = ModelInputs(model)
         self._device = None if config.teacher_device is None else choose_device(config.teacher_device)
+
+    def knows(self, batch: TokenBatch) -> bool:
+        """For any tokens."""
+        return True
 
     @torch.no_grad()
     def __call__(self, batch: TokenBatch) -> Tensor | TopK:

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from fasp_lightning.checkpoints.exporting import record
 from fasp_lightning.checkpoints.exporting.exported import Exported, LoaderCheck
 from fasp_lightning.checkpoints.exporting.record import record_export
+from fasp_lightning.checkpoints.publishing import record
 
 CHECK = LoaderCheck("llama.cpp", "b1", 40, 39, 0.5)
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 from tiny import tiny_model
 
+from fasp_lightning.checkpoints.facts import facts_in
 from fasp_lightning.cli.tasks import harness
 from fasp_lightning.pruning.perplexity import perplexity
 from fasp_lightning.text.config import TextConfig
@@ -189,6 +190,21 @@ def test_differences_to_another_model_are_of_the_same_questions(
     outcome = run_tasks(fasp, folder, questions, str(questions), "--task_limit", 2, *more)
     assert (outcome.code, outcome.err.count("\n")) == (2, 1)
     assert "against must hold answers to the same questions" in outcome.err
+
+
+def test_answers_are_kept_in_the_pruned_folder_that_gave_them(
+    fasp, prune, tiny_folder, questions: Path, tmp_path: Path
+) -> None:
+    pytest.importorskip("lm_eval")
+    prune(tiny_folder("llama"), "--evaluation", "[]")
+    figures, folder = tmp_path / "figures.json", tmp_path / "pruned"
+    run_tasks(fasp, tiny_folder("llama"), questions, str(questions), "--output_file", figures)
+    dense = json.loads(figures.read_text())
+    outcome = run_tasks(fasp, folder, questions, str(questions), "--against", figures, "--output_file", figures)
+    assert f"recorded in {folder}" in outcome.err
+    (found,) = facts_in(folder).tasks
+    assert {row.name: row.accuracy._asdict() for row in found.rows} == json.loads(figures.read_text())["accuracy"]
+    assert {row.name: row.theirs._asdict() for row in found.rows} == dense["accuracy"]
 
 
 BAD = {

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tiny import random_tokens, tiny_model
 from tiny_pruning import basic
 
 from fasp_lightning import FASPPruner, save_pruned
+from fasp_lightning.checkpoints.tasks.answers import Answers, Measured
+from fasp_lightning.checkpoints.tasks.entries import entry_of
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*calibration tokens")
 HOSTILE = '<script>alert(1)</script> | "ü" {{ 7 * 7 }}'
@@ -30,7 +34,7 @@ def page(fasp: Callable, tmp_path: Path) -> Callable[[Path], str]:
         output = tmp_path / "page.html"
         outcome = fasp("report", folder, "--output", output, "--overwrite")
         assert outcome.code == 0, outcome.err
-        return output.read_text(encoding="utf-8")
+        return output.read_text(encoding="utf-8").replace("\u00a0", " ")
 
     return make
 
@@ -53,6 +57,31 @@ def test_page_tells_what_the_report_says_and_what_was_not_measured(page, folder:
     assert all(f"{pair['error_after']:.3f}" in text for pair in report["pairs"])
     assert "relative error, mean of the outputs" in text
     assert re.search(r"<h2>Perplexity</h2>\s*<p class=\"note\">Not measured", text)
+
+
+def entry(*correct: int) -> dict[str, Any]:
+    """Answers to three questions, beside those of a model that knows two of them."""
+    ours, theirs = ({"arc": Answers("acc", "q", list(given))} for given in (correct, (1, 1, 0)))
+    return entry_of(tiny_model("llama-gqa"), ours, Measured("dense", "float32", theirs))
+
+
+def test_accuracies_are_told_with_their_errors_and_paired_differences(page, folder: Path) -> None:
+    change(folder, tasks=[entry(1, 0, 0)])
+    (row,) = re.findall(r'<tr><th scope="row">arc</th>(.*?)</tr>', page(folder))
+    found = re.findall("<td>(.*?)</td>", row)
+    assert found == ["acc", "3", "0.3333 ± 0.3333", "0.6667 ± 0.3333", "-0.3333 ± 0.3333"]
+
+
+def test_sweep_tells_accuracies_side_by_side(page, folder: Path, tmp_path: Path) -> None:
+    for name, tasks in {"a": [entry(1, 1, 0)], "b": [entry(0, 0, 0)], "c": []}.items():
+        shutil.copytree(folder, tmp_path / "sweep" / name)
+        change(tmp_path / "sweep" / name, tasks=tasks)
+    (tmp_path / "sweep" / "sweep.json").write_text("[]")
+    row = re.findall(r'<tr><th scope="row">arc</th>(.*?)</tr>', page(tmp_path / "sweep"))[0]
+    before, *found = re.findall("<td>(.*?)</td>", row)
+    assert before == "0.6667 ± 0.3333"
+    assert found[:2] == ["0.6667 ± 0.3333 (+0.0000 ± 0.0000)", "0.0000 ± 0.0000 (-0.6667 ± 0.3333)"]
+    assert found[2] == "not measured"
 
 
 def test_whatever_is_named_is_shown_as_text(page, folder: Path) -> None:
@@ -80,6 +109,18 @@ def test_run_is_told_from_what_its_logger_wrote(page, tmp_path: Path) -> None:
     found = {step: re.findall("<td>(.*?)</td>", row) for step, row in cells}
     assert found["0"][1:7:2] == ["10.00 %", "900", "31.500"]
     assert [found["0"][6], found["4"][6]] == ["24.750", "29.125"]
+
+
+def test_run_with_a_teacher_tells_divergences_beside_perplexities(page, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    columns = "step,fasp/seconds,fasp/perplexity_pruned,fasp/kl_pruned,fasp/kl_recovered,fasp/kl,train_kl"
+    (run / "metrics.csv").write_text(f"{columns}\n0,1.5,31.5,0.75,,,\n1,,,,,,0.5\n2,,,,0.25,0.25,0.375\n")
+    text = page(run)
+    assert "divergence from the teacher over steps" in text
+    (row,) = re.findall(r'<tr><th scope="row">0</th>(.*?)</tr>', text)
+    assert re.findall("<td>(.*?)</td>", row)[5:9] == ["31.500", "not measured", "0.750", "0.250"]
+    assert {"KL pruned", "KL recovered"} <= set(re.findall('<th scope="col">(.*?)</th>', text))
 
 
 @pytest.mark.parametrize(

@@ -180,13 +180,16 @@ def test_tasks_are_answered_before_and_at_each_sparsity(sweep, fasp, tiny_folder
     tasks = ["--tasks", asked, "--evaluation", "[]"]
     outcome = sweep(folder, *tasks)
     assert outcome.code == 0
-    for model, row in ((folder, "before"), (tmp_path / "sweep" / "sparsity_0.30", "after")):
+    (entry,) = report_of(tmp_path / "sweep" / "sparsity_0.30")["tasks"]
+    answered = {folder: entry["against"], tmp_path / "sweep" / "sparsity_0.30": entry}
+    for model, row in answered.items():
         alone = ["--model.name_or_path", model, "--device", "cpu", "--output_file", tmp_path / "alone.json"]
         fasp("evaluate", *alone, *tasks)
         found = json.loads((tmp_path / "alone.json").read_text())
-        assert report_of(tmp_path / "sweep" / "sparsity_0.30")["tasks"][row] == found["answers"]
+        assert row["answers"] == found["answers"]
         assert f"{found['accuracy']['mean']['value']:.4f} ±" in outcome.out
         assert f"{found['accuracy']['mean']['value']:.4f} ±" in (tmp_path / "sweep" / "sweep.md").read_text()
+    assert sweep(folder, *tasks).out == outcome.out  # a folder that was evaluated since
     (asked / "piqa.jsonl").unlink()
     assert "made with other settings (tasks)" in " ".join(sweep(folder, *tasks).err.split())
     assert pruned == [0.1, 0.3]

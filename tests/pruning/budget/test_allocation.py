@@ -1,4 +1,4 @@
-"""How much each pair loses where loss sensitivity decides: the total, the bounds, and what goes first."""
+"""How much each pair loses by loss sensitivity or by block influence: the total, the bounds, what goes first."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tiny_pruning import basic, calibration
 from torch import Tensor
 
 from fasp_lightning import FASPPruner, PruningConfig, spec_for
-from fasp_lightning.pruning.budget.allocation import LEAST_OF_UNIFORM, MOST_OF_UNITS, adaptive_budget
+from fasp_lightning.pruning.budget.allocation import LEAST_OF_UNIFORM, MOST_OF_UNITS, adaptive_budget, influence_budget
 from fasp_lightning.pruning.budget.widths import (
     PRUNED,
     SHARED,
@@ -84,6 +84,32 @@ def test_total_is_what_was_asked_within_half_a_step(name: str, cut: str, sparsit
     removed = sum((pair.before - pair.after) * pair.cost for pair in flat(found))
     assert abs(removed - sparsity * found.linear_parameters) <= half_step(model, config)
     assert found.parameters_before - found.parameters_after == removed
+
+
+@pytest.mark.parametrize("cut", ["ffn", "ffn-multiple", "even", "free", "groups"])
+def test_blocks_share_what_goes_by_the_softmax_of_their_influence(cut: str) -> None:
+    model, config = tiny_model("gemma3"), settings(cut, 0.2, allocation="block_influence", influence_temperature=0.5)
+    influence = torch.tensor([0.1, 0.3, 0.2, 0.0], dtype=torch.float64)
+    uniform, pairs = decide_budget(model, config), resolve_pruned(model, kv_groups=cut == "groups")
+    found = influence_budget(uniform, pairs, influence, config)
+    kinds = PRUNED[uniform.attention] - {SHARED}
+    for block, evenly, share in zip(found.pairs, uniform.pairs, (-influence / 0.5).softmax(0) * 4, strict=True):
+        for pair, even, one in zip(block, evenly, pairs[0], strict=True):
+            if pair.kind in kinds:
+                lost, wanted = pair.before - pair.after, float(share) * (even.before - even.after)
+                assert abs(lost - wanted) <= 1.5 * step_units(one, config)  # the uniform widths are rounded too
+    removed = sum((pair.before - pair.after) * pair.cost for pair in flat(found))
+    assert abs(removed - 0.2 * found.linear_parameters) <= half_step(model, config)
+
+
+def test_block_that_does_all_loses_the_least_it_may_and_others_the_rest() -> None:
+    model, config = tiny_model("llama"), settings("ffn", 0.15, allocation="block_influence", influence_temperature=1e-3)
+    uniform = decide_budget(model, config)
+    found = influence_budget(uniform, resolve_pruned(model), torch.tensor([1.0, 0.1]), config)
+    lost = [block[-1].before - block[-1].after for block in found.pairs]
+    evenly = uniform.pairs[0][-1].before - uniform.pairs[0][-1].after
+    assert lost[0] == int(LEAST_OF_UNIFORM * evenly)
+    assert abs(sum(lost) - 2 * evenly) <= 1
 
 
 @pytest.mark.sampled(pairs=True)
@@ -187,7 +213,7 @@ def heads_left(model: Any) -> list[list[int]]:
 
 
 @pytest.mark.sampled(pairs=True)
-@pytest.mark.parametrize("allocation", ["uniform", "adaptive"])
+@pytest.mark.parametrize("allocation", ["uniform", "adaptive", "block_influence"])
 @pytest.mark.parametrize("sparsity", [0.1, 0.3])
 @every_case
 def test_pruned_model_has_reached_its_sparsity(name: str, cut: str, sparsity: float, allocation: str) -> None:
@@ -204,7 +230,7 @@ def test_pruned_model_has_reached_its_sparsity(name: str, cut: str, sparsity: fl
 
 
 @pytest.mark.sampled(pairs=True)
-@pytest.mark.parametrize("then", ["uniform", "adaptive"])
+@pytest.mark.parametrize("then", ["uniform", "adaptive", "block_influence"])
 @every_case
 def test_model_is_pruned_further_to_the_sparsity_that_was_asked(name: str, cut: str, then: str) -> None:
     model, first = tiny_model(name), settings(cut, 0.15)

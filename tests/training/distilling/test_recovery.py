@@ -163,6 +163,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "bf16-mixed": {"precision": "bf16-mixed"},
     "checkpointing": {},
     "adapters": {},
+    "iterative": {},
 }
 
 
@@ -180,15 +181,22 @@ class Taught(UserModule):
         return loss
 
 
+def twice() -> FASPPruning:
+    """Half of what is dead, and later the rest."""
+    events = [{"step": 2, "sparsity": HALF_FFN / 2}, {"step": 4, "sparsity": HALF_FFN}]
+    return FASPPruning(events, FFN_ONLY, calibration_sequences=8, validation_batches=0)
+
+
 @pytest.mark.parametrize("name", OPTIONS)
 def test_dead_units_that_are_cut_change_nothing(name: str, tmp_path: Path) -> None:
     runs = []
-    for callbacks in ((), (half(step=3),)):
+    pruning = twice() if name == "iterative" else half(step=3)
+    for callbacks in ((), (pruning,)):
         torch.manual_seed(0)
         module = Taught(half_dead())
         if name == "checkpointing":
             module.lm.gradient_checkpointing_enable({"use_reentrant": False})
-        if name == "adapters":
+        if name in ("adapters", "iterative"):
             attach_lora(module.lm, LoRAConfig(rank=3))
         trainer(tmp_path, *callbacks, max_steps=6, **OPTIONS[name]).fit(module, batches())
         runs.append(module)

@@ -25,7 +25,7 @@ from fasp_lightning.training.data import CausalLMDataModule
 from fasp_lightning.training.distilling import distiller, store
 from fasp_lightning.training.distilling.config import DistillationConfig
 from fasp_lightning.training.distilling.store import Sequences
-from fasp_lightning.training.distilling.stored import StoredTeacher, stored, training_sequences
+from fasp_lightning.training.distilling.stored import StoredTeacher, stored, training_sequences, validation_sequences
 from fasp_lightning.training.distilling.teacher import LiveTeacher
 from fasp_lightning.training.module import CausalLMModule
 
@@ -66,7 +66,21 @@ def test_its_loss_is_that_of_the_live_one(make: Any) -> None:
     losses = [distillation_loss(logits, one(batch), batch.labels, 1.5, 0.2) for one in (found, live)]
     torch.testing.assert_close(*losses, rtol=1e-3, atol=0)
     assert found.identity == live.identity
-    assert not found.live
+
+
+def test_it_knows_whole_sequences_that_it_was_asked_about(make: Any) -> None:
+    ids = random_tokens(7)
+    found, live, _ = make(ids)
+    mask = torch.ones_like(ids)
+    mask[:, -1] = 0
+    batches = [
+        TokenBatch(ids[[5, 2]]),
+        TokenBatch(ids[:, :-1]),
+        TokenBatch(random_tokens(7, seed=1)),
+        TokenBatch(ids, mask),
+    ]
+    assert [found.knows(batch) for batch in batches] == [True, False, False, False]
+    assert all(live.knows(batch) for batch in batches)
 
 
 def test_the_model_is_asked_once(make: Any) -> None:
@@ -123,6 +137,19 @@ def test_sequences_come_from_the_training_data_whatever_its_order() -> None:
         assert len(found.places(read_batch(batch).input_ids)) == len(batch["input_ids"])
 
 
+def padded() -> list[dict[str, torch.Tensor]]:
+    mask = torch.ones(12, dtype=torch.long)
+    mask[-2:] = 0
+    return [{"input_ids": random_tokens(1)[0], "attention_mask": mask}] * 4
+
+
+@pytest.mark.parametrize("data", [padded, lambda: [*random_tokens(2), *random_tokens(2, 9)], list])
+def test_validation_data_that_cannot_be_asked_beforehand_is_not(data: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    loaders = [DataLoader(data(), batch_size=2)] if data() else []
+    monkeypatch.setattr("fasp_lightning.training.distilling.stored.validation_loaders", lambda _: loaders)
+    assert validation_sequences(SimpleNamespace(), 2) is None
+
+
 def training_on(data: Any) -> Any:
     """As a trainer has its loader when training starts."""
     return SimpleNamespace(fit_loop=SimpleNamespace(_combined_loader=SimpleNamespace(flattened=[data])))
@@ -131,12 +158,6 @@ def training_on(data: Any) -> Any:
 class Stream(IterableDataset):
     def __iter__(self) -> Any:
         yield from random_tokens(4)
-
-
-def padded() -> list[dict[str, torch.Tensor]]:
-    mask = torch.ones(12, dtype=torch.long)
-    mask[-2:] = 0
-    return [{"input_ids": random_tokens(1)[0], "attention_mask": mask}] * 4
 
 
 @pytest.mark.parametrize(
@@ -167,17 +188,18 @@ class Noting(L.Callback):
 
 @pytest.fixture
 def fit(tiny_tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> Any:
-    """Losses of a run of five steps, the last three of them with a teacher."""
+    """Losses of a run of five steps, the last three of them with a teacher, and divergences on validation text."""
     text = write_rows(tmp_path / "rows.jsonl", words(40))
 
-    def run(name: str, k: int | None, ckpt_path: Path | None = None) -> list[float]:
+    def run(name: str, k: int | None, ckpt_path: Path | None = None, batches: int = 2) -> tuple[list[float], Any]:
         data = CausalLMDataModule(tiny_tokenizer, text, seq_len=8, batch_size=4, cache_dir=str(tmp_path / "cache"))
         sure = SCRATCH | {"vocab_size": data.vocab_size, "dropout": 0.0, "init_std": 0.5}  # much is lost
         module = CausalLMModule(config=sure, optimizer=sgd, distillation=DistillationConfig(top_k=k))
-        noting, pruning = Noting(), FASPPruning([{"step": 2, "sparsity": 0.2}], basic(), calibration_sequences=4)
+        events = {"calibration_sequences": 4, "validation_batches": batches}
+        noting, pruning = Noting(), FASPPruning([{"step": 2, "sparsity": 0.2}], basic(), **events)
         made = silent(tmp_path / name, max_steps=5, callbacks=[noting, pruning])
         made.fit(module, data, ckpt_path=ckpt_path)
-        return noting.losses
+        return noting.losses, [(record.kl_pruned, record.kl_recovered) for record in pruning.records]
 
     return run
 
@@ -185,7 +207,8 @@ def fit(tiny_tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> Any:
 def test_a_run_learns_from_it_as_from_the_live_one(fit: Any, tiny_tokenizer: PreTrainedTokenizerFast) -> None:
     """Where hardly anything is left out: all tokens of the vocabulary but one."""
     found, live = (fit("run", k) for k in (len(tiny_tokenizer) - 1, None))
-    torch.testing.assert_close(torch.tensor(found), torch.tensor(live), rtol=5e-3, atol=0)
+    torch.testing.assert_close(torch.tensor(found[0]), torch.tensor(live[0]), rtol=5e-3, atol=0)
+    torch.testing.assert_close(torch.tensor(found[1]), torch.tensor(live[1]), rtol=5e-3, atol=0)
 
 
 def test_no_second_model_is_read_and_a_resumed_run_asks_nobody(fit: Any, tmp_path: Path, monkeypatch: Any) -> None:
@@ -194,6 +217,7 @@ def test_no_second_model_is_read_and_a_resumed_run_asks_nobody(fit: Any, tmp_pat
 
     for name in ("load_model", "written_beside"):
         monkeypatch.setattr(distiller, name, fail)
-    whole = fit("whole", 8)
+    losses, ((pruned, recovered),) = fit("whole", 8)
     monkeypatch.setattr(LiveTeacher, "__init__", fail)
-    assert fit("resumed", 8, tmp_path / "whole" / "3.ckpt") == whole[3:]
+    assert fit("resumed", 8, tmp_path / "whole" / "3.ckpt") == (losses[3:], [(pruned, recovered)])
+    assert fit("other validation", 8, tmp_path / "whole" / "3.ckpt", 3) == (losses[3:], [(pruned, None)])

@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import datasets
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
@@ -22,7 +23,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, DistributedSampler, default_collate
 
 from fasp_lightning import PruningConfig
-from fasp_lightning.pruning.config import OwnTextConfig
+from fasp_lightning.pruning.config import LearningConfig, OwnTextConfig
 from fasp_lightning.training.callback import FASPPruning
 from fasp_lightning.training.distilling.config import DistillationConfig
 from fasp_lightning.training.distilling.distiller import distiller_of
@@ -80,6 +81,7 @@ INGREDIENTS = PruningConfig(
     allocation="adaptive",
     own_text=OwnTextConfig(tokens=5 * 12, seq_len=12),
 )
+LEARNED = basic(score="learned", learning=LearningConfig(steps=4, tokens=24, rate=0.5))
 GROUPS = basic(attention="kv_groups", score="fisher")
 
 
@@ -103,7 +105,9 @@ def fit(
 class Distilled(Noting):
     """Learns from what it was before the first event."""
 
-    distillation = DistillationConfig(label_weight=0.5)
+    def __init__(self, top_k: int | None) -> None:
+        super().__init__(sgd)
+        self.distillation = DistillationConfig(label_weight=0.5, top_k=top_k)
 
     def training_step(self, batch: Tensor, _: int) -> Tensor:
         distiller = distiller_of(self)
@@ -114,9 +118,10 @@ class Distilled(Noting):
         return loss
 
 
-def distilled(folder: Path, processes: int = 2) -> tuple[Noting, L.Trainer, FASPPruning]:
-    """The teacher is written by the first process, beside the checkpoints."""
-    module, callback = Distilled(sgd), fasp()
+def distilled(folder: Path, processes: int = 2, top_k: int | None = None) -> tuple[Noting, L.Trainer, FASPPruning]:
+    """The teacher is written by the first process, beside the checkpoints, or each writes some of its answers."""
+    datasets.config.HF_DATASETS_CACHE = folder / "cache"
+    module, callback = Distilled(top_k), fasp()
     saver = ModelCheckpoint(dirpath=folder / "distilled", every_n_train_steps=5)
     return module, fit(folder, module, callback, processes, saver), callback
 
@@ -215,6 +220,8 @@ def main(folder: Path) -> None:
     note("ingredients", lambda: plain(folder, pruning=INGREDIENTS))
     note("groups", lambda: plain(folder, pruning=GROUPS))
     note("distilled", lambda: distilled(folder))
+    note("answered", lambda: distilled(folder, top_k=8))
+    note("learned", lambda: plain(folder, pruning=LEARNED))
     note("full", lambda: full(folder))
     note("lora", lambda: lora(folder))
     note("whole", lambda: resumable(folder, rank))

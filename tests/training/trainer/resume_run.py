@@ -29,7 +29,7 @@ from fasp_lightning import (
     LoRAConfig,
     PruningConfig,
 )
-from fasp_lightning.pruning.config import OwnTextConfig
+from fasp_lightning.pruning.config import LearningConfig, OwnTextConfig
 from fasp_lightning.text.config import TextConfig
 
 EVENTS = [{"step": 2, "sparsity": 0.15}, {"epoch": 2, "sparsity": 0.3}]
@@ -48,6 +48,7 @@ PRUNING = {
         own_text=OwnTextConfig(tokens=48, seq_len=12),
     ),
     "groups": basic(attention="kv_groups", score="fisher"),
+    "learned": basic(score="learned", learning=LearningConfig(steps=3, tokens=24, rate=0.5)),
 }
 """Settings of the engine; whole KV groups are cut from a llama, since an OPT has none."""
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import datasets
 import ddp_run
 import pytest
 import torch
@@ -56,7 +57,9 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return module, callback
 
 
-@pytest.mark.parametrize("run", ["none", "ingredients", "groups", "distilled", "full", "lora", "whole"])
+@pytest.mark.parametrize(
+    "run", ["none", "ingredients", "groups", "distilled", "answered", "learned", "full", "lora", "whole"]
+)
 def test_weights_and_optimizer_state_stay_the_same_in_both(run: str, found: Found) -> None:
     first, second = found(run)
     assert first["plan"] == second["plan"]
@@ -93,10 +96,15 @@ def test_run_in_two_processes_equals_one_on_all_the_data(
             torch.testing.assert_close(process["weights"][name], value, atol=1e-5, rtol=1e-5)
 
 
-def test_distillation_in_two_processes_equals_one_on_all_the_data(found: Found, tmp_path: Path) -> None:
-    module, _, callback = distilled(tmp_path, processes=1)
+@pytest.mark.parametrize(("run", "top_k"), [("distilled", None), ("answered", 8)])
+def test_distillation_in_two_processes_equals_one_on_all_the_data(
+    run: str, top_k: int | None, found: Found, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", None)  # and put back afterwards
+    module, _, callback = distilled(tmp_path, processes=1, top_k=top_k)
     expected = [(record.kl_pruned, record.kl_recovered) for record in callback.records]
-    for process in found("distilled"):
+    assert not any(None in pair for pair in expected)
+    for process in found(run):
         for divergences, pair in zip(process["divergences"], expected, strict=True):
             assert divergences == pytest.approx(pair, rel=1e-3, abs=1e-6)
         for name, value in module.lm.state_dict().items():

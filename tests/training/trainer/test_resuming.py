@@ -34,6 +34,7 @@ RUNS = {
     "own-saved-on-error": Run(recovery="lora", saves="error", accumulate=2),
     "own-everything": Run(settings="everything", recovery="lora"),
     "own-distilled": Run(recovery="lora", accumulate=2, distilled=True),
+    "own-learned-distilled": Run(settings="learned", recovery="lora", distilled=True, saves="epoch"),
     "own-groups": Run(settings="groups", recovery="full", accumulate=2),
     "foreign": Run(foreign=True, saves="epoch"),
     "foreign-full-by-steps": Run(foreign=True, recovery="full", saves="epoch", by_steps=True),

@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from fasp_lightning.cli.tasks.answers import CHANCE, MEAN, Answers, accuracies, differences
+from fasp_lightning.checkpoints.tasks.answers import CHANCE, MEAN, Answers, accuracies, differences
 from fasp_lightning.errors import FaspError
 
 
