@@ -18,6 +18,7 @@ HIDDEN = 32
 FFN = 48
 HEADS = 4
 LAYERS = 2
+EXPERTS = 6
 SEQ_LEN = 12  # longer than any sliding window below
 WINDOW = 5
 
@@ -93,6 +94,18 @@ TINY: dict[str, Tiny] = {
 }
 
 
+_MIXTURE = {"num_key_value_heads": 2, "num_experts_per_tok": 2}
+
+MIXTURES: dict[str, Tiny] = {
+    "mixtral": Tiny("mixtral", _MIXTURE | {"num_local_experts": EXPERTS}),
+    "qwen3_moe": Tiny(
+        "qwen3_moe",
+        _MIXTURE | {"head_dim": 16, "num_experts": EXPERTS, "moe_intermediate_size": 24, "norm_topk_prob": True},
+    ),
+}
+"""Models with experts: ``tests/pruning/experts`` states their laws."""
+
+
 def tiny_model(
     name: str,
     attn_implementation: str | None = None,
@@ -102,12 +115,12 @@ def tiny_model(
     """A new tiny model in eval mode on the CPU.
 
     Args:
-        name: A key of :data:`TINY`.
+        name: A key of :data:`TINY` or :data:`MIXTURES`.
         attn_implementation: ``"eager"`` or ``"sdpa"``; by default sdpa where the family has it.
         dtype: Of its parameters; the values are the same in every dtype, up to rounding.
         seed: Of its values; the global random state is neither read nor changed.
     """
-    tiny = TINY[name]
+    tiny = (TINY | MIXTURES)[name]
     with torch.random.fork_rng(devices=[]):
         model = AutoModelForCausalLM.from_config(
             tiny.config(), attn_implementation=attn_implementation or tiny.attention[-1], dtype=dtype

@@ -88,7 +88,7 @@ def stock_part(plan: PruningPlan, spec: ArchitectureSpec) -> PruningPlan:
     """
     blocks: tuple[dict[str, PairPlan], ...] = tuple({} for _ in plan.blocks)
     for path, (layout, units) in plan.widths.items():
-        if max(units) < layout.width and stock_fields(spec, layout, max(units)):
+        if max(units) < layout.width and stock_fields(spec, path, layout, max(units)):
             for part, block in zip(blocks, plan.blocks, strict=True):
                 part[path] = block[path].padded(max(units))
     return PruningPlan(plan.model_type, blocks)

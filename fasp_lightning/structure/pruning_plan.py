@@ -39,9 +39,17 @@ class PairPlan:
     kept: tuple[int, ...]
 
     def padded(self, units: int) -> PairPlan:
-        """So many units: those kept, and the first others, which a zero-filled checkpoint holds as zeros."""
-        others = sorted(set(range(self.layout.width)) - set(self.kept))
-        return PairPlan(self.layout, tuple(sorted([*self.kept, *others[: units - len(self.kept)]])))
+        """So many units: those kept, and the first others, which a zero-filled checkpoint holds as zeros.
+
+        Args:
+            units: Their number; of experts each has as many.
+        """
+        groups = self.layout.groups if self.layout.kind == "experts" else 1
+        size, missing = self.layout.width // groups, (units - len(self.kept)) // groups
+        kept = set(self.kept)
+        for start in range(0, self.layout.width, size):
+            kept.update([unit for unit in range(start, start + size) if unit not in kept][:missing])
+        return PairPlan(self.layout, tuple(sorted(kept)))
 
 
 @dataclass(frozen=True)

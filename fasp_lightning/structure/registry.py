@@ -8,7 +8,7 @@ from torch import nn
 
 from fasp_lightning.errors import FaspError
 from fasp_lightning.structure.causal_lm import require_causal_lm
-from fasp_lightning.structure.spec import ArchitectureSpec, CoupledPair
+from fasp_lightning.structure.spec import ArchitectureSpec, CoupledPair, Experts
 
 _QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
 
@@ -19,6 +19,16 @@ _LLAMA = ArchitectureSpec(
         CoupledPair("mlp.down_proj", producers=("mlp.gate_proj", "mlp.up_proj"), kind="ffn"),
     ),
 )
+
+_VALUE, _DENSE = _LLAMA.pairs
+
+
+def _experts(module: str = "mlp", router: str = "gate", **options: Any) -> CoupledPair:
+    """The experts of one block as transformers has them since its version 5."""
+    paths = (f"{module}.experts.down_proj", (f"{module}.experts.gate_up_proj",))
+    field, fused = options.pop("width_field", None), options.pop("fused", "concatenated")
+    return CoupledPair(*paths, "experts", fused, width_field=field, experts=Experts(f"{module}.{router}", **options))
+
 
 _REGISTRY: dict[str, ArchitectureSpec] = {
     "opt": ArchitectureSpec(
@@ -91,6 +101,8 @@ _REGISTRY: dict[str, ArchitectureSpec] = {
         width_field="ffn_hidden_size",
         packing=False,  # FalconModel.forward (models/falcon/modeling_falcon.py) makes its mask without position_ids
     ),
+    "mixtral": ArchitectureSpec("model.layers", (_VALUE, _experts(count_field="num_local_experts"))),
+    "qwen3_moe": ArchitectureSpec("model.layers", (_VALUE, _DENSE, _experts(width_field="moe_intermediate_size"))),
 }
 
 _EXAMPLE = (

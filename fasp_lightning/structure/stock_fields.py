@@ -14,19 +14,24 @@ from fasp_lightning.structure.modes import insist
 from fasp_lightning.structure.spec import ArchitectureSpec
 
 
-def stock_fields(spec: ArchitectureSpec, layout: PairLayout, units: int) -> dict[str, int]:
+def stock_fields(spec: ArchitectureSpec, consumer: str, layout: PairLayout, units: int) -> dict[str, int]:
     """Config values with which stock code builds a pair of so many units.
 
     Args:
         spec: The family's row.
+        consumer: Path of the pair's consumer.
         layout: Layout of the pair.
         units: Its units in every block.
 
     Returns:
         Field → value; empty if stock code always builds the original width.
     """
-    if layout.kind == "ffn" and spec.width_field is not None:
-        return {spec.width_field: units}
+    if layout.kind in ("ffn", "experts"):
+        field = spec.width_field_of(consumer)
+        return {} if field is None else {field: units // layout.groups}
+    if layout.kind == "whole_experts":
+        around = next(pair.experts for pair in spec.pairs if pair.consumer == consumer)
+        return {around.count_field: units} if around else {}
     if layout.kind == "groups":  # the head size would otherwise be taken from the number of heads
         heads = {"num_attention_heads": units * layout.repeats, "num_key_value_heads": units}
         return {**heads, "head_dim": layout.head_size}
@@ -40,7 +45,7 @@ def stock_obstacle(spec: ArchitectureSpec, cuts: Cuts) -> str | None:
     if "ffn" in cuts.kinds and spec.width_field is None:
         return "the FFN width is fixed in the model's code"
     if cuts.uneven:
-        return "blocks have different FFN widths, and the config holds one for all"
+        return "blocks have different FFN widths or numbers of experts, and the config holds one for all"
     return None
 
 

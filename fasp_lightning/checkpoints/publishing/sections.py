@@ -10,6 +10,7 @@ from fasp_lightning.checkpoints.forms import LoaderSupport
 from fasp_lightning.checkpoints.publishing.markdown import figure, folded, percent, plain, table
 
 UNITS = {"ffn": "hidden units of the FFN", "value": "value dims", "groups": "KV groups"}
+UNITS |= {"experts": "hidden units of all experts", "whole_experts": "experts"}
 SOURCES = {"calibrated": "that of the calibration", "other": "another"}
 FORMS = {
     "stock": "its shapes are those that its config says, as stock code builds them",

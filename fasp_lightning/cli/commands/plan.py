@@ -15,7 +15,7 @@ from fasp_lightning.cli.quiet import one_thread, quiet_libraries
 from fasp_lightning.cli.startup import without_collection
 from fasp_lightning.cli.texts import calibration_name, own_tokens
 from fasp_lightning.pruning.budget.footprint import PeakMemory, footprints
-from fasp_lightning.pruning.budget.widths import ffn_multiple
+from fasp_lightning.pruning.budget.rounding import ffn_multiple
 from fasp_lightning.pruning.learned.learning import forward_tokens
 from fasp_lightning.pruning.own_text.writing import within_positions
 

@@ -16,6 +16,7 @@ from fasp_lightning.ops.basis import turned
 from fasp_lightning.pruning.blocks.standins import first
 from fasp_lightning.pruning.finite import bad_parameter, require_finite
 from fasp_lightning.structure.adapters import base_of
+from fasp_lightning.structure.experts.resolved import ResolvedExperts
 from fasp_lightning.structure.modes import Hook, evaluating, hooked
 from fasp_lightning.structure.pair import ResolvedPair
 
@@ -218,8 +219,12 @@ class _Watch:
 
     def _checker(self, pair: ResolvedPair) -> Hook:
         def called(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            self._require_finite(args[0], pair.layer)
-            _require_linear(pair, args[0])
+            inputs = (*args, *kwargs.values())
+            self._require_finite(inputs[0], pair.layer)
+            if isinstance(pair, ResolvedExperts):
+                _require_experts(pair, *inputs)
+            else:
+                _require_linear(pair, inputs[0])
 
         return called
 
@@ -231,13 +236,27 @@ class _Watch:
             require_finite("activations", False, layer, bad_parameter(self.model))
 
 
+def _require_experts(pair: ResolvedExperts, hidden: Tensor, chosen: Tensor, weights: Tensor) -> None:
+    """Refuse experts that compute something else than the row says: their consumers would read another thing."""
+    found, expected = pair.module.forward(hidden, chosen, weights), torch.zeros_like(hidden)
+    for index in range(pair.count):
+        token, place = torch.where(chosen == index)
+        output = pair.output(index, pair.hidden(index, hidden[token])) * weights[token, place, None]
+        expected.index_add_(0, token, output.to(expected.dtype))
+    _require_close(pair, found, expected, pair.module)
+
+
 def _require_linear(pair: ResolvedPair, inputs: Tensor) -> None:
     """Refuse a consumer that computes something else than W x + b, such as one that rounds W first: W is fitted."""
     layer: Any = base_of(pair.consumer)
     weight, bias = layer.weight, getattr(layer, "bias", None)
     found = layer.forward(inputs)
     expected = functional.linear(inputs.to(weight.device), weight.T if pair.transposed else weight, bias)
-    allowed = (1e-3 if weight.dtype.itemsize > 2 else 0.05) * expected.nan_to_num().abs().max()
+    _require_close(pair, found, expected, layer)
+
+
+def _require_close(pair: ResolvedPair, found: Tensor, expected: Tensor, layer: nn.Module) -> None:
+    allowed = (1e-3 if expected.dtype.itemsize > 2 else 0.05) * expected.nan_to_num().abs().max()
     if (found.to(expected) - expected).nan_to_num().abs().max() > allowed:
         raise FaspError(
             f"{pair.layer} must compute its weight times its input, plus its bias, to be pruned, got another output of "
