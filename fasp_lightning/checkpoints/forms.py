@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any, NamedTuple
 
 from fasp_lightning.checkpoints.loaders import LOADERS, Trial, trial_of, way_out
@@ -87,10 +88,12 @@ def stock_part(plan: PruningPlan, spec: ArchitectureSpec) -> PruningPlan:
     whose width is fixed in the model's code are absent, that is, whole.
     """
     blocks: tuple[dict[str, PairPlan], ...] = tuple({} for _ in plan.blocks)
-    for path, (layout, units) in plan.widths.items():
-        if max(units) < layout.width and stock_fields(spec, layout, max(units)):
-            for part, block in zip(blocks, plan.blocks, strict=True):
-                part[path] = block[path].padded(max(units))
+    widths, several = plan.widths, Counter(path for path, _ in plan.widths)
+    for (path, layout), units in widths.items():
+        widest = max(units.values())
+        if widest < layout.width and several[path] == 1 and stock_fields(spec, layout, widest):
+            for index in units:
+                blocks[index][path] = plan.blocks[index][path].padded(widest)
     return PruningPlan(plan.model_type, blocks)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -87,27 +88,25 @@ def _require_groups(model: PreTrainedModel, spec: ArchitectureSpec, kinds: froze
 
 def record_plan(model: PreTrainedModel, pairs: list[list[ResolvedPair]]) -> PruningPlan:
     """Write what is left of ``pairs`` on the model as its plan, and the widths all blocks share into its config."""
-    blocks = tuple(
-        {
-            pair.spec.consumer: PairPlan(pair.layout, tuple(pair.kept.tolist()))
-            for pair in block
-            if pair.kept.numel() < pair.layout.width
-        }
-        for block in pairs
+    flat = [pair for block in pairs for pair in block]
+    cut = {pair.spec.consumer for pair in flat if pair.kept.numel() < pair.layout.width}
+    whole = PruningPlan(
+        model.config.model_type, tuple({pair.spec.consumer: _planned(pair) for pair in block} for block in pairs)
     )
-    plan, spec, config = PruningPlan(model.config.model_type, blocks), spec_for(model), own_config(model)
+    plan = whole.of(cut)
+    spec, config = spec_for(model), own_config(model)
     model.fasp_plan = plan  # type: ignore[assignment]  # for the user to read; what counts is the config
-    present = {
-        first.spec.consumer: (first.layout, [first.kept.numel(), *(pair.kept.numel() for pair in rest)])
-        for first, *rest in zip(*pairs, strict=True)  # one pair of every block
-    }
     form = "compact" if stock_obstacle(spec, plan.cuts) else "stock"
-    fields = {**config_fields(spec, present), "fasp": {"form": form, **plan.to_dict()}}
+    fields = {**config_fields(spec, whole.widths), "fasp": {"form": form, **plan.to_dict()}}
     for name, value in fields.items():
         setattr(config, name, value)
-    for pair in (pair for block in pairs for pair in block):
+    for pair in flat:
         pair.set_heads()  # those of blocks that do not have the config's
     return plan
+
+
+def _planned(pair: ResolvedPair) -> PairPlan:
+    return PairPlan(pair.layout, tuple(pair.kept.tolist()))
 
 
 @contextmanager
@@ -130,10 +129,16 @@ def recorded(model: PreTrainedModel, pairs: list[list[ResolvedPair]]) -> Iterato
 
 
 def config_fields(spec: ArchitectureSpec, widths: Widths) -> dict[str, int]:
-    """Config values with which stock code builds these widths; the original one where blocks differ."""
+    """Config values with which stock code builds these widths; the original one where blocks differ.
+
+    Where blocks differ from the start, the config says so in a way of its own, and stays as it is.
+    """
     fields: dict[str, int] = {}
-    for layout, units in widths.values():
-        fields |= stock_fields(spec, layout, units[0] if len(set(units)) == 1 else layout.width)
+    several = Counter(path for path, _ in widths)
+    for (path, layout), units in widths.items():
+        if several[path] == 1:
+            left = set(units.values())
+            fields |= stock_fields(spec, layout, left.pop() if len(left) == 1 else layout.width)
     return fields
 
 

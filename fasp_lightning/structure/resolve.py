@@ -48,7 +48,7 @@ def resolve(
         kv_groups: Let whole KV groups be the units of the attention, instead of value dims.
 
     Returns:
-        For each block its pairs, in the order of the forward pass.
+        For each block those of the row's pairs that it has, in the order of the forward pass.
 
     Raises:
         FaspError: If a path or shape does not fit, or a parameter cannot be cut; the message names the layer.
@@ -58,13 +58,34 @@ def resolve(
     pairs = [pair.whole_groups() if kv_groups and pair.kind == "value" else pair for pair in spec.pairs]
     if kept is not None and len(kept) != len(blocks):
         raise FaspError(f"plan must have {len(blocks)} blocks as the model has, got {len(kept)}")
+    nowhere = [pair for pair in pairs if not any(has_pair(block, pair) for block in blocks)]  # is refused
     resolved = []
     for index, block in enumerate(blocks):
         name = f"{spec.layers}.{index}"
         before = kept[index] if kept else {}
-        resolved.append([_resolve_pair(block, name, pair, spec.transposed, heads, before) for pair in pairs])
+        there = [pair for pair in pairs if has_pair(block, pair) or pair in nowhere]
+        resolved.append([_resolve_pair(block, name, pair, spec.transposed, heads, before) for pair in there])
     require_unshared(model, [layer for block in resolved for pair in block for layer in pair.linears])
     return resolved
+
+
+def has_pair(block: nn.Module, pair: CoupledPair) -> bool:
+    """Whether a block has the layers of a pair; others may have a mixer, experts or nothing in their place."""
+    return all(has_module(block, path) for path in (pair.consumer, *pair.producers))
+
+
+def has_module(block: nn.Module, path: str | None) -> bool:
+    """Whether a block has a module at a path."""
+    try:
+        return path is not None and block.get_submodule(path) is not None
+    except AttributeError:
+        return False
+
+
+def device_of(pairs: Sequence[Sequence[ResolvedPair]]) -> torch.device:
+    """Where the first block is that has a pair."""
+    first = next(pair for block in pairs for pair in block)
+    return next(first.block.parameters()).device
 
 
 def _resolve_pair(

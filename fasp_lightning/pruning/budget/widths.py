@@ -211,7 +211,7 @@ def _ffn_width(pair: ResolvedPair, wanted: float, config: PruningConfig) -> int:
 
 def _groups_left(pairs: Pairs, counts: list[int], share: float, total: int, config: PruningConfig) -> int:
     """The number of KV groups nearest to their share with which the FFNs can take up the rest."""
-    layout = next(pair.layout for pair in pairs[0] if pair.spec.kind == "groups")
+    layout = next(pair.layout for block in pairs for pair in block if pair.spec.kind == "groups")
     ffns = [pair for block in pairs for pair in block if pair.spec.kind == "ffn"]
     lowest = sum(removed(pair) - pair.unit_cost / 2 for pair in ffns)
     highest = sum((pair.layout.width - step_units(pair, config)) * pair.unit_cost for pair in ffns)
@@ -263,7 +263,7 @@ def _width(pair: ResolvedPair, left: int) -> PairWidth:
 
 def _decide_attention(pairs: Pairs, attention: str) -> str:
     value = [pair for block in pairs for pair in block if pair.spec.kind == "value"]
-    if attention == "value_dims" and any(pair.spec.kind == "groups" for pair in pairs[0]):
+    if attention == "value_dims" and any(pair.spec.kind == "groups" for block in pairs for pair in block):
         raise FaspError(
             "attention='value_dims' cannot follow 'kv_groups' on the same model, whose plan counts in KV groups; "
             "go on with 'kv_groups' or 'none', or prune the original model"
