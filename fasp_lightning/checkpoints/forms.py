@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any, NamedTuple
 
 from fasp_lightning.checkpoints.loaders import LOADERS, Trial, trial_of, way_out
@@ -10,7 +11,7 @@ from fasp_lightning.structure.layout import Cuts
 from fasp_lightning.structure.pruning_plan import PairPlan, PruningPlan
 from fasp_lightning.structure.registry import spec_for
 from fasp_lightning.structure.spec import ArchitectureSpec
-from fasp_lightning.structure.stock_fields import stock_fields, stock_obstacle
+from fasp_lightning.structure.stock_fields import is_stock, parts_left, stock_obstacle
 
 FORMS = ("stock", "compact", "zero_filled")
 
@@ -87,10 +88,12 @@ def stock_part(plan: PruningPlan, spec: ArchitectureSpec) -> PruningPlan:
     whose width is fixed in the model's code are absent, that is, whole.
     """
     blocks: tuple[dict[str, PairPlan], ...] = tuple({} for _ in plan.blocks)
-    for path, (layout, units) in plan.widths.items():
-        if max(units) < layout.width and stock_fields(spec, path, layout, max(units)):
-            for part, block in zip(blocks, plan.blocks, strict=True):
-                part[path] = block[path].padded(max(units))
+    widths, several = plan.widths, Counter(path for path, _ in plan.widths)
+    for (path, layout), units in widths.items():
+        widest = int(max(parts_left(spec, widths, path, layout)) * layout.width)
+        if widest < layout.width and several[path] == 1 and is_stock(spec, path, layout):
+            for index in units:
+                blocks[index][path] = plan.blocks[index][path].padded(widest)
     return PruningPlan(plan.model_type, blocks)
 
 

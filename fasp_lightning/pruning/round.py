@@ -35,6 +35,7 @@ from fasp_lightning.structure.modes import evaluating, placed
 from fasp_lightning.structure.pair import ResolvedPair
 from fasp_lightning.structure.plan import recorded
 from fasp_lightning.structure.registry import spec_for
+from fasp_lightning.structure.resolve import find_blocks, has_module
 from fasp_lightning.structure.transaction import all_or_nothing
 
 if TYPE_CHECKING:
@@ -138,8 +139,10 @@ class PruningRound:
         hidden: list[Stored],
     ) -> None:
         """Prune the pairs of one block; what it returns then takes the place of its inputs in ``hidden``."""
-        pairs, attention = self.pairs[index], spec_for(self.model).attention
-        replay = BlockReplay(self.session, index, pairs, attention, samples, hidden)
+        pairs, spec = self.pairs[index], spec_for(self.model)
+        block = find_blocks(self.model, spec)[index]
+        attention = spec.attention if has_module(block, spec.attention) else None
+        replay = BlockReplay(self.session, index, block, pairs, attention, samples, hidden)
         with placed(replay.block, self.session.device):
             for place, (pair, width) in enumerate(zip(pairs, self.budget.pairs[index], strict=True)):
                 if width.after < width.before:

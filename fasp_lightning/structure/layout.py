@@ -133,6 +133,10 @@ def _spans(units: Tensor, size: int) -> Tensor:
     return (units.unsqueeze(1) * size + torch.arange(size, device=units.device)).reshape(-1)
 
 
+Widths = dict[tuple[str, PairLayout], dict[int, int]]
+"""Consumer path and layout → the units of each block that has such a pair, by its index."""
+
+
 @dataclass(frozen=True)
 class Cuts:
     """Which kinds of pairs are cut, and whether blocks agree.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -11,13 +12,14 @@ import torch
 from torch import nn
 
 from fasp_lightning.errors import FaspError
+from fasp_lightning.structure.layout import Widths
 from fasp_lightning.structure.modes import own_modes, undone
 from fasp_lightning.structure.pair import ResolvedPair
-from fasp_lightning.structure.pruning_plan import PairPlan, PruningPlan, Widths, bad_units, targets
+from fasp_lightning.structure.pruning_plan import PairPlan, PruningPlan, bad_units, targets
 from fasp_lightning.structure.registry import spec_for
-from fasp_lightning.structure.resolve import Kept, columns_at, find_blocks, pairs_of, resolve
+from fasp_lightning.structure.resolve import Kept, columns_at, find_blocks, has_pair, resolve
 from fasp_lightning.structure.spec import WHOLE, ArchitectureSpec, CoupledPair
-from fasp_lightning.structure.stock_fields import groups_obstacle, own_config, stock_fields, stock_obstacle
+from fasp_lightning.structure.stock_fields import groups_obstacle, own_config, parts_left, stock_fields, stock_obstacle
 from fasp_lightning.structure.transaction import all_or_nothing
 
 if TYPE_CHECKING:
@@ -93,28 +95,27 @@ def _require_groups(model: PreTrainedModel, spec: ArchitectureSpec, kinds: froze
 
 def record_plan(model: PreTrainedModel, pairs: list[list[ResolvedPair]]) -> PruningPlan:
     """Write what is left of ``pairs`` on the model as its plan, and the widths all blocks share into its config."""
-    blocks = tuple(
-        {
-            pair.spec.consumer: PairPlan(pair.layout, tuple(pair.kept.tolist()))
-            for pair in block
-            if pair.kept.numel() < pair.layout.width
-        }
-        for block in pairs
+    flat = [pair for block in pairs for pair in block]
+    cut = {pair.spec.consumer for pair in flat if pair.kept.numel() < pair.layout.width}
+    whole = PruningPlan(
+        model.config.model_type, tuple({pair.spec.consumer: _planned(pair) for pair in block} for block in pairs)
     )
-    plan, spec, config = PruningPlan(model.config.model_type, blocks), spec_for(model), own_config(model)
+    plan = whole.of(cut)
+    spec, config = spec_for(model), own_config(model)
     model.fasp_plan = plan  # type: ignore[assignment]  # for the user to read; what counts is the config
-    present: Widths = {}
-    for pair in (pair for block in pairs for pair in block):
-        present.setdefault(pair.spec.consumer, (pair.layout, []))[1].append(pair.kept.numel())
     form = "compact" if stock_obstacle(spec, plan.cuts) else "stock"
-    fields = {**config_fields(spec, present), "fasp": {"form": form, **plan.to_dict()}}
+    fields = {**config_fields(spec, whole.widths), "fasp": {"form": form, **plan.to_dict()}}
     for name, value in fields.items():
         setattr(config, name, value)
         if hasattr(model, name):  # the count of experts, for the loss that balances them
             setattr(model, name, value)
-    for pair in (pair for block in pairs for pair in block):
+    for pair in flat:
         pair.set_heads()  # those of blocks that do not have the config's
     return plan
+
+
+def _planned(pair: ResolvedPair) -> PairPlan:
+    return PairPlan(pair.layout, tuple(pair.kept.tolist()))
 
 
 @contextmanager
@@ -137,10 +138,17 @@ def recorded(model: PreTrainedModel, pairs: list[list[ResolvedPair]]) -> Iterato
 
 
 def config_fields(spec: ArchitectureSpec, widths: Widths) -> dict[str, int]:
-    """Config values with which stock code builds these widths; the original one where blocks differ."""
+    """Config values with which stock code builds these widths; the original one where blocks differ.
+
+    Where blocks differ from the start, the config says so in a way of its own, and stays as it is.
+    """
     fields: dict[str, int] = {}
-    for path, (layout, units) in widths.items():
-        fields |= stock_fields(spec, path, layout, units[0] if len(set(units)) == 1 else layout.width)
+    several = Counter(path for path, _ in widths)
+    for path, layout in widths:
+        if several[path] == 1:
+            parts = parts_left(spec, widths, path, layout)
+            left = int(parts.pop() * layout.width) if len(parts) == 1 else layout.width
+            fields |= stock_fields(spec, path, layout, left)
     return fields
 
 
@@ -224,8 +232,8 @@ def _as_built(model: PreTrainedModel, plan: PruningPlan) -> list[list[ResolvedPa
     there: list[Kept] = [
         {
             pair.consumer: (planned.layout, _units_there(block, f"{spec.layers}.{index}", pair, planned, spec))
-            for pair in pairs_of(block, spec.pairs)
-            if (planned := cut.get(pair.consumer))
+            for pair in spec.pairs
+            if has_pair(block, pair) and (planned := cut.get(pair.consumer))
         }
         for index, (block, cut) in enumerate(zip(blocks, plan.blocks, strict=True))
     ]

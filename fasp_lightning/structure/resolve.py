@@ -50,7 +50,7 @@ def resolve(
             dims, and with "whole_experts" whole experts, instead of their hidden units. Other kinds say nothing.
 
     Returns:
-        For each block its pairs, in the order of the forward pass.
+        For each block those of the row's pairs that it has, in the order of the forward pass.
 
     Raises:
         FaspError: If a path or shape does not fit, or a parameter cannot be cut; the message names the layer.
@@ -59,32 +59,45 @@ def resolve(
     pairs = [pair.whole() if WHOLE.get(pair.kind) in whole else pair for pair in spec.pairs]
     if kept is not None and len(kept) != len(blocks):
         raise FaspError(f"plan must have {len(blocks)} blocks as the model has, got {len(kept)}")
+    nowhere = _missing([pair for pair in pairs if not any(has_pair(block, pair) for block in blocks)], pairs)
     resolved = []
     for index, block in enumerate(blocks):
         name = f"{spec.layers}.{index}"
         before = kept[index] if kept else {}
-        here = pairs_of(block, pairs)
-        resolved.append([_resolve_pair(block, name, pair, spec.transposed, model.config, before) for pair in here])
+        there = [pair for pair in pairs if has_pair(block, pair) or pair in nowhere]
+        resolved.append([_resolve_pair(block, name, pair, spec.transposed, model.config, before) for pair in there])
     require_unshared(model, [layer for block in resolved for pair in block for layer in pair.linears])
     return resolved
 
 
-def pairs_of(block: nn.Module, pairs: Sequence[CoupledPair]) -> list[CoupledPair]:
-    """Those of a row's pairs that a block has: of several FFNs, experts among them, some blocks have others.
-
-    All of them are there if none is, so that a wrong path does not pass for another kind of block.
-    """
+def _missing(nowhere: list[CoupledPair], pairs: list[CoupledPair]) -> list[CoupledPair]:
+    """Those of the pairs found in no block that are refused: of several FFNs, experts among them, one is enough."""
     ffns = [pair for pair in pairs if not pair.inside_attention]
-    there = [pair for pair in ffns if _has(block, pair.consumer)]
-    return [pair for pair in pairs if pair.inside_attention or not there or pair in there]
+    return nowhere if set(map(id, ffns)) <= set(map(id, nowhere)) else [p for p in nowhere if p.inside_attention]
 
 
-def _has(block: nn.Module, path: str) -> bool:
-    """Whether a block has a module, or experts' parameter, at a path."""
+def has_pair(block: nn.Module, pair: CoupledPair) -> bool:
+    """Whether a block has the layers of a pair; others may have a mixer, experts or nothing in their place."""
+    return all(_at(block, path) is not None for path in (pair.consumer, *pair.producers))
+
+
+def has_module(block: nn.Module, path: str | None) -> bool:
+    """Whether a block has a module at a path."""
+    return path is not None and isinstance(_at(block, path), nn.Module)
+
+
+def _at(block: nn.Module, path: str) -> Any:
+    """The module, or experts' parameter, at a path; ``None`` if there is none."""
     owner: Any = block
     for name in path.split("."):
         owner = getattr(owner, name, None)
-    return owner is not None
+    return owner
+
+
+def device_of(pairs: Sequence[Sequence[ResolvedPair]]) -> torch.device:
+    """Where the first block is that has a pair."""
+    first = next(pair for block in pairs for pair in block)
+    return next(first.block.parameters()).device
 
 
 def columns_at(block: nn.Module, name: str, pair: CoupledPair, transposed: bool) -> int:

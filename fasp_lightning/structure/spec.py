@@ -97,7 +97,9 @@ class ArchitectureSpec:
 
     Attributes:
         layers: Path of the ``ModuleList`` of decoder blocks, from the causal LM.
-        pairs: The pairs of each block, in the order of the forward pass.
+        pairs: The pairs of a block, in the order of the forward pass. A block that lacks the layers of one is left
+            without it, as those of hybrids that have another mixer in the place of attention; some block has each. Of
+            several FFNs, experts among them, a model may have one alone.
         width_field: Config field that holds the FFN width, or ``None`` if the width is fixed in the model's code; a
             pair may name another one.
         transposed: Weights are stored (in, out), as in ``Conv1D``.

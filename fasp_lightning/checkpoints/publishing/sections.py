@@ -117,13 +117,16 @@ def _blocks(pairs: Sequence[PairFacts]) -> str:
     titles = [f"`{pair.consumer}` {part}" for pair in pairs for part in ("width", "error, not restored", "restored")]
     rows = [
         (str(index), *(cell for pair in pairs for cell in _block(pair, index)))
-        for index in range(len(pairs[0].widths) if pairs else 0)
+        for index in sorted({index for pair in pairs for index in pair.blocks})
     ]
     return table(("block", *titles), rows)
 
 
 def _block(pair: PairFacts, index: int) -> tuple[str, str, str]:
-    return f"{pair.widths[index]:,}", figure(pair.unrestored[index]), figure(pair.restored[index])
+    if index not in pair.blocks:
+        return "", "", ""
+    place = pair.blocks.index(index)
+    return f"{pair.widths[place]:,}", figure(pair.unrestored[place]), figure(pair.restored[place])
 
 
 def perplexities(facts: Facts) -> str:

@@ -19,6 +19,8 @@ from fasp_lightning.structure.adapters import base_of
 from fasp_lightning.structure.experts.resolved import ResolvedExperts
 from fasp_lightning.structure.modes import Hook, evaluating, hooked
 from fasp_lightning.structure.pair import ResolvedPair
+from fasp_lightning.structure.registry import spec_for
+from fasp_lightning.structure.resolve import find_blocks
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -170,7 +172,9 @@ class _Watch:
         self.model = model
         self.pairs = pairs
         self.mask = mask
-        self.names = [block[0].name for block in pairs]
+        spec = spec_for(model)
+        self.blocks = list(find_blocks(model, spec))
+        self.names = [f"{spec.layers}.{index}" for index in range(len(pairs))]
         self.calls: list[int] = []
         self.layers: Counter[str] = Counter()
         self.changed: list[str] = []
@@ -178,12 +182,11 @@ class _Watch:
 
     def attached(self) -> AbstractContextManager[None]:
         """Watch while inside."""
-        blocks = [block[0].block for block in self.pairs]
         pairs = [pair for block in self.pairs for pair in block]
         layers = [(linear, self._counter(path)) for pair in pairs for path, linear in pair.linears]
         layers += [(pair.consumer, self._checker(pair)) for pair in pairs]
-        called = [(block, self._called(index)) for index, block in enumerate(blocks)]
-        return hooked(before=[*called, *layers], after=[(block, self._returned) for block in blocks])
+        called = [(block, self._called(index)) for index, block in enumerate(self.blocks)]
+        return hooked(before=[*called, *layers], after=[(block, self._returned) for block in self.blocks])
 
     def check(self) -> None:
         """Refuse what was seen."""

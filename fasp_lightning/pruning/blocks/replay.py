@@ -97,7 +97,8 @@ class BlockReplay:
 
     Args:
         session: Where to compute, and where tensors are kept.
-        index: Number of the block, which is on the compute device.
+        index: Number of the block.
+        block: The block, which is on the compute device.
         pairs: Its pairs, in the order of the forward pass.
         attention: Path of its attention module, if known.
         samples: The calibration set.
@@ -108,6 +109,7 @@ class BlockReplay:
         self,
         session: Session,
         index: int,
+        block: nn.Module,
         pairs: list[ResolvedPair],
         attention: str | None,
         samples: list[Sample],
@@ -115,7 +117,7 @@ class BlockReplay:
     ) -> None:
         self.session = session
         self.index = index
-        self.block = pairs[0].block
+        self.block = block
         self.pairs = pairs
         self.samples = samples
         self.hidden = hidden

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from typing import Any
 
+from fasp_lightning.errors import FaspError
 from fasp_lightning.pruning.config import PruningConfig
 from fasp_lightning.structure.pair import ResolvedPair
 
@@ -60,10 +63,48 @@ def ffn_multiple(width: int, config: PruningConfig) -> int:
     return next(multiple for multiple in KERNEL_MULTIPLES if multiple * FINEST <= width)
 
 
-def ffn_width(pair: ResolvedPair, wanted: float, config: PruningConfig) -> int:
-    """Width at which about ``wanted`` parameters are gone, to the nearest column, then to the nearest multiple."""
-    width, multiple = pair.layout.width, step_units(pair, config)
-    left = width - round(max(wanted, 0.0) / pair.unit_cost)
-    if left < width:
+def together(block: Sequence[ResolvedPair]) -> list[list[int]]:
+    """Places of the pairs of a block whose units are decided together: FFNs and experts of one config field."""
+    fields: dict[Any, list[int]] = {}
+    for place, pair in enumerate(block):
+        fields.setdefault(pair.spec.width_field if pair.spec.kind in FFNS else place, []).append(place)
+    return sorted(fields.values(), key=max)
+
+
+def ffn_widths(pairs: Sequence[ResolvedPair], wanted: float, config: PruningConfig) -> list[int]:
+    """Units left where about ``wanted`` parameters are gone, to the nearest column, then to the nearest multiple.
+
+    Args:
+        pairs: FFNs and experts of one config field: their widths stay in the ratio that they had.
+        wanted: Parameters.
+        config: ``multiple_of`` is read.
+    """
+    narrowest = _narrowest(pairs)
+    size, multiple = narrowest.layout.size, multiple_of(narrowest, config)
+    left = size - round(max(wanted, 0.0) / sum(pair.layout.width // size * pair.unit_cost for pair in pairs))
+    if left < size:
         left = max(multiple, round(left / multiple) * multiple)
-    return max(pair.layout.groups, min(left, width))
+    left = max(1, min(left, size))
+    return [pair.layout.width // size * left for pair in pairs]
+
+
+def fewest_units(pairs: Sequence[ResolvedPair], config: PruningConfig) -> list[int]:
+    """Units that are left of such pairs in any case: one multiple.
+
+    Args:
+        pairs: As for :func:`ffn_widths`.
+        config: ``multiple_of`` is read.
+
+    Raises:
+        FaspError: If ``multiple_of`` exceeds the width.
+    """
+    narrowest = _narrowest(pairs)
+    size, multiple = narrowest.layout.size, multiple_of(narrowest, config)
+    if multiple > size:
+        raise FaspError(f"multiple_of must be at most the FFN width {size}, got {multiple}")
+    return [pair.layout.width // size * multiple for pair in pairs]
+
+
+def _narrowest(pairs: Sequence[ResolvedPair]) -> ResolvedPair:
+    """The pair whose width the others are multiples of."""
+    return min(pairs, key=lambda pair: (pair.layout.size, pair.spec.kind))  # experts before an FFN as wide as they

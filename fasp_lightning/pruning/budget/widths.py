@@ -9,7 +9,7 @@ import torch
 
 from fasp_lightning.errors import FaspError
 from fasp_lightning.pruning.budget.budget import SHARED, Budget, PairWidth
-from fasp_lightning.pruning.budget.rounding import FFNS, ffn_width, multiple_of, step_units
+from fasp_lightning.pruning.budget.rounding import FFNS, fewest_units, ffn_widths, multiple_of, step_units, together
 from fasp_lightning.pruning.budget.shares import level, missing, removed, share_to_remove, size_of
 from fasp_lightning.pruning.config import PruningConfig
 from fasp_lightning.structure.experts.resolved import ResolvedExperts
@@ -123,7 +123,7 @@ def _units_left(
     Raises:
         FaspError: If the sparsity cannot be reached with what is to be kept, or ``multiple_of`` exceeds the FFN width.
     """
-    least = [[_least(pair, config, counts) if pair.spec.kind in pruned else None for pair in block] for block in pairs]
+    least = [_least(block, pruned, config, counts) for block in pairs]
     kept = "queries and keys" if "value" in pruned else f"{counts[0]} KV groups" if counts else "the attention"
     share = share_to_remove(pairs, least, config.sparsity, total, kept)
     if counts:
@@ -131,18 +131,30 @@ def _units_left(
     return [_block_units(block, fewest, share, config) for block, fewest in zip(pairs, least, strict=True)]
 
 
-def _least(pair: ResolvedPair, config: PruningConfig, counts: list[int]) -> int:
-    """Fewest units that are left: one value dim in each KV head, one step of the FFN width, what the router picks."""
-    if pair.spec.kind == "value":
-        return pair.layout.groups
-    if pair.spec.kind == "groups":
-        return counts[0]
-    if isinstance(pair, ResolvedExperts) and pair.spec.kind == "whole_experts":
+def _least(block: list[ResolvedPair], pruned: set[str], config: PruningConfig, counts: list[int]) -> list[int | None]:
+    """Fewest units that are left of each pair; ``None`` for those that are not pruned.
+
+    That is one value dim in each KV head, one step of the FFN width, as many experts as the router picks. An FFN whose
+    width stands in the config field of that of whole experts stays.
+    """
+    least: list[int | None] = [None] * len(block)
+    whole = {pair.spec.width_field for pair in block if pair.spec.kind == "whole_experts"}
+    for places in together(block):
+        pairs = [block[place] for place in places]
+        kind = pairs[0].spec.kind
+        if kind not in pruned or (kind == "ffn" and pairs[0].spec.width_field in whole):
+            continue
+        found = fewest_units(pairs, config) if kind in FFNS else [_fewest(pairs[0], counts)]
+        for place, fewest in zip(places, found, strict=True):
+            least[place] = fewest
+    return least
+
+
+def _fewest(pair: ResolvedPair, counts: list[int]) -> int:
+    """Fewest value dims, KV groups or whole experts."""
+    if isinstance(pair, ResolvedExperts):
         return pair.fewest
-    multiple = multiple_of(pair, config)
-    if multiple > pair.layout.size:
-        raise FaspError(f"multiple_of must be at most the FFN width {pair.layout.size}, got {multiple}")
-    return step_units(pair, config)
+    return counts[0] if pair.spec.kind == "groups" else pair.layout.groups
 
 
 def _block_units(block: list[ResolvedPair], least: list[int | None], share: float, config: PruningConfig) -> list[int]:
@@ -155,27 +167,29 @@ def _block_units(block: list[ResolvedPair], least: list[int | None], share: floa
     share = level(wanted, sizes, list(map(removed, block)))
     gone = [max(share * size, removed(pair)) for size, pair in zip(sizes, block, strict=True)]
     units = [pair.kept.numel() for pair in block]
-    order = [place for place, fewest in enumerate(least) if fewest is not None]
-    for place in [*order, *order[:-1]]:
-        pair = block[place]
-        left = _width_without(pair, least[place] or 1, wanted - sum(gone[:place] + gone[place + 1 :]), config)
-        units[place] = min(left, pair.kept.numel())
-        gone[place] = (pair.layout.width - units[place]) * pair.unit_cost
+    order = [places for places in together(block) if least[places[0]] is not None]
+    for places in [*order, *order[:-1]]:
+        pairs, others = [block[place] for place in places], set(range(len(block))) - set(places)
+        left = _widths_without(pairs, least[places[0]] or 1, wanted - sum(gone[place] for place in others), config)
+        for place, pair, count in zip(places, pairs, left, strict=True):
+            units[place] = min(count, pair.kept.numel())
+            gone[place] = (pair.layout.width - units[place]) * pair.unit_cost
     return units
 
 
-def _width_without(pair: ResolvedPair, least: int, wanted: float, config: PruningConfig) -> int:
-    """Width at which about ``wanted`` parameters are gone; something is left of every FFN and every KV head."""
+def _widths_without(pairs: list[ResolvedPair], least: int, wanted: float, config: PruningConfig) -> list[int]:
+    """Widths at which about ``wanted`` parameters are gone; something is left of every FFN and every KV head."""
+    pair = pairs[0]
     if pair.spec.kind in FFNS:
-        return ffn_width(pair, wanted, config)
+        return ffn_widths(pairs, wanted, config)
     step = step_units(pair, config)
     units = step * round(max(wanted, 0.0) / (step * pair.unit_cost))
-    return pair.layout.width - min(units, pair.layout.width - least)
+    return [pair.layout.width - min(units, pair.layout.width - least)]
 
 
 def _groups_left(pairs: Pairs, counts: list[int], share: float, total: int, config: PruningConfig) -> int:
     """The number of KV groups nearest to their share with which the FFNs can take up the rest."""
-    layout = next(pair.layout for pair in pairs[0] if pair.spec.kind == "groups")
+    layout = next(pair.layout for block in pairs for pair in block if pair.spec.kind == "groups")
     ffns = [pair for block in pairs for pair in block if pair.spec.kind in FFNS]
     lowest = sum(removed(pair) - pair.unit_cost / 2 for pair in ffns)
     highest = sum((pair.layout.width - step_units(pair, config)) * pair.unit_cost for pair in ffns)
@@ -206,10 +220,16 @@ def _with_groups(pairs: Pairs, count: int, total: int, config: PruningConfig) ->
     rest = _beside_groups(pairs, count, total, config)
     share = level(rest, [size_of(pair) for pair in ffns], [removed(pair) for pair in ffns])
 
-    def left(pair: ResolvedPair) -> int:
-        return count if pair.spec.kind == "groups" else ffn_width(pair, share * size_of(pair), config)
+    def left(block: list[ResolvedPair]) -> list[int]:
+        units = [count for _ in block]
+        for places in together(block):
+            alike = [block[place] for place in places]
+            if alike[0].spec.kind in FFNS:
+                found = ffn_widths(alike, share * sum(map(size_of, alike)), config)
+                units = [dict(zip(places, found, strict=True)).get(place, old) for place, old in enumerate(units)]
+        return [min(some, pair.kept.numel()) for some, pair in zip(units, block, strict=True)]
 
-    return [[min(left(pair), pair.kept.numel()) for pair in block] for block in pairs]
+    return list(map(left, pairs))
 
 
 def _width(pair: ResolvedPair, left: int) -> PairWidth:
@@ -229,7 +249,7 @@ def _width(pair: ResolvedPair, left: int) -> PairWidth:
 
 def _decide_attention(pairs: Pairs, attention: str) -> str:
     value = [pair for block in pairs for pair in block if pair.spec.kind == "value"]
-    if attention == "value_dims" and any(pair.spec.kind == "groups" for pair in pairs[0]):
+    if attention == "value_dims" and any(pair.spec.kind == "groups" for block in pairs for pair in block):
         raise FaspError(
             "attention='value_dims' cannot follow 'kv_groups' on the same model, whose plan counts in KV groups; "
             "go on with 'kv_groups' or 'none', or prune the original model"

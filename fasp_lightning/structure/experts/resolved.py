@@ -156,8 +156,8 @@ class ResolvedExperts(ResolvedPair):
             index: Its place among those left.
         """
         size = self.layout.expert_size
-        spec = CoupledPair(self.spec.consumer, self.spec.producers, "ffn", self.spec.fused)
-        layout = PairLayout("ffn", size, 1, 1, spec.fused, (size * (2 if spec.fused else 1),))
+        spec = CoupledPair(self.spec.consumer, self.spec.producers, "ffn")
+        layout = PairLayout("ffn", size, 1, 1, None, (size,))
         kept = self.kept.reshape(self.count, -1)[index] % size if self.spec.kind == "experts" else torch.arange(size)
         expert = Expert(self.block, self.name, spec, layout, kept, self.transposed)
         bias = self.bias(self.spec.consumer)

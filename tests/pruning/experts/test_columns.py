@@ -25,8 +25,9 @@ CONFIG = basic(0.25)
 @every_family
 def test_cut_model_equals_masked_model(name: str) -> None:
     cut, original = tiny_model(name), tiny_model(name)
-    report = FASPPruner(basic(0.25, restoration="none")).prune(cut, calibration())
-    assert {pair.kind for pair in report.pairs} >= {"experts"}
+    attention = "value_dims" if spec_for(cut).pairs[0].kind == "value" else "none"
+    report = FASPPruner(basic(0.17, restoration="none", attention=attention)).prune(cut, calibration())
+    assert "experts" in {pair.kind for pair in report.pairs}
     assert parameter_count(cut) == report.parameters_after
     tokens = random_tokens(2, 20, seed=5)
     masked = closed(copy.deepcopy(original), cut.fasp_plan)
@@ -65,21 +66,20 @@ def test_sparsity_counts_the_experts(name: str) -> None:
     assert report.sparsity == pytest.approx(0.3, abs=0.1)  # steps of eight hidden units in each expert
 
 
-@pytest.mark.parametrize("ridge", ["original", "zero"])
 @every_family
-def test_restoration_lowers_the_error(name: str, ridge: str) -> None:
-    report = FASPPruner(basic(0.25, ridge=ridge)).prune(tiny_model(name), many_tokens())
+def test_restoration_lowers_the_error(name: str) -> None:
+    report = FASPPruner(CONFIG).prune(tiny_model(name), many_tokens())
     for pair in report.pairs:
         assert pair.error_after < pair.error_before
 
 
 @every_family
 def test_each_expert_is_the_least_squares_of_its_weighted_tokens(name: str) -> None:
-    """In the first block, whose experts see the tokens of the original model."""
+    """In the first block with experts: those of the cut model are called with what they were measured on."""
     model, original, batches = tiny_model(name), tiny_model(name), many_tokens()
     FASPPruner(CONFIG).prune(model, batches)
     cut, before = experts_of(model)[0], experts_of(original)[0]
-    hidden, chosen, weights = called_with(original, before, batches)
+    hidden, chosen, weights = called_with(model, cut, batches)
     for index in range(cut.count):
         token, place = torch.where(chosen == index)
         if len(token) < before.expert_columns:
