@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from fasp_lightning.pruning.config import PruningConfig
 from fasp_lightning.structure.experts.resolved import ResolvedExperts
 from fasp_lightning.structure.plan import resolve_pruned
-from fasp_lightning.structure.pruning_plan import PruningPlan
+from fasp_lightning.structure.pruning_plan import PruningPlan, targets
 
 
 def experts_of(model: nn.Module, config: PruningConfig | None = None) -> list[ResolvedExperts]:
@@ -26,21 +26,10 @@ def many_tokens(batches: int = 4) -> list[Any]:
     return [random_tokens(4, 60, seed=seed) for seed in range(batches)]
 
 
-@torch.no_grad()
 def closed(model: nn.Module, plan: PruningPlan) -> nn.Module:
-    """Close the hidden units that a plan takes from experts and FFNs: their consumers' columns are zero."""
-    for pairs, block in zip(resolve_pruned(model), plan.blocks, strict=True):
-        for pair in pairs:
-            if pair.spec.consumer not in block:
-                continue
-            planned = block[pair.spec.consumer]
-            gone = torch.ones(planned.layout.width, dtype=torch.bool)
-            gone[list(planned.kept)] = False
-            if isinstance(pair, ResolvedExperts):
-                shut = gone.view(pair.count, -1, 1) if pair.transposed else gone.view(pair.count, 1, -1)
-                pair.parameter(pair.spec.consumer).masked_fill_(shut, 0)
-            else:
-                pair.consumer.weight[:, pair.layout.columns(gone.nonzero().squeeze(1))] = 0
+    """Close the units that a plan takes from pairs: their consumers' columns are zero."""
+    for pair, kept in targets(model, resolve_pruned(model), plan):
+        pair.shut(kept)
     return model
 
 

@@ -11,20 +11,18 @@ from torch import Tensor
 
 from fasp_lightning.ops.scores import routed_score
 from fasp_lightning.ops.selection import select_columns
-from fasp_lightning.ops.statistics import DOUBLE_LIMIT, GramStatistics
+from fasp_lightning.ops.statistics import GramStatistics
 from fasp_lightning.pruning.blocks.replay import BlockReplay, Routed
 from fasp_lightning.pruning.blocks.samples import Sample
 from fasp_lightning.pruning.blocks.session import Session
 from fasp_lightning.pruning.budget.budget import PairWidth
+from fasp_lightning.pruning.budget.chunks import experts_at_once
 from fasp_lightning.pruning.config import PruningConfig
 from fasp_lightning.pruning.finite import require_finite
 from fasp_lightning.pruning.report import PairReport
 from fasp_lightning.pruning.restore import Fit, Restored, entry_of, fit_pair
 from fasp_lightning.pruning.select import activation_scores, select_units
 from fasp_lightning.structure.experts.resolved import Expert, ResolvedExperts
-
-GRAM_ROOM = 2**30
-"""Bytes that the grams of experts take together, if one alone does not take more: they are gone through in chunks."""
 
 
 class CutExperts(NamedTuple):
@@ -39,17 +37,6 @@ class CutExperts(NamedTuple):
     units: Tensor
     restored: list[Restored]
     entry: PairReport
-
-
-def experts_at_once(columns: int, damping: float | str) -> int:
-    """Experts whose statistics are in memory together.
-
-    Args:
-        columns: Hidden units of each.
-        damping: As in the settings; with "auto" each has a second gram, of the tokens held back.
-    """
-    bytes_per_entry = (12 if columns <= DOUBLE_LIMIT else 4) * (2 if damping == "auto" else 1)
-    return max(1, GRAM_ROOM // (bytes_per_entry * columns**2))
 
 
 @dataclass(frozen=True)
@@ -88,7 +75,7 @@ class ExpertsCut:
         """Hidden units of each expert, chunk after chunk."""
         processes, size = self.session.processes, self.pair.layout.expert_size
         units, restored, fits, scarce = list[Tensor](), list[Restored](), list[Fit](), list[int]()
-        step = experts_at_once(self.pair.expert_columns, self.config.damping)
+        step = experts_at_once(self.pair.expert_columns, self.config.damping, self.pair.count)
         for start in range(0, self.pair.count, step):
             chunk = range(start, min(start + step, self.pair.count))
             for index, (fitted, held) in zip(chunk, self._statistics(routed, chunk), strict=True):

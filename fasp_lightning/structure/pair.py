@@ -200,6 +200,17 @@ class ResolvedPair:
         self.kept = kept
         self._set_features()
 
+    @torch.no_grad()
+    def shut(self, kept: Tensor) -> None:
+        """Set the consumer's columns of all units left but ``kept`` to zero, in place: what a cut computes, uncut.
+
+        Args:
+            kept: Ascending units in original numbering, a subset of those left.
+        """
+        gone = torch.isin(self.layout.columns(self.kept), self.layout.columns(kept), invert=True)
+        weight = self.consumer.weight
+        weight.index_fill_(0 if self.transposed else 1, gone.nonzero().squeeze(1).to(weight.device), 0)
+
     def widen(self) -> None:
         """Give the pair its original shapes again, in place, with zeros where units are gone."""
         whole = torch.arange(self.layout.width, device="cpu")

@@ -27,6 +27,9 @@ class PairWidth:
         cost: Parameters that go with one unit.
         head_size: Size of the attention heads, 0 for an FFN.
         parts: Experts among which the units are divided evenly.
+        idle: Of experts, parameters that each token leaves out before this pruning: those of the ones that it is not
+            sent to.
+        sent: Of experts, how many each token is sent to.
     """
 
     layer: str
@@ -39,6 +42,15 @@ class PairWidth:
     cost: int
     head_size: int
     parts: int = 1
+    idle: int = 0
+    sent: int = 0
+
+    @property
+    def idle_after(self) -> int:
+        """The same after it."""
+        if self.kind == "whole_experts":
+            return self.idle * (self.after - self.sent) // max(1, self.before - self.sent)
+        return self.idle - self.removed * (self.parts - self.sent) // self.parts
 
     @property
     def dims_left(self) -> int:

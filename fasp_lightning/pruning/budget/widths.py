@@ -9,6 +9,7 @@ import torch
 
 from fasp_lightning.errors import FaspError
 from fasp_lightning.pruning.budget.budget import SHARED, Budget, PairWidth
+from fasp_lightning.pruning.budget.groups import Pairs, group_counts, groups_left, with_groups
 from fasp_lightning.pruning.budget.rounding import FFNS, fewest_units, ffn_widths, multiple_of, step_units, together
 from fasp_lightning.pruning.budget.shares import level, missing, removed, share_to_remove, size_of
 from fasp_lightning.pruning.config import PruningConfig
@@ -17,13 +18,9 @@ from fasp_lightning.structure.pair import ResolvedPair
 from fasp_lightning.structure.plan import resolve_pruned
 from fasp_lightning.structure.registry import spec_for
 from fasp_lightning.structure.resolve import linear_parameters, parameter_count
-from fasp_lightning.structure.stock_fields import accepts, stock_fields
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-Pairs = list[list[ResolvedPair]]
-"""The pairs of each block."""
 
 _ALWAYS = FFNS | {"whole_experts"}
 PRUNED = {"value_dims": {"value"} | _ALWAYS, "kv_groups": {"groups"} | _ALWAYS, "none": _ALWAYS}
@@ -93,7 +90,7 @@ def budget_towards(model: PreTrainedModel, config: PruningConfig, pairs: Pairs |
         _require_even(pairs)
     _require_together(pairs, config, attention)
     pruned = PRUNED[attention]
-    counts = _group_counts(model, pairs) if attention == "kv_groups" else []
+    counts = group_counts(model, pairs) if attention == "kv_groups" else []
     now, gone = (sum(count(pair) for block in pairs for pair in block) for count in (missing, removed))
     total = linear_parameters(model, spec_for(model)) + now
     left = _units_left(pairs, pruned, config, total, counts)
@@ -127,7 +124,7 @@ def _units_left(
     kept = "queries and keys" if "value" in pruned else f"{counts[0]} KV groups" if counts else "the attention"
     share = share_to_remove(pairs, least, config.sparsity, total, kept)
     if counts:
-        return _with_groups(pairs, _groups_left(pairs, counts, share, total, config), total, config)
+        return with_groups(pairs, groups_left(pairs, counts, share, total, config), total, config)
     return [_block_units(block, fewest, share, config) for block, fewest in zip(pairs, least, strict=True)]
 
 
@@ -187,51 +184,6 @@ def _widths_without(pairs: list[ResolvedPair], least: int, wanted: float, config
     return [pair.layout.width - min(units, pair.layout.width - least)]
 
 
-def _groups_left(pairs: Pairs, counts: list[int], share: float, total: int, config: PruningConfig) -> int:
-    """The number of KV groups nearest to their share with which the FFNs can take up the rest."""
-    layout = next(pair.layout for block in pairs for pair in block if pair.spec.kind == "groups")
-    ffns = [pair for block in pairs for pair in block if pair.spec.kind in FFNS]
-    lowest = sum(removed(pair) - pair.unit_cost / 2 for pair in ffns)
-    highest = sum((pair.layout.width - step_units(pair, config)) * pair.unit_cost for pair in ffns)
-    found = []
-    for count in counts:
-        rest = _beside_groups(pairs, count, total, config)
-        if not ffns or (rest <= highest and (rest >= lowest or count == counts[-1])):
-            found.append(count)
-    if not found:
-        raise FaspError(
-            f"sparsity must be one that whole KV groups and the FFN make up together, got {config.sparsity}: stock "
-            f"code can hold {', '.join(map(str, counts))} of {layout.width} groups; use 'value_dims' or 'none'"
-        )
-    return min(found, key=lambda count: (abs(count - (1 - share) * layout.width), -count))
-
-
-def _beside_groups(pairs: Pairs, count: int, total: int, config: PruningConfig) -> float:
-    """Parameters that are to go from elsewhere when so many KV groups are left."""
-    groups = [pair for block in pairs for pair in block if pair.spec.kind == "groups"]
-    left = [min(count, pair.kept.numel()) for pair in groups]
-    gone = sum((pair.layout.width - units) * pair.unit_cost for pair, units in zip(groups, left, strict=True))
-    return config.sparsity * total - gone
-
-
-def _with_groups(pairs: Pairs, count: int, total: int, config: PruningConfig) -> list[list[int]]:
-    """What each pair keeps when so many KV groups are left, and all FFNs lose the same share of the rest."""
-    ffns = [pair for block in pairs for pair in block if pair.spec.kind in FFNS]
-    rest = _beside_groups(pairs, count, total, config)
-    share = level(rest, [size_of(pair) for pair in ffns], [removed(pair) for pair in ffns])
-
-    def left(block: list[ResolvedPair]) -> list[int]:
-        units = [count for _ in block]
-        for places in together(block):
-            alike = [block[place] for place in places]
-            if alike[0].spec.kind in FFNS:
-                found = ffn_widths(alike, share * sum(map(size_of, alike)), config)
-                units = [dict(zip(places, found, strict=True)).get(place, old) for place, old in enumerate(units)]
-        return [min(some, pair.kept.numel()) for some, pair in zip(units, block, strict=True)]
-
-    return list(map(left, pairs))
-
-
 def _width(pair: ResolvedPair, left: int) -> PairWidth:
     return PairWidth(
         layer=pair.layer,
@@ -244,6 +196,8 @@ def _width(pair: ResolvedPair, left: int) -> PairWidth:
         cost=pair.unit_cost,
         head_size=pair.layout.head_size,
         parts=pair.layout.groups if pair.spec.kind == "experts" else 1,
+        idle=pair.idle if isinstance(pair, ResolvedExperts) else 0,
+        sent=pair.top_k if isinstance(pair, ResolvedExperts) else 0,
     )
 
 
@@ -290,12 +244,3 @@ def _require_even(pairs: Pairs) -> None:
                 "head_balance must be 'free' where KV heads keep different numbers of value dims, got 'even': those of "
                 f"{pair.name} keep {', '.join(map(str, dims.tolist()))}"
             )
-
-
-def _group_counts(model: PreTrainedModel, pairs: Pairs) -> list[int]:
-    """Numbers of KV groups that the model's config can hold, ascending, the present one last."""
-    spec, attention = spec_for(model), [pair for block in pairs for pair in block if pair.spec.kind == "groups"]
-    layout, left = attention[0].layout, max(pair.kept.numel() for pair in attention)
-    path = attention[0].spec.consumer
-    fewer = [count for count in range(1, left) if accepts(model.config, stock_fields(spec, path, layout, count))]
-    return [*fewer, left]

@@ -143,11 +143,10 @@ class ResolvedExperts(ResolvedPair):
         return cost
 
     @property
-    def expert_cost(self) -> int:
-        """Parameters that a token does not meet for each expert that it is not sent to: those of its linear layers."""
-        paths = (self.spec.consumer, *self.spec.producers)
-        tensors = [*map(self.parameter, paths), *filter(lambda bias: bias is not None, map(self.bias, paths))]
-        return sum(cast(Tensor, tensor).numel() for tensor in tensors) // self.count
+    def idle(self) -> int:
+        """Parameters that each token leaves out: those of the experts that it is not sent to."""
+        held = sum(parameter.numel() for parameter in self.module.parameters(recurse=False))
+        return held // self.count * (self.count - self.top_k)
 
     def expert(self, index: int) -> Expert:
         """One of the experts left, as a pair: what is written into its consumer is written into the block.
@@ -213,6 +212,14 @@ class ResolvedExperts(ResolvedPair):
         if bias is not None and any(own is not None for _, own in restored):  # a new one, so that the old can come back
             rows = [old if own is None else own.to(old) for old, (_, own) in zip(bias.data, restored, strict=True)]
             bias.data = torch.stack(rows)
+
+    @torch.no_grad()
+    def shut(self, kept: Tensor) -> None:
+        """As of any pair; of whole experts the router is left as it is, so a bias of theirs stays."""
+        gone = torch.isin(self.layout.columns(self.kept), self.layout.columns(kept), invert=True)
+        weight = self.parameter(self.spec.consumer)
+        closed = gone.view(self.count, -1).unsqueeze(2 if self.transposed else 1)
+        weight.masked_fill_(closed.to(weight.device), 0)
 
     def _set_features(self) -> None:
         set_attributes(self.module, WIDTHS, self.expert_columns)

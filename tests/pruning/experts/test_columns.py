@@ -14,7 +14,7 @@ from tiny_pruning import basic, calibration
 from transformers import AutoModelForCausalLM
 
 from fasp_lightning import FASPPruner, load_pruned, save_pruned
-from fasp_lightning.pruning import experts as engine
+from fasp_lightning.pruning.budget import chunks
 from fasp_lightning.structure.registry import spec_for
 from fasp_lightning.structure.resolve import linear_parameters, parameter_count
 
@@ -96,8 +96,8 @@ def test_each_expert_is_the_least_squares_of_its_weighted_tokens(name: str) -> N
 def test_chunks_of_experts_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     whole, chunked = tiny_model("mixtral"), tiny_model("mixtral")
     FASPPruner(basic(0.25, damping="auto")).prune(whole, many_tokens())
-    monkeypatch.setattr(engine, "GRAM_ROOM", 2 * 2 * 12 * 48**2)
-    assert engine.experts_at_once(48, "auto") == 2
+    monkeypatch.setattr(chunks, "GRAM_ROOM", 2 * 2 * 12 * 48**2)
+    assert chunks.experts_at_once(48, "auto", 6) == 2
     FASPPruner(basic(0.25, damping="auto", offload="disk")).prune(chunked, many_tokens())
     assert whole.fasp_plan == chunked.fasp_plan
     for one, other in zip(whole.parameters(), chunked.parameters(), strict=True):
