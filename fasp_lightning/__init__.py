@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from fasp_lightning.structure.plan import apply_plan
     from fasp_lightning.structure.pruning_plan import PairPlan, PruningPlan
     from fasp_lightning.structure.registry import register_architecture, spec_for
-    from fasp_lightning.structure.spec import ArchitectureSpec, CoupledPair
+    from fasp_lightning.structure.spec import ArchitectureSpec, CoupledPair, Experts
     from fasp_lightning.text.config import TextConfig
     from fasp_lightning.text.tokenizer import TokenizerTraining
     from fasp_lightning.text.tokens import calibration_batches, token_batches
@@ -59,6 +59,7 @@ __all__ = [
     "Cuts",
     "DistillationConfig",
     "EventRecord",
+    "Experts",
     "Exported",
     "FASPPruner",
     "FASPPruning",
@@ -118,6 +119,7 @@ _HOMES = {
     "Cuts": "structure.layout",
     "DistillationConfig": "training.distilling.config",
     "EventRecord": "training.reporting",
+    "Experts": "structure.spec",
     "Exported": "checkpoints.exporting.exported",
     "FASPPruner": "pruning.pruner",
     "FASPPruning": "training.callback",

@@ -27,6 +27,7 @@ ENGINE = (
     "perplexity",
     "ArchitectureSpec",
     "CoupledPair",
+    "Experts",
     "Cuts",
     "register_architecture",
     "spec_for",

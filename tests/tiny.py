@@ -18,6 +18,7 @@ HIDDEN = 32
 FFN = 48
 HEADS = 4
 LAYERS = 2
+EXPERTS = 6
 SEQ_LEN = 12  # longer than any sliding window below
 WINDOW = 5
 
@@ -93,6 +94,67 @@ TINY: dict[str, Tiny] = {
 }
 
 
+_MIXTURE = {"num_key_value_heads": 2, "num_experts_per_tok": 2}
+
+_LATENT = {
+    "q_lora_rank": None,
+    "kv_lora_rank": 16,
+    "qk_nope_head_dim": 8,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 8,
+    "n_routed_experts": EXPERTS,
+    "n_shared_experts": 2,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 24,
+    "first_k_dense_replace": 1,
+}
+
+MIXTURES: dict[str, Tiny] = {
+    "mixtral": Tiny("mixtral", _MIXTURE | {"num_local_experts": EXPERTS}),
+    "qwen3_moe": Tiny(
+        "qwen3_moe",
+        _MIXTURE | {"head_dim": 16, "num_experts": EXPERTS, "moe_intermediate_size": 24, "norm_topk_prob": True},
+    ),
+    "olmoe": Tiny("olmoe", _MIXTURE | {"num_experts": EXPERTS, "norm_topk_prob": True}),
+    "qwen2_moe": Tiny(
+        "qwen2_moe",
+        _MIXTURE
+        | {"num_experts": EXPERTS, "moe_intermediate_size": 24, "shared_expert_intermediate_size": 40}
+        | {"mlp_only_layers": [0], "num_hidden_layers": 3},
+    ),
+    "deepseek_v2": Tiny("deepseek_v2", _LATENT | {"topk_method": "greedy", "n_group": 1, "topk_group": 1}),
+    "deepseek_v3": Tiny("deepseek_v3", _LATENT | {"n_group": 2, "topk_group": 1, "n_routed_experts": 8}),
+    "glm4_moe": Tiny(
+        "glm4_moe",
+        _MIXTURE
+        | {"head_dim": 16, "n_routed_experts": EXPERTS, "n_shared_experts": 1, "moe_intermediate_size": 24}
+        | {"first_k_dense_replace": 1, "n_group": 1, "topk_group": 1},
+    ),
+    "gpt_oss": Tiny(
+        "gpt_oss",
+        _MIXTURE
+        | {"num_local_experts": EXPERTS, "head_dim": 16, "sliding_window": WINDOW, "intermediate_size": 40}
+        | {"layer_types": ["sliding_attention", "full_attention"]},
+        attention=("eager",),
+    ),
+    "ernie4_5_moe": Tiny(
+        "ernie4_5_moe",
+        {"num_key_value_heads": 2, "moe_k": 2, "moe_num_experts": EXPERTS, "moe_num_shared_experts": 2}
+        | {"moe_intermediate_size": 24, "moe_layer_start_index": 1},
+    ),
+    "granitemoe": Tiny("granitemoe", _MIXTURE | {"num_local_experts": EXPERTS, "residual_multiplier": 0.5}),
+    "phimoe": Tiny("phimoe", _MIXTURE | {"num_local_experts": EXPERTS}),
+    "qwen3_5_moe": Tiny(
+        "qwen3_5_moe_text",
+        _MIXTURE
+        | {"num_experts": EXPERTS, "moe_intermediate_size": 24, "shared_expert_intermediate_size": 40, "head_dim": 16}
+        | {"layer_types": ["linear_attention", "full_attention"], "linear_key_head_dim": 8}
+        | {"linear_value_head_dim": 8, "linear_num_key_heads": 2, "linear_num_value_heads": 2},
+    ),
+}
+"""Models with experts: ``tests/pruning/experts`` states their laws."""
+
+
 def tiny_model(
     name: str,
     attn_implementation: str | None = None,
@@ -102,12 +164,12 @@ def tiny_model(
     """A new tiny model in eval mode on the CPU.
 
     Args:
-        name: A key of :data:`TINY`.
+        name: A key of :data:`TINY` or :data:`MIXTURES`.
         attn_implementation: ``"eager"`` or ``"sdpa"``; by default sdpa where the family has it.
         dtype: Of its parameters; the values are the same in every dtype, up to rounding.
         seed: Of its values; the global random state is neither read nor changed.
     """
-    tiny = TINY[name]
+    tiny = (TINY | MIXTURES)[name]
     with torch.random.fork_rng(devices=[]):
         model = AutoModelForCausalLM.from_config(
             tiny.config(), attn_implementation=attn_implementation or tiny.attention[-1], dtype=dtype

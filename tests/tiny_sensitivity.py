@@ -34,7 +34,7 @@ def scores(
     progress: Progress | None = None,
 ) -> Scores:
     """Of samples taken in evaluation mode; the scores are asked for in the model's own mode, with gradients on."""
-    pairs = resolve_pruned(model, kv_groups=kv_groups)
+    pairs = resolve_pruned(model, whole={"groups"} if kv_groups else ())
     session = Session.start(basic(device=device), pairs, progress, processes)
     with session.store:
         with evaluating(model):
@@ -51,7 +51,7 @@ def assert_close(found: Scores, expected: Scores, rtol: float = 1e-4) -> None:
 
 def naive(model: Any, batches: list[Any], kv_groups: bool = False) -> Scores:
     """Every gradient that autograd can give is kept, and the loss is written out; weights train."""
-    pairs, found = resolve_pruned(model, kv_groups=kv_groups), {}
+    pairs, found = resolve_pruned(model, whole={"groups"} if kv_groups else ()), {}
     for batch in batches:
         kept, handles = {}, []
         for i, block in enumerate(pairs):

@@ -35,7 +35,8 @@ class PairFacts:
         consumer: Path of the consumer in its block.
         kind: ``"ffn"``, ``"value"`` or ``"groups"``.
         original: Units of the original pair.
-        widths: Units that each block has left.
+        blocks: Indices of the blocks that have such a pair.
+        widths: Units that each of them has left.
         unrestored: Relative error of each block without restoration, in the last round that cut it; ``None`` where
             that is not known.
         restored: Likewise with restoration.
@@ -46,11 +47,17 @@ class PairFacts:
     consumer: str
     kind: str
     original: int
+    blocks: tuple[int, ...]
     widths: tuple[int, ...]
     unrestored: tuple[float | None, ...]
     restored: tuple[float | None, ...]
     output_unrestored: tuple[float | None, ...] = ()
     output_restored: tuple[float | None, ...] = ()
+
+    @property
+    def left(self) -> dict[int, int]:
+        """Units left, by block."""
+        return dict(zip(self.blocks, self.widths, strict=True))
 
     @property
     def uneven(self) -> bool:
@@ -149,7 +156,7 @@ def facts_of(report: dict[str, Any], plan: PruningPlan, form: str) -> Facts:
     try:
         entries = {_place(entry): entry for entry in report.get("pairs", ())}  # the last round's
         pairs = _pairs(plan, entries)
-        now = {(index, pair.consumer): width for pair in pairs for index, width in enumerate(pair.widths)}
+        now = {(index, pair.consumer): width for pair in pairs for index, width in pair.left.items()}
         fits = all(now.get(at, entry["width_before"]) == entry["width_after"] for at, entry in entries.items())
         texts = tuple(map(_text, report.get("evaluation", ())))
     except DAMAGED as error:
@@ -195,13 +202,13 @@ def _place(entry: dict[str, Any]) -> Place:
 
 
 def _pairs(plan: PruningPlan, entries: dict[Place, dict[str, Any]]) -> tuple[PairFacts, ...]:
-    return tuple(_pair(path, layout, units, entries) for path, (layout, units) in plan.widths.items())
+    return tuple(_pair(*key, units, entries) for key, units in plan.widths.items())
 
 
-def _pair(path: str, layout: PairLayout, units: list[int], entries: dict[Place, dict[str, Any]]) -> PairFacts:
-    found = [entries.get((index, path), {}) for index in range(len(units))]
+def _pair(path: str, layout: PairLayout, units: dict[int, int], entries: dict[Place, dict[str, Any]]) -> PairFacts:
+    found = [entries.get((index, path), {}) for index in units]
     errors = (tuple(entry.get(name) for entry in found) for name in ERRORS)
-    return PairFacts(path, layout.kind, layout.width, tuple(units), *errors)
+    return PairFacts(path, layout.kind, layout.width, tuple(units), tuple(units.values()), *errors)
 
 
 def _events(report: dict[str, Any]) -> tuple[dict[str, Any], ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any, NamedTuple
 
 from fasp_lightning.checkpoints.loaders import LOADERS, Trial, trial_of, way_out
@@ -10,7 +11,7 @@ from fasp_lightning.structure.layout import Cuts
 from fasp_lightning.structure.pruning_plan import PairPlan, PruningPlan
 from fasp_lightning.structure.registry import spec_for
 from fasp_lightning.structure.spec import ArchitectureSpec
-from fasp_lightning.structure.stock_fields import stock_fields, stock_obstacle
+from fasp_lightning.structure.stock_fields import is_stock, parts_left, stock_obstacle
 
 FORMS = ("stock", "compact", "zero_filled")
 
@@ -57,14 +58,15 @@ def require_form(form: str) -> None:
 def choose_form(form: str, spec: ArchitectureSpec, cuts: Cuts) -> str:
     """The form to save in.
 
-    * ``stock``: the FFN width, one for all blocks, and the number of heads stand in the config; loads with
+    * ``stock``: the FFN width, one for all blocks, and the number of heads and experts stand in the config; loads with
       ``AutoModelForCausalLM``.
     * ``compact``: small on disk whatever was cut; loads with :func:`~fasp_lightning.load_pruned` alone.
     * ``zero_filled``: value pairs (and FFNs of a fixed width) in their original shapes, FFNs of different widths as
       wide as the widest, zeros where units are gone; loads with ``AutoModelForCausalLM``, saves nothing there.
 
     Args:
-        form: One of these, or ``"auto"``: stock if it can be, else zero-filled.
+        form: One of these, or ``"auto"``: stock if it can be, else zero-filled, or compact where blocks have different
+            numbers of experts, as a pruning that failed half-way leaves them.
         spec: The family's row.
         cuts: What was cut.
 
@@ -73,10 +75,16 @@ def choose_form(form: str, spec: ArchitectureSpec, cuts: Cuts) -> str:
     """
     require_form(form)
     obstacle = stock_obstacle(spec, cuts)
+    lacking = cuts.uneven and "whole_experts" in cuts.kinds
+    if form == "zero_filled" and lacking:
+        raise FaspError(
+            "form 'zero_filled' cannot hold blocks of different numbers of experts: tokens would be sent to zeros; use "
+            "'compact'"
+        )
     if form == "stock" and obstacle:
         raise FaspError(f"form 'stock' cannot hold this model: {obstacle}; use 'compact' or 'zero_filled'")
     if form == "auto":
-        return "zero_filled" if obstacle else "stock"
+        return "compact" if lacking else "zero_filled" if obstacle else "stock"
     return form
 
 
@@ -87,10 +95,12 @@ def stock_part(plan: PruningPlan, spec: ArchitectureSpec) -> PruningPlan:
     whose width is fixed in the model's code are absent, that is, whole.
     """
     blocks: tuple[dict[str, PairPlan], ...] = tuple({} for _ in plan.blocks)
-    for path, (layout, units) in plan.widths.items():
-        if max(units) < layout.width and stock_fields(spec, layout, max(units)):
-            for part, block in zip(blocks, plan.blocks, strict=True):
-                part[path] = block[path].padded(max(units))
+    widths, several = plan.widths, Counter(path for path, _ in plan.widths)
+    for (path, layout), units in widths.items():
+        widest = int(max(parts_left(spec, widths, path, layout)) * layout.width)
+        if widest < layout.width and several[path] == 1 and is_stock(spec, path, layout):
+            for index in units:
+                blocks[index][path] = plan.blocks[index][path].padded(widest)
     return PruningPlan(plan.model_type, blocks)
 
 
@@ -141,4 +151,10 @@ def _stock_shapes(spec: ArchitectureSpec, cuts: Cuts) -> str:
         parts.append(f"FFNs padded with zeros to the widest, whose width is in config.{spec.width_field}")
     elif "ffn" in cuts.kinds:
         parts.append(f"one FFN width, in config.{spec.width_field}")
+    if "experts" in cuts.kinds and not cuts.uneven:
+        fields = [spec.width_field_of(pair.consumer) for pair in spec.pairs if pair.experts]
+        parts.append(f"one width of all experts, in config.{fields[0]}")
+    if "whole_experts" in cuts.kinds:
+        counts = [pair.experts.count_field for pair in spec.pairs if pair.experts]
+        parts.append(f"fewer experts, their number in config.{counts[0]}")
     return "; ".join(parts) or "original shapes"

@@ -251,7 +251,7 @@ def in_form(model: PreTrainedModel, form: str) -> Iterator[None]:
     config, spec, plan = cast(Any, model.config), spec_for(model), require_plan(model)
     widths = stock_part(plan, spec).widths
     if form == "compact":
-        widths = {path: (layout, [layout.width]) for path, (layout, _) in plan.widths.items()}
+        widths = {key: {0: key[1].width} for key in plan.widths}
     wanted = {"fasp": {**config.fasp, "form": form}, **config_fields(spec, widths)}
     with undone(*(partial(setattr, config, name, getattr(config, name)) for name in wanted)):
         for name, value in wanted.items():

@@ -44,6 +44,21 @@ def block_influence(inputs: Tensor, outputs: Tensor) -> Tensor:
     return 1 - torch.nn.functional.cosine_similarity(inputs.double(), outputs.double(), dim=-1)
 
 
+def routed_score(outputs: Tensor, weights: Tensor) -> Tensor:
+    """What an expert gives the tokens that it is sent, Σ_t g_t · ‖f(x_t)‖₂ (REAP; Lasby et al., 2025).
+
+    The score of a whole expert is the mean over these tokens.
+
+    Args:
+        outputs: (tokens, out) f(x), what the expert makes of each token.
+        weights: (tokens,) g, the router's weight of each.
+
+    Returns:
+        () float64.
+    """
+    return (outputs.float().norm(dim=1).double() * weights.double()).sum()
+
+
 def fisher_score(inputs: Tensor, gradients: Tensor) -> Tensor:
     """Loss sensitivity of a column, s_j = Σ_t (x_tj · ∂L/∂x_tj)² (Fisher pruning; Theis et al., 2018).
 

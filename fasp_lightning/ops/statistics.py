@@ -37,6 +37,7 @@ class GramStatistics:
     Attributes:
         sums: (n,) Σ x.
         tokens: Σ weight over the rows seen; their number where none has a weight.
+        rows: Number of rows seen, whatever they weigh.
     """
 
     def __init__(self, columns: int, device: torch.device | str) -> None:
@@ -46,26 +47,36 @@ class GramStatistics:
         self._flushed = self._partial.double() if columns <= DOUBLE_LIMIT else self._partial
         self.sums = torch.zeros(columns, dtype=torch.float64, device=device)
         self.tokens = 0.0
+        self.rows = 0
 
-    def update(self, inputs: Tensor, weight: float = 1.0) -> None:
+    def update(self, inputs: Tensor, weight: float | Tensor = 1.0) -> None:
         """Add the rows of one batch.
 
         Args:
             inputs: (tokens, n) consumer inputs, any floating dtype. Products of 16-bit values are exact in the
                 float32 in which they are summed up within the batch.
-            weight: How much each row counts: G grows by weight · X Xᵀ, the sums by weight · Σ x.
+            weight: How much each row counts: G grows by weight · X Xᵀ, the sums by weight · Σ x. Or (tokens,), a
+                weight of its own for each.
         """
         if inputs.ndim != 2 or inputs.shape[1] != self.columns:
             raise FaspError(f"inputs must be (tokens, {self.columns}), got {tuple(inputs.shape)}")
-        self.tokens += weight * inputs.shape[0]
+        self.rows += inputs.shape[0]
         self._pending += inputs.shape[0]
-        self.sums += weight * inputs.sum(0, dtype=torch.float64 if inputs.device.type == "cpu" else torch.float32)
-        inputs = _summable(inputs)
+        wide = torch.float64 if inputs.device.type == "cpu" else torch.float32
+        left = inputs = _summable(inputs)
+        if isinstance(weight, Tensor):
+            self.tokens += float(weight.sum(dtype=wide))
+            self.sums += weight.to(wide) @ inputs.to(wide)
+            left, weight = inputs.float() * weight.float().unsqueeze(1), 1.0
+            inputs = inputs.float()
+        else:
+            self.tokens += weight * inputs.shape[0]
+            self.sums += weight * inputs.sum(0, dtype=wide)
         step = max(PANEL_WIDTH, -(-self.columns // PANELS))
         for start in range(0, self.columns, step):
             end = min(start + step, self.columns)
             # rows start..end of the lower triangle: everything left of, and including, the diagonal block
-            _add_product(self._partial[start:end, :end], inputs[:, start:end].T, inputs[:, :end], weight)
+            _add_product(self._partial[start:end, :end], left[:, start:end].T, inputs[:, :end], weight)
         if self._pending >= FLUSH_TOKENS:
             self._flush()
 
@@ -81,16 +92,17 @@ class GramStatistics:
         Args:
             add: Sums a tensor over them, in place.
         """
-        tokens = torch.tensor([self.tokens], dtype=torch.float64)
-        for total in (self.lower, self.sums, tokens):
+        counts = torch.tensor([self.tokens, self.rows], dtype=torch.float64)
+        for total in (self.lower, self.sums, counts):
             add(total)
-        self.tokens = float(tokens)
+        self.tokens, self.rows = float(counts[0]), int(counts[1])
 
     def add(self, other: GramStatistics) -> None:
         """Take in what another one, of as many columns, has seen."""
         for total, more in ((self.lower, other.lower), (self.sums, other.sums)):
             total += more
         self.tokens += other.tokens
+        self.rows += other.rows
 
     def turned(self, blocks: Sequence[Tensor]) -> GramStatistics:
         """Those of the inputs B X, B block-diagonal.
@@ -101,7 +113,7 @@ class GramStatistics:
         other = GramStatistics(self.columns, self.sums.device)
         other.lower.copy_(turned(turned(self.gram(), blocks, 0), blocks, 1))
         other.sums = turned(self.sums, blocks, 0)
-        other.tokens = self.tokens
+        other.tokens, other.rows = self.tokens, self.rows
         return other
 
     @property

@@ -110,6 +110,9 @@ class PruningConfig:
         attention: "value_dims" cuts V rows with O columns; "kv_groups" cuts whole KV heads with their query heads,
             keys, values and output columns; "none" cuts the FFN only; "auto" is "none" with grouped-query attention,
             where it measured better at equal size, and "value_dims" elsewhere.
+        experts: "columns" cuts hidden units inside each expert, as many of one as of the others, whose weights are
+            restored; "whole" drops those experts whose output, times the router's weight, is smallest in the mean over
+            the tokens that it sends them. Models without experts do not ask.
         head_balance: "even" cuts the same number of value dims in each KV head, "free" the worst of all heads.
         value_basis: "principal" turns the value dims of each KV head, before some of them are cut, to a basis that
             sorts them by what the consumer makes of them, wherever that leaves less calibration error than the "given"
@@ -154,6 +157,7 @@ class PruningConfig:
 
     sparsity: float = 0.2
     attention: Literal["auto", "value_dims", "kv_groups", "none"] = "auto"
+    experts: Literal["columns", "whole"] = "columns"
     head_balance: Literal["even", "free"] = "even"
     value_basis: Literal["given", "principal"] = "given"
     score: Literal["auto", "wanda", "fisher", "learned", "magnitude"] = "auto"
@@ -231,6 +235,12 @@ class PruningConfig:
     def needs_sensitivity(self) -> bool:
         """Whether any setting reads the loss sensitivity."""
         return self.scores_by_sensitivity or self.allocation == "adaptive"
+
+    @property
+    def whole(self) -> frozenset[str]:
+        """Kinds of pairs of which KV groups, or experts, are cut as a whole."""
+        asked = {"groups": self.attention == "kv_groups", "whole_experts": self.experts == "whole"}
+        return frozenset(kind for kind, whole in asked.items() if whole)
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as plain data."""

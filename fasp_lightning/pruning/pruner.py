@@ -157,7 +157,7 @@ class FASPPruner:
 
     def _pairs(self, model: PreTrainedModel) -> list[list[ResolvedPair]]:
         adopt_plan(model)
-        return resolve_pruned(model, kv_groups=self.config.attention == "kv_groups")
+        return resolve_pruned(model, whole=self.config.whole)
 
 
 def _learned(

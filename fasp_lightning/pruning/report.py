@@ -19,11 +19,12 @@ class PairReport:
 
     Attributes:
         layer: Path of the consumer.
-        kind: ``"ffn"``, ``"value"`` or ``"groups"``.
+        kind: ``"ffn"``, ``"value"``, ``"groups"``, ``"experts"`` or ``"whole_experts"``.
         width_before: Units before this pruning.
         width_after: Units after it.
         basis: ``"given"``, or ``"principal"`` where the value dims were turned before they were cut.
-        error_before: ‖WX − W_M X_M‖/‖WX‖, the relative reconstruction error without restoration.
+        error_before: ‖WX − W_M X_M‖/‖WX‖, the relative reconstruction error without restoration; of whole experts what
+            those that went had given, as a part of what all had, each token's other experts as they were.
         error_after: ‖WX − ŴX_M‖/‖WX‖, with it.
         output_error_before: Root mean square of the same ratio of each output of the consumer, at most 1 each. Where a
             few tokens of massive activations hold most of ‖WX‖, this tells what happens to the rest.
@@ -31,6 +32,7 @@ class PairReport:
         damping: Damping that was used; 0 if nothing was solved.
         solver: ``"cholesky"``, ``"eigh"`` or ``"none"``.
         seconds: Wall-clock seconds of statistics, solve and cut.
+        scarce: Experts that fewer tokens than hidden units were sent to: they are restored on all tokens.
     """
 
     layer: str
@@ -45,6 +47,7 @@ class PairReport:
     damping: float
     solver: str
     seconds: float
+    scarce: list[int] = field(default_factory=list)
 
 
 @dataclass

@@ -52,6 +52,24 @@ class Restored(NamedTuple):
         return Restored([factor.to(other.dtype) for factor in self.factors], bias, self.singular)
 
 
+class Fit(NamedTuple):
+    """How well a restoration fits, by output of the consumer; those of several experts add up.
+
+    Attributes:
+        energies: (out,) ‖w_i X‖² of the consumer as it was.
+        plain: (out,) squared error without restoration.
+        errors: (out,) squared error with it.
+        damping: As used.
+        solver: As used.
+    """
+
+    energies: Tensor
+    plain: Tensor
+    errors: Tensor
+    damping: float
+    solver: str
+
+
 def restore_pair(
     pair: ResolvedPair,
     width: PairWidth,
@@ -61,6 +79,30 @@ def restore_pair(
     config: PruningConfig,
     bases: Sequence[Basis] = (),
 ) -> tuple[Restored, PairReport]:
+    """Restore a consumer on the columns ``kept``, and report the error before and after.
+
+    Args:
+        pair: The pair, not cut yet.
+        width: Its widths.
+        kept: As for :func:`fit_pair`.
+        statistics: As there.
+        held: As there.
+        config: As there.
+        bases: As there.
+    """
+    restored, fit = fit_pair(pair, kept, statistics, held, config, bases)
+    return restored, entry_of(width, [fit], "principal" if bases else "given")
+
+
+def fit_pair(
+    pair: ResolvedPair,
+    kept: Tensor,
+    statistics: GramStatistics,
+    held: GramStatistics | None,
+    config: PruningConfig,
+    bases: Sequence[Basis] = (),
+    measured: GramStatistics | None = None,
+) -> tuple[Restored, Fit]:
     """Restore a consumer on the columns ``kept``, and measure the error before and after.
 
     A restoration that raises the calibration error (a ridge towards zero with strong damping can) is not taken, nor
@@ -68,13 +110,13 @@ def restore_pair(
 
     Args:
         pair: The pair, not cut yet.
-        width: Its widths.
         kept: Ascending positions among the consumer's columns so far.
         statistics: Of the consumer's inputs; afterwards of those held back, too.
         held: Of the inputs that were held back to choose the damping by.
         config: ``restoration``, ``ridge``, ``damping`` and ``refit_bias`` are read.
         bases: The basis of each KV head's value dims that the statistics are of, and the restored weights are for; by
             default the given one.
+        measured: Of the inputs that the errors are of; by default those that it is fitted to.
     """
     problem = _Problem.of(pair, kept, config, bases)
     damping = None if config.restoration == "none" else config.damping
@@ -83,7 +125,7 @@ def restore_pair(
     if held is not None:
         statistics.add(held)  # once the damping is chosen, every token serves
     gram = statistics.gram()
-    energies, plain = output_energies(problem.weight, gram), problem.plain_errors(gram)
+    plain = problem.plain_errors(gram)
     best = _Solution([factor[:, kept] for factor in problem.factors], None, 0.0, "none")
     errors = plain
     if damping is not None:
@@ -93,22 +135,31 @@ def restore_pair(
         # A ridge towards zero shrinks the weights: with strong damping that does more harm than the columns that went.
         if found_errors.sum() <= plain.sum() and not (held and problem.gain(found, held) < 0):
             best, errors = found, found_errors
-    entry = PairReport(
+    singular = best.solver == "eigh" or best.damping > (damping or 0.0)
+    if measured is not None:
+        gram = measured.gram()
+        plain, errors = problem.plain_errors(gram), problem.errors(best, measured, gram)
+    fit = Fit(output_energies(problem.weight, gram), plain, errors, best.damping, best.solver)
+    return Restored(best.factors, problem.refitted(best), singular), fit
+
+
+def entry_of(width: PairWidth, fits: Sequence[Fit], basis: str = "given") -> PairReport:
+    """The report of one pair, from what became of it, or of each of its experts."""
+    energies, plain, errors = (torch.stack(parts).sum(0) for parts in zip(*(fit[:3] for fit in fits), strict=True))
+    return PairReport(
         layer=width.layer,
         kind=width.kind,
         width_before=width.before,
         width_after=width.after,
-        basis="principal" if bases else "given",
+        basis=basis,
         error_before=relative_error(plain, energies),
         error_after=relative_error(errors, energies),
         output_error_before=error_per_output(plain, energies),
         output_error_after=error_per_output(errors, energies),
-        damping=best.damping,
-        solver=best.solver,
+        damping=max(fit.damping for fit in fits),
+        solver=max((fit.solver for fit in fits), key=("none", "cholesky", "eigh").index),
         seconds=0.0,
     )
-    singular = best.solver == "eigh" or best.damping > (damping or 0.0)
-    return Restored(best.factors, problem.refitted(best), singular), entry
 
 
 def _best_damping(problem: _Problem, fitted: GramStatistics, held: GramStatistics | None) -> float | None:

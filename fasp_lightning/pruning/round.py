@@ -23,16 +23,19 @@ from fasp_lightning.pruning.blocks.samples import Sample, Stored, hold_back
 from fasp_lightning.pruning.blocks.session import Session
 from fasp_lightning.pruning.budget.budget import Budget, PairWidth
 from fasp_lightning.pruning.config import PruningConfig
+from fasp_lightning.pruning.experts import ExpertsCut
 from fasp_lightning.pruning.finite import require_finite
 from fasp_lightning.pruning.prepare import Prepared
 from fasp_lightning.pruning.report import PairReport, PruningReport
 from fasp_lightning.pruning.restore import Restored, restore_pair
 from fasp_lightning.pruning.select import activation_scores, select_units
 from fasp_lightning.pruning.value_basis import View, views_of
+from fasp_lightning.structure.experts.resolved import ResolvedExperts
 from fasp_lightning.structure.modes import evaluating, placed
 from fasp_lightning.structure.pair import ResolvedPair
 from fasp_lightning.structure.plan import recorded
 from fasp_lightning.structure.registry import spec_for
+from fasp_lightning.structure.resolve import find_blocks, has_module
 from fasp_lightning.structure.transaction import all_or_nothing
 
 if TYPE_CHECKING:
@@ -136,8 +139,10 @@ class PruningRound:
         hidden: list[Stored],
     ) -> None:
         """Prune the pairs of one block; what it returns then takes the place of its inputs in ``hidden``."""
-        pairs, attention = self.pairs[index], spec_for(self.model).attention
-        replay = BlockReplay(self.session, index, pairs, attention, samples, hidden)
+        pairs, spec = self.pairs[index], spec_for(self.model)
+        block = find_blocks(self.model, spec)[index]
+        attention = spec.attention if has_module(block, spec.attention) else None
+        replay = BlockReplay(self.session, index, block, pairs, attention, samples, hidden)
         with placed(replay.block, self.session.device):
             for place, (pair, width) in enumerate(zip(pairs, self.budget.pairs[index], strict=True)):
                 if width.after < width.before:
@@ -147,8 +152,26 @@ class PruningRound:
                     replay.advance(sample.number)
                     self.session.progress.count(index, "apply")
 
+    def _prune_experts(self, replay: BlockReplay, pair: ResolvedExperts, width: PairWidth) -> None:
+        """The same of experts; what the block returns is computed from what is left of them."""
+        start = time.perf_counter()
+        units, restored, entry = ExpertsCut(self.session, replay, pair, width, self.config).decide()
+        if entry.scarce:
+            few, tokens = ", ".join(map(str, entry.scarce)), f"fewer tokens than its {width.columns} hidden units"
+            self._warn(f"{pair.name}.{pair.path}: {tokens} were sent to expert {few}: restored on all tokens")
+        if any(one.singular for one in restored):
+            self._warn(f"{width.layer}: a gram was singular; solved by {entry.solver} with damping {entry.damping:g}")
+        with self.session.clock.phase("cut"), all_or_nothing(pair), self.session.processes.together():
+            pair.cut(units)
+            pair.assign_each([(one.factors, one.bias) for one in restored])
+        log.debug("%s: %d -> %d, error %.4f", width.layer, width.before, width.after, entry.error_after)
+        entry.seconds = time.perf_counter() - start
+        self.report.pairs.append(entry)
+
     def _prune_pair(self, replay: BlockReplay, pair: ResolvedPair, width: PairWidth, scores: Tensor | None) -> None:
         """Statistics, selection, restoration and cut of one pair."""
+        if isinstance(pair, ResolvedExperts):
+            return self._prune_experts(replay, pair, width)
         start, processes, clock = time.perf_counter(), self.session.processes, self.session.clock
         inputs, fitted, held = self._statistics(replay, pair)
         decided: _Decided | None = None

@@ -190,8 +190,8 @@ def replace_module(root: nn.Module, path: str, module: nn.Module) -> None:
 
 def set_features(linear: nn.Module, inputs: int, outputs: int) -> None:
     """Make the width attributes of a linear module agree with its weight again, whatever its class calls them."""
-    _set(linear, ("in_features", "nx"), inputs)
-    _set(linear, ("out_features", "nf"), outputs)
+    set_attributes(linear, ("in_features", "nx"), inputs)
+    set_attributes(linear, ("out_features", "nf"), outputs)
 
 
 class BlockConfig:
@@ -219,8 +219,8 @@ def set_heads(attention: nn.Module, heads: int, kv_heads: int) -> None:
     Phi3Attention.forward (transformers, models/phi3/modeling_phi3.py) splits its fused projection by the heads in the
     config: while blocks differ, no number there is right for all of them.
     """
-    _set(attention, ("num_heads", "num_attention_heads"), heads)
-    _set(attention, ("num_key_value_heads", "num_kv_heads"), kv_heads)
+    set_attributes(attention, ("num_heads", "num_attention_heads"), heads)
+    set_attributes(attention, ("num_key_value_heads", "num_kv_heads"), kv_heads)
     seen = getattr(attention, "config", None)
     shared = seen.shared if isinstance(seen, BlockConfig) else seen
     own = {"num_attention_heads": heads, "num_key_value_heads": kv_heads}
@@ -229,7 +229,8 @@ def set_heads(attention: nn.Module, heads: int, kv_heads: int) -> None:
         attention.config = shared if agrees else BlockConfig(shared, own)  # type: ignore[assignment]
 
 
-def _set(module: nn.Module, names: tuple[str, ...], value: int) -> None:
+def set_attributes(module: nn.Module, names: tuple[str, ...], value: int) -> None:
+    """Set those of some attributes that a module has."""
     for name in names:
         if hasattr(module, name):
             setattr(module, name, value)

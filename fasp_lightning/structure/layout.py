@@ -16,9 +16,10 @@ class PairLayout:
     is, a whole KV head with its query heads.
 
     Attributes:
-        kind: ``"ffn"``, ``"value"`` or ``"groups"``.
+        kind: ``"ffn"``, ``"value"``, ``"groups"``, ``"experts"`` or ``"whole_experts"``.
         width: Number of units of the original pair.
-        groups: KV heads that value dims are divided among, any of which can be left; 1 for other pairs.
+        groups: Among how many the units are divided: KV heads that have value dims, experts that have hidden units, or
+            groups of whole experts; 1 for other pairs.
         repeats: Query heads per KV head, 1 for an FFN.
         fused: Layout of the producers, see :class:`~fasp_lightning.structure.spec.CoupledPair`.
         producer_rows: Rows of each original producer.
@@ -37,6 +38,16 @@ class PairLayout:
         return self.width // self.groups
 
     @property
+    def experts(self) -> int:
+        """Number of experts; 0 for other pairs."""
+        return {"experts": self.groups, "whole_experts": self.width}.get(self.kind, 0)
+
+    @property
+    def expert_size(self) -> int:
+        """Hidden units of one expert."""
+        return self.producer_rows[0] // self.experts // (2 if self.fused else 1)
+
+    @property
     def head_size(self) -> int:
         """Size of the attention heads; 0 for an FFN, which has none."""
         if self.kind == "groups":  # the producers are all queries, keys and values
@@ -47,6 +58,8 @@ class PairLayout:
         """Ascending consumer columns that are fed by ``units``."""
         if self.kind == "groups":
             return _spans(units, self.repeats * self.head_size)
+        if self.kind == "whole_experts":
+            return _spans(units, self.expert_size)
         group, dim = units // self.size, units % self.size
         heads = group.unsqueeze(0) * self.repeats + torch.arange(self.repeats, device=units.device).unsqueeze(1)
         return (heads * self.size + dim).reshape(-1).sort().values
@@ -55,6 +68,8 @@ class PairLayout:
         """Inverse of :meth:`columns`: the unit that feeds each column."""
         if self.kind == "groups":
             return columns // (self.repeats * self.head_size)
+        if self.kind == "whole_experts":
+            return columns // self.expert_size
         return columns // self.size // self.repeats * self.size + columns % self.size
 
     def unit_scores(self, scores: Tensor, kept: Tensor) -> Tensor:
@@ -77,6 +92,10 @@ class PairLayout:
     def unit_rows(self, producer: int, units: Tensor) -> Tensor:
         """Rows of one producer that make ``units``."""
         rows = self.producer_rows[producer]
+        if self.kind == "whole_experts":
+            return _spans(units, rows // self.width)
+        if self.kind == "experts":
+            return self._expert_rows(rows // self.width, units)
         if self.kind == "groups":
             return torch.cat([start + _spans(units, size) for start, size in self._spans_of(rows)])
         if self.fused == "interleaved":  # (group, queries of the group + key + value, head size)
@@ -94,6 +113,13 @@ class PairLayout:
         left[self.unit_rows(producer, kept)] = True
         return left.nonzero().squeeze(1)
 
+    def _expert_rows(self, parts: int, units: Tensor) -> Tensor:
+        """Rows of gate and up that make hidden units of experts, each of which has its own behind one another."""
+        if self.fused == "interleaved":
+            return _spans(units, parts)
+        start = units // self.size * parts * self.size + units % self.size
+        return (torch.arange(parts, device=units.device).unsqueeze(1) * self.size + start).reshape(-1)
+
     def _spans_of(self, rows: int) -> list[tuple[int, int]]:
         """Where a producer's rows of KV groups start, and how many each group has there, one entry a part."""
         if self.fused != "concatenated":
@@ -107,14 +133,18 @@ def _spans(units: Tensor, size: int) -> Tensor:
     return (units.unsqueeze(1) * size + torch.arange(size, device=units.device)).reshape(-1)
 
 
+Widths = dict[tuple[str, PairLayout], dict[int, int]]
+"""Consumer path and layout → the units of each block that has such a pair, by its index."""
+
+
 @dataclass(frozen=True)
 class Cuts:
     """Which kinds of pairs are cut, and whether blocks agree.
 
     Attributes:
-        kinds: Kinds of the pairs that are cut in some block: ``"ffn"``, ``"value"``, ``"groups"``.
-        uneven: Blocks have different FFN widths, or different numbers of KV groups, which is what a pruning that
-            failed half-way leaves.
+        kinds: Kinds of the pairs that are cut in some block.
+        uneven: Blocks have different FFN widths, or different numbers of KV groups or experts, which is what a pruning
+            that failed half-way leaves.
     """
 
     kinds: frozenset[str] = frozenset()

@@ -30,16 +30,29 @@ def require_plain(path: str, linear: nn.Module) -> None:
     Raises:
         FaspError: If one of them is computed from others, a tensor of a kind of its own, or not trainable for ever.
     """
-    base = base_of(linear)
     for name in ("weight", "bias"):
-        value: Any = getattr(base, name, None)
-        if value is None:
-            continue
-        registered: Any = base._parameters.get(name)
-        if registered is not value:
-            raise FaspError(_computed(path, base, name, "pruned"))
-        if wrong := _kind_that_cannot_be_cut(value):
-            raise FaspError(f"{path}.{name} must be a plain dense tensor to be pruned, got {wrong}")
+        require_plain_parameter(path, base_of(linear), name)
+
+
+def require_plain_parameter(path: str, module: nn.Module, name: str) -> None:
+    """Refuse one attribute of a module that is no plain parameter of its own; that it has none is fine.
+
+    Args:
+        path: The module's path in the model, for messages.
+        module: The module.
+        name: What it calls the attribute.
+
+    Raises:
+        FaspError: As :func:`require_plain`.
+    """
+    value: Any = getattr(module, name, None)
+    if value is None:
+        return
+    registered: Any = module._parameters.get(name)
+    if registered is not value:
+        raise FaspError(_computed(path, module, name, "pruned"))
+    if wrong := _kind_that_cannot_be_cut(value):
+        raise FaspError(f"{path}.{name} must be a plain dense tensor to be pruned, got {wrong}")
 
 
 def require_stored(model: nn.Module) -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fasp_lightning.ops.basis import Basis, turn, turned
-from fasp_lightning.ops.slicing import expand, shrink
+from fasp_lightning.ops.slicing import Dim, expand, shrink
 from fasp_lightning.structure.adapters import adapters_of, base_of, effective_weight
 from fasp_lightning.structure.compact import (
     GatherColumns,
@@ -31,13 +31,13 @@ class Piece(NamedTuple):
 
     Attributes:
         parameter: The parameter.
-        dim: Its dimension that is cut.
+        dim: Its dimension that is cut; of experts' weights the two, experts and hidden units, that are cut together.
         producer: Index of the producer it belongs to; ``None`` for the consumer.
         key: Its path in the block, of a pair without adapters.
     """
 
     parameter: Tensor
-    dim: int
+    dim: Dim
     producer: int | None
     key: str
 
@@ -157,11 +157,12 @@ class ResolvedPair:
         """Where the units ``kept`` are in the original dimension of a piece, ascending."""
         return self.layout.columns(kept) if piece.producer is None else self.layout.rows(piece.producer, kept)
 
-    def slices(self, before: Tensor, after: Tensor) -> Iterator[tuple[Tensor, int, Tensor]]:
+    def slices(self, before: Tensor, after: Tensor) -> Iterator[tuple[Tensor, Dim, Tensor]]:
         """How each parameter changes from the units ``before`` to the units ``after``: (parameter, dim, index)."""
         for piece in self.pieces():
             old, new = self.positions(piece, before), self.positions(piece, after)
-            yield piece.parameter, piece.dim, torch.searchsorted(old, new)
+            if old.numel() > new.numel():
+                yield piece.parameter, piece.dim, torch.searchsorted(old.reshape(-1), new)
 
     def turn(self, bases: Sequence[Basis]) -> None:
         """Change the basis of each KV head's value dims, in place: v ← A v, O ← O A⁻¹. What is computed stays.
@@ -179,7 +180,7 @@ class ResolvedPair:
             else:
                 basis = [basis.forward for basis in bases], [basis.inverse.T for basis in bases]
                 own = self.layout.unit_rows(piece.producer, self.kept)
-            turn(piece.parameter, torch.searchsorted(left, own), piece.dim, basis)
+            turn(piece.parameter, torch.searchsorted(left, own), cast(int, piece.dim), basis)
 
     def column_blocks(self, blocks: Sequence[T]) -> list[T]:
         """What belongs to the columns of each query head, in their order, of what belongs to each KV head."""
@@ -194,15 +195,26 @@ class ResolvedPair:
         kept = kept.to("cpu")
         if torch.equal(kept, self.kept):
             return
-        for parameter, dim, index in self.slices(self.kept, kept):
+        for parameter, dim, index in list(self.slices(self.kept, kept)):  # those of experts are told by their shapes
             shrink(parameter, index, dim)
         self.kept = kept
         self._set_features()
 
+    @torch.no_grad()
+    def shut(self, kept: Tensor) -> None:
+        """Set the consumer's columns of all units left but ``kept`` to zero, in place: what a cut computes, uncut.
+
+        Args:
+            kept: Ascending units in original numbering, a subset of those left.
+        """
+        gone = torch.isin(self.layout.columns(self.kept), self.layout.columns(kept), invert=True)
+        weight = self.consumer.weight
+        weight.index_fill_(0 if self.transposed else 1, gone.nonzero().squeeze(1).to(weight.device), 0)
+
     def widen(self) -> None:
         """Give the pair its original shapes again, in place, with zeros where units are gone."""
         whole = torch.arange(self.layout.width, device="cpu")
-        for piece in self.pieces():
+        for piece in list(self.pieces()):
             piece.parameter.grad = None
             piece.parameter.data = self._expanded(piece, whole)
         self.kept = whole
@@ -218,7 +230,8 @@ class ResolvedPair:
 
     def _expanded(self, piece: Piece, units: Tensor) -> Tensor:
         left, wanted = self.positions(piece, self.kept), self.positions(piece, units)
-        return expand(piece.parameter.detach(), torch.searchsorted(wanted, left), piece.dim, wanted.numel())
+        size = wanted.numel() if isinstance(piece.dim, int) else wanted.shape
+        return expand(piece.parameter.detach(), torch.searchsorted(wanted.reshape(-1), left), piece.dim, size)
 
     def _set_features(self) -> None:
         linears = {self.spec.consumer: self.consumer} | dict(zip(self.spec.producers, self.producers, strict=True))

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -11,13 +12,14 @@ import torch
 from torch import nn
 
 from fasp_lightning.errors import FaspError
+from fasp_lightning.structure.layout import Widths
 from fasp_lightning.structure.modes import own_modes, undone
-from fasp_lightning.structure.pair import ResolvedPair, shape_of
-from fasp_lightning.structure.pruning_plan import PairPlan, PruningPlan, Widths, bad_units, targets
+from fasp_lightning.structure.pair import ResolvedPair
+from fasp_lightning.structure.pruning_plan import PairPlan, PruningPlan, bad_units, targets
 from fasp_lightning.structure.registry import spec_for
-from fasp_lightning.structure.resolve import Kept, find_blocks, linear_at, resolve
-from fasp_lightning.structure.spec import ArchitectureSpec
-from fasp_lightning.structure.stock_fields import groups_obstacle, own_config, stock_fields, stock_obstacle
+from fasp_lightning.structure.resolve import Kept, columns_at, find_blocks, has_pair, resolve
+from fasp_lightning.structure.spec import WHOLE, ArchitectureSpec, CoupledPair
+from fasp_lightning.structure.stock_fields import groups_obstacle, own_config, parts_left, stock_fields, stock_obstacle
 from fasp_lightning.structure.transaction import all_or_nothing
 
 if TYPE_CHECKING:
@@ -56,21 +58,27 @@ def plan_in(config: Any) -> PruningPlan | None:
     return plan
 
 
-def resolve_pruned(model: PreTrainedModel, *, kv_groups: bool = False) -> list[list[ResolvedPair]]:
+def resolve_pruned(model: PreTrainedModel, *, whole: Collection[str] = ()) -> list[list[ResolvedPair]]:
     """The pairs of a model that may carry a plan.
 
     Args:
         model: A causal LM.
-        kv_groups: Let whole KV groups be the units of the attention; they are in any case where some are cut.
+        whole: See :func:`~fasp_lightning.structure.resolve.resolve`; the units of pairs that are cut stay in any case.
 
     Raises:
-        FaspError: If a path or shape does not fit, or value dims are cut where KV groups are asked for.
+        FaspError: If a path or shape does not fit, or value dims are cut where KV groups are asked for, or hidden units
+            of experts where whole ones are, or the other way round.
     """
     plan, spec = plan_of(model), spec_for(model)
     kinds = plan.cuts.kinds if plan else frozenset()
-    if kv_groups:
+    if "groups" in whole:
         _require_groups(model, spec, kinds)
-    return resolve(model, spec, plan.kept() if plan else None, kv_groups or "groups" in kinds)
+    if "whole_experts" in whole and "experts" in kinds:
+        raise FaspError(
+            "experts='whole' cannot follow 'columns' on the same model, whose plan counts in hidden units of experts; "
+            "go on with 'columns', or prune the original model"
+        )
+    return resolve(model, spec, plan.kept() if plan else None, {*whole, *kinds})
 
 
 def _require_groups(model: PreTrainedModel, spec: ArchitectureSpec, kinds: frozenset[str]) -> None:
@@ -87,27 +95,27 @@ def _require_groups(model: PreTrainedModel, spec: ArchitectureSpec, kinds: froze
 
 def record_plan(model: PreTrainedModel, pairs: list[list[ResolvedPair]]) -> PruningPlan:
     """Write what is left of ``pairs`` on the model as its plan, and the widths all blocks share into its config."""
-    blocks = tuple(
-        {
-            pair.spec.consumer: PairPlan(pair.layout, tuple(pair.kept.tolist()))
-            for pair in block
-            if pair.kept.numel() < pair.layout.width
-        }
-        for block in pairs
+    flat = [pair for block in pairs for pair in block]
+    cut = {pair.spec.consumer for pair in flat if pair.kept.numel() < pair.layout.width}
+    whole = PruningPlan(
+        model.config.model_type, tuple({pair.spec.consumer: _planned(pair) for pair in block} for block in pairs)
     )
-    plan, spec, config = PruningPlan(model.config.model_type, blocks), spec_for(model), own_config(model)
+    plan = whole.of(cut)
+    spec, config = spec_for(model), own_config(model)
     model.fasp_plan = plan  # type: ignore[assignment]  # for the user to read; what counts is the config
-    present = {
-        first.spec.consumer: (first.layout, [first.kept.numel(), *(pair.kept.numel() for pair in rest)])
-        for first, *rest in zip(*pairs, strict=True)  # one pair of every block
-    }
     form = "compact" if stock_obstacle(spec, plan.cuts) else "stock"
-    fields = {**config_fields(spec, present), "fasp": {"form": form, **plan.to_dict()}}
+    fields = {**config_fields(spec, whole.widths), "fasp": {"form": form, **plan.to_dict()}}
     for name, value in fields.items():
         setattr(config, name, value)
-    for pair in (pair for block in pairs for pair in block):
+        if hasattr(model, name):  # the count of experts, for the loss that balances them
+            setattr(model, name, value)
+    for pair in flat:
         pair.set_heads()  # those of blocks that do not have the config's
     return plan
+
+
+def _planned(pair: ResolvedPair) -> PairPlan:
+    return PairPlan(pair.layout, tuple(pair.kept.tolist()))
 
 
 @contextmanager
@@ -130,10 +138,17 @@ def recorded(model: PreTrainedModel, pairs: list[list[ResolvedPair]]) -> Iterato
 
 
 def config_fields(spec: ArchitectureSpec, widths: Widths) -> dict[str, int]:
-    """Config values with which stock code builds these widths; the original one where blocks differ."""
+    """Config values with which stock code builds these widths; the original one where blocks differ.
+
+    Where blocks differ from the start, the config says so in a way of its own, and stays as it is.
+    """
     fields: dict[str, int] = {}
-    for layout, units in widths.values():
-        fields |= stock_fields(spec, layout, units[0] if len(set(units)) == 1 else layout.width)
+    several = Counter(path for path, _ in widths)
+    for path, layout in widths:
+        if several[path] == 1:
+            parts = parts_left(spec, widths, path, layout)
+            left = int(parts.pop() * layout.width) if len(parts) == 1 else layout.width
+            fields |= stock_fields(spec, path, layout, left)
     return fields
 
 
@@ -157,7 +172,7 @@ def apply_plan(model: PreTrainedModel, plan: PruningPlan) -> PreTrainedModel:
         same_shapes = apply_plan(load_model(name), model.fasp_plan)  # with the weights of ``name``, nothing restored
     """
     _settle(model)
-    pairs = resolve_pruned(model, kv_groups="groups" in plan.cuts.kinds)
+    pairs = resolve_pruned(model, whole=plan.cuts.kinds)
     wanted = targets(model, pairs, plan)
     for pair, kept in wanted:  # all are checked before the first is cut
         if not torch.isin(kept, pair.kept).all():
@@ -216,18 +231,20 @@ def _as_built(model: PreTrainedModel, plan: PruningPlan) -> list[list[ResolvedPa
         raise FaspError(f"config.fasp must be {kind}, got one of {len(plan.blocks)}; {REMEDY}")
     there: list[Kept] = [
         {
-            path: (planned.layout, _units_there(linear_at(block, f"{spec.layers}.{index}", path), planned, spec))
-            for path, planned in cut.items()
-            if path in {pair.consumer for pair in spec.pairs}
+            pair.consumer: (planned.layout, _units_there(block, f"{spec.layers}.{index}", pair, planned, spec))
+            for pair in spec.pairs
+            if has_pair(block, pair) and (planned := cut.get(pair.consumer))
         }
         for index, (block, cut) in enumerate(zip(blocks, plan.blocks, strict=True))
     ]
-    return resolve(model, spec, there, "groups" in plan.cuts.kinds)
+    return resolve(model, spec, there, plan.cuts.kinds)
 
 
-def _units_there(consumer: nn.Linear, planned: PairPlan, spec: ArchitectureSpec) -> torch.Tensor:
+def _units_there(
+    block: nn.Module, name: str, pair: CoupledPair, planned: PairPlan, spec: ArchitectureSpec
+) -> torch.Tensor:
     """As many units as a consumer has columns of, the kept ones first; the kept ones if it has no more."""
-    width, columns = planned.layout.width, shape_of(consumer, spec.transposed)[1]
+    width, columns = planned.layout.width, columns_at(block, name, pair, spec.transposed)
     units = columns * width // planned.layout.columns(torch.arange(width)).numel()
     there = planned.padded(units) if len(planned.kept) < units <= width else planned
     return torch.tensor(there.kept, dtype=torch.long)
@@ -260,7 +277,7 @@ def conform(model: PreTrainedModel, plan: PruningPlan | None) -> PreTrainedModel
     _settle(model)
     plan = plan or PruningPlan(model.config.model_type, tuple({} for _ in resolve_pruned(model)))
     _change_units(model, plan)
-    pairs = resolve_pruned(model, kv_groups="groups" in plan.cuts.kinds)
+    pairs = resolve_pruned(model, whole=plan.cuts.kinds)
     wanted = targets(model, pairs, plan)
     widened = [(pair, pair.widen) for pair, kept in wanted if not torch.isin(kept, pair.kept).all()]
     _change(model, pairs, [*widened, *((pair, partial(pair.cut, kept)) for pair, kept in wanted)])
@@ -268,9 +285,11 @@ def conform(model: PreTrainedModel, plan: PruningPlan | None) -> PreTrainedModel
 
 
 def _change_units(model: PreTrainedModel, plan: PruningPlan) -> None:
-    """Give a model its whole attention back, if it is cut in other units than the plan's."""
-    present, other = plan_of(model), "value" if "groups" in plan.cuts.kinds else "groups"
-    if present is None or other not in present.cuts.kinds:
+    """Give a model its whole attention, or its whole experts, back if they are cut in other units than the plan's."""
+    present = plan_of(model)
+    others = {other for both in WHOLE.items() for own, other in (both, both[::-1]) if own in plan.cuts.kinds}
+    others |= set(WHOLE.values()) - plan.cuts.kinds
+    if present is None or not others & present.cuts.kinds:
         return
     pairs = resolve_pruned(model)
-    _change(model, pairs, [(pair, pair.widen) for block in pairs for pair in block if pair.spec.inside_attention])
+    _change(model, pairs, [(pair, pair.widen) for block in pairs for pair in block if pair.spec.kind in others])

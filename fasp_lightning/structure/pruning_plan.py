@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import zlib
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from fasp_lightning.errors import FaspError
-from fasp_lightning.structure.layout import Cuts, PairLayout
+from fasp_lightning.structure.layout import Cuts, PairLayout, Widths
 from fasp_lightning.structure.pair import ResolvedPair
 from fasp_lightning.structure.resolve import Kept
 
@@ -21,9 +21,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 VERSION = 1
-
-Widths = dict[str, tuple[PairLayout, list[int]]]
-"""Consumer path → layout, and the units that each block has of it."""
 
 
 @dataclass(frozen=True)
@@ -39,9 +36,17 @@ class PairPlan:
     kept: tuple[int, ...]
 
     def padded(self, units: int) -> PairPlan:
-        """So many units: those kept, and the first others, which a zero-filled checkpoint holds as zeros."""
-        others = sorted(set(range(self.layout.width)) - set(self.kept))
-        return PairPlan(self.layout, tuple(sorted([*self.kept, *others[: units - len(self.kept)]])))
+        """So many units: those kept, and the first others, which a zero-filled checkpoint holds as zeros.
+
+        Args:
+            units: Their number; of experts each has as many.
+        """
+        groups = self.layout.groups if self.layout.kind == "experts" else 1
+        size, missing = self.layout.width // groups, (units - len(self.kept)) // groups
+        kept = set(self.kept)
+        for start in range(0, self.layout.width, size):
+            kept.update([unit for unit in range(start, start + size) if unit not in kept][:missing])
+        return PairPlan(self.layout, tuple(sorted(kept)))
 
 
 @dataclass(frozen=True)
@@ -50,7 +55,8 @@ class PruningPlan:
 
     Attributes:
         model_type: The family, ``config.model_type``.
-        blocks: One mapping a decoder block: consumer path → :class:`PairPlan`. Pairs that were not cut are absent.
+        blocks: One mapping a decoder block: consumer path → :class:`PairPlan`. A consumer that is cut in some block
+            is named in each that has it; one that is cut in none is absent.
 
     Example::
 
@@ -62,20 +68,31 @@ class PruningPlan:
     model_type: str
     blocks: tuple[dict[str, PairPlan], ...]
 
+    def of(self, consumers: Collection[str]) -> PruningPlan:
+        """The part of the plan that is about some consumers."""
+        parts = ({path: pair for path, pair in block.items() if path in consumers} for block in self.blocks)
+        return PruningPlan(self.model_type, tuple(parts))
+
     @property
     def widths(self) -> Widths:
         """Units left of each pair that is cut in some block."""
-        layouts = {path: pair.layout for block in self.blocks for path, pair in block.items()}
-        return {
-            path: (layout, [len(block[path].kept) if path in block else layout.width for block in self.blocks])
-            for path, layout in layouts.items()
-        }
+        found: Widths = {}
+        for index, block in enumerate(self.blocks):
+            for path, pair in block.items():
+                found.setdefault((path, pair.layout), {})[index] = len(pair.kept)
+        return found
 
     @property
     def cuts(self) -> Cuts:
         """What is cut."""
-        uneven = any(layout.kind != "value" and len(set(units)) > 1 for layout, units in self.widths.values())
-        return Cuts(frozenset(layout.kind for layout, _ in self.widths.values()), uneven)
+        units: dict[str, set[int]] = {}
+        for (path, layout), left in self.widths.items():
+            if layout.kind != "value":
+                units.setdefault(path, set()).update(left.values())
+        cut = {
+            pair.layout.kind for block in self.blocks for pair in block.values() if len(pair.kept) < pair.layout.width
+        }
+        return Cuts(frozenset(cut), any(len(left) > 1 for left in units.values()))
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for a config: the number of units of each pair legibly, which ones in one string.
@@ -177,7 +194,8 @@ def _require_consumers(pairs: list[ResolvedPair], block: dict[str, PairPlan]) ->
     """The pairs of a block, if the plan names no other."""
     unknown = set(block) - {pair.spec.consumer for pair in pairs}
     if unknown:
-        raise FaspError(f"plan of {pairs[0].name} must name its consumers, got {', '.join(sorted(unknown))}")
+        name = pairs[0].name if pairs else "a block without pairs"
+        raise FaspError(f"plan of {name} must name its consumers, got {', '.join(sorted(unknown))}")
     return pairs
 
 

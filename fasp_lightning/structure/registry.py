@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
 
 from fasp_lightning.errors import FaspError
 from fasp_lightning.structure.causal_lm import require_causal_lm
-from fasp_lightning.structure.spec import ArchitectureSpec, CoupledPair
+from fasp_lightning.structure.spec import ArchitectureSpec, CoupledPair, Experts
 
 _QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
 
@@ -18,6 +19,30 @@ _LLAMA = ArchitectureSpec(
         CoupledPair("self_attn.o_proj", producers=("self_attn.v_proj",), kind="value", groups=_QKV),
         CoupledPair("mlp.down_proj", producers=("mlp.gate_proj", "mlp.up_proj"), kind="ffn"),
     ),
+)
+
+_VALUE, _DENSE = _LLAMA.pairs
+_VALUE_ALONE = replace(_VALUE, groups=())
+
+
+def _ffn(module: str, width_field: str | None = None) -> CoupledPair:
+    """An FFN with a gate, in a module of a block."""
+    down, gate, up = (f"{module}.{name}_proj" for name in ("down", "gate", "up"))
+    return CoupledPair(down, (gate, up), "ffn", width_field=width_field)
+
+
+def _experts(around: Experts, width_field: str | None = None, fused: str = "concatenated") -> CoupledPair:
+    """The experts of a block as transformers has them since its version 5, beside their router."""
+    module = around.router.rpartition(".")[0]
+    paths = (f"{module}.experts.down_proj", (f"{module}.experts.gate_up_proj",))
+    return CoupledPair(*paths, "experts", fused, width_field=width_field, experts=around)
+
+
+_MOE = "moe_intermediate_size"
+_DEEPSEEK = ArchitectureSpec(  # latent attention: no linear layer makes values alone
+    "model.layers",
+    (_DENSE, _ffn("mlp.shared_experts", _MOE), _experts(Experts("mlp.gate", "n_routed_experts", "n_group"), _MOE)),
+    attention="self_attn",
 )
 
 _REGISTRY: dict[str, ArchitectureSpec] = {
@@ -90,6 +115,49 @@ _REGISTRY: dict[str, ArchitectureSpec] = {
         ),
         width_field="ffn_hidden_size",
         packing=False,  # FalconModel.forward (models/falcon/modeling_falcon.py) makes its mask without position_ids
+    ),
+    "mixtral": ArchitectureSpec("model.layers", (_VALUE, _experts(Experts("mlp.gate", "num_local_experts")))),
+    "qwen3_moe": ArchitectureSpec("model.layers", (_VALUE, _DENSE, _experts(Experts("mlp.gate"), _MOE))),
+    "olmoe": ArchitectureSpec("model.layers", (_VALUE_ALONE, _experts(Experts("mlp.gate")))),
+    "qwen2_moe": ArchitectureSpec(
+        "model.layers",
+        (
+            _VALUE,
+            _DENSE,
+            _ffn("mlp.shared_expert", "shared_expert_intermediate_size"),
+            _experts(Experts("mlp.gate"), _MOE),
+        ),
+    ),
+    "deepseek_v2": _DEEPSEEK,
+    "deepseek_v3": _DEEPSEEK,
+    "glm4_moe": replace(_DEEPSEEK, pairs=(_VALUE_ALONE, *_DEEPSEEK.pairs), attention=None),
+    "gpt_oss": ArchitectureSpec(  # each head has a sink of its own
+        "model.layers",
+        (
+            _VALUE_ALONE,
+            _experts(Experts("mlp.router", "num_local_experts", transposed=True), fused="interleaved"),
+        ),
+    ),
+    "ernie4_5_moe": ArchitectureSpec(
+        "model.layers",
+        (
+            _VALUE_ALONE,
+            _DENSE,
+            _ffn("mlp.shared_experts", _MOE),
+            _experts(Experts("mlp.gate", "moe_num_experts"), _MOE),
+        ),
+    ),
+    "granitemoe": ArchitectureSpec(
+        "model.layers", (_VALUE_ALONE, _experts(Experts("block_sparse_moe.router", "num_local_experts")))
+    ),
+    "phimoe": ArchitectureSpec("model.layers", (_VALUE_ALONE, _experts(Experts("mlp.router", "num_local_experts")))),
+    "qwen3_5_moe_text": ArchitectureSpec(
+        "model.layers",
+        (
+            _VALUE_ALONE,
+            _ffn("mlp.shared_expert", "shared_expert_intermediate_size"),
+            _experts(Experts("mlp.gate"), _MOE),
+        ),
     ),
 }
 

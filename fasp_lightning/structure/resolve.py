@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import cast
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from fasp_lightning.errors import FaspError
 from fasp_lightning.structure.adapters import adapters_of, is_adapter_parameter, require_in_place
+from fasp_lightning.structure.experts.resolving import experts_of, resolve_experts
 from fasp_lightning.structure.layout import PairLayout
 from fasp_lightning.structure.ownership import require_plain, require_unshared
 from fasp_lightning.structure.pair import ResolvedPair, shape_of
-from fasp_lightning.structure.spec import ArchitectureSpec, CoupledPair
+from fasp_lightning.structure.spec import WHOLE, ArchitectureSpec, CoupledPair
 
 Kept = Mapping[str, tuple[PairLayout, Tensor]]
 """Consumer path → (original layout, units left), for the pairs of one block that were cut before."""
@@ -37,7 +38,7 @@ def find_blocks(model: nn.Module, spec: ArchitectureSpec) -> nn.ModuleList:
 
 
 def resolve(
-    model: nn.Module, spec: ArchitectureSpec, kept: Sequence[Kept] | None = None, kv_groups: bool = False
+    model: nn.Module, spec: ArchitectureSpec, kept: Sequence[Kept] | None = None, whole: Collection[str] = ()
 ) -> list[list[ResolvedPair]]:
     """Find the pairs of every block, and check their shapes against the model's config.
 
@@ -45,31 +46,73 @@ def resolve(
         model: A causal LM, on any device, ``meta`` included.
         spec: Its row.
         kept: What is left of the pairs that were cut before, one mapping a block.
-        kv_groups: Let whole KV groups be the units of the attention, instead of value dims.
+        whole: Kinds of pairs to be had: with "groups" whole KV groups are the units of the attention, instead of value
+            dims, and with "whole_experts" whole experts, instead of their hidden units. Other kinds say nothing.
 
     Returns:
-        For each block its pairs, in the order of the forward pass.
+        For each block those of the row's pairs that it has, in the order of the forward pass.
 
     Raises:
         FaspError: If a path or shape does not fit, or a parameter cannot be cut; the message names the layer.
     """
     blocks = find_blocks(model, spec)
-    heads = getattr(model.config, "num_attention_heads", None)
-    pairs = [pair.whole_groups() if kv_groups and pair.kind == "value" else pair for pair in spec.pairs]
+    pairs = [pair.whole() if WHOLE.get(pair.kind) in whole else pair for pair in spec.pairs]
     if kept is not None and len(kept) != len(blocks):
         raise FaspError(f"plan must have {len(blocks)} blocks as the model has, got {len(kept)}")
+    nowhere = _missing([pair for pair in pairs if not any(has_pair(block, pair) for block in blocks)], pairs)
     resolved = []
     for index, block in enumerate(blocks):
         name = f"{spec.layers}.{index}"
         before = kept[index] if kept else {}
-        resolved.append([_resolve_pair(block, name, pair, spec.transposed, heads, before) for pair in pairs])
+        there = [pair for pair in pairs if has_pair(block, pair) or pair in nowhere]
+        resolved.append([_resolve_pair(block, name, pair, spec.transposed, model.config, before) for pair in there])
     require_unshared(model, [layer for block in resolved for pair in block for layer in pair.linears])
     return resolved
 
 
+def _missing(nowhere: list[CoupledPair], pairs: list[CoupledPair]) -> list[CoupledPair]:
+    """Those of the pairs found in no block that are refused: of several FFNs, experts among them, one is enough."""
+    ffns = [pair for pair in pairs if not pair.inside_attention]
+    return nowhere if set(map(id, ffns)) <= set(map(id, nowhere)) else [p for p in nowhere if p.inside_attention]
+
+
+def has_pair(block: nn.Module, pair: CoupledPair) -> bool:
+    """Whether a block has the layers of a pair; others may have a mixer, experts or nothing in their place."""
+    return all(_at(block, path) is not None for path in (pair.consumer, *pair.producers))
+
+
+def has_module(block: nn.Module, path: str | None) -> bool:
+    """Whether a block has a module at a path."""
+    return path is not None and isinstance(_at(block, path), nn.Module)
+
+
+def _at(block: nn.Module, path: str) -> Any:
+    """The module, or experts' parameter, at a path; ``None`` if there is none."""
+    owner: Any = block
+    for name in path.split("."):
+        owner = getattr(owner, name, None)
+    return owner
+
+
+def device_of(pairs: Sequence[Sequence[ResolvedPair]]) -> torch.device:
+    """Where the first block is that has a pair."""
+    first = next(pair for block in pairs for pair in block)
+    return next(first.block.parameters()).device
+
+
+def columns_at(block: nn.Module, name: str, pair: CoupledPair, transposed: bool) -> int:
+    """Columns that a pair's consumer has now, those of all experts together."""
+    if pair.experts is not None:
+        return experts_of(block, name, pair).columns
+    return shape_of(linear_at(block, name, pair.consumer), transposed)[1]
+
+
 def _resolve_pair(
-    block: nn.Module, name: str, pair: CoupledPair, transposed: bool, heads: int | None, before: Kept
+    block: nn.Module, name: str, pair: CoupledPair, transposed: bool, config: Any, before: Kept
 ) -> ResolvedPair:
+    if pair.experts is not None:
+        return resolve_experts(block, name, pair, config, before.get(pair.consumer))
+    heads = getattr(config, "num_attention_heads", None)
     columns = shape_of(linear_at(block, name, pair.consumer), transposed)[1]
     rows = tuple(shape_of(linear_at(block, name, path), transposed)[0] for path in pair.producers)
     if pair.consumer in before:
@@ -137,12 +180,14 @@ def linear_parameters(model: nn.Module, spec: ArchitectureSpec) -> int:
     """P_all of a model as it is: weights and biases of the linear layers in its decoder blocks.
 
     A linear layer is a leaf module with a two-dimensional weight that is not an embedding, so that ``Conv1D`` and
-    a family's own linear classes count. Low-rank adapters do not: they end in the weights they belong to.
+    a family's own linear classes count, and so do the layers of experts, each a slice of a three-dimensional one.
+    Low-rank adapters do not: they end in the weights they belong to.
     """
+    experts = tuple(f".{pair.consumer.rpartition('.')[0]}" for pair in spec.pairs if pair.experts is not None)
     return sum(
         sum(parameter.numel() for parameter in module.parameters(recurse=False))
         for name, module in find_blocks(model, spec).named_modules()
-        if is_linear(module) and not is_adapter_parameter(name)
+        if (is_linear(module) and not is_adapter_parameter(name)) or name.endswith(experts)
     )
 
 

@@ -3,34 +3,65 @@
 from __future__ import annotations
 
 import copy
+from fractions import Fraction
 from typing import Any
 
 from torch import nn
 
 from fasp_lightning.errors import of_library
 from fasp_lightning.structure.compact import BlockConfig
-from fasp_lightning.structure.layout import Cuts, PairLayout
+from fasp_lightning.structure.layout import Cuts, PairLayout, Widths
 from fasp_lightning.structure.modes import insist
 from fasp_lightning.structure.spec import ArchitectureSpec
 
 
-def stock_fields(spec: ArchitectureSpec, layout: PairLayout, units: int) -> dict[str, int]:
+def stock_fields(spec: ArchitectureSpec, consumer: str, layout: PairLayout, units: int) -> dict[str, int]:
     """Config values with which stock code builds a pair of so many units.
 
     Args:
         spec: The family's row.
+        consumer: Path of the pair's consumer.
         layout: Layout of the pair.
         units: Its units in every block.
 
     Returns:
-        Field → value; empty if stock code always builds the original width.
+        Field → value; empty if stock code always builds the original width, or if the field is that of other pairs, in
+        the ratio of whose widths it builds this one.
     """
-    if layout.kind == "ffn" and spec.width_field is not None:
-        return {spec.width_field: units}
+    if layout.kind in ("ffn", "experts"):
+        field = spec.width_field_of(consumer)
+        owner = [pair.consumer for pair in spec.pairs if spec.width_field_of(pair.consumer) == field][-1]
+        return {field: units // layout.groups} if field and owner == consumer else {}
+    if layout.kind == "whole_experts":
+        around = next(pair.experts for pair in spec.pairs if pair.consumer == consumer)
+        return {around.count_field: units} if around else {}
     if layout.kind == "groups":  # the head size would otherwise be taken from the number of heads
         heads = {"num_attention_heads": units * layout.repeats, "num_key_value_heads": units}
         return {**heads, "head_dim": layout.head_size}
     return {}
+
+
+def is_stock(spec: ArchitectureSpec, consumer: str, layout: PairLayout) -> bool:
+    """Whether a stock config can say that a pair has fewer units."""
+    return layout.kind != "value" and (layout.kind != "ffn" or spec.width_field_of(consumer) is not None)
+
+
+def parts_left(spec: ArchitectureSpec, widths: Widths, consumer: str, layout: PairLayout) -> set[Fraction]:
+    """Which parts of their units blocks have left of a pair, and of those whose width stands in the same config field.
+
+    Args:
+        spec: The family's row.
+        widths: Of all pairs.
+        consumer: Path of the pair's consumer.
+        layout: Its layout.
+    """
+    field = spec.width_field_of(consumer) if layout.kind in ("ffn", "experts") else None
+    alike = [
+        (other, units)
+        for (path, other), units in widths.items()
+        if path == consumer or (field and other.kind in ("ffn", "experts") and spec.width_field_of(path) == field)
+    ]
+    return {Fraction(left, other.width) for other, units in alike for left in units.values()}
 
 
 def stock_obstacle(spec: ArchitectureSpec, cuts: Cuts) -> str | None:
@@ -40,7 +71,7 @@ def stock_obstacle(spec: ArchitectureSpec, cuts: Cuts) -> str | None:
     if "ffn" in cuts.kinds and spec.width_field is None:
         return "the FFN width is fixed in the model's code"
     if cuts.uneven:
-        return "blocks have different FFN widths, and the config holds one for all"
+        return "blocks have different FFN widths or numbers of experts, and the config holds one for all"
     return None
 
 

@@ -32,7 +32,8 @@ def _remembered(pair: ResolvedPair) -> Callable[[], None]:
     owners = [vars(module) for module in pair.block.modules()]
     inner = [value for owner in owners for value in owner.values() if isinstance(value, (dict, set))]
     contents: list[tuple[Any, Any]] = [(one, one.copy()) for one in (*owners, *inner)]
-    tensors = [(parameter, parameter.data, parameter.grad) for parameter in pair.block.parameters()]
+    owned = (*pair.block.parameters(), *pair.block.buffers())
+    tensors = [(parameter, parameter.data, parameter.grad) for parameter in owned]
     kept = pair.kept
 
     def put_back() -> None:

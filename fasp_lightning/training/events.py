@@ -76,8 +76,7 @@ def prune_model(
 
     with isolated_random_state():
         torch.manual_seed(draw.seed)
-        kv_groups = config.attention == "kv_groups"
-        report: PruningReport = prune_attached(trainer, model, prune, attribute, kv_groups)
+        report: PruningReport = prune_attached(trainer, model, prune, attribute, config.whole)
     return report
 
 

@@ -108,8 +108,8 @@ def assert_whole(model: Any, case: str) -> None:
     assert hooks(model) == hooks(fresh)
     assert all(parameter.requires_grad for parameter in model.parameters())
     for block, before, cut in zip(
-        resolve_pruned(model, kv_groups="groups" in (plan.cuts.kinds if plan else ())),
-        resolve_pruned(original, kv_groups="groups" in (plan.cuts.kinds if plan else ())),
+        resolve_pruned(model, whole=plan.cuts.kinds if plan else ()),
+        resolve_pruned(original, whole=plan.cuts.kinds if plan else ()),
         plan.blocks if plan else ({}, {}),
         strict=True,
     ):

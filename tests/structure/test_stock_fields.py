@@ -17,20 +17,20 @@ from fasp_lightning.structure.stock_fields import accepts, groups_obstacle, own_
 def test_config_with_its_own_fields_builds_the_same_model(family: str) -> None:
     model, spec = tiny_model(family), spec_for(tiny_model(family))
     ffn = resolve_pruned(model)[0][-1]
-    fields = stock_fields(spec, ffn.layout, ffn.layout.width)
+    fields = stock_fields(spec, ffn.spec.consumer, ffn.layout, ffn.layout.width)
     assert fields == ({} if spec.width_field is None else {spec.width_field: ffn.layout.width})
     assert accepts(model.config, fields)
 
 
 def test_value_dims_stand_in_no_stock_config() -> None:
     model = tiny_model("llama")
-    assert stock_fields(spec_for(model), resolve_pruned(model)[0][0].layout, 8) == {}
+    assert stock_fields(spec_for(model), "self_attn.o_proj", resolve_pruned(model)[0][0].layout, 8) == {}
 
 
 def test_kv_groups_name_both_head_counts_and_the_head_size() -> None:
     model = tiny_model("llama-gqa")
-    layout = resolve_pruned(model, kv_groups=True)[0][0].layout
-    assert stock_fields(spec_for(model), layout, 1) == {
+    layout = resolve_pruned(model, whole={"groups"})[0][0].layout
+    assert stock_fields(spec_for(model), "self_attn.o_proj", layout, 1) == {
         "num_attention_heads": 2,
         "num_key_value_heads": 1,
         "head_dim": 8,

@@ -86,7 +86,7 @@ def dead(case: Case) -> tuple[Any, float]:
     """A tiny llama in which units of the case give nothing and get no gradient, and the sparsity that they make."""
     model: Any = tiny_model("llama").train()
     gone = 0
-    for index, block in enumerate(resolve_pruned(model, kv_groups=case.config.attention == "kv_groups")):
+    for index, block in enumerate(resolve_pruned(model, whole=case.config.whole)):
         for pair, units in zip(block, (case.attention[index], case.ffn[index]), strict=True):
             units = torch.tensor(units, dtype=torch.long)
             pair.consumer.weight[:, pair.layout.columns(units)] = 0

@@ -10,8 +10,9 @@ from typing import Any
 from fasp_lightning.checkpoints.facts import Facts, PairFacts, finite
 
 PICTURE_FILE = "pruning.png"
-COLORS = {"ffn": "#2f6fb0", "value": "#c2662d", "groups": "#c2662d"}
+COLORS = {"ffn": "#2f6fb0", "value": "#c2662d", "groups": "#c2662d", "experts": "#3f8f5a", "whole_experts": "#3f8f5a"}
 NAMES = {"ffn": "FFN", "value": "value dims", "groups": "KV groups"}
+NAMES |= {"experts": "experts' hidden units", "whole_experts": "experts"}
 
 
 def draw(facts: Facts, file: Path) -> bool:

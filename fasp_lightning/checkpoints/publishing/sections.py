@@ -11,6 +11,7 @@ from fasp_lightning.checkpoints.publishing.markdown import figure, folded, perce
 from fasp_lightning.checkpoints.tasks.entries import TaskFacts
 
 UNITS = {"ffn": "hidden units of the FFN", "value": "value dims", "groups": "KV groups"}
+UNITS |= {"experts": "hidden units of all experts", "whole_experts": "experts"}
 SOURCES = {"calibrated": "that of the calibration", "other": "another"}
 FORMS = {
     "stock": "its shapes are those that its config says, as stock code builds them",
@@ -122,13 +123,16 @@ def _blocks(pairs: Sequence[PairFacts]) -> str:
     titles = [f"`{pair.consumer}` {part}" for pair in pairs for part in ("width", "error, not restored", "restored")]
     rows = [
         (str(index), *(cell for pair in pairs for cell in _block(pair, index)))
-        for index in range(len(pairs[0].widths) if pairs else 0)
+        for index in sorted({index for pair in pairs for index in pair.blocks})
     ]
     return table(("block", *titles), rows)
 
 
 def _block(pair: PairFacts, index: int) -> tuple[str, str, str]:
-    return f"{pair.widths[index]:,}", figure(pair.unrestored[index]), figure(pair.restored[index])
+    if index not in pair.blocks:
+        return "", "", ""
+    place = pair.blocks.index(index)
+    return f"{pair.widths[place]:,}", figure(pair.unrestored[place]), figure(pair.restored[place])
 
 
 def perplexities(facts: Facts) -> str:

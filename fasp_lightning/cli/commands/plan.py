@@ -15,7 +15,7 @@ from fasp_lightning.cli.quiet import one_thread, quiet_libraries
 from fasp_lightning.cli.startup import without_collection
 from fasp_lightning.cli.texts import calibration_name, own_tokens
 from fasp_lightning.pruning.budget.footprint import PeakMemory, footprints
-from fasp_lightning.pruning.budget.widths import ffn_multiple
+from fasp_lightning.pruning.budget.rounding import FFNS, ffn_multiple
 from fasp_lightning.pruning.learned.learning import forward_tokens
 from fasp_lightning.pruning.own_text.writing import within_positions
 
@@ -57,7 +57,7 @@ def _print_sizes(job: PruneJob, setup: Setup) -> None:
     total = 1 - before.parameters / budget.original_parameters
     flops = before.flops_per_token, after.flops_per_token
     rows = [
-        row("parameters", before.parameters, after.parameters, lambda n: f"{n:,}"),
+        row("parameters", before.parameters, after.parameters, _count),
         row(f"size in {dtype}", before.weight_bytes, after.weight_bytes, megabytes),
         row(f"size on disk, {dtype_name(setup.stored)}", bytes_before(setup, job), setup.stored_bytes, megabytes),
         row("FLOPs per token, attention over the context aside", *flops, _giga),
@@ -65,9 +65,11 @@ def _print_sizes(job: PruneJob, setup: Setup) -> None:
          percent(budget.sparsity), ""),
         ("sparsity of all parameters", percent(total), percent(budget.sparsity_total), ""),
     ]  # fmt: skip
+    if before.active < before.parameters:
+        rows.insert(1, row("active parameters, of the experts that a token meets", before.active, after.active, _count))
     cache, cache_after = before.kv_bytes_per_token, after.kv_bytes_per_token
     if cache is not None and cache_after is not None:
-        rows.insert(4, row(f"KV cache per token in {dtype}", cache, cache_after, _kilo))
+        rows.insert(-2, row(f"KV cache per token in {dtype}", cache, cache_after, _kilo))
     kind = f"{setup.config.model_type}, attention {budget.attention}, form {setup.form}"
     table(f"{setup.source.name} ({kind})", ("", "before", "after", "change"), rows)
 
@@ -75,13 +77,13 @@ def _print_sizes(job: PruneJob, setup: Setup) -> None:
 def _print_widths(setup: Setup) -> None:
     """One row for pairs of the same width; blocks mostly agree."""
     counts = Counter(
-        (pair.layer.split(".")[-1], pair.kind, pair.before, pair.after)
+        (pair.layer.split(".")[-1], pair.kind, pair.before, pair.after, pair.parts)
         for block in setup.budget.pairs
         for pair in block
     )
     rows = [
-        (consumer, kind, str(blocks), str(before), str(after), change(before, after))
-        for (consumer, kind, before, after), blocks in counts.items()
+        (consumer, kind, str(blocks), _each(before, parts), _each(after, parts), change(before, after))
+        for (consumer, kind, before, after, parts), blocks in counts.items()
     ]
     title = "widths"
     if any(map(setup.budget.decided_later, setup.cuts.kinds)):
@@ -89,9 +91,19 @@ def _print_widths(setup: Setup) -> None:
     table(title, ("consumer", "kind", "blocks", "before", "after", "change"), rows)
 
 
+def _each(units: int, parts: int) -> str:
+    """Units of a pair; of experts those of each."""
+    return str(units) if parts == 1 else f"{parts} x {units // parts}"
+
+
 def _print_kernels(job: PlanJob, setup: Setup) -> None:
     """Whether the FFN widths divide into the blocks of quantised formats and kernels, on each rank."""
-    ffns = {pair.after: pair.original for block in setup.budget.pairs for pair in block if pair.kind == "ffn"}
+    ffns = {
+        pair.after // pair.parts: pair.original // pair.parts
+        for block in setup.budget.pairs
+        for pair in block
+        if pair.kind in FFNS
+    }
     if setup.budget.decided_later("ffn"):  # whatever the widths will be, they are multiples
         ffns = {ffn_multiple(original, setup.pruning): original for original in ffns.values()}
     ranks = job.tensor_parallel
@@ -144,6 +156,10 @@ def _parts(memory: PeakMemory, setup: Setup) -> list[tuple[str, int, str]]:
         ("logits of a batch that is evaluated", memory.logits, str(setup.device)),
         ("reloaded copy, to verify what was saved", memory.reload, str(setup.device)),
     ]
+
+
+def _count(count: int) -> str:
+    return f"{count:,}"
 
 
 def _giga(count: int) -> str:

@@ -71,9 +71,7 @@ def _of_checkpoint(run: Run) -> list[Model]:
     """What the plan in a checkpoint and the logged errors tell of the model, which was not exported."""
     if run.plan is None:
         return []
-    widths = {
-        f"{index}.{path}": units[index] for path, (_, units) in run.plan.widths.items() for index in range(len(units))
-    }
+    widths = {f"{index}.{path}": left for (path, _), units in run.plan.widths.items() for index, left in units.items()}
     pairs = [
         {
             "layer": layer,

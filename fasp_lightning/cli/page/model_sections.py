@@ -112,15 +112,18 @@ def _table(pairs: Sequence[PairFacts]) -> Table:
     rows = [
         (
             str(index),
-            *(
-                cell
-                for pair in pairs
-                for cell in (f"{pair.widths[index]:,}", number(pair.unrestored[index]), number(pair.restored[index]))
-            ),
+            *(cell for pair in pairs for cell in _cells(pair, index)),
         )
-        for index in range(len(pairs[0].widths))
+        for index in sorted({index for pair in pairs for index in pair.blocks})
     ]
     return Table(("block", *titles), rows, "Widths and errors of each block", folded=True)
+
+
+def _cells(pair: PairFacts, index: int) -> tuple[str, str, str]:
+    if index not in pair.blocks:
+        return "", "", ""
+    place = pair.blocks.index(index)
+    return f"{pair.widths[place]:,}", number(pair.unrestored[place]), number(pair.restored[place])
 
 
 def _errors(facts: Facts) -> list[Part]:

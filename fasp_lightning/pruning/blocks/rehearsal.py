@@ -16,8 +16,11 @@ from fasp_lightning.ops.basis import turned
 from fasp_lightning.pruning.blocks.standins import first
 from fasp_lightning.pruning.finite import bad_parameter, require_finite
 from fasp_lightning.structure.adapters import base_of
+from fasp_lightning.structure.experts.resolved import ResolvedExperts
 from fasp_lightning.structure.modes import Hook, evaluating, hooked
 from fasp_lightning.structure.pair import ResolvedPair
+from fasp_lightning.structure.registry import spec_for
+from fasp_lightning.structure.resolve import find_blocks
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -169,7 +172,9 @@ class _Watch:
         self.model = model
         self.pairs = pairs
         self.mask = mask
-        self.names = [block[0].name for block in pairs]
+        spec = spec_for(model)
+        self.blocks = list(find_blocks(model, spec))
+        self.names = [f"{spec.layers}.{index}" for index in range(len(pairs))]
         self.calls: list[int] = []
         self.layers: Counter[str] = Counter()
         self.changed: list[str] = []
@@ -177,12 +182,11 @@ class _Watch:
 
     def attached(self) -> AbstractContextManager[None]:
         """Watch while inside."""
-        blocks = [block[0].block for block in self.pairs]
         pairs = [pair for block in self.pairs for pair in block]
         layers = [(linear, self._counter(path)) for pair in pairs for path, linear in pair.linears]
         layers += [(pair.consumer, self._checker(pair)) for pair in pairs]
-        called = [(block, self._called(index)) for index, block in enumerate(blocks)]
-        return hooked(before=[*called, *layers], after=[(block, self._returned) for block in blocks])
+        called = [(block, self._called(index)) for index, block in enumerate(self.blocks)]
+        return hooked(before=[*called, *layers], after=[(block, self._returned) for block in self.blocks])
 
     def check(self) -> None:
         """Refuse what was seen."""
@@ -218,8 +222,12 @@ class _Watch:
 
     def _checker(self, pair: ResolvedPair) -> Hook:
         def called(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            self._require_finite(args[0], pair.layer)
-            _require_linear(pair, args[0])
+            inputs = (*args, *kwargs.values())
+            self._require_finite(inputs[0], pair.layer)
+            if isinstance(pair, ResolvedExperts):
+                _require_experts(pair, *inputs)
+            else:
+                _require_linear(pair, inputs[0])
 
         return called
 
@@ -231,13 +239,27 @@ class _Watch:
             require_finite("activations", False, layer, bad_parameter(self.model))
 
 
+def _require_experts(pair: ResolvedExperts, hidden: Tensor, chosen: Tensor, weights: Tensor) -> None:
+    """Refuse experts that compute something else than the row says: their consumers would read another thing."""
+    found, expected = pair.module.forward(hidden, chosen, weights), torch.zeros_like(hidden)
+    for index in range(pair.count):
+        token, place = torch.where(chosen == index)
+        output = pair.output(index, pair.hidden(index, hidden[token])) * weights[token, place, None]
+        expected.index_add_(0, token, output.to(expected.dtype))
+    _require_close(pair, found, expected, pair.module)
+
+
 def _require_linear(pair: ResolvedPair, inputs: Tensor) -> None:
     """Refuse a consumer that computes something else than W x + b, such as one that rounds W first: W is fitted."""
     layer: Any = base_of(pair.consumer)
     weight, bias = layer.weight, getattr(layer, "bias", None)
     found = layer.forward(inputs)
     expected = functional.linear(inputs.to(weight.device), weight.T if pair.transposed else weight, bias)
-    allowed = (1e-3 if weight.dtype.itemsize > 2 else 0.05) * expected.nan_to_num().abs().max()
+    _require_close(pair, found, expected, layer)
+
+
+def _require_close(pair: ResolvedPair, found: Tensor, expected: Tensor, layer: nn.Module) -> None:
+    allowed = (1e-3 if expected.dtype.itemsize > 2 else 0.05) * expected.nan_to_num().abs().max()
     if (found.to(expected) - expected).nan_to_num().abs().max() > allowed:
         raise FaspError(
             f"{pair.layer} must compute its weight times its input, plus its bias, to be pruned, got another output of "

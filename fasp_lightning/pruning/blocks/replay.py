@@ -8,7 +8,7 @@ stand-ins, and the parts that are not wanted yet are skipped; see :mod:`fasp_lig
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -19,8 +19,19 @@ from fasp_lightning.ops.statistics import GramStatistics
 from fasp_lightning.pruning.blocks.rehearsal import require_one_call
 from fasp_lightning.pruning.blocks.samples import Call, Sample, Stored
 from fasp_lightning.pruning.blocks.session import Session
-from fasp_lightning.pruning.blocks.standins import Fixed, Narrow, Recorder, Tap, first, skeleton, stand_ins, with_first
+from fasp_lightning.pruning.blocks.standins import (
+    Fixed,
+    Narrow,
+    Recorder,
+    Tap,
+    Unrouted,
+    first,
+    skeleton,
+    stand_ins,
+    with_first,
+)
 from fasp_lightning.pruning.blocks.store import TensorStore
+from fasp_lightning.structure.experts.resolved import ResolvedExperts
 from fasp_lightning.structure.pair import ResolvedPair
 
 
@@ -48,6 +59,20 @@ class _Own(NamedTuple):
     hidden: Stored | None
 
 
+class Routed(NamedTuple):
+    """What the experts of a block are called with on one sample.
+
+    Attributes:
+        hidden: (tokens, hidden) what they read.
+        chosen: (tokens, k) int64 numbers of the experts that each token is sent to.
+        weights: (tokens, k) the router's weight of each.
+    """
+
+    hidden: Stored
+    chosen: Stored
+    weights: Stored
+
+
 class _Recorded(NamedTuple):
     """A pair that is cut, whose consumer is still to be applied.
 
@@ -72,7 +97,8 @@ class BlockReplay:
 
     Args:
         session: Where to compute, and where tensors are kept.
-        index: Number of the block, which is on the compute device.
+        index: Number of the block.
+        block: The block, which is on the compute device.
         pairs: Its pairs, in the order of the forward pass.
         attention: Path of its attention module, if known.
         samples: The calibration set.
@@ -83,6 +109,7 @@ class BlockReplay:
         self,
         session: Session,
         index: int,
+        block: nn.Module,
         pairs: list[ResolvedPair],
         attention: str | None,
         samples: list[Sample],
@@ -90,14 +117,14 @@ class BlockReplay:
     ) -> None:
         self.session = session
         self.index = index
-        self.block = pairs[0].block
+        self.block = block
         self.pairs = pairs
         self.samples = samples
         self.hidden = hidden
         self._attention_path = attention
         self._own: dict[int, _Own] = {}  # by sample, between ``record`` and ``finish`` of a pair of the attention
         self._attention: dict[int, _Attended] = {}  # by sample, once the attention is finished
-        self._ffn: _Recorded | None = None  # its output is the last part of the block, so ``advance`` applies it
+        self._ffns: list[_Recorded] = []  # their outputs are the last part of the block, so ``advance`` applies them
 
     def record(self, pair: ResolvedPair, number: int, statistics: GramStatistics) -> Stored:
         """Run the block on one sample up to the input of a pair's consumer.
@@ -122,15 +149,43 @@ class BlockReplay:
                 statistics.update(real, sample.weight)
             recorded.append(self.session.store.put(inputs))
 
-        replacements: dict[str, nn.Module] = {pair.spec.consumer: self._recorder(pair, sink)}
+        self._run_up_to(pair, number, {pair.spec.consumer: self._recorder(pair, sink)})
+        require_one_call(pair.layer, len(recorded))
+        return recorded[0]
+
+    def route(self, pair: ResolvedExperts, number: int) -> Routed:
+        """Run the block on one sample up to its experts.
+
+        Args:
+            pair: The experts.
+            number: The sample's number.
+
+        Returns:
+            What they are called with, padding left out.
+
+        Raises:
+            FaspError: If the block does not call them exactly once.
+        """
+        mask, recorded = self.samples[number].mask, list[Routed]()
+
+        def sink(*inputs: Tensor) -> None:
+            rows = inputs if mask is None else [each[mask.reshape(-1).to(each.device)] for each in inputs]
+            recorded.append(Routed(*map(self.session.store.put, rows)))
+
+        self._run_up_to(pair, number, {pair.path: Unrouted(pair.module, sink)})
+        require_one_call(pair.layer, len(recorded))
+        return recorded[0]
+
+    def _run_up_to(self, pair: ResolvedPair, number: int, replacements: dict[str, nn.Module]) -> None:
+        """Run the block with stand-ins for a pair, the attention in as short a way as is possible."""
+        if not pair.spec.inside_attention:  # FFNs that stand side by side do not read from each other
+            replacements = {**replacements, **self._skipped(other for other in self.pairs if other is not pair)}
         if self._attention_path is None:
             self._run(number, replacements, "forward")
         elif number in self._attention:
             self._run(number, {**replacements, **self._finished_attention(number)}, "forward")
         else:
             self._run_tapped(pair, number, replacements)
-        require_one_call(pair.layer, len(recorded))
-        return recorded[0]
 
     def _run_tapped(self, pair: ResolvedPair, number: int, replacements: dict[str, nn.Module]) -> None:
         """Run the block and keep what its attention module returns: all of it, or what is not its consumer's."""
@@ -139,7 +194,8 @@ class BlockReplay:
         if pair.spec.inside_attention:
             # The recorder stands inside the original that the tap runs, so it is put in first. What comes behind the
             # attention is not wanted in this call.
-            self._run(number, {**replacements, **self._skipped(pair), path: tap}, "forward")
+            behind = self.pairs[self.pairs.index(pair) + 1 :]
+            self._run(number, {**replacements, **self._skipped(behind), path: tap}, "forward")
         else:
             self._run(number, {**replacements, path: tap}, "forward")
         output = first(tap.value)
@@ -153,12 +209,15 @@ class BlockReplay:
     def _recorder(self, pair: ResolvedPair, sink: Any) -> Recorder:
         return Recorder(self.block.get_submodule(pair.spec.consumer), pair.outputs, sink)
 
-    def _skipped(self, recorded: ResolvedPair) -> dict[str, nn.Module]:
-        """Stand-ins that keep the pairs behind ``recorded`` from being computed."""
+    def _skipped(self, pairs: Iterable[ResolvedPair]) -> dict[str, nn.Module]:
+        """Stand-ins that keep pairs behind the attention from being computed."""
         found: dict[str, nn.Module] = {}
-        for pair in self.pairs[self.pairs.index(recorded) + 1 :]:
-            found |= self._idle_producers(pair)
-            found[pair.spec.consumer] = self._recorder(pair, lambda inputs: None)
+        for pair in pairs:
+            if isinstance(pair, ResolvedExperts):
+                found[pair.path] = Unrouted(pair.module)
+            elif not pair.spec.inside_attention:
+                found |= self._idle_producers(pair)
+                found[pair.spec.consumer] = self._recorder(pair, lambda inputs: None)
         return found
 
     def _idle_producers(self, pair: ResolvedPair) -> dict[str, nn.Module]:
@@ -184,7 +243,7 @@ class BlockReplay:
         """
         recorded = _Recorded(pair, kept, inputs, blocks)
         if not pair.spec.inside_attention:
-            self._ffn = recorded
+            self._ffns.append(recorded)
             return
         store = self.session.store
         for number in range(len(self.samples)):
@@ -212,11 +271,11 @@ class BlockReplay:
         """Put the finished parts together: the output of the pruned block takes the place of its input."""
         replacements = self._finished_attention(number)
         with self.session.clock.phase("apply"):
-            if self._ffn is not None:
-                consumer = self._ffn.pair.spec.consumer
+            for recorded in self._ffns:
+                consumer = recorded.pair.spec.consumer
                 fixed = Fixed(self.block.get_submodule(consumer))
-                fixed.value = self._consume(self._ffn, number)
-                replacements |= {**self._idle_producers(self._ffn.pair), consumer: fixed}
+                fixed.value = self._consume(recorded, number)
+                replacements |= {**self._idle_producers(recorded.pair), consumer: fixed}
             output = self._run(number, replacements, "apply")
             if number in self._attention:
                 self.session.store.drop(self._attention.pop(number).hidden)

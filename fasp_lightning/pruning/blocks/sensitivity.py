@@ -22,7 +22,7 @@ from fasp_lightning.pruning.blocks.standins import BlockTap, Fixed, first, skele
 from fasp_lightning.structure.modes import evaluating, frozen, placed, requiring_gradients
 from fasp_lightning.structure.pair import ResolvedPair
 from fasp_lightning.structure.registry import spec_for
-from fasp_lightning.structure.resolve import find_blocks
+from fasp_lightning.structure.resolve import device_of, find_blocks
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -65,7 +65,7 @@ def fisher_scores(
         RuntimeError: If another process raised an error.
     """
     if whole is None:
-        here = next(pairs[0][0].block.parameters()).device
+        here = device_of(pairs)
         whole = here == torch.empty(0, device=session.device).device  # "cuda" is that of some index
     work = _Passes(session, model, pairs, hidden)
     with session.processes.together(), evaluating(model), frozen(model):
@@ -95,6 +95,7 @@ class _Passes:
         self.store = session.store
         self.model = model
         self.pairs = pairs
+        self.blocks = find_blocks(model, spec_for(model))
         self.hidden = hidden
         self.flat = [pair for block in pairs for pair in block]
         self.scores = ConsumerScores()
@@ -136,16 +137,16 @@ class _Passes:
         """Only one block, or the head, is on the device at a time; all hidden states are in the store."""
         inputs = [[self.hidden[sample.number]] for sample in samples]
         returned: Any = None
-        for index, (pair, *_) in enumerate(self.pairs):
-            with placed(pair.block, self.session.device):
+        for index, block in enumerate(self.blocks):
+            with placed(block, self.session.device):
                 for sample, states in zip(samples, inputs, strict=True):
                     hidden = self.store.get(states[-1])
-                    output = call_block(pair.block, sample.calls[index], hidden, self.store)
+                    output = call_block(block, sample.calls[index], hidden, self.store)
                     returned = skeleton(output)
                     states.append(self.store.put(first(output)))
         slopes = self._head(samples, [states.pop() for states in inputs], returned)
         for index in reversed(range(len(self.pairs))):
-            with placed(self.pairs[index][0].block, self.session.device):
+            with placed(self.blocks[index], self.session.device):
                 for place, sample in enumerate(samples):
                     gradient = self._block(index, sample, inputs[place].pop(), slopes[place])
                     if index:  # the gradient of what comes before the blocks is not asked for
@@ -158,7 +159,7 @@ class _Passes:
         So norms, logit scales and soft caps behind the blocks are the family's own. The blocks before the last let
         through whatever they are given.
         """
-        blocks = find_blocks(self.model, spec_for(self.model))
+        blocks = self.blocks
         last = Fixed(blocks[-1])
         through = {str(i): BlockTap(block, lambda args, kwargs: None, [returned]) for i, block in enumerate(blocks)}
         slopes = []
@@ -180,7 +181,7 @@ class _Passes:
         pairs = self.pairs[index]
         with self.scores.recording(pairs, sample.weight):
             with torch.enable_grad():
-                output = first(call_block(pairs[0].block, sample.calls[index], hidden, self.store))
+                output = first(call_block(self.blocks[index], sample.calls[index], hidden, self.store))
             output.backward(self.store.get(slopes))
         self.store.drop(slopes)
         if index:  # the first block's input serves the pruning too

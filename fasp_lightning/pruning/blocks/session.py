@@ -11,6 +11,7 @@ from fasp_lightning.pruning.config import PruningConfig
 from fasp_lightning.pruning.processes import Processes
 from fasp_lightning.pruning.progress import Progress, Stopwatch, WorkCounter
 from fasp_lightning.structure.pair import ResolvedPair
+from fasp_lightning.structure.resolve import device_of
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,7 @@ class Session:
             progress: Called after each pass of a sample through a block.
             processes: Those that prune together; by default this process alone.
         """
-        here = next(pairs[0][0].block.parameters()).device
+        here = device_of(pairs)
         device = torch.device(config.device) if config.device else here
         store, clock = TensorStore(config.offload, device), Stopwatch(device)
         return cls(device, store, processes or Processes(), clock, WorkCounter(progress, len(pairs)))

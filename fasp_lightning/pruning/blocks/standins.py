@@ -8,6 +8,7 @@ stand-in       takes the place of
 ``Recorder``   a consumer: hands its input to the statistics, and returns zeros
 ``Narrow``     a producer whose pair is skipped: two columns instead of thousands
 ``Fixed``      a consumer (or attention module) whose output is known already
+``Unrouted``   experts: hands on what they are called with, and returns zeros
 ``Tap``        the attention module: runs it, and hands its output on
 ``BlockTap``   a whole block: notes what it was called with, and lets the hidden states through
 =============  ==================================================================================
@@ -20,6 +21,7 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from fasp_lightning.structure.compact import replace_module
@@ -56,6 +58,19 @@ class Recorder(StandIn):
         """(…, in) → zeros (…, out)."""
         self.sink(inputs)
         return inputs.new_zeros(*inputs.shape[:-1], self.outputs)
+
+
+class Unrouted(StandIn):
+    """Stands in for experts: ``sink`` gets what they are called with; the output is zero."""
+
+    def __init__(self, original: nn.Module, sink: Callable[..., None] = lambda *_: None) -> None:
+        super().__init__(original)
+        self.sink = sink
+
+    def forward(self, hidden: Tensor, *args: Tensor, **kwargs: Tensor) -> Tensor:
+        """(tokens, hidden), chosen experts, their weights → zeros (tokens, hidden)."""
+        self.sink(hidden, *args, *kwargs.values())
+        return torch.zeros_like(hidden)
 
 
 class Narrow(StandIn):

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from fasp_lightning.pruning.budget.budget import SHARED, Budget, PairWidth
-from fasp_lightning.pruning.budget.widths import PRUNED, step_units
+from fasp_lightning.pruning.budget.rounding import step_units
+from fasp_lightning.pruning.budget.widths import PRUNED
 from fasp_lightning.pruning.config import PruningConfig
 from fasp_lightning.structure.pair import ResolvedPair
 

@@ -12,20 +12,28 @@ SHARED = "groups"
 
 @dataclass(frozen=True)
 class PairWidth:
-    """Width of one pair, in units (hidden units of the FFN, value dims over all KV heads, or KV groups).
+    """Width of one pair, in units.
+
+    Those are hidden units of the FFN or of all experts, value dims over all KV heads, KV groups, or whole experts.
 
     Attributes:
         layer: Path of the consumer, from the causal LM.
-        kind: ``"ffn"``, ``"value"`` or ``"groups"``.
+        consumer: Path of the consumer in its block.
+        kind: ``"ffn"``, ``"value"``, ``"groups"``, ``"experts"`` or ``"whole_experts"``.
         original: Units of the original model.
         before: Units before this pruning.
         after: Units after it.
-        columns: Columns of the consumer before this pruning: the size of its gram.
+        columns: Columns of the consumer, of one expert's, before this pruning: the size of its gram.
         cost: Parameters that go with one unit.
         head_size: Size of the attention heads, 0 for an FFN.
+        parts: Experts among which the units are divided evenly.
+        idle: Of experts, parameters that each token leaves out before this pruning: those of the ones that it is not
+            sent to.
+        sent: Of experts, how many each token is sent to.
     """
 
     layer: str
+    consumer: str
     kind: str
     original: int
     before: int
@@ -33,6 +41,16 @@ class PairWidth:
     columns: int
     cost: int
     head_size: int
+    parts: int = 1
+    idle: int = 0
+    sent: int = 0
+
+    @property
+    def idle_after(self) -> int:
+        """The same after it."""
+        if self.kind == "whole_experts":
+            return self.idle * (self.after - self.sent) // max(1, self.before - self.sent)
+        return self.idle - self.removed * (self.parts - self.sent) // self.parts
 
     @property
     def dims_left(self) -> int:
@@ -92,9 +110,10 @@ class Budget:
     def cuts(self) -> Cuts:
         """What is, or will be, cut since the original model."""
         widths = [width for block in self.pairs for width in block]
-        ffns = {width.after for width in widths if width.kind == "ffn"}
         kinds = frozenset(width.kind for width in widths if width.after < width.original)
-        return Cuts(kinds, self.decided_later("ffn") or len(ffns) > 1)
+        left = {(width.consumer, width.after) for width in widths if width.kind not in ("value", SHARED)}
+        uneven = len(left) > len({consumer for consumer, _ in left})
+        return Cuts(kinds, self.decided_later("ffn") or uneven)
 
     @property
     def sparsity_before(self) -> float:

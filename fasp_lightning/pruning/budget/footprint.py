@@ -7,7 +7,8 @@ from typing import Any
 
 from fasp_lightning.ops.statistics import DOUBLE_LIMIT
 from fasp_lightning.pruning.blocks.sensitivity import PIECE_TOKENS
-from fasp_lightning.pruning.budget.budget import Budget
+from fasp_lightning.pruning.budget.budget import Budget, PairWidth
+from fasp_lightning.pruning.budget.chunks import experts_at_once, gram_bytes
 from fasp_lightning.pruning.config import PruningConfig
 
 GRAM_BYTES = 44
@@ -30,13 +31,15 @@ class Footprint:
 
     Attributes:
         parameters: All parameters; tied ones count once.
+        active: Those of them that a token meets: of experts only those that it is sent to.
         weight_bytes: Their size in the model's dtype.
         flops_per_token: Floating-point operations of its matrices for one token, 2 per parameter of the
-            blocks' linear layers and of the head. Attention over the context comes on top.
+            blocks' linear layers and of the head that it meets. Attention over the context comes on top.
         kv_bytes_per_token: KV cache of one token; ``None`` if the family's row has no value pair.
     """
 
     parameters: int
+    active: int
     weight_bytes: int
     flops_per_token: int
     kv_bytes_per_token: int | None
@@ -49,7 +52,7 @@ class PeakMemory:
     Attributes:
         weights: The model.
         calibration: Hidden states, attention outputs and recorded consumer inputs of the calibration set.
-        solve: The gram of the widest pair, and its solve.
+        solve: The gram of the widest pair, and its solve; of experts, the grams of as many as are measured at once.
         sensitivity: What a backward pass through the whole model keeps, and the hidden states of the calibration set.
         logits: Logits of the batch that is evaluated.
         reload: Second copy of the model that is loaded to verify what was saved, or to compare with.
@@ -84,13 +87,22 @@ def footprints(model: Any, budget: Budget, bytes_per_value: int) -> tuple[Footpr
     head_parameters = 0 if head is None else head.weight.numel()
     pairs = [pair for block in budget.pairs for pair in block]
 
-    def of(parameters: int, cached: int) -> Footprint:
+    def of(parameters: int, idle: int, cached: int) -> Footprint:
         linear = budget.linear_parameters - (budget.original_parameters - parameters)
-        flops = 2 * (linear + head_parameters)
-        return Footprint(parameters, parameters * bytes_per_value, flops, cached * bytes_per_value or None)
+        flops, size = 2 * (linear - idle + head_parameters), parameters * bytes_per_value
+        return Footprint(parameters, parameters - idle, size, flops, cached * bytes_per_value or None)
 
-    before = of(budget.parameters_before, sum(pair.cached(pair.before) for pair in pairs))
-    return before, of(budget.parameters_after, sum(pair.cached(pair.after) for pair in pairs))
+    idle, idle_after = sum(pair.idle for pair in pairs), sum(pair.idle_after for pair in pairs)
+    before = of(budget.parameters_before, idle, sum(pair.cached(pair.before) for pair in pairs))
+    return before, of(budget.parameters_after, idle_after, sum(pair.cached(pair.after) for pair in pairs))
+
+
+def _grams(pair: PairWidth, config: PruningConfig) -> int:
+    """Bytes of the grams of experts that are in memory together, and of the solve of one."""
+    if pair.kind != "experts" or pair.after == pair.before:
+        return 0
+    held = experts_at_once(pair.columns, config.damping, pair.parts)
+    return held * gram_bytes(pair.columns, config.damping) + GRAM_BYTES * pair.columns**2
 
 
 def peak_memory_estimate(
@@ -140,7 +152,7 @@ def peak_memory_estimate(
     return PeakMemory(
         weights=before.weight_bytes,
         calibration=states,
-        solve=entry * widest**2,
+        solve=max(entry * widest**2, *(_grams(pair, config) for block in budget.pairs for pair in block), 0),
         sensitivity=sensitivity,
         logits=2 * evaluated_tokens * vocabulary * bytes_per_value,
         reload=after.weight_bytes if verify else 0,

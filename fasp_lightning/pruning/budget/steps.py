@@ -45,7 +45,7 @@ def budgets_in_turn(
     """
     pairs: Pairs | None = None
     for config in configs:
-        pairs = pairs or resolve_pruned(model, kv_groups=config.attention == "kv_groups")
+        pairs = pairs or resolve_pruned(model, whole=config.whole)
         budget = decide(model, config, pairs)
         yield budget
         pairs = [list(map(_left, *both)) for both in zip(pairs, budget.pairs, strict=True)]

@@ -9,25 +9,21 @@ import torch
 
 from fasp_lightning.errors import FaspError
 from fasp_lightning.pruning.budget.budget import SHARED, Budget, PairWidth
+from fasp_lightning.pruning.budget.groups import Pairs, group_counts, groups_left, with_groups
+from fasp_lightning.pruning.budget.rounding import FFNS, fewest_units, ffn_widths, multiple_of, step_units, together
 from fasp_lightning.pruning.budget.shares import level, missing, removed, share_to_remove, size_of
 from fasp_lightning.pruning.config import PruningConfig
+from fasp_lightning.structure.experts.resolved import ResolvedExperts
 from fasp_lightning.structure.pair import ResolvedPair
 from fasp_lightning.structure.plan import resolve_pruned
 from fasp_lightning.structure.registry import spec_for
 from fasp_lightning.structure.resolve import linear_parameters, parameter_count
-from fasp_lightning.structure.stock_fields import accepts, stock_fields
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-Pairs = list[list[ResolvedPair]]
-"""The pairs of each block."""
-
-KERNEL_MULTIPLES, FINEST = (256, 128, 64, 32), 32
-"""Numbers of columns that kernels and quantised formats work on at a time; an FFN width has at least ``FINEST`` steps
-of the one that it is rounded to."""
-
-PRUNED = {"value_dims": {"ffn", "value"}, "kv_groups": {"ffn", "groups"}, "none": {"ffn"}}
+_ALWAYS = FFNS | {"whole_experts"}
+PRUNED = {"value_dims": {"value"} | _ALWAYS, "kv_groups": {"groups"} | _ALWAYS, "none": _ALWAYS}
 """Kinds of pairs that are cut, by what is done with the attention."""
 
 
@@ -51,10 +47,11 @@ def decide_budget(model: PreTrainedModel, config: PruningConfig, pairs: Pairs | 
             can), lies below what is pruned already, ``multiple_of`` exceeds the FFN width, or ``attention`` or
             ``head_balance`` do not fit the family or what was cut before.
     """
+    pairs = pairs or resolve_pruned(model, whole=config.whole)
     budget = budget_towards(model, config, pairs)
     gone = budget.original_parameters > budget.parameters_before
-    ffns = (width.original for block in budget.pairs for width in block if width.kind == "ffn")
-    multiple = max((ffn_multiple(width, config) for width in ffns), default=1)
+    ffns = (pair for block in pairs for pair in block if pair.spec.kind in FFNS)
+    multiple = max((multiple_of(pair, config) for pair in ffns), default=1)
     if not gone and not budget.changes and config.sparsity and multiple > 1:
         raise FaspError(
             f"multiple_of must be small enough for a cut of {config.sparsity}, got {multiple}: "
@@ -87,12 +84,13 @@ def budget_towards(model: PreTrainedModel, config: PruningConfig, pairs: Pairs |
     Raises:
         FaspError: As there, but for that.
     """
-    pairs = pairs or resolve_pruned(model, kv_groups=config.attention == "kv_groups")
+    pairs = pairs or resolve_pruned(model, whole=config.whole)
     attention = _decide_attention(pairs, config.attention)
     if attention == "value_dims" and config.head_balance == "even":
         _require_even(pairs)
+    _require_together(pairs, config, attention)
     pruned = PRUNED[attention]
-    counts = _group_counts(model, pairs) if attention == "kv_groups" else []
+    counts = group_counts(model, pairs) if attention == "kv_groups" else []
     now, gone = (sum(count(pair) for block in pairs for pair in block) for count in (missing, removed))
     total = linear_parameters(model, spec_for(model)) + now
     left = _units_left(pairs, pruned, config, total, counts)
@@ -105,36 +103,6 @@ def budget_towards(model: PreTrainedModel, config: PruningConfig, pairs: Pairs |
         if newly <= max(step_units(pair, config) * pair.unit_cost for pair in decided) / 2:
             newly, widths = 0, tuple(tuple(replace(width, after=width.before) for width in block) for block in widths)
     return Budget(widths, total, parameters + gone, parameters, parameters - newly, attention, config.allocation)
-
-
-def step_units(pair: ResolvedPair, config: PruningConfig) -> int:
-    """Units of a pair that go at a time: one value dim of every head that is kept even, a multiple of FFN units.
-
-    Args:
-        pair: The pair.
-        config: ``head_balance`` and ``multiple_of`` are read.
-    """
-    if pair.spec.kind == "ffn":
-        return ffn_multiple(pair.layout.width, config)
-    return pair.layout.groups if config.head_balance == "even" else 1
-
-
-def ffn_multiple(width: int, config: PruningConfig) -> int:
-    """What an FFN width is rounded to a multiple of.
-
-    Kernels and quantised formats work on blocks of 32 to 256 columns: llama.cpp stores a row whose length does not
-    divide by 32 (for K-quants: by 256) unquantised, Marlin wants 128. The largest of these that costs at most 1/32 of
-    the width in rounding is taken.
-
-    Args:
-        width: The original FFN width.
-        config: ``multiple_of`` is read.
-    """
-    if config.multiple_of != "auto":
-        return config.multiple_of
-    if width < KERNEL_MULTIPLES[-1] * FINEST:
-        return KERNEL_MULTIPLES[-1] if width % KERNEL_MULTIPLES[-1] == 0 else 1
-    return next(multiple for multiple in KERNEL_MULTIPLES if multiple * FINEST <= width)
 
 
 def _units_left(
@@ -152,118 +120,90 @@ def _units_left(
     Raises:
         FaspError: If the sparsity cannot be reached with what is to be kept, or ``multiple_of`` exceeds the FFN width.
     """
-    least = [[_least(pair, config, counts) if pair.spec.kind in pruned else None for pair in block] for block in pairs]
+    least = [_least(block, pruned, config, counts) for block in pairs]
     kept = "queries and keys" if "value" in pruned else f"{counts[0]} KV groups" if counts else "the attention"
     share = share_to_remove(pairs, least, config.sparsity, total, kept)
     if counts:
-        return _with_groups(pairs, _groups_left(pairs, counts, share, total, config), total, config)
-    return [_block_units(block, pruned, share, config) for block in pairs]
+        return with_groups(pairs, groups_left(pairs, counts, share, total, config), total, config)
+    return [_block_units(block, fewest, share, config) for block, fewest in zip(pairs, least, strict=True)]
 
 
-def _least(pair: ResolvedPair, config: PruningConfig, counts: list[int]) -> int:
-    """Fewest units that are left: one value dim in each KV head, one step of the FFN width."""
-    if pair.spec.kind == "value":
-        return pair.layout.groups
-    if pair.spec.kind == "groups":
-        return counts[0]
-    multiple = ffn_multiple(pair.layout.width, config)
-    if multiple > pair.layout.width:
-        raise FaspError(f"multiple_of must be at most the FFN width {pair.layout.width}, got {multiple}")
-    return multiple
+def _least(block: list[ResolvedPair], pruned: set[str], config: PruningConfig, counts: list[int]) -> list[int | None]:
+    """Fewest units that are left of each pair; ``None`` for those that are not pruned.
+
+    That is one value dim in each KV head, one step of the FFN width, as many experts as the router picks. An FFN whose
+    width stands in the config field of that of whole experts stays.
+    """
+    least: list[int | None] = [None] * len(block)
+    whole = {pair.spec.width_field for pair in block if pair.spec.kind == "whole_experts"}
+    for places in together(block):
+        pairs = [block[place] for place in places]
+        kind = pairs[0].spec.kind
+        if kind not in pruned or (kind == "ffn" and pairs[0].spec.width_field in whole):
+            continue
+        found = fewest_units(pairs, config) if kind in FFNS else [_fewest(pairs[0], counts)]
+        for place, fewest in zip(places, found, strict=True):
+            least[place] = fewest
+    return least
 
 
-def _block_units(block: list[ResolvedPair], pruned: set[str], share: float, config: PruningConfig) -> list[int]:
+def _fewest(pair: ResolvedPair, counts: list[int]) -> int:
+    """Fewest value dims, KV groups or whole experts."""
+    if isinstance(pair, ResolvedExperts):
+        return pair.fewest
+    return counts[0] if pair.spec.kind == "groups" else pair.layout.groups
+
+
+def _block_units(block: list[ResolvedPair], least: list[int | None], share: float, config: PruningConfig) -> list[int]:
     """What the pairs of a block keep where value dims and FFN lose the same share, or the FFN alone loses it.
 
     Value dims are decided twice: the FFN takes up what their rounding leaves, and they what that of the FFN leaves.
     """
-    sizes = [size_of(pair) if pair.spec.kind in pruned else 0 for pair in block]
+    sizes = [0 if fewest is None else size_of(pair) for pair, fewest in zip(block, least, strict=True)]
     wanted = share * sum(sizes)
     share = level(wanted, sizes, list(map(removed, block)))
     gone = [max(share * size, removed(pair)) for size, pair in zip(sizes, block, strict=True)]
     units = [pair.kept.numel() for pair in block]
-    order = [place for place, pair in enumerate(block) if pair.spec.kind in pruned]
-    for place in [*order, *order[:-1]]:
-        pair = block[place]
-        left = _width_without(pair, wanted - sum(gone[:place] + gone[place + 1 :]), config)
-        units[place] = min(left, pair.kept.numel())
-        gone[place] = (pair.layout.width - units[place]) * pair.unit_cost
+    order = [places for places in together(block) if least[places[0]] is not None]
+    for places in [*order, *order[:-1]]:
+        pairs, others = [block[place] for place in places], set(range(len(block))) - set(places)
+        left = _widths_without(pairs, least[places[0]] or 1, wanted - sum(gone[place] for place in others), config)
+        for place, pair, count in zip(places, pairs, left, strict=True):
+            units[place] = min(count, pair.kept.numel())
+            gone[place] = (pair.layout.width - units[place]) * pair.unit_cost
     return units
 
 
-def _width_without(pair: ResolvedPair, wanted: float, config: PruningConfig) -> int:
-    """Width at which about ``wanted`` parameters are gone; something is left of every FFN and every KV head."""
-    if pair.spec.kind == "ffn":
-        return _ffn_width(pair, wanted, config)
+def _widths_without(pairs: list[ResolvedPair], least: int, wanted: float, config: PruningConfig) -> list[int]:
+    """Widths at which about ``wanted`` parameters are gone; something is left of every FFN and every KV head."""
+    pair = pairs[0]
+    if pair.spec.kind in FFNS:
+        return ffn_widths(pairs, wanted, config)
     step = step_units(pair, config)
-    dims = step * round(max(wanted, 0.0) / (step * pair.unit_cost))
-    return pair.layout.width - min(dims, pair.layout.width - pair.layout.groups)
-
-
-def _ffn_width(pair: ResolvedPair, wanted: float, config: PruningConfig) -> int:
-    """Width at which about ``wanted`` parameters are gone, to the nearest column, then to the nearest multiple."""
-    width, multiple = pair.layout.width, ffn_multiple(pair.layout.width, config)
-    left = width - round(max(wanted, 0.0) / pair.unit_cost)
-    if left < width:
-        left = max(multiple, round(left / multiple) * multiple)
-    return max(1, min(left, width))
-
-
-def _groups_left(pairs: Pairs, counts: list[int], share: float, total: int, config: PruningConfig) -> int:
-    """The number of KV groups nearest to their share with which the FFNs can take up the rest."""
-    layout = next(pair.layout for pair in pairs[0] if pair.spec.kind == "groups")
-    ffns = [pair for block in pairs for pair in block if pair.spec.kind == "ffn"]
-    lowest = sum(removed(pair) - pair.unit_cost / 2 for pair in ffns)
-    highest = sum((pair.layout.width - step_units(pair, config)) * pair.unit_cost for pair in ffns)
-    found = []
-    for count in counts:
-        rest = _beside_groups(pairs, count, total, config)
-        if not ffns or (rest <= highest and (rest >= lowest or count == counts[-1])):
-            found.append(count)
-    if not found:
-        raise FaspError(
-            f"sparsity must be one that whole KV groups and the FFN make up together, got {config.sparsity}: stock "
-            f"code can hold {', '.join(map(str, counts))} of {layout.width} groups; use 'value_dims' or 'none'"
-        )
-    return min(found, key=lambda count: (abs(count - (1 - share) * layout.width), -count))
-
-
-def _beside_groups(pairs: Pairs, count: int, total: int, config: PruningConfig) -> float:
-    """Parameters that are to go from elsewhere when so many KV groups are left."""
-    groups = [pair for block in pairs for pair in block if pair.spec.kind == "groups"]
-    left = [min(count, pair.kept.numel()) for pair in groups]
-    gone = sum((pair.layout.width - units) * pair.unit_cost for pair, units in zip(groups, left, strict=True))
-    return config.sparsity * total - gone
-
-
-def _with_groups(pairs: Pairs, count: int, total: int, config: PruningConfig) -> list[list[int]]:
-    """What each pair keeps when so many KV groups are left, and all FFNs lose the same share of the rest."""
-    ffns = [pair for block in pairs for pair in block if pair.spec.kind == "ffn"]
-    rest = _beside_groups(pairs, count, total, config)
-    share = level(rest, [size_of(pair) for pair in ffns], [removed(pair) for pair in ffns])
-
-    def left(pair: ResolvedPair) -> int:
-        return count if pair.spec.kind == "groups" else _ffn_width(pair, share * size_of(pair), config)
-
-    return [[min(left(pair), pair.kept.numel()) for pair in block] for block in pairs]
+    units = step * round(max(wanted, 0.0) / (step * pair.unit_cost))
+    return [pair.layout.width - min(units, pair.layout.width - least)]
 
 
 def _width(pair: ResolvedPair, left: int) -> PairWidth:
     return PairWidth(
         layer=pair.layer,
+        consumer=pair.spec.consumer,
         kind=pair.spec.kind,
         original=pair.layout.width,
         before=pair.kept.numel(),
         after=left,
-        columns=pair.columns,
+        columns=pair.columns // (pair.count if isinstance(pair, ResolvedExperts) else 1),
         cost=pair.unit_cost,
         head_size=pair.layout.head_size,
+        parts=pair.layout.groups if pair.spec.kind == "experts" else 1,
+        idle=pair.idle if isinstance(pair, ResolvedExperts) else 0,
+        sent=pair.top_k if isinstance(pair, ResolvedExperts) else 0,
     )
 
 
 def _decide_attention(pairs: Pairs, attention: str) -> str:
     value = [pair for block in pairs for pair in block if pair.spec.kind == "value"]
-    if attention == "value_dims" and any(pair.spec.kind == "groups" for pair in pairs[0]):
+    if attention == "value_dims" and any(pair.spec.kind == "groups" for block in pairs for pair in block):
         raise FaspError(
             "attention='value_dims' cannot follow 'kv_groups' on the same model, whose plan counts in KV groups; "
             "go on with 'kv_groups' or 'none', or prune the original model"
@@ -277,6 +217,25 @@ def _decide_attention(pairs: Pairs, attention: str) -> str:
     return attention
 
 
+def _require_together(pairs: Pairs, config: PruningConfig, attention: str) -> None:
+    """Refuse settings that models with experts do not bear."""
+    kinds = {pair.spec.kind for block in pairs for pair in block}
+    if "experts" not in kinds and "whole_experts" not in kinds:
+        return
+    if config.needs_sensitivity:
+        raise FaspError(
+            "score must be 'wanda', 'magnitude' or 'auto', and allocation 'uniform', with experts, got "
+            f"{config.score!r} and {config.allocation!r}: loss sensitivity is measured at the inputs of linear modules"
+        )
+    if "whole_experts" in kinds and attention == "kv_groups":
+        raise FaspError("attention must be 'none' or 'value_dims' with experts='whole', got 'kv_groups'")
+    if "whole_experts" in kinds and config.experts == "columns":
+        raise FaspError(
+            "experts='columns' cannot follow 'whole' on the same model, whose plan counts in whole experts; go on with "
+            "'whole', or prune the original model"
+        )
+
+
 def _require_even(pairs: Pairs) -> None:
     for pair in (pair for block in pairs for pair in block if pair.spec.kind == "value"):
         dims = torch.bincount(pair.kept // pair.layout.size, minlength=pair.layout.groups)
@@ -285,11 +244,3 @@ def _require_even(pairs: Pairs) -> None:
                 "head_balance must be 'free' where KV heads keep different numbers of value dims, got 'even': those of "
                 f"{pair.name} keep {', '.join(map(str, dims.tolist()))}"
             )
-
-
-def _group_counts(model: PreTrainedModel, pairs: Pairs) -> list[int]:
-    """Numbers of KV groups that the model's config can hold, ascending, the present one last."""
-    spec, attention = spec_for(model), [pair for block in pairs for pair in block if pair.spec.kind == "groups"]
-    layout, left = attention[0].layout, max(pair.kept.numel() for pair in attention)
-    fewer = [count for count in range(1, left) if accepts(model.config, stock_fields(spec, layout, count))]
-    return [*fewer, left]

@@ -131,7 +131,7 @@ def cut_shapes(
         options: Further ones of ``AutoModelForCausalLM.from_config``.
     """
     model = shapes_of(config, kinds, dtype=dtype, **options)
-    pairs = resolve_pruned(model, kv_groups=any(width.kind == "groups" for width in widths[0]))
+    pairs = resolve_pruned(model, whole={width.kind for width in widths[0]})
     for block, block_widths in zip(pairs, widths, strict=True):
         for pair, width in zip(block, block_widths, strict=True):
             pair.cut(_first_units(pair, width.after))

@@ -137,7 +137,7 @@ def _reachable(shapes: Any, pruning: PruningConfig) -> list[tuple[float, Budget]
 
 def _tried(shapes: Any, pruning: PruningConfig) -> Iterator[tuple[float, Budget]]:
     """Every sparsity of the grid that widths can make, with its budget; of none, why the first one cannot."""
-    pairs, refusals = resolve_pruned(shapes, kv_groups=pruning.attention == "kv_groups"), []
+    pairs, refusals = resolve_pruned(shapes, whole=pruning.whole), []
     sparsities = [step / GRID for step in range(1, GRID)]
     for sparsity in sparsities:
         try:

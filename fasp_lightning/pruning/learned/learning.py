@@ -24,6 +24,7 @@ from fasp_lightning.pruning.learned.state import LearningState, StateFile
 from fasp_lightning.pruning.report import LearningReport
 from fasp_lightning.structure.modes import evaluating, frozen
 from fasp_lightning.structure.pair import ResolvedPair
+from fasp_lightning.structure.resolve import device_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -55,7 +56,7 @@ def require_whole(session: Session, pairs: list[list[ResolvedPair]]) -> None:
     Raises:
         FaspError: If it is elsewhere.
     """
-    here = next(pairs[0][0].block.parameters()).device
+    here = device_of(pairs)
     if here != torch.empty(0, device=session.device).device:  # "cuda" is that of some index
         raise FaspError(
             f"score='learned' must have the whole model where it computes, got the model on {here} and "

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from fasp_lightning.errors import FaspError, as_refusal, one_line
+from fasp_lightning.ops.slicing import Dim, take
 
 PROBE_SHAPE = (64, 129)
 """Shape of the weight on which an optimizer is tried: two different sizes, no multiple of a block of quantised state,
@@ -65,7 +66,7 @@ def _follows_rule(value: Any) -> bool:
 
 
 @torch.no_grad()
-def slice_states(optimizers: Iterable[Optimizer], slices: Iterable[tuple[Tensor, int, Tensor]]) -> None:
+def slice_states(optimizers: Iterable[Optimizer], slices: Iterable[tuple[Tensor, Dim, Tensor]]) -> None:
     """Cut the optimizer state of parameters that were cut.
 
     Args:
@@ -76,8 +77,8 @@ def slice_states(optimizers: Iterable[Optimizer], slices: Iterable[tuple[Tensor,
     for parameter, dim, index in slices:
         for state in states:
             for key, value in state.get(parameter, {}).items():
-                if isinstance(value, Tensor) and value.numel() > 1 and value.shape[dim] != index.numel():
-                    state[parameter][key] = value.index_select(dim, index.to(value.device))
+                if isinstance(value, Tensor) and value.numel() > 1 and value.shape != parameter.shape:
+                    state[parameter][key] = take(value, index, dim)
 
 
 def restart_states(optimizers: Iterable[Optimizer], parameters: Iterable[Tensor]) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, nullcontext
 from itertools import chain, repeat
 from typing import TYPE_CHECKING, Any
@@ -23,6 +23,7 @@ from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader
 
 from fasp_lightning.errors import FaspError
+from fasp_lightning.ops.slicing import Dim
 from fasp_lightning.pruning.report import PruningReport
 from fasp_lightning.structure.pair import ResolvedPair
 from fasp_lightning.structure.plan import conform, plan_of, resolve_pruned
@@ -83,7 +84,11 @@ def unwrapped(trainer: Trainer) -> Iterator[None]:
 
 
 def prune_attached(
-    trainer: Trainer, model: PreTrainedModel, prune: Callable[[], PruningReport], attribute: str | None, kv_groups: bool
+    trainer: Trainer,
+    model: PreTrainedModel,
+    prune: Callable[[], PruningReport],
+    attribute: str | None,
+    whole: Collection[str],
 ) -> PruningReport:
     """Let ``prune`` change the model in place, and all that hangs on its shapes follow: optimizers, averages.
 
@@ -92,7 +97,7 @@ def prune_attached(
         model: The causal LM in its LightningModule.
         prune: Prunes it.
         attribute: Where the model is, for the averaged copies.
-        kv_groups: Whether ``prune`` cuts whole KV groups.
+        whole: Kinds of pairs of which ``prune`` cuts whole KV groups or experts.
 
     Returns:
         What ``prune`` returns.
@@ -100,7 +105,7 @@ def prune_attached(
     old = plan_of(model)
     with eagerly():
         report = prune()
-        blocks = resolve_pruned(model, kv_groups=kv_groups)
+        blocks = resolve_pruned(model, whole=whole)
         restart_states(trainer.optimizers, _turned(blocks, report))
         slice_states(trainer.optimizers, _slices(blocks, old))
         for average in _average_models(trainer):
@@ -119,7 +124,7 @@ def _turned(blocks: list[list[ResolvedPair]], report: PruningReport) -> Iterator
             yield from (piece.parameter for piece in pair.pieces())
 
 
-def _slices(blocks: list[list[ResolvedPair]], old: PruningPlan | None) -> Iterator[tuple[Tensor, int, Tensor]]:
+def _slices(blocks: list[list[ResolvedPair]], old: PruningPlan | None) -> Iterator[tuple[Tensor, Dim, Tensor]]:
     """How each parameter of a pair changed from the units of its old plan: (parameter, dim, positions kept)."""
     planned = old.blocks if old else repeat({}, len(blocks))
     for pairs, cut in zip(blocks, planned, strict=True):

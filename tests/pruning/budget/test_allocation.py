@@ -14,6 +14,7 @@ from torch import Tensor
 
 from fasp_lightning import FASPPruner, PruningConfig, spec_for
 from fasp_lightning.pruning.budget.allocation import LEAST_OF_UNIFORM, MOST_OF_UNITS, adaptive_budget, influence_budget
+from fasp_lightning.pruning.budget.rounding import step_units
 from fasp_lightning.pruning.budget.widths import (
     PRUNED,
     SHARED,
@@ -21,7 +22,6 @@ from fasp_lightning.pruning.budget.widths import (
     PairWidth,
     decide_budget,
     is_reached,
-    step_units,
 )
 from fasp_lightning.structure.plan import record_plan, resolve_pruned
 from fasp_lightning.structure.resolve import linear_parameters
@@ -58,7 +58,7 @@ def drawn(pairs: list[list[Any]], spread: float = 1.0, seed: int = 0) -> list[li
 def allocated(model: Any, config: PruningConfig, spread: float = 1.0, seed: int = 0) -> tuple[Budget, Any]:
     """Uniform and adaptive widths from random sensitivity."""
     uniform = decide_budget(model, config)
-    pairs = resolve_pruned(model, kv_groups=uniform.attention == "kv_groups")
+    pairs = resolve_pruned(model, whole=config.whole)
     return uniform, adaptive_budget(uniform, pairs, drawn(pairs, spread, seed), config)
 
 
@@ -70,7 +70,7 @@ def half_step(model: Any, config: PruningConfig) -> float:
     """Half the parameters of the largest step that is decided upon, and half of one for the rounding."""
     groups = config.attention == "kv_groups"
     kinds = PRUNED[decide_budget(model, config).attention] - {SHARED}
-    pairs = chain.from_iterable(resolve_pruned(model, kv_groups=groups))
+    pairs = chain.from_iterable(resolve_pruned(model, whole={"groups"} if groups else ()))
     return max(step_units(pair, config) * pair.unit_cost for pair in pairs if pair.spec.kind in kinds) / 2 + 0.5
 
 

@@ -12,7 +12,8 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from fasp_lightning import FASPPruner, PruningConfig, spec_for
-from fasp_lightning.pruning.budget.widths import Budget, decide_budget, ffn_multiple
+from fasp_lightning.pruning.budget.rounding import ffn_multiple
+from fasp_lightning.pruning.budget.widths import Budget, decide_budget
 from fasp_lightning.structure.plan import record_plan, resolve_pruned
 from fasp_lightning.structure.resolve import find_blocks
 

@@ -48,7 +48,7 @@ def measured(clock: Operations, name: str, sparsity: float, serving: Serving = S
     """Of a model whose pairs have the widths that a pruning would give them."""
     dense, pruned = tiny_model(name), tiny_model(name)
     config = basic(sparsity, **options)
-    pairs = resolve_pruned(pruned, kv_groups=config.attention == "kv_groups")
+    pairs = resolve_pruned(pruned, whole=config.whole)
     for block, widths in zip(pairs, decide_budget(pruned, config, pairs).pairs, strict=True):
         for pair, width in zip(block, widths, strict=True):
             pair.cut(_first_units(pair, width.after))

@@ -33,7 +33,7 @@ def made(
 ) -> tuple[nn.Module, Gates, list[list[torch.Tensor]]]:
     """A model with gates on random scores, some of them moved as if they had been learned."""
     model, draw = tiny_model(name), torch.Generator().manual_seed(3)
-    pairs = resolve_pruned(model, kv_groups=config.attention == "kv_groups")
+    pairs = resolve_pruned(model, whole=config.whole)
     scores = [[torch.rand(pair.kept.numel(), generator=draw).double() for pair in block] for block in pairs]
     gates = Gates(pairs, decide_budget(model, config, pairs), scores, config)
     gates.offsets += learned * torch.randn(gates.offsets.shape, generator=draw)

@@ -90,9 +90,9 @@ def _architecture(config: Any, family: Family, asked: str, wanted: bool) -> str:
 def _ffn_widths(config: Any, plan: PruningPlan) -> list[int]:
     """FFN width of each block."""
     spec = spec_for(config)
-    for layout, units in plan.widths.values():
+    for (_, layout), units in plan.widths.items():
         if layout.kind == "ffn":
-            return units
+            return list(units.values())
     width = getattr(config, spec.width_field or "", None) or 4 * config.hidden_size
     return [int(width)] * len(plan.blocks)
 
@@ -102,10 +102,10 @@ def _attention(config: Any, plan: PruningPlan, whole: bool) -> tuple[PruningPlan
     heads = config.num_attention_heads
     kv_heads = getattr(config, "num_key_value_heads", None) or heads
     blocks: tuple[dict[str, PairPlan], ...] = tuple({} for _ in plan.blocks)
-    for path, (layout, units) in plan.widths.items():
+    for (path, layout), units in plan.widths.items():
         if layout.kind != "groups":
             continue
-        kv_heads = layout.width if whole else max(units)
+        kv_heads = layout.width if whole else max(units.values())
         heads = kv_heads * layout.repeats
         for part, block in zip(blocks, plan.blocks, strict=True):
             if path in block and kv_heads < layout.width:

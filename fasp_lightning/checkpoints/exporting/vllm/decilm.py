@@ -32,7 +32,7 @@ def is_decilm(config: Any, plan: PruningPlan) -> bool:
         config: The model's config.
         plan: Its plan.
     """
-    uneven = any(layout.kind == "ffn" and len(set(units)) > 1 for layout, units in plan.widths.values())
+    uneven = any(layout.kind == "ffn" and len({*units.values()}) > 1 for (_, layout), units in plan.widths.items())
     return uneven and config.model_type in FAMILIES and config.hidden_act == "silu"
 
 
@@ -54,7 +54,7 @@ def describe_blocks(folder: Path, plan: PruningPlan) -> None:
     config.pop("fasp", None)  # it is no form that load_pruned reads
     heads = config["num_attention_heads"]
     group = heads // (config.get("num_key_value_heads") or heads)
-    (widths,) = (units for layout, units in plan.widths.values() if layout.kind == "ffn")
+    (widths,) = (units.values() for (_, layout), units in plan.widths.items() if layout.kind == "ffn")
     config |= FAMILIES[config["model_type"]] | {
         "architectures": [ARCHITECTURE],
         "model_type": MODEL_TYPE,
