@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
@@ -127,6 +129,20 @@ def register_architecture(model_type: str, spec: ArchitectureSpec, overwrite: bo
     if model_type in _REGISTRY and not overwrite:
         raise FaspError(f"model_type {model_type!r} is registered already; pass overwrite=True to replace its row")
     _REGISTRY[model_type] = spec
+
+
+@contextmanager
+def registered(model_type: str, spec: ArchitectureSpec) -> Iterator[None]:
+    """Have a row in the table while inside, in the place of that which may be there."""
+    before = _REGISTRY.get(model_type)
+    _REGISTRY[model_type] = spec
+    try:
+        yield
+    finally:
+        if before is None:
+            del _REGISTRY[model_type]
+        else:
+            _REGISTRY[model_type] = before
 
 
 def spec_for(model_or_config: Any) -> ArchitectureSpec:
