@@ -15,7 +15,7 @@ from fasp_lightning.errors import FaspError
 from fasp_lightning.structure.modes import own_modes, undone
 from fasp_lightning.structure.pair import ResolvedPair, shape_of
 from fasp_lightning.structure.pruning_plan import PairPlan, PruningPlan, Widths, bad_units, targets
-from fasp_lightning.structure.registry import spec_for
+from fasp_lightning.structure.registry import carried_row, spec_for
 from fasp_lightning.structure.resolve import Kept, find_blocks, linear_at, resolve
 from fasp_lightning.structure.spec import ArchitectureSpec
 from fasp_lightning.structure.stock_fields import groups_obstacle, own_config, stock_fields, stock_obstacle
@@ -96,8 +96,9 @@ def record_plan(model: PreTrainedModel, pairs: list[list[ResolvedPair]]) -> Prun
     plan = whole.of(cut)
     spec, config = spec_for(model), own_config(model)
     model.fasp_plan = plan  # type: ignore[assignment]  # for the user to read; what counts is the config
+    row = carried_row(plan.model_type, spec)
     form = "compact" if stock_obstacle(spec, plan.cuts) else "stock"
-    fields = {**config_fields(spec, whole.widths), "fasp": {"form": form, **plan.to_dict()}}
+    fields = {**config_fields(spec, whole.widths), "fasp": {"form": form, **plan.to_dict(), **row}}
     for name, value in fields.items():
         setattr(config, name, value)
     for pair in flat:

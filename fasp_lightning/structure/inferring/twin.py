@@ -129,8 +129,11 @@ def block_list(model: nn.Module) -> tuple[str, nn.ModuleList]:
     Raises:
         FaspError: If there is none.
     """
+    decoder: Any = model.get_decoder() if hasattr(model, "get_decoder") else model
+    inside = any(isinstance(module, nn.ModuleList) for module in decoder.modules())
+    start = next((path for path, module in model.named_modules() if module is decoder), "") if inside else ""
     found: list[tuple[int, str, nn.ModuleList]] = []
-    for path, module in model.named_modules():
+    for path, module in model.get_submodule(start).named_modules(prefix=start):
         inner = any(path.startswith(f"{outer}.") for _, outer, _ in found)
         if isinstance(module, nn.ModuleList) and len(module) and not inner:
             found.append((sum(parameter.numel() for parameter in module.parameters()), path, module))
