@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from fasp_lightning.checkpoints.pruned_folder import load_pruned
     from fasp_lightning.checkpoints.saving import SavedModel, save_pruned
     from fasp_lightning.errors import FaspError
+    from fasp_lightning.proving.proof import Proof, prove
     from fasp_lightning.pruning.config import LearningConfig, OwnTextConfig, PruningConfig
     from fasp_lightning.pruning.latency.serving import Serving
     from fasp_lightning.pruning.latency.speedup import Speedup, SpeedupPlan, measure_speedup, plan_speedup
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from fasp_lightning.pruning.progress import ProgressEvent
     from fasp_lightning.pruning.pruner import FASPPruner
     from fasp_lightning.pruning.report import LearningReport, PairReport, PruningReport, TextReport
+    from fasp_lightning.structure.inferring.inference import infer_spec
     from fasp_lightning.structure.layout import Cuts, PairLayout
     from fasp_lightning.structure.plan import apply_plan
     from fasp_lightning.structure.pruning_plan import PairPlan, PruningPlan
@@ -78,6 +80,7 @@ __all__ = [
     "Prepared",
     "Processes",
     "ProgressEvent",
+    "Proof",
     "PruningConfig",
     "PruningPlan",
     "PruningReport",
@@ -98,6 +101,7 @@ __all__ = [
     "export_gguf",
     "export_onnx",
     "export_vllm",
+    "infer_spec",
     "load_model",
     "load_pruned",
     "load_tokenizer",
@@ -105,6 +109,7 @@ __all__ = [
     "measure_speedup",
     "perplexity",
     "plan_speedup",
+    "prove",
     "register_architecture",
     "save_pruned",
     "spec_for",
@@ -164,8 +169,11 @@ _HOMES = {
     "load_tokenizer": "checkpoints.loading",
     "measure_perplexity": "pruning.perplexity",
     "measure_speedup": "pruning.latency.speedup",
+    "infer_spec": "structure.inferring.inference",
     "perplexity": "pruning.perplexity",
     "plan_speedup": "pruning.latency.speedup",
+    "Proof": "proving.proof",
+    "prove": "proving.proof",
     "register_architecture": "structure.registry",
     "save_pruned": "checkpoints.saving",
     "spec_for": "structure.registry",

@@ -163,9 +163,12 @@ class PlanJob(PruneJob):
 
     Attributes:
         tensor_parallel: Number of ranks that will serve the model: says whether each FFN width divides among them.
+        prove: Try on a tiny random twin of the model what has to hold of its family's row, which takes seconds; of a
+            family without a row that is done anyway.
     """
 
     tensor_parallel: int = 1
+    prove: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -15,13 +15,13 @@ from fasp_lightning.checkpoints.source import ModelSource, resolve_source, store
 from fasp_lightning.cli.console import dtype_name, percent
 from fasp_lightning.cli.jobs import ModelConfig, PruneJob
 from fasp_lightning.cli.quiet import all_threads
+from fasp_lightning.cli.rows import row_of
 from fasp_lightning.pruning.budget.budget import Budget
 from fasp_lightning.pruning.budget.footprint import PeakMemory, peak_memory_estimate
 from fasp_lightning.pruning.budget.widths import decide_budget
 from fasp_lightning.pruning.config import PruningConfig, with_user_cache
 from fasp_lightning.pruning.latency.speedup import SpeedupPlan, plan_speedup
 from fasp_lightning.structure.layout import Cuts
-from fasp_lightning.structure.registry import spec_for
 from fasp_lightning.structure.spec import ArchitectureSpec
 from fasp_lightning.text.config import TextConfig
 
@@ -88,7 +88,7 @@ def set_up(job: PruneJob) -> Setup:
     if job.pruning.device is not None:
         choose_device(job.pruning.device)  # refused where the machine lacks it
     source, config = resolve_source(job.model.name_or_path), config_of(job.model)
-    spec = spec_for(config)
+    spec = row_of(source, config, job.model.trust_remote_code)
     model = model_shapes(source, config, job.model.trust_remote_code)
     own = None if job.pruning.own_text is None else with_user_cache(job.pruning.own_text)
     learning, device_name = with_user_cache(job.pruning.learning), job.pruning.device or str(device)

@@ -16,7 +16,7 @@ from fasp_lightning.structure.layout import Widths
 from fasp_lightning.structure.modes import own_modes, undone
 from fasp_lightning.structure.pair import ResolvedPair
 from fasp_lightning.structure.pruning_plan import PairPlan, PruningPlan, bad_units, targets
-from fasp_lightning.structure.registry import spec_for
+from fasp_lightning.structure.registry import carried_row, spec_for
 from fasp_lightning.structure.resolve import Kept, columns_at, find_blocks, has_pair, resolve
 from fasp_lightning.structure.spec import WHOLE, ArchitectureSpec, CoupledPair
 from fasp_lightning.structure.stock_fields import groups_obstacle, own_config, parts_left, stock_fields, stock_obstacle
@@ -103,8 +103,9 @@ def record_plan(model: PreTrainedModel, pairs: list[list[ResolvedPair]]) -> Prun
     plan = whole.of(cut)
     spec, config = spec_for(model), own_config(model)
     model.fasp_plan = plan  # type: ignore[assignment]  # for the user to read; what counts is the config
+    row = carried_row(plan.model_type, spec)
     form = "compact" if stock_obstacle(spec, plan.cuts) else "stock"
-    fields = {**config_fields(spec, whole.widths), "fasp": {"form": form, **plan.to_dict()}}
+    fields = {**config_fields(spec, whole.widths), "fasp": {"form": form, **plan.to_dict(), **row}}
     for name, value in fields.items():
         setattr(config, name, value)
         if hasattr(model, name):  # the count of experts, for the loss that balances them

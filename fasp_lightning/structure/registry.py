@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, replace
 from typing import Any
 
 from torch import nn
@@ -22,7 +24,7 @@ _LLAMA = ArchitectureSpec(
 )
 
 _VALUE, _DENSE = _LLAMA.pairs
-_VALUE_ALONE = replace(_VALUE, groups=())
+_VALUE_ALONE = replace(_VALUE, groups=())  # norms over all heads at once, or something of each head's own
 
 
 def _ffn(module: str, width_field: str | None = None) -> CoupledPair:
@@ -45,7 +47,37 @@ _DEEPSEEK = ArchitectureSpec(  # latent attention: no linear layer makes values 
     attention="self_attn",
 )
 
+_SHARED: dict[ArchitectureSpec, tuple[str, ...]] = {
+    _LLAMA: (
+        *(
+            "cohere",
+            "cohere2",
+            "ernie4_5",
+            "exaone4",
+            "granite",
+            "hunyuan_v1_dense",
+            "llama",
+            "ministral",
+            "ministral3",
+        ),
+        *("mistral", "olmo", "qwen2", "qwen3", "seed_oss", "smollm3", "gemma", "gemma2", "gemma3_text"),
+    ),
+    replace(_LLAMA, pairs=(_VALUE_ALONE, _DENSE)): ("olmo2", "olmo3", "stablelm"),
+    # hybrids: some blocks have another mixer in the place of attention, which takes no position_ids
+    replace(_LLAMA, pairs=(_VALUE_ALONE, _DENSE), packing=False): ("olmo_hybrid", "qwen3_5_text"),
+    ArchitectureSpec("model.layers", (_VALUE, CoupledPair("mlp.down_proj", ("mlp.up_proj",), "ffn"))): (
+        *("apertus", "arcee", "nemotron"),
+    ),
+    ArchitectureSpec("model.layers", (_VALUE, CoupledPair("mlp.c_proj", ("mlp.c_fc",), "ffn"))): ("starcoder2",),
+    ArchitectureSpec(
+        layers="model.layers",
+        pairs=(_VALUE, CoupledPair("mlp.down_proj", ("mlp.gate_up_proj",), "ffn", fused="concatenated")),
+    ): ("glm", "glm4"),
+}
+"""A row that several families have, and these."""
+
 _REGISTRY: dict[str, ArchitectureSpec] = {
+    **{model_type: spec for spec, model_types in _SHARED.items() for model_type in model_types},
     "opt": ArchitectureSpec(
         layers="model.decoder.layers",
         pairs=(
@@ -55,13 +87,6 @@ _REGISTRY: dict[str, ArchitectureSpec] = {
         width_field="ffn_dim",
         packing=False,  # OPTDecoder.forward (models/opt/modeling_opt.py) makes its mask without position_ids
     ),
-    "llama": _LLAMA,
-    "mistral": _LLAMA,
-    "qwen2": _LLAMA,
-    "qwen3": _LLAMA,
-    "gemma": _LLAMA,
-    "gemma2": _LLAMA,
-    "gemma3_text": _LLAMA,
     "phi": ArchitectureSpec(
         layers="model.layers",
         pairs=(
@@ -161,6 +186,8 @@ _REGISTRY: dict[str, ArchitectureSpec] = {
     ),
 }
 
+_SHIPPED = dict(_REGISTRY)
+
 _EXAMPLE = (
     'register_architecture("{model_type}", ArchitectureSpec(layers="model.layers", pairs=('
     'CoupledPair("self_attn.o_proj", producers=("self_attn.v_proj",), kind="value"), '
@@ -197,6 +224,46 @@ def register_architecture(model_type: str, spec: ArchitectureSpec, overwrite: bo
     _REGISTRY[model_type] = spec
 
 
+def has_row(config: Any) -> bool:
+    """Whether a config's family is in the table, or the config carries the row that its model was pruned by."""
+    return getattr(config, "model_type", None) in _REGISTRY or _carried(config) is not None
+
+
+def carried_row(model_type: str, spec: ArchitectureSpec) -> dict[str, Any]:
+    """What a pruned model's config has to say of its row: nothing of a shipped one."""
+    return {} if _SHIPPED.get(model_type) == spec else {"row": asdict(spec)}
+
+
+def _carried(config: Any) -> ArchitectureSpec | None:
+    """The row that the config of a pruned model carries as ``config.fasp["row"]``.
+
+    Raises:
+        FaspError: If that is no row.
+    """
+    data = getattr(config, "fasp", None)
+    row = data.get("row") if isinstance(data, dict) else None
+    if row is None:
+        return None
+    try:
+        return ArchitectureSpec(**{**row, "pairs": tuple(CoupledPair(**pair) for pair in row["pairs"])})
+    except (KeyError, TypeError) as error:
+        raise FaspError(f"config.fasp must hold the row that its model was pruned by, damaged: {error}") from None
+
+
+@contextmanager
+def registered(model_type: str, spec: ArchitectureSpec) -> Iterator[None]:
+    """Have a row in the table while inside, in the place of that which may be there."""
+    before = _REGISTRY.get(model_type)
+    _REGISTRY[model_type] = spec
+    try:
+        yield
+    finally:
+        if before is None:
+            del _REGISTRY[model_type]
+        else:
+            _REGISTRY[model_type] = before
+
+
 def spec_for(model_or_config: Any) -> ArchitectureSpec:
     """The row of a model, or of its config.
 
@@ -209,10 +276,12 @@ def spec_for(model_or_config: Any) -> ArchitectureSpec:
     """
     if isinstance(model_or_config, nn.Module) or not hasattr(model_or_config, "model_type"):
         require_causal_lm(model_or_config)
-    model_type = getattr(getattr(model_or_config, "config", model_or_config), "model_type", None)
-    if model_type not in _REGISTRY:
+    config = getattr(model_or_config, "config", model_or_config)
+    model_type = getattr(config, "model_type", None)
+    row = _REGISTRY.get(str(model_type)) or _carried(config)
+    if row is None:
         raise FaspError(
-            f"model_type must be one of {', '.join(known_architectures())}, got {model_type!r}; for a family of this "
-            f"kind register a row: {_EXAMPLE.format(model_type=model_type)}"
+            f"model_type must be one of {', '.join(known_architectures())}, got {model_type!r}; infer_spec finds "
+            f"the row of most others, and prove tries it; or register a row: {_EXAMPLE.format(model_type=model_type)}"
         )
-    return _REGISTRY[model_type]
+    return row

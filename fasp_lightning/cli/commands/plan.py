@@ -14,6 +14,7 @@ from fasp_lightning.cli.model_setup import Setup, already_pruned, bytes_before, 
 from fasp_lightning.cli.quiet import one_thread, quiet_libraries
 from fasp_lightning.cli.startup import without_collection
 from fasp_lightning.cli.texts import calibration_name, own_tokens
+from fasp_lightning.proving.proof import prove
 from fasp_lightning.pruning.budget.footprint import PeakMemory, footprints
 from fasp_lightning.pruning.budget.rounding import FFNS, ffn_multiple
 from fasp_lightning.pruning.learned.learning import forward_tokens
@@ -43,7 +44,17 @@ def run(job: PlanJob) -> int:
     _print_memory(job, setup)
     _print_learning(setup)
     loaders_table(loaders_for(setup.form, setup.config, setup.cuts))
+    if job.prove:
+        _print_proof(setup)
     return 0
+
+
+def _print_proof(setup: Setup) -> None:
+    """Try the row on a twin, and say what held."""
+    proof = prove(setup.model, setup.spec)
+    rows = [(kind, ", ".join(proof.checks), "stock" if kind in proof.stock else "zero_filled") for kind in proof.kinds]
+    title = f"row of {proof.model_type}, proved on {proof.blocks} tiny blocks in {proof.seconds:.1f} s"
+    table(title, ("pairs", "what held", "stock code loads form"), rows, numbers=False)
 
 
 def _print_sizes(job: PruneJob, setup: Setup) -> None:

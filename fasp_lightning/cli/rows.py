@@ -1,0 +1,34 @@
+"""The row of a model's family: shipped, or inferred and proved before it is used."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fasp_lightning.checkpoints.loading import model_shapes
+from fasp_lightning.checkpoints.source import ModelSource
+from fasp_lightning.cli.console import note
+from fasp_lightning.proving.inferring import infer_proved
+from fasp_lightning.structure.inferring.code import as_code
+from fasp_lightning.structure.registry import has_row, register_architecture, spec_for
+from fasp_lightning.structure.spec import ArchitectureSpec
+
+
+def row_of(source: ModelSource, config: Any, trust_remote_code: bool = False) -> ArchitectureSpec:
+    """The row of a config's family; one that is unknown is inferred, proved, said, and registered for this process.
+
+    Args:
+        source: The model's source.
+        config: Its config.
+        trust_remote_code: Let the repository's own code run.
+
+    Raises:
+        FaspError: If no row can be inferred, or none that holds; the message says what was found.
+    """
+    if not has_row(config):
+        note(f"{config.model_type} has no row: looking for one on a tiny random model of its class")
+        found = infer_proved(model_shapes(source, config, trust_remote_code))
+        for dropped in found.dropped:
+            note(dropped)
+        note(f"found and proved in {found.proof.seconds:.1f} s: {as_code(config.model_type, found.spec)}")
+        register_architecture(config.model_type, found.spec)
+    return spec_for(config)

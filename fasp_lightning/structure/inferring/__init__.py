@@ -1,0 +1,1 @@
+"""The row of an unknown family, found on a tiny model of it."""
