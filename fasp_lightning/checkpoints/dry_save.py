@@ -53,7 +53,7 @@ def require_savable(model: PreTrainedModel, tokenizer: Any = None) -> None:
     require_stored(model)
     if torch.distributed.is_initialized() and torch.distributed.get_rank():
         return  # PreTrainedModel.save_pretrained writes in the first process alone, which finds out for all
-    with TemporaryDirectory() as folder, savable(model, logging.WARNING), _no_progress_bar():
+    with TemporaryDirectory() as folder, savable(model, logging.WARNING), no_progress_bar():
         with as_refusal(lambda error: FaspError(f"model cannot be saved by transformers: {one_line(error)}")):
             model.save_pretrained(folder, state_dict={})
         _require_readable(model, folder)
@@ -195,7 +195,7 @@ def _as_it_is(given: Any) -> Any:
 
 
 @contextmanager
-def _no_progress_bar() -> Iterator[None]:
+def no_progress_bar() -> Iterator[None]:
     """Writing nothing needs no progress bar."""
     from transformers.utils import logging as bars
 

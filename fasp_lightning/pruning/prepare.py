@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -84,7 +85,7 @@ def prepare(
     with processes.together():
         alone = own is not None and own.share == 1  # own text needs no other
         batches = [] if alone else list(each_batch(batches))
-        tokens = _check(model, pairs, batches, config)
+        tokens = session.weights.once("rehearsal", lambda: _check(model, pairs, batches, config))
     if own is None or own.share < 1:
         _require_tokens(processes.total(tokens)[0], own is not None)
     if own is not None:
@@ -102,7 +103,8 @@ def prepare(
         later = sum(1 for _ in micro_batches(batches, config.micro_batch_size))
         steps = config.learning.steps if config.score == "learned" else 0
         session.progress.expect((len(chosen) + steps) * len(pairs) + later * session.progress.passes)
-        return Prepared(batches, fisher_scores(session, model, pairs, chosen, hidden))
+        measure = partial(fisher_scores, session, model, pairs, chosen, hidden)
+        return Prepared(batches, session.weights.once("sensitivity", measure))
 
 
 def _check(model: PreTrainedModel, pairs: list[list[ResolvedPair]], batches: list[Any], config: PruningConfig) -> int:

@@ -19,7 +19,8 @@ from fasp_lightning.pruning.blocks.replay import call_block
 from fasp_lightning.pruning.blocks.samples import Sample, Stored
 from fasp_lightning.pruning.blocks.session import Session
 from fasp_lightning.pruning.blocks.standins import BlockTap, Fixed, first, skeleton, stand_ins, with_first
-from fasp_lightning.structure.modes import evaluating, frozen, placed, requiring_gradients
+from fasp_lightning.structure.causal_lm import input_device
+from fasp_lightning.structure.modes import evaluating, frozen, requiring_gradients
 from fasp_lightning.structure.pair import ResolvedPair
 from fasp_lightning.structure.registry import spec_for
 from fasp_lightning.structure.resolve import find_blocks
@@ -121,8 +122,7 @@ class _Passes:
 
     def _backward(self, sample: Sample, rows: slice) -> None:
         """The model's own forward, and back from the loss to whatever requires gradients."""
-        embeddings: Any = self.model.get_input_embeddings()
-        device = embeddings.weight.device
+        device = input_device(self.model)
         inputs = {name: value[rows].to(device) for name, value in sample.inputs.items()}
         with torch.enable_grad():
             output = self.model(**inputs, use_cache=False)
@@ -137,7 +137,7 @@ class _Passes:
         inputs = [[self.hidden[sample.number]] for sample in samples]
         returned: Any = None
         for index, (pair, *_) in enumerate(self.pairs):
-            with placed(pair.block, self.session.device):
+            with self.session.weights.placed(pair.block, self.session.device):
                 for sample, states in zip(samples, inputs, strict=True):
                     hidden = self.store.get(states[-1])
                     output = call_block(pair.block, sample.calls[index], hidden, self.store)
@@ -145,7 +145,7 @@ class _Passes:
                     states.append(self.store.put(first(output)))
         slopes = self._head(samples, [states.pop() for states in inputs], returned)
         for index in reversed(range(len(self.pairs))):
-            with placed(self.pairs[index][0].block, self.session.device):
+            with self.session.weights.placed(self.pairs[index][0].block, self.session.device):
                 for place, sample in enumerate(samples):
                     gradient = self._block(index, sample, inputs[place].pop(), slopes[place])
                     if index:  # the gradient of what comes before the blocks is not asked for
@@ -163,7 +163,8 @@ class _Passes:
         through = {str(i): BlockTap(block, lambda args, kwargs: None, [returned]) for i, block in enumerate(blocks)}
         slopes = []
         # with every block replaced, what is left of the model is all that moves to the device
-        with stand_ins(blocks, {**through, str(len(blocks) - 1): last}), placed(self.model, self.session.device):
+        weights, device = self.session.weights, self.session.device
+        with stand_ins(blocks, {**through, str(len(blocks) - 1): last}), weights.placed(self.model, device):
             for sample, output in zip(samples, outputs, strict=True):
                 hidden, gradient = self._leaf(output)
                 for rows in _rows_at_once(sample):

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from fasp_lightning.pruning.blocks.store import TensorStore
+from fasp_lightning.pruning.blocks.weights import Weights
 from fasp_lightning.pruning.config import PruningConfig
 from fasp_lightning.pruning.processes import Processes
 from fasp_lightning.pruning.progress import Progress, Stopwatch, WorkCounter
@@ -23,6 +24,7 @@ class Session:
         processes: Those that prune together.
         clock: Counts seconds by phase.
         progress: Counts passes of samples through blocks.
+        weights: Where the model's weights are.
     """
 
     device: torch.device
@@ -30,6 +32,7 @@ class Session:
     processes: Processes
     clock: Stopwatch
     progress: WorkCounter
+    weights: Weights
 
     @classmethod
     def start(
@@ -38,6 +41,7 @@ class Session:
         pairs: list[list[ResolvedPair]],
         progress: Progress | None = None,
         processes: Processes | None = None,
+        weights: Weights | None = None,
     ) -> Session:
         """Start the clock.
 
@@ -46,8 +50,10 @@ class Session:
             pairs: The model's pairs; where they are is the compute device, if the settings name none.
             progress: Called after each pass of a sample through a block.
             processes: Those that prune together; by default this process alone.
+            weights: Where the model's weights are; by default in memory.
         """
-        here = next(pairs[0][0].block.parameters()).device
+        weights = weights or Weights()
+        here = weights.home(pairs[0][0].block)
         device = torch.device(config.device) if config.device else here
         store, clock = TensorStore(config.offload, device), Stopwatch(device)
-        return cls(device, store, processes or Processes(), clock, WorkCounter(progress, len(pairs)))
+        return cls(device, store, processes or Processes(), clock, WorkCounter(progress, len(pairs)), weights)
