@@ -84,27 +84,27 @@ def prepare(
     processes, own = session.processes, config.own_text
     with processes.together():
         alone = own is not None and own.share == 1  # own text needs no other
-        batches = [] if alone else list(each_batch(batches))
-        tokens = session.weights.once("rehearsal", lambda: _check(model, pairs, batches, config))
+        given = [] if alone else list(each_batch(batches))
+        tokens = session.weights.once("rehearsal", lambda: _check(model, pairs, given, config))
     if own is None or own.share < 1:
         _require_tokens(processes.total(tokens)[0], own is not None)
     if own is not None:
         with session.clock.phase("own text"), evaluating(model):
-            written = own_text(model, own, processes, calibration_starts(batches, processes))
-            batches = mixed(batches, written, own.share, processes)
+            written = own_text(model, own, processes, calibration_starts(given, processes))
+            given = mixed(given, written, own.share, processes)
     if not config.needs_sensitivity:
-        return Prepared(batches, [])
+        return Prepared(given, [])
     with session.clock.phase("sensitivity"), evaluating(model), session.store:
         bound = max(1, config.sensitivity_tokens // PIECES)
         with processes.together():
-            samples, hidden = capture(model, batches, config.micro_batch_size, session.store, bound)
+            samples, hidden = capture(model, given, config.micro_batch_size, session.store, bound)
         chosen = spread_samples(samples, config.sensitivity_tokens, processes)
         _require_targets(chosen, processes)
-        later = sum(1 for _ in micro_batches(batches, config.micro_batch_size))
+        later = sum(1 for _ in micro_batches(given, config.micro_batch_size))
         steps = config.learning.steps if config.score == "learned" else 0
         session.progress.expect((len(chosen) + steps) * len(pairs) + later * session.progress.passes)
         measure = partial(fisher_scores, session, model, pairs, chosen, hidden)
-        return Prepared(batches, session.weights.once("sensitivity", measure))
+        return Prepared(given, session.weights.once("sensitivity", measure))
 
 
 def _check(model: PreTrainedModel, pairs: list[list[ResolvedPair]], batches: list[Any], config: PruningConfig) -> int:

@@ -102,9 +102,14 @@ class FolderPruning:
         model_config = load_config(source, revision=revision, trust_remote_code=trust_remote_code)
         kept = checkpoint_dtype(found, model_config)
         computed = choose_dtype(dtype, kept, device)
-        options = {"revision": revision, "trust_remote_code": trust_remote_code}
         streamed = open_streamed(
-            found, model_config, computed, device, attn_implementation=attn_implementation, **options
+            found,
+            model_config,
+            computed,
+            device,
+            revision=revision,
+            trust_remote_code=trust_remote_code,
+            attn_implementation=attn_implementation,
         )
         budget = decide_budget(streamed.model, config)
         form, stored = choose_form(form, spec_for(model_config), budget.cuts), choose_stored(save_dtype, kept, computed)
@@ -139,7 +144,7 @@ class FolderPruning:
         if self.batches is None or self.weights is None:
             raise RuntimeError("a pruning is begun before it prunes")
         report = prune(self.streamed.model, self.batches, self.weights)
-        self.streamed.settle()
+        self.streamed.disk.settle()
         return report
 
     def save(self, tokenizer: Any = None, verify: bool = True, **hub: Any) -> SavedModel:

@@ -86,7 +86,6 @@ class FASPPruner(Pruner):
             report = pruner.prune_folder(name, folder, batches)  # again with the same arguments if it is stopped
             print(f"{report.sparsity:.3f} of the blocks are gone", load_pruned(folder).dtype)
         """
-        options = {"trust_remote_code": trust_remote_code, "attn_implementation": attn_implementation}
         job = FolderPruning.open(
             self.config,
             source,
@@ -96,7 +95,8 @@ class FASPPruner(Pruner):
             form=form,
             revision=revision,
             overwrite=overwrite,
-            **options,
+            trust_remote_code=trust_remote_code,
+            attn_implementation=attn_implementation,
         )
         with job.begun(batches):
             report = job.prune(partial(self.prune_held, progress=progress))

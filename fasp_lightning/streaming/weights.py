@@ -50,9 +50,9 @@ class StreamedWeights(Weights):
     def require(self, model: PreTrainedModel) -> None:
         """Weights that are in files can be pruned."""
 
-    def placed(self, module: nn.Module, device: torch.device) -> AbstractContextManager[object]:
+    def placed(self, module: nn.Module, device: torch.device) -> AbstractContextManager[None]:
         """A block, held; what is left of a model without its blocks is filled where it is called."""
-        paths = [path for path in self._streamed.blocks if self._streamed.parts[path] is module]
+        paths = [path for path in self._streamed.blocks if self._streamed.parts[path].module is module]
         return self._streamed.held(paths[0]) if paths else nullcontext()
 
     def once(self, name: str, make: Callable[[], T]) -> T:
@@ -103,7 +103,7 @@ class StreamedWeights(Weights):
             if before is not None:
                 shutil.rmtree(before, ignore_errors=True)
 
-        self._streamed.in_background(write, sum(tensor.nbytes for tensor in state.values()))
+        self._streamed.disk.write(write, sum(tensor.nbytes for tensor in state.values()))
         self._streamed.move(path, shard, list(state))
 
     def _read(self, index: int) -> PrunedBlock:

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -15,33 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fasp_lightning.checkpoints.dry_save import no_progress_bar
-from fasp_lightning.checkpoints.pruned_folder import unreadable_weights
 from fasp_lightning.checkpoints.publishing.record import sampled
-from fasp_lightning.checkpoints.streaming.files import read_weights
-from fasp_lightning.errors import FaspError, FaspOSError, as_refusal
+from fasp_lightning.checkpoints.streaming.disk import Disk, Places
+from fasp_lightning.checkpoints.streaming.loading import part_loading
+from fasp_lightning.checkpoints.streaming.parts import Part, fill_buffers, parts_of
+from fasp_lightning.errors import FaspOSError
 from fasp_lightning.staging import fingerprint
-from fasp_lightning.structure.registry import spec_for
-
-Places = list[tuple[Path, str]]
-"""File and stored name of each weight of a part."""
-
-
-@dataclass
-class Traffic:
-    """What went between the disk and the memory.
-
-    Attributes:
-        read: Bytes.
-        read_seconds: Time that reading took, most of it beside the computing.
-        written: Bytes.
-        written_seconds: Likewise.
-    """
-
-    read: int = 0
-    read_seconds: float = 0.0
-    written: int = 0
-    written_seconds: float = 0.0
 
 
 class StreamedModel:
@@ -58,9 +34,9 @@ class StreamedModel:
         name: Of the model, for messages.
 
     Attributes:
-        parts: Path of each part → its module, the blocks in their order, then the others.
+        parts: Path of each part → the part, the blocks in their order, then the others.
         blocks: Paths of the blocks.
-        traffic: What was read and written.
+        disk: Reads and writes.
         finished: Files that parts were moved to.
     """
 
@@ -68,13 +44,13 @@ class StreamedModel:
         self.model = model
         self.device = device
         self.name = name
-        self.traffic = Traffic()
+        self.disk = Disk()
         model.fasp_sampled = {}
         self.finished: set[Path] = set()
         self._stored: torch.dtype | None = None
-        self.blocks = [f"{spec_for(model).layers}.{index}" for index in range(len(_blocks(model)))]
-        self.parts = _parts(model, self.blocks)
-        self._loading = _loading(model, device)
+        self.parts = parts_of(model)
+        self.blocks = [path for path, part in self.parts.items() if part.block]
+        self._loading = part_loading(model, device)
         self._empty = {
             (module, name): parameter
             for module in model.modules()
@@ -83,22 +59,19 @@ class StreamedModel:
         }
         self._places = self._find(files)
         self._held: Counter[str] = Counter()
-        self._worker = ThreadPoolExecutor(1, thread_name_prefix="fasp-stream")  # one: at most two blocks in memory
-        self._next: tuple[str, Future[dict[str, Tensor]]] | None = None
-        self._written: Future[None] | None = None
         self._last = -1
-        _fill_buffers(model)
+        fill_buffers(model)
         model.get_input_embeddings().computes_on = device
         for path, part in self.parts.items():
-            part.register_forward_pre_hook(lambda *_, path=path: self._take(path), prepend=True)
-            part.register_forward_hook(lambda *_, path=path: self._give_back(path), always_call=True)
+            part.module.register_forward_pre_hook(lambda *_, path=path: self._take(path), prepend=True)
+            part.module.register_forward_hook(lambda *_, path=path: self._give_back(path), always_call=True)
 
     @contextmanager
-    def held(self, path: str) -> Iterator[nn.Module]:
+    def held(self, path: str) -> Iterator[None]:
         """A part with its weights, while inside."""
         self._take(path)
         try:
-            yield self.parts[path]
+            yield
         finally:
             self._give_back(path)
 
@@ -139,38 +112,12 @@ class StreamedModel:
         """
         from transformers.core_model_loading import revert_weight_conversion
 
-        own = {f"{path}.{name}": value for name, value in _state(self.parts[path], path in self.blocks)}
-        own = {name: instead.get(name, value.detach()) for name, value in own.items()}
-        state = {name: value for name, value in own.items() if name not in self._loading.tied}
+        own = self.parts[path].state()
+        state = {
+            name: instead.get(name, value.detach()) for name, value in own.items() if name not in self._loading.tied
+        }
         found: dict[str, Tensor] = revert_weight_conversion(self.model, state)
         return found
-
-    def in_background(self, write: Any, size: int) -> None:
-        """Write something beside the computing; what was to be written before is written by then.
-
-        Args:
-            write: Does it.
-            size: Bytes.
-        """
-        self.settle()
-
-        def timed() -> None:
-            start = time.perf_counter()
-            write()
-            self.traffic.written += size
-            self.traffic.written_seconds += time.perf_counter() - start
-
-        self._written = self._worker.submit(timed)
-
-    def settle(self) -> None:
-        """Wait for what is being written.
-
-        Raises:
-            OSError: If it could not be.
-        """
-        written, self._written = self._written, None
-        if written is not None:
-            written.result()
 
     @contextmanager
     def rounded(self, dtype: torch.dtype) -> Iterator[None]:
@@ -186,8 +133,7 @@ class StreamedModel:
 
     def __exit__(self, *_: object) -> None:
         """Stop reading and writing."""
-        self._forget()
-        self._worker.shutdown()
+        self.disk.close()
 
     def _take(self, path: str) -> None:
         self._held[path] += 1
@@ -201,10 +147,11 @@ class StreamedModel:
     def _give_back(self, path: str) -> None:
         self._held[path] -= 1
         if not self._held[path]:
-            for name, value in _state(self.parts[path], path in self.blocks):
-                if not value.is_meta:
-                    self.model.fasp_sampled[f"{path}.{name}"] = sampled(value).clone()
-            for module in _modules(self.parts[path], path in self.blocks):
+            part = self.parts[path]
+            self.model.fasp_sampled |= {
+                name: sampled(value).clone() for name, value in part.state().items() if not value.is_meta
+            }
+            for module in part.modules:
                 self._free(module)
 
     def _free(self, module: nn.Module) -> None:
@@ -222,24 +169,27 @@ class StreamedModel:
 
     def _fill(self, path: str) -> None:
         part, places = self.parts[path], self._places[path]
-        trained = _modules(part, path in self.blocks)
-        wanted = {(one, name): p.requires_grad for one in trained for name, p in one.named_parameters(recurse=False)}
+        trains = {
+            (module, name): parameter.requires_grad
+            for module in part.modules
+            for name, parameter in module.named_parameters(recurse=False)
+        }
         if places:
-            stored = self._fetched(path)
+            stored = self.disk.read(places) if part.block else self.disk.read_beside(places)
             with self._in_place(path):
                 self._loading.load(self.model, stored, self.name)
-        for module in _modules(part, path in self.blocks):
+        for module in part.modules:
             for name, buffer in module.named_buffers(recurse=False):
                 module._buffers[name] = buffer.to(self.device)
-        self._tie(path)
-        for name, value in _state(part, path in self.blocks):
+        self._tie(part)
+        for name, value in part.state().items():
             if value.is_meta:
-                raise FaspOSError(f"model {self.name!r} must hold all weights, got none for {path}.{name}")
+                raise FaspOSError(f"model {self.name!r} must hold all weights, got none for {name}")
             if self._stored is not None and value.dtype == self.model.dtype:
                 value.data = value.data.to(self._stored).to(value.dtype)
-        for (module, name), trains in wanted.items():
-            module.get_parameter(name).requires_grad_(trains)
-        if path in self.blocks:
+        for (module, name), required in trains.items():
+            module.get_parameter(name).requires_grad_(required)
+        if part.block:
             self._look_ahead(self.blocks.index(path))
 
     @contextmanager
@@ -248,49 +198,27 @@ class StreamedModel:
         owner, _, name = path.rpartition(".")
         parent = self.model.get_submodule(owner)
         present = parent._modules[name]
-        parent._modules[name] = self.parts[path]
+        parent._modules[name] = self.parts[path].module
         try:
             yield
         finally:
             parent._modules[name] = present
 
-    def _tie(self, path: str) -> None:
+    def _tie(self, part: Part) -> None:
         """Give a part the weights that it shares with another one."""
-        for name, _ in _state(self.parts[path], path in self.blocks):
-            source = self._loading.tied.get(f"{path}.{name}")
+        for name in part.state():
+            source = self._loading.tied.get(name)
             if source is not None:
-                owner, _, own = f"{path}.{name}".rpartition(".")
+                owner, _, own = name.rpartition(".")
                 with self.held(self.part_of(source)):
                     self.model.get_submodule(owner)._parameters[own] = self.model.get_parameter(source)
-
-    def _fetched(self, path: str) -> dict[str, Tensor]:
-        if self._next is not None and self._next[0] == path:
-            ahead, self._next = self._next[1], None
-            return ahead.result()
-        if path in self.blocks:
-            self._forget()
-        self.settle()
-        return self._read(self._places[path])
-
-    def _read(self, places: Places) -> dict[str, Tensor]:
-        start = time.perf_counter()
-        found = read_weights(places)
-        self.traffic.read_seconds += time.perf_counter() - start
-        self.traffic.read += sum(tensor.nbytes for tensor in found.values())
-        return found
 
     def _look_ahead(self, index: int) -> None:
         """Read the next block in the direction in which they are asked for."""
         step = -1 if self._last == index + 1 else 1
         self._last, following = index, index + step
         if 0 <= following < len(self.blocks):
-            path = self.blocks[following]
-            self._next = path, self._worker.submit(self._read, self._places[path])
-
-    def _forget(self) -> None:
-        ahead, self._next = self._next, None
-        if ahead is not None and not ahead[1].cancel():
-            ahead[1].exception()
+            self.disk.look_ahead(self._places[self.blocks[following]])
 
     def _find(self, files: dict[str, Path]) -> dict[str, Places]:
         """Where the weights of each part are; names that no part has are left out, as transformers does."""
@@ -300,96 +228,3 @@ class StreamedModel:
             if part and name not in self._loading.tied:
                 places[part].append((files[stored], stored))
         return places
-
-
-@dataclass(frozen=True)
-class _Loading:
-    """Transformers' own way from stored weights to those of a model: other names, split or joined tensors.
-
-    Attributes:
-        config: What ``convert_and_load_state_dict_in_model`` (transformers, core_model_loading.py) is given.
-        tied: Name of each weight that is another one → that one's name.
-    """
-
-    config: Any
-    tied: dict[str, str]
-
-    def load(self, model: Any, stored: dict[str, Tensor], name: str) -> None:
-        from transformers.core_model_loading import convert_and_load_state_dict_in_model
-
-        with as_refusal(lambda error: unreadable_weights(name, error)), no_progress_bar():
-            info, _ = convert_and_load_state_dict_in_model(model, stored, self.config)
-        if wrong := sorted(info.mismatched_keys):
-            key, found, expected = wrong[0]
-            raise FaspOSError(f"model {name!r} must have {key} of {tuple(expected)}, got {tuple(found)}")
-        if info.conversion_errors:
-            key, reason = next(iter(info.conversion_errors.items()))
-            raise FaspOSError(f"{key} of {name!r} cannot be made of a part of the stored weights: {reason}")
-
-    def names(self, model: Any, stored: dict[str, Any]) -> Iterator[tuple[str, str]]:
-        """The name in the model of each stored weight, the first one where it becomes several."""
-        from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
-
-        renamings = [one for one in self.config.weight_mapping if isinstance(one, WeightRenaming)]
-        converters = [one for one in self.config.weight_mapping if isinstance(one, WeightConverter)]
-        prefix, state = model.base_model_prefix, model.state_dict()
-        for name in stored:
-            found, _ = rename_source_key(name, renamings, converters, prefix, state)
-            if found not in state and name in state:
-                found = name
-            yield name, found
-
-
-def _loading(model: Any, device: torch.device) -> _Loading:
-    try:
-        from transformers.conversion_mapping import get_model_conversion_mapping
-        from transformers.modeling_utils import LoadStateDictConfig
-
-        mapping = get_model_conversion_mapping(model)
-    except (ImportError, TypeError) as error:
-        raise FaspError(f"streaming needs transformers 5.23, which loads a part of a model; {error}") from None
-    plan = model._get_dtype_plan(model.dtype)
-    config = LoadStateDictConfig(device_map={"": device}, dtype=model.dtype, dtype_plan=plan, weight_mapping=mapping)
-    return _Loading(config, dict(getattr(model, "all_tied_weights_keys", {})))
-
-
-def _blocks(model: Any) -> nn.ModuleList:
-    found: nn.ModuleList = model.get_submodule(spec_for(model).layers)
-    return found
-
-
-def _parts(model: Any, blocks: list[str]) -> dict[str, nn.Module]:
-    parts = {path: model.get_submodule(path) for path in blocks}
-    inside = tuple(f"{path}." for path in blocks)
-    for path, module in model.named_modules():
-        own = module._parameters or module._buffers
-        if own and path not in parts and not path.startswith(inside):
-            parts[path] = module
-    return parts
-
-
-def _modules(part: nn.Module, whole: bool) -> list[nn.Module]:
-    """The modules whose weights are a part's: all below a block, and the module alone around the blocks."""
-    return list(part.modules()) if whole else [part]
-
-
-def _state(part: nn.Module, whole: bool) -> list[tuple[str, Tensor]]:
-    """A part's parameters, and those buffers that are stored."""
-    if whole:
-        return list(part.state_dict(keep_vars=True).items())
-    buffers = ((name, value) for name, value in part._buffers.items() if name not in part._non_persistent_buffers_set)
-    return [(name, value) for name, value in (*part._parameters.items(), *buffers) if value is not None]
-
-
-@torch.no_grad()
-def _fill_buffers(model: Any) -> None:
-    """Compute buffers that are not stored, such as the frequencies of rotary embeddings.
-
-    As ``_initialize_missing_keys`` (transformers, modeling_utils.py) does; they are small, and stay in memory.
-    """
-    for module in model.modules():
-        names = [name for name in module._non_persistent_buffers_set if module._buffers.get(name) is not None]
-        for name in names:
-            module._buffers[name] = torch.empty_like(module._buffers[name], device="cpu")
-        if names:
-            model._init_weights(module)

@@ -96,7 +96,7 @@ class Shards:
 
     def _write_all(self, folder: Path, dtype: torch.dtype) -> bool:
         """Write the shards and their index, unless a weight is too large for the dtype."""
-        weight_map, total = {}, 0
+        weight_map, total = dict[str, str](), 0
         groups = self._groups()
         for number, paths in enumerate(groups):
             file = folder / f"model-{number + 1:05}-of-{len(groups):05}.safetensors"
@@ -118,7 +118,7 @@ class Shards:
     def _groups(self) -> list[list[str]]:
         """The parts of each shard: a block, or as many others as are no larger together than the largest block."""
         blocks, parts = self._streamed.blocks, self._streamed.parts
-        sizes = {path: bytes_of(part.parameters(path in blocks), torch.int8) for path, part in parts.items()}
+        sizes = {path: part.numel for path, part in parts.items()}
         largest = max(sizes[path] for path in blocks)
         groups = [[path] for path in blocks]
         room = 0
@@ -147,7 +147,7 @@ class Shards:
         finished = len(paths) == 1 and not others and shard in self._streamed.finished
         if not finished or paths[0] in self._wider or dtype != self._streamed.model.dtype:
             return []
-        self._streamed.settle()
+        self._streamed.disk.settle()
         try:
             os.link(shard, file)
         except OSError:  # a file system without such names

@@ -15,15 +15,14 @@ from torch import Tensor
 
 from fasp_lightning.ops.likelihood import next_token_nll_gradient
 from fasp_lightning.pruning.blocks.gradients import ConsumerScores
+from fasp_lightning.pruning.blocks.passes import tail_alone, through_block
 from fasp_lightning.pruning.blocks.replay import call_block
 from fasp_lightning.pruning.blocks.samples import Sample, Stored
 from fasp_lightning.pruning.blocks.session import Session
-from fasp_lightning.pruning.blocks.standins import BlockTap, Fixed, first, skeleton, stand_ins, with_first
+from fasp_lightning.pruning.blocks.standins import first
 from fasp_lightning.structure.causal_lm import input_device
 from fasp_lightning.structure.modes import evaluating, frozen, requiring_gradients
 from fasp_lightning.structure.pair import ResolvedPair
-from fasp_lightning.structure.registry import spec_for
-from fasp_lightning.structure.resolve import find_blocks
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -137,12 +136,10 @@ class _Passes:
         inputs = [[self.hidden[sample.number]] for sample in samples]
         returned: Any = None
         for index, (pair, *_) in enumerate(self.pairs):
-            with self.session.weights.placed(pair.block, self.session.device):
-                for sample, states in zip(samples, inputs, strict=True):
-                    hidden = self.store.get(states[-1])
-                    output = call_block(pair.block, sample.calls[index], hidden, self.store)
-                    returned = skeleton(output)
-                    states.append(self.store.put(first(output)))
+            present = [states[-1] for states in inputs]
+            outputs, returned = through_block(self.session, pair.block, index, samples, present)
+            for states, output in zip(inputs, outputs, strict=True):
+                states.append(output)
         slopes = self._head(samples, [states.pop() for states in inputs], returned)
         for index in reversed(range(len(self.pairs))):
             with self.session.weights.placed(self.pairs[index][0].block, self.session.device):
@@ -153,23 +150,14 @@ class _Passes:
                     self.session.progress.count(index, "sensitivity")
 
     def _head(self, samples: list[Sample], outputs: list[Stored], returned: Any) -> list[Stored]:
-        """∂L/∂h of the last block's outputs h: the model's own forward, which is handed them by a stand-in.
-
-        So norms, logit scales and soft caps behind the blocks are the family's own. The blocks before the last let
-        through whatever they are given.
-        """
-        blocks = find_blocks(self.model, spec_for(self.model))
-        last = Fixed(blocks[-1])
-        through = {str(i): BlockTap(block, lambda args, kwargs: None, [returned]) for i, block in enumerate(blocks)}
+        """∂L/∂h of the last block's outputs h."""
         slopes = []
-        # with every block replaced, what is left of the model is all that moves to the device
-        weights, device = self.session.weights, self.session.device
-        with stand_ins(blocks, {**through, str(len(blocks) - 1): last}), weights.placed(self.model, device):
+        with tail_alone(self.session, self.model, returned) as tail:
             for sample, output in zip(samples, outputs, strict=True):
                 hidden, gradient = self._leaf(output)
                 for rows in _rows_at_once(sample):
                     with torch.enable_grad():
-                        last.value = with_first(returned, hidden[rows])
+                        tail.hand_over(hidden[rows])
                     self._backward(sample, rows)
                 self.store.drop(output)
                 slopes.append(self.store.put(gradient))
