@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -23,13 +23,17 @@ from fasp_lightning.checkpoints.streaming.model import StreamedModel
 from fasp_lightning.checkpoints.streaming.opening import open_streamed
 from fasp_lightning.checkpoints.streaming.writing import Shards
 from fasp_lightning.errors import FaspError
+from fasp_lightning.pruning.blocks.measuring import measure_by_block
+from fasp_lightning.pruning.blocks.session import Session
 from fasp_lightning.pruning.blocks.weights import Weights
 from fasp_lightning.pruning.budget.widths import decide_budget
 from fasp_lightning.pruning.config import PruningConfig
+from fasp_lightning.pruning.perplexity import PerplexityResult
 from fasp_lightning.pruning.report import PruningReport
 from fasp_lightning.staging import claimed
 from fasp_lightning.streaming.journal import Journal
 from fasp_lightning.streaming.weights import StreamedWeights
+from fasp_lightning.structure.plan import resolve_pruned
 from fasp_lightning.structure.registry import spec_for
 from fasp_lightning.text.batches import each_batch, read_batch
 
@@ -60,7 +64,7 @@ class FolderPruning:
     form: str
     stored: torch.dtype
     overwrite: bool
-    batches: list[Any] | None = None
+    batches: list[Any] = field(default_factory=list)
     weights: StreamedWeights | None = None
 
     @classmethod
@@ -132,8 +136,28 @@ class FolderPruning:
         with claimed(self.output), self.streamed:
             journal = Journal(self.folder, self._made_with(self.batches), self.overwrite)
             self.weights = StreamedWeights(self.streamed, journal)
-            yield
+            try:
+                yield
+            except FaspError:
+                if not journal.done(0):  # a refusal before the first block leaves nothing to go on with
+                    journal.remove()
+                raise
             journal.remove()
+
+    def perplexity(self, name: str, batches: Iterable[Any]) -> PerplexityResult:
+        """Measure the model as it is now, or take what an earlier run that was stopped has measured.
+
+        Args:
+            name: Of the measurement, another one for each.
+            batches: As for :func:`~fasp_lightning.measure_perplexity`.
+
+        Raises:
+            FaspError: As there.
+        """
+        model, weights = self.streamed.model, self._begun()
+        session = Session.start(self.config, resolve_pruned(model), weights=weights)
+        found: dict[str, Any] = weights.journal.once(name, lambda: measure_by_block(session, model, batches).to_dict())
+        return PerplexityResult(**found)
 
     def prune(self, prune: Prune) -> PruningReport:
         """Prune block after block.
@@ -141,9 +165,7 @@ class FolderPruning:
         Args:
             prune: The engine.
         """
-        if self.batches is None or self.weights is None:
-            raise RuntimeError("a pruning is begun before it prunes")
-        report = prune(self.streamed.model, self.batches, self.weights)
+        report = prune(self.streamed.model, self.batches, self._begun())
         self.streamed.disk.settle()
         return report
 
@@ -166,6 +188,11 @@ class FolderPruning:
             **options,
         )
 
+    def _begun(self) -> StreamedWeights:
+        if self.weights is None:
+            raise RuntimeError("a pruning must have begun before it prunes or measures")
+        return self.weights
+
     def _made_with(self, batches: list[Any]) -> dict[str, Any]:
         """All that decides on the outcome, as plain data."""
         settings = {name: value for name, value in self.config.to_dict().items() if name != "offload"}
@@ -181,16 +208,12 @@ def require_streamable(config: PruningConfig) -> None:
     """Refuse settings that need the whole model at once.
 
     Raises:
-        FaspError: If columns are learned, or own text is asked for.
+        FaspError: If columns are learned.
     """
     if config.score == "learned":
         raise FaspError(
             "score must be 'wanda', 'fisher' or 'magnitude' where the model is streamed, got 'learned', which trains "
             "with the whole model"
-        )
-    if config.own_text is not None:
-        raise FaspError(
-            "own_text must be null where the model is streamed: sampling would read the whole model for each token"
         )
 
 

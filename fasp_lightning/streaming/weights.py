@@ -11,13 +11,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fasp_lightning.checkpoints.streaming.model import StreamedModel
 from fasp_lightning.checkpoints.streaming.writing import write_shard
+from fasp_lightning.errors import FaspError
 from fasp_lightning.pruning.blocks.samples import Stored
 from fasp_lightning.pruning.blocks.store import TensorStore
 from fasp_lightning.pruning.blocks.weights import PrunedBlock, Weights
+from fasp_lightning.pruning.config import OwnTextConfig
+from fasp_lightning.pruning.own_text.cache import weights_digest
+from fasp_lightning.pruning.own_text.writing import text_at_hand
+from fasp_lightning.pruning.processes import Processes
 from fasp_lightning.pruning.report import PairReport
 from fasp_lightning.staging import read_json, staged, staged_file, write_json
 from fasp_lightning.streaming.journal import Journal
@@ -39,7 +44,7 @@ class StreamedWeights(Weights):
 
     def __init__(self, streamed: StreamedModel, journal: Journal) -> None:
         self._streamed = streamed
-        self._journal = journal
+        self.journal = journal
         self._round = 0
         self._states: Path | None = None  # what the last finished block returns
 
@@ -50,6 +55,35 @@ class StreamedWeights(Weights):
     def require(self, model: PreTrainedModel) -> None:
         """Weights that are in files can be pruned."""
 
+    def own_text(
+        self, model: PreTrainedModel, config: OwnTextConfig, processes: Processes, starts: Tensor | None
+    ) -> list[Tensor]:
+        """Own text from its cache.
+
+        Raises:
+            FaspError: If it is not there.
+        """
+
+        def at_hand() -> list[Tensor]:
+            found = self.text_at_hand(config, starts)
+            if found is None:
+                raise FaspError(
+                    "own_text must be in its cache where the model is streamed, got none: sampling would read the "
+                    "whole model for each token; set own_text to null, or let another machine fill own_text.cache_dir"
+                )
+            return found
+
+        return self.once("own-text", at_hand)
+
+    def text_at_hand(self, config: OwnTextConfig, starts: Tensor | None) -> list[Tensor] | None:
+        """Own text from its cache, or ``None``."""
+        streamed = self._streamed
+
+        def digest(model: PreTrainedModel) -> str:
+            return weights_digest(model, streamed.tensors())
+
+        return text_at_hand(streamed.model, config, starts, digest)
+
     def placed(self, module: nn.Module, device: torch.device) -> AbstractContextManager[None]:
         """A block, held; what is left of a model without its blocks is filled where it is called."""
         paths = [path for path in self._streamed.blocks if self._streamed.parts[path].module is module]
@@ -57,12 +91,12 @@ class StreamedWeights(Weights):
 
     def once(self, name: str, make: Callable[[], T]) -> T:
         """What was made under a name in this round."""
-        return self._journal.once(f"{self._round}-{name}", make)
+        return self.journal.once(f"{self._round}-{name}", make)
 
     def start_round(self, number: int) -> list[PrunedBlock]:
         """What an earlier run has made of the first blocks in a round."""
         self._round = number
-        return [self._read(index) for index in range(self._journal.done(number))]
+        return [self._read(index) for index in range(self.journal.done(number))]
 
     def take_over(self, pairs: list[ResolvedPair], done: PrunedBlock) -> None:
         """Give a block the shapes that an earlier run has given it, and the weights."""
@@ -73,7 +107,7 @@ class StreamedWeights(Weights):
 
     def take_up(self, hidden: list[Stored], store: TensorStore) -> list[Stored]:
         """What the last finished block returns."""
-        done = self._journal.done(self._round)
+        done = self.journal.done(self._round)
         if done in (0, len(self._streamed.blocks)):
             return hidden
         self._states = folder = self._states_before(done)
@@ -99,7 +133,7 @@ class StreamedWeights(Weights):
                 with staged(after) as stage:
                     for at, stored in enumerate(states):
                         _put(stored, stage / f"{at}.pt")
-            self._journal.note(number, index + 1)
+            self.journal.note(number, index + 1)
             if before is not None:
                 shutil.rmtree(before, ignore_errors=True)
 
@@ -112,13 +146,13 @@ class StreamedWeights(Weights):
         return PrunedBlock(kept, [PairReport(**entry) for entry in record["entries"]], record["warnings"])
 
     def _shard(self, index: int) -> Path:
-        return self._journal.folder / f"{self._round}-block-{index}.safetensors"
+        return self.journal.folder / f"{self._round}-block-{index}.safetensors"
 
     def _record(self, index: int) -> Path:
         return self._shard(index).with_suffix(".json")
 
     def _states_before(self, index: int) -> Path:
-        return self._journal.folder / f"{self._round}-states-{index}"
+        return self.journal.folder / f"{self._round}-states-{index}"
 
 
 def _plain(done: PrunedBlock, names: list[str]) -> dict[str, Any]:

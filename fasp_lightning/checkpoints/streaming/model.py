@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -81,6 +82,16 @@ class StreamedModel:
         stats = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
         stored = sorted((path, name) for path, places in self._places.items() for _, name in places)
         return fingerprint(self.model.config.to_json_string(use_diff=False), stats, stored)
+
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """Parameters and buffers by name, as the model has them, a part at a time."""
+        for items in (self.model.named_parameters, self.model.named_buffers):
+            names = [name for name, _ in items()]
+            for path, inside in itertools.groupby(names, self.part_of):
+                with self.held(path):
+                    for name in inside:
+                        owner, _, own = name.rpartition(".")
+                        yield name, getattr(self.model.get_submodule(owner), own)
 
     def part_of(self, name: str) -> str:
         """The part that a weight of the model belongs to."""
