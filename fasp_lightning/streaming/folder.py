@@ -27,7 +27,8 @@ from fasp_lightning.pruning.blocks.measuring import measure_by_block
 from fasp_lightning.pruning.blocks.session import Session
 from fasp_lightning.pruning.blocks.weights import Weights
 from fasp_lightning.pruning.budget.widths import decide_budget
-from fasp_lightning.pruning.config import PruningConfig
+from fasp_lightning.pruning.config import OwnTextConfig, PruningConfig
+from fasp_lightning.pruning.own_text.writing import calibration_starts
 from fasp_lightning.pruning.perplexity import PerplexityResult
 from fasp_lightning.pruning.report import PruningReport
 from fasp_lightning.staging import claimed
@@ -158,6 +159,16 @@ class FolderPruning:
         session = Session.start(self.config, resolve_pruned(model), weights=weights)
         found: dict[str, Any] = weights.journal.once(name, lambda: measure_by_block(session, model, batches).to_dict())
         return PerplexityResult(**found)
+
+    def text_at_hand(self, own: OwnTextConfig) -> bool:
+        """Whether own text is, or was where this pruning began, in its cache.
+
+        Args:
+            own: How much, and how.
+        """
+        weights = self._begun()
+        starts = None if own.share == 1 else calibration_starts(self.batches)
+        return weights.journal.once("own-text", lambda: weights.text_at_hand(own, starts) is not None)
 
     def prune(self, prune: Prune) -> PruningReport:
         """Prune block after block.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
@@ -32,6 +32,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 T = TypeVar("T")
+
+TOGETHER = "states.pt"
+"""Hidden states that were in memory, all of them."""
 
 
 class StreamedWeights(Weights):
@@ -113,7 +116,7 @@ class StreamedWeights(Weights):
         self._states = folder = self._states_before(done)
         for stored in hidden:
             store.drop(stored)
-        return [store.put(torch.load(folder / f"{i}.pt", weights_only=True)) for i in range(len(hidden))]
+        return [store.put(state) for state in _states_in(folder, len(hidden))]
 
     def finish(self, pairs: list[ResolvedPair], done: PrunedBlock, hidden: list[Stored]) -> None:
         """Write a block and what it returns, and then that it is done; beside the computing."""
@@ -131,8 +134,7 @@ class StreamedWeights(Weights):
                 write_json(new, told)
             if after is not None:
                 with staged(after) as stage:
-                    for at, stored in enumerate(states):
-                        _put(stored, stage / f"{at}.pt")
+                    _put(states, stage)
             self.journal.note(number, index + 1)
             if before is not None:
                 shutil.rmtree(before, ignore_errors=True)
@@ -173,8 +175,18 @@ def _second_name(stored: Stored, folder: Path, number: int) -> Stored:
     return name
 
 
-def _put(stored: Stored, file: Path) -> None:
-    if isinstance(stored, Path):
-        stored.rename(file)
-    else:
-        torch.save(stored.contiguous().cpu(), file)
+def _put(states: list[Stored], folder: Path) -> None:
+    """Write tensors into one file, which the disk takes sooner than many; move those that are files already."""
+    tensors = {at: stored.cpu() for at, stored in enumerate(states) if not isinstance(stored, Path)}
+    if tensors:
+        torch.save(tensors, folder / TOGETHER)
+    for at, stored in enumerate(states):
+        if isinstance(stored, Path):
+            stored.rename(folder / f"{at}.pt")
+
+
+def _states_in(folder: Path, count: int) -> Iterator[Tensor]:
+    file = folder / TOGETHER
+    together = torch.load(file, mmap=True, weights_only=True) if file.exists() else {}
+    for at in range(count):
+        yield together[at] if together else torch.load(folder / f"{at}.pt", weights_only=True)

@@ -68,6 +68,11 @@ class SweepJob(PruneJob, TaskOptions):
         self.require_tasks()
         if self.speedup is not None:
             raise FaspError(f"speedup must be null in a sweep, whose sparsities are given, got {self.speedup}")
+        if self.stream:
+            raise FaspError(
+                "stream must be null or false for a sweep, which prunes copies of a model in memory, got true; run "
+                "fasp prune --stream true for each sparsity"
+            )
         _ = self.folder  # refuses null
         if self.push_to_hub is not None:
             raise FaspError(
