@@ -27,8 +27,8 @@ if TYPE_CHECKING:
     from fasp_lightning.pruning.prepare import Prepared
     from fasp_lightning.pruning.processes import Processes
     from fasp_lightning.pruning.progress import ProgressEvent
-    from fasp_lightning.pruning.pruner import FASPPruner
     from fasp_lightning.pruning.report import LearningReport, PairReport, PruningReport, TextReport
+    from fasp_lightning.streaming.pruner import FASPPruner
     from fasp_lightning.structure.inferring.inference import infer_spec
     from fasp_lightning.structure.layout import Cuts, PairLayout
     from fasp_lightning.structure.plan import apply_plan
@@ -126,7 +126,7 @@ _HOMES = {
     "EventRecord": "training.reporting",
     "Experts": "structure.spec",
     "Exported": "checkpoints.exporting.exported",
-    "FASPPruner": "pruning.pruner",
+    "FASPPruner": "streaming.pruner",
     "FASPPruning": "training.callback",
     "FaspError": "errors",
     "LearningConfig": "pruning.config",

@@ -5,6 +5,8 @@ from __future__ import annotations
 import functools
 import logging
 import time
+from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -70,6 +72,23 @@ def home(device: torch.device, needed: int) -> tuple[torch.device, str | None]:
     if needed <= free:
         return device, None
     return torch.device("cpu"), f"{device} has {free / 2**30:,.2f} GiB free of the {needed / 2**30:,.2f} GiB needed"
+
+
+def free_memory() -> int | None:
+    """Bytes of host memory that a process can still take, within its control group; ``None`` where nothing says so."""
+    found, group = [], Path("/sys/fs/cgroup")
+    with suppress(OSError, ValueError):
+        found.append(1024 * _entry(Path("/proc/meminfo"), "MemAvailable:"))
+    with suppress(OSError, ValueError):  # "max" is no number, and no limit
+        used = int((group / "memory.current").read_text()) - _entry(group / "memory.stat", "inactive_file")
+        found.append(int((group / "memory.max").read_text()) - used)
+    return min(found, default=None)
+
+
+def _entry(file: Path, name: str) -> int:
+    """The number on a line that begins with a name."""
+    lines = (line.split() for line in file.read_text().splitlines())
+    return next((int(line[1]) for line in lines if line[0] == name), 0)
 
 
 def parse_dtype(requested: str | torch.dtype, name: str = "dtype") -> torch.dtype:

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import logging
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import torch
-from torch import Tensor
 
 from fasp_lightning.checkpoints.devices import choose_stored
 from fasp_lightning.checkpoints.dry_save import require_savable, runs_remote_code, savable, save_tokenizer
@@ -25,12 +24,13 @@ from fasp_lightning.checkpoints.publishing.card import write_card
 from fasp_lightning.checkpoints.publishing.hub import check_hub, upload
 from fasp_lightning.checkpoints.publishing.record import record_of
 from fasp_lightning.checkpoints.verifying import verify_saved
+from fasp_lightning.checkpoints.writing import Write, bytes_of, write_whole, zero_filled
 from fasp_lightning.errors import FaspError
 from fasp_lightning.staging import require_space, staged, write_json
 from fasp_lightning.structure.adapters import has_adapters
 from fasp_lightning.structure.modes import own_modes, undone
-from fasp_lightning.structure.plan import adopt_plan, config_fields, plan_of, resolve_pruned
-from fasp_lightning.structure.pruning_plan import PruningPlan, targets
+from fasp_lightning.structure.plan import adopt_plan, config_fields, plan_of
+from fasp_lightning.structure.pruning_plan import PruningPlan
 from fasp_lightning.structure.registry import spec_for
 
 if TYPE_CHECKING:
@@ -115,6 +115,73 @@ def save_pruned(
         for loader in saved.loaders:
             print(loader.name, loader.ok, loader.reason)
     """
+    return save_held(Whole, model, path, tokenizer, form, verify, overwrite, dtype, push_to_hub, private)
+
+
+class Held(Protocol):
+    """The weights of a model, wherever they are, as they are saved."""
+
+    def size(self, dtype: torch.dtype) -> int:
+        """Bytes that they will take."""
+
+    def write(self, model: PreTrainedModel, folder: Path, dtype: torch.dtype) -> torch.dtype:
+        """See :data:`~fasp_lightning.checkpoints.writing.Write`."""
+
+    def verify(self, folder: Path, form: str, dtype: torch.dtype) -> float:
+        """See :func:`~fasp_lightning.checkpoints.verifying.verify_saved`."""
+
+
+class Whole:
+    """The weights of a model that is in memory.
+
+    Args:
+        model: The model.
+        shapes: Keeps more units than the model, zeros in their place; ``None`` for the shapes that it has.
+    """
+
+    def __init__(self, model: PreTrainedModel, shapes: PruningPlan | None) -> None:
+        self._model = model
+        self._wider = {} if shapes is None else zero_filled(model, shapes)
+
+    def size(self, dtype: torch.dtype) -> int:
+        """Bytes that they will take."""
+        return bytes_of((*self._model.parameters(), *self._wider.values()), dtype)
+
+    def write(self, model: PreTrainedModel, folder: Path, dtype: torch.dtype) -> torch.dtype:
+        """Write them."""
+        return write_whole(model, folder, dtype, self._wider)
+
+    def verify(self, folder: Path, form: str, dtype: torch.dtype) -> float:
+        """Load what was written as its users do, and compare."""
+        return verify_saved(self._model, folder, form, dtype)
+
+
+def save_held(
+    hold: Callable[[PreTrainedModel, PruningPlan | None], Held],
+    model: PreTrainedModel,
+    path: str | Path,
+    tokenizer: Any,
+    form: str,
+    verify: bool,
+    overwrite: bool,
+    dtype: str | torch.dtype,
+    push_to_hub: str | None,
+    private: bool | None,
+) -> SavedModel:
+    """Save a pruned model wherever its weights are; see :func:`save_pruned`.
+
+    Args:
+        hold: Makes of a model, and of the plan whose shapes it is written in, what writes its weights.
+        model: As there, as the other arguments.
+        path: As there.
+        tokenizer: As there.
+        form: As there.
+        verify: As there.
+        overwrite: As there.
+        dtype: As there.
+        push_to_hub: As there.
+        private: As there.
+    """
     path = Path(path)
     check_hub(push_to_hub, private)
     require_savable(model, tokenizer)
@@ -124,11 +191,11 @@ def save_pruned(
     form, stored = choose_form(form, spec, plan.cuts), stored_in(model, dtype)
     check_output(path, overwrite)
     adopt_plan(model)  # a zero-filled one, loaded by stock code, is no wider than its plan
-    tensors = zero_filled(model, stock_part(plan, spec)) if form == "zero_filled" else {}
-    require_space(path, bytes_of((*model.parameters(), *tensors.values()), stored))
+    weights = hold(model, stock_part(plan, spec) if form == "zero_filled" else None)
+    require_space(path, weights.size(stored))
     with staged(path) as stage:
-        stored, loaders = write_pruned(model, stage, form, stored, tokenizer, tensors, push_to_hub)
-        difference = verify_saved(model, stage, form, stored) if verify else None
+        stored, loaders = write_pruned(model, stage, form, stored, tokenizer, weights.write, push_to_hub)
+        difference = weights.verify(stage, form, stored) if verify else None
     size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
     url = upload(path, push_to_hub, private) if push_to_hub else None
     return SavedModel(path, form, stored, size, loaders, difference, url)
@@ -140,7 +207,7 @@ def write_pruned(
     form: str,
     dtype: torch.dtype,
     tokenizer: Any,
-    replaced: dict[str, Tensor],
+    write: Write = write_whole,
     hub_id: str | None = None,
 ) -> tuple[torch.dtype, list[LoaderSupport]]:
     """Write everything that a saved pruned model is.
@@ -151,7 +218,7 @@ def write_pruned(
         form: One that holds its plan.
         dtype: See :func:`write_folder`.
         tokenizer: As there.
-        replaced: As there.
+        write: As there.
         hub_id: The repository that it goes to, if it does.
 
     Returns:
@@ -159,7 +226,7 @@ def write_pruned(
     """
     plan = require_plan(model)
     with savable(model), in_form(model, form):
-        dtype = write_folder(model, folder, dtype, tokenizer, replaced)
+        dtype = write_folder(model, folder, dtype, tokenizer, write)
     report, loaders = record_of(model, dtype), loaders_for(form, model.config, plan.cuts)
     write_json(folder / REPORT_FILE, report)
     write_card(folder, facts_of(report, plan, form), loaders, hub_id, runs_remote_code(model))
@@ -181,34 +248,26 @@ def stored_in(model: PreTrainedModel, requested: str | torch.dtype) -> torch.dty
     return choose_stored(requested, getattr(model, "fasp_stored_dtype", None), model.dtype)
 
 
-def bytes_of(tensors: Iterable[Tensor], dtype: torch.dtype) -> int:
-    """Bytes that tensors take in a dtype."""
-    return sum(tensor.numel() * dtype.itemsize for tensor in tensors)
-
-
 def write_folder(
     model: PreTrainedModel,
     folder: Path,
     dtype: torch.dtype,
     tokenizer: Any = None,
-    replaced: dict[str, Tensor] | None = None,
+    write: Write = write_whole,
 ) -> torch.dtype:
     """Write a model's weights in a dtype, its configs and its tokenizer, for older loaders too.
 
     Args:
         model: The model, as :func:`~fasp_lightning.checkpoints.dry_save.savable` has it.
         folder: Where to.
-        dtype: Dtype of the weights that are in the model's; others, such as a router kept in fp32, keep theirs.
+        dtype: See :func:`~fasp_lightning.checkpoints.writing.write_whole`.
         tokenizer: Saved along if given.
-        replaced: Entries of its state to write instead of its own.
+        write: Writes weights and config.
 
     Returns:
-        The dtype that they were written in: the model's own if ``dtype`` does not reach as far as they do.
+        The dtype that they were written in.
     """
-    state = model.state_dict() | (replaced or {})
-    if dtype != model.dtype:
-        state, dtype = _converted(state, model.dtype, dtype)
-    model.save_pretrained(folder, state_dict=state)
+    dtype = write(model, folder, dtype)
     if dtype != model.dtype:  # which PreTrainedModel.save_pretrained writes into the config
         model.config.dtype = dtype
         model.config.save_pretrained(folder)
@@ -216,21 +275,6 @@ def write_folder(
         save_tokenizer(tokenizer, folder)
     dress(folder, type(model.config), tokenizer)
     return dtype
-
-
-def _converted(
-    state: dict[str, Tensor], computed: torch.dtype, dtype: torch.dtype
-) -> tuple[dict[str, Tensor], torch.dtype]:
-    """Weights in another dtype, those that share memory sharing it, or as they are if one of them would overflow."""
-    done: dict[tuple[int, torch.Size], Tensor] = {}
-    for name, tensor in state.items():
-        key = (tensor.data_ptr(), tensor.shape)
-        if tensor.dtype == computed and key not in done:
-            done[key] = tensor.to("cpu", dtype)  # an accelerator may have no room for another copy
-            if tensor.numel() and done[key].isinf().any() and not tensor.isinf().any():
-                log.warning("saved in %s: %s has values that are too large for %s", computed, name, dtype)
-                return state, computed
-    return {name: done.get((tensor.data_ptr(), tensor.shape), tensor) for name, tensor in state.items()}, dtype
 
 
 def require_plan(model: PreTrainedModel) -> PruningPlan:
@@ -257,21 +301,6 @@ def in_form(model: PreTrainedModel, form: str) -> Iterator[None]:
         for name, value in wanted.items():
             setattr(config, name, value)
         yield
-
-
-def zero_filled(model: PreTrainedModel, plan: PruningPlan) -> dict[str, Tensor]:
-    """State entries in a plan's shapes, for the pairs that have fewer units; zeros where units are gone.
-
-    Args:
-        model: The model.
-        plan: Keeps at least what the model's plan keeps.
-    """
-    return {
-        f"{pair.name}.{key}": tensor
-        for pair, units in targets(model, resolve_pruned(model), plan)
-        if units.numel() > pair.kept.numel()
-        for key, tensor in pair.zero_filled(units).items()
-    }
 
 
 def save_dense(model: PreTrainedModel, path: Path, tokenizer: Any, dtype: str | torch.dtype) -> None:

@@ -6,12 +6,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
+from torch import Tensor
 
 from fasp_lightning.checkpoints.dry_save import runs_remote_code
 from fasp_lightning.checkpoints.pruned_folder import load_pruned
+from fasp_lightning.structure.causal_lm import input_device
 from fasp_lightning.structure.modes import evaluating, undone
 
 if TYPE_CHECKING:
@@ -42,16 +44,34 @@ def verify_saved(model: PreTrainedModel, folder: Path, form: str, stored: torch.
     options: dict[str, Any] = {"dtype": model.dtype, "attn_implementation": attention}
     options["trust_remote_code"] = runs_remote_code(model)
     load: Any = load_pruned if form == "compact" else AutoModelForCausalLM.from_pretrained
-    embeddings: Any = model.get_input_embeddings()
-    device, vocabulary = embeddings.weight.device, embeddings.num_embeddings
+    with _rounded(model, stored):
+        expected = logits_of(model)
+    reloaded = load(folder, **options).to(input_device(model))
+    return compared(logits_of(reloaded), expected, model.dtype)
+
+
+def logits_of(model: PreTrainedModel) -> Tensor:
+    """A model's logits of a few tokens, in fp32."""
+    device, vocabulary = input_device(model), cast(Any, model.get_input_embeddings()).num_embeddings
     ids = (torch.arange(16, device=device) * 37 % vocabulary).unsqueeze(0)
-    with evaluating(model), _rounded(model, stored):
-        expected = model(input_ids=ids, use_cache=False).logits.float()
-    reloaded = load(folder, **options).to(device)
-    with evaluating(reloaded):
-        found = reloaded(input_ids=ids, use_cache=False).logits.float()
+    with evaluating(model):
+        logits: Tensor = cast(Any, model)(input_ids=ids, use_cache=False).logits
+    return logits.float()
+
+
+def compared(found: Tensor, expected: Tensor, dtype: torch.dtype) -> float:
+    """Largest difference between the logits of a saved model and those of the model.
+
+    Args:
+        found: Of the saved one.
+        expected: Of the model.
+        dtype: In which both were computed.
+
+    Raises:
+        RuntimeError: If it is larger than rounding explains.
+    """
     difference = (found - expected).abs().max().item()
-    allowed = TOLERANCE.get(options["dtype"], HALF_TOLERANCE) * max(1.0, expected.abs().max().item())
+    allowed = TOLERANCE.get(dtype, HALF_TOLERANCE) * max(1.0, expected.abs().max().item())
     if not difference <= allowed:
         raise RuntimeError(
             f"logits of the saved model must equal the model's within {allowed:.1e}, got {difference:.1e}"

@@ -67,6 +67,10 @@ class PruneJob:
             "zero_filled" (original shapes where stock code wants them).
         overwrite: Replace a pruned model in output_dir.
         verify: Load what was saved again and compare the logits.
+        stream: Read a block of the model at a time, prune it, and write it, so that the model may be larger than the
+            memory; the same command goes on where it was stopped. null is true where the weights would take more than
+            half of the free memory. Own text is then taken from its cache or left out, and the model is not measured
+            without the least squares.
         push_to_hub: Id of a repository on the hub, such as me/model, that the saved folder is uploaded to; needs a
             token (hf auth login, or HF_TOKEN).
         private: Whether that repository is made private, if it is not there; null is the user's default on the hub.
@@ -95,6 +99,7 @@ class PruneJob:
     form: str = "auto"
     overwrite: bool = False
     verify: bool = True
+    stream: bool | None = None
     push_to_hub: str | None = None
     private: bool | None = None
     dtype: str = "auto"

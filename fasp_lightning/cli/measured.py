@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from fasp_lightning.cli.model_setup import Setup
 from fasp_lightning.cli.texts import OTHER, Calibration, Text, domain_of, single_source
 from fasp_lightning.pruning.perplexity import PerplexityResult, measure_perplexity
 from fasp_lightning.pruning.prepare import Prepared
-from fasp_lightning.pruning.pruner import FASPPruner
+from fasp_lightning.pruning.pruner import Pruner
 from fasp_lightning.pruning.report import PruningReport, TextReport, restoration_warning
 from fasp_lightning.structure.plan import apply_plan
 
@@ -67,19 +67,43 @@ def prune_measured(
         prepared: What was prepared of the calibration text with the model as it was; by default that is done here.
     """
     with PruningProgress() as progress:
-        report = FASPPruner(setup.pruning).prune(model, prepared or calibration.batches, progress=progress)
+        report = Pruner(setup.pruning).prune(model, prepared or calibration.batches, progress=progress)
     after = measure(model, evaluation, "pruned")
     given = all(pair.basis == "given" for pair in report.pairs)  # else the weights as they were have other columns
     plain = _unrestored(model, again(), evaluation) if job.compares and given else [None] * len(evaluation)
+    reported(model, report, job, setup, calibration, evaluation, (before, after, plain))
+    return report
+
+
+def reported(
+    model: Any,
+    report: PruningReport,
+    job: PruneJob,
+    setup: Setup,
+    calibration: Calibration,
+    evaluation: list[Text],
+    perplexities: tuple[Sequence[PerplexityResult | None], ...],
+) -> None:
+    """Note on a pruned model what it was calibrated and measured on, and warn of what the figures say.
+
+    Args:
+        model: The model.
+        report: Of the pruning.
+        job: The job.
+        setup: Its setup.
+        calibration: The calibration text.
+        evaluation: The texts that were measured.
+        perplexities: Theirs before, after, and with nothing restored, where that was measured.
+    """
     domains = domains_of(job, calibration, evaluation)
     names, begins = [text.name for text in evaluation], [text.bos for text in evaluation]
-    rows = zip(names, domains, before, after, plain, begins, strict=True)
+    rows: Any = zip(names, domains, *perplexities, begins, strict=True)
     report.evaluation = [TextReport(*row) for row in rows]
     if message := single_source(calibration.configs, calibration.own is not None):
         report.warnings.append(message)  # announced before
     if message := restoration_warning(report.evaluation):
         report.warnings.append(message)
-        warnings.warn(message, stacklevel=2)
+        warnings.warn(message, stacklevel=3)
     model.fasp_report = {
         **report.to_dict(),
         "model": job.model.name_or_path,
@@ -87,7 +111,6 @@ def prune_measured(
         "computed": {"dtype": dtype_name(setup.dtype), "device": str(setup.device)},
         "weights": mark_of(model),  # those that were measured
     }
-    return report
 
 
 def _unrestored(pruned: Any, model: Any, texts: list[Text]) -> list[PerplexityResult]:

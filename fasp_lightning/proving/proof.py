@@ -17,13 +17,12 @@ from torch import Tensor
 
 from fasp_lightning.checkpoints.dry_save import no_progress_bar, require_savable, savable
 from fasp_lightning.checkpoints.forms import choose_form, stock_part
-from fasp_lightning.checkpoints.saving import in_form, require_plan, write_folder, zero_filled
-from fasp_lightning.checkpoints.verifying import verify_saved
+from fasp_lightning.checkpoints.saving import Whole, in_form, require_plan, write_folder
 from fasp_lightning.errors import FaspError, of_library, one_line
 from fasp_lightning.proving.masked import errors_of, masked, same, same_text
 from fasp_lightning.pruning.budget.widths import decide_budget
 from fasp_lightning.pruning.config import PruningConfig
-from fasp_lightning.pruning.pruner import FASPPruner
+from fasp_lightning.pruning.pruner import Pruner
 from fasp_lightning.structure.inferring.twin import random_tokens, run, twin
 from fasp_lightning.structure.modes import own_modes
 from fasp_lightning.structure.registry import registered, spec_for
@@ -114,7 +113,7 @@ def _prove_kind(small: Any, row: ArchitectureSpec, attention: str, kind: str) ->
     """Cut the twin and try everything on it; returns whether stock code loads it in its small shapes."""
     cut, tokens = copy.deepcopy(small), random_tokens(small, 8, 24, seed=1)
     config = _config(attention, _sparsity(small, attention, kind))
-    report = _tried(small.config.model_type, f"pruning {kind} pairs", lambda: FASPPruner(config).prune(cut, [tokens]))
+    report = _tried(small.config.model_type, f"pruning {kind} pairs", lambda: Pruner(config).prune(cut, [tokens]))
     mask = masked(small, cut.fasp_plan)
     errors = errors_of(small, mask, cut.fasp_plan, tokens)
     form = choose_form("auto", row, cut.fasp_plan.cuts)
@@ -164,7 +163,7 @@ def _tried(model_type: str, what: str, law: Callable[[], Any]) -> Any:
 
 def _identity(small: Any) -> None:
     model = copy.deepcopy(small)
-    FASPPruner(_config("none", 0.0)).prune(model, [random_tokens(small)])
+    Pruner(_config("none", 0.0)).prune(model, [random_tokens(small)])
     before = small.state_dict()
     if any(not torch.equal(value, before[name]) for name, value in model.state_dict().items()):
         raise FaspError("weights changed")
@@ -200,8 +199,8 @@ def _attention(model: Any, kind: str) -> Iterator[Tensor | None]:
 def _saved(cut: Any, form: str) -> None:
     """What is written gives the same logits as it is loaded: by stock code in every form but the compact one."""
     require_savable(cut)
-    tensors = zero_filled(cut, stock_part(require_plan(cut), spec_for(cut))) if form == "zero_filled" else {}
+    weights = Whole(cut, stock_part(require_plan(cut), spec_for(cut)) if form == "zero_filled" else None)
     with TemporaryDirectory() as folder:
         with savable(cut), in_form(cut, form):
-            write_folder(cut, Path(folder), cut.dtype, replaced=tensors)
-        verify_saved(cut, Path(folder), form, cut.dtype)
+            write_folder(cut, Path(folder), cut.dtype, write=weights.write)
+        weights.verify(Path(folder), form, cut.dtype)

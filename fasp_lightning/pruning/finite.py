@@ -9,7 +9,7 @@ from fasp_lightning.errors import FaspError
 
 def bad_parameter(model: nn.Module) -> str:
     """What to add to a message: which parameter is not finite, if one is."""
-    bad = (name for name, value in model.named_parameters() if not value.isfinite().all())
+    bad = (name for name, value in model.named_parameters() if not value.is_meta and not value.isfinite().all())
     name = next(bad, None)
     return "" if name is None else f": parameter {name} is not"
 

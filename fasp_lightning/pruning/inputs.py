@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from fasp_lightning.errors import FaspError
 from fasp_lightning.ops.likelihood import IGNORED
+from fasp_lightning.structure.causal_lm import input_device
 from fasp_lightning.structure.registry import known_architectures, spec_for
 from fasp_lightning.text.batches import CALIBRATION, TokenBatch, check_vocabulary, read_batch
 
@@ -44,7 +45,7 @@ class ModelInputs:
         config: Any = getattr(inner, "config", None)
         embeddings: Any = inner.get_input_embeddings()
         self.vocabulary: int = embeddings.num_embeddings
-        self.device = embeddings.weight.device
+        self.device = input_device(inner)
         self.name = type(inner).__name__
         self._longest: int | None = getattr(config, "max_position_embeddings", None)
         self.table = _position_table(inner, embeddings, self._longest)

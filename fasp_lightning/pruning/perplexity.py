@@ -17,7 +17,7 @@ from fasp_lightning.ops.likelihood import next_token_nll
 from fasp_lightning.pruning.inputs import ModelInputs, check_at_hand
 from fasp_lightning.structure.causal_lm import require_language_model
 from fasp_lightning.structure.modes import evaluating, own_modes
-from fasp_lightning.text.batches import each_batch, read_batch
+from fasp_lightning.text.batches import TokenBatch, each_batch, read_batch
 
 log = logging.getLogger(__name__)
 
@@ -98,31 +98,77 @@ def measure_perplexity(model: nn.Module, batches: Iterable[Any]) -> PerplexityRe
             model gives no logits over the vocabulary.
     """
     require_language_model(model)
-    nll, tokens, sequences, seq_len = 0.0, 0, 0, 0
-    started = time.perf_counter()
+    counted, started = Counted(), time.perf_counter()
     inputs, batches = ModelInputs(model), each_batch(batches)
     check_at_hand(inputs, batches)
     with evaluating(model):
         for batch in batches:
             given = read_batch(batch)
-            if given.weight != 1:  # passing it over would report another perplexity than was asked for
-                raise FaspError(
-                    f"weight of a batch must be 1 where perplexity is measured, got {given.weight}: every token counts "
-                    "alike; leave the weight out"
-                )
-            batch_nll, batch_tokens = _batch_nll(model, inputs.checked(given), given.targets)
-            nll, tokens = nll + batch_nll, tokens + batch_tokens
-            sequences, seq_len = sequences + len(given.input_ids), max(seq_len, given.input_ids.shape[1])
-    seconds = time.perf_counter() - started
-    if tokens == 0:
+            require_unweighted(given)
+            counted.see(given)
+            counted.add(*batch_nll(model, inputs.checked(given), given.targets))
+    return counted.result(started)
+
+
+@dataclass
+class Counted:
+    """What is summed up over batches.
+
+    Attributes:
+        nll: Summed negative log-likelihood, in nats.
+        tokens: Predicted tokens.
+        sequences: Number of sequences.
+        seq_len: Tokens of the longest one.
+    """
+
+    nll: float = 0.0
+    tokens: int = 0
+    sequences: int = 0
+    seq_len: int = 0
+
+    def see(self, batch: TokenBatch) -> None:
+        """Count the sequences of a batch."""
+        self.sequences += len(batch.input_ids)
+        self.seq_len = max(self.seq_len, batch.input_ids.shape[1])
+
+    def add(self, nll: float, tokens: int) -> None:
+        """Add what a batch gave."""
+        self.nll += nll
+        self.tokens += tokens
+
+    def result(self, started: float) -> PerplexityResult:
+        """The perplexity.
+
+        Args:
+            started: When the measuring began, on ``time.perf_counter``.
+
+        Raises:
+            FaspError: If there is no token to predict.
+        """
+        seconds = time.perf_counter() - started
+        if self.tokens == 0:
+            raise FaspError(
+                f"batches must hold at least one token to predict, got {self.sequences} sequences of {self.seq_len} "
+                "tokens at most; give sequences of two tokens or more that aren't masked"
+            )
+        perplexity, speed = exp_nll(self.nll / self.tokens), self.tokens / seconds
+        return PerplexityResult(perplexity, self.nll, self.tokens, self.sequences, self.seq_len, seconds, speed)
+
+
+def require_unweighted(batch: TokenBatch) -> None:
+    """Refuse a weight: passing it over would report another perplexity than was asked for.
+
+    Raises:
+        FaspError: If a batch has one.
+    """
+    if batch.weight != 1:
         raise FaspError(
-            f"batches must hold at least one token to predict, got {sequences} sequences of {seq_len} tokens "
-            "at most; give sequences of two tokens or more that aren't masked"
+            f"weight of a batch must be 1 where perplexity is measured, got {batch.weight}: every token counts "
+            "alike; leave the weight out"
         )
-    return PerplexityResult(exp_nll(nll / tokens), nll, tokens, sequences, seq_len, seconds, tokens / seconds)
 
 
-def _batch_nll(model: nn.Module, inputs: dict[str, Tensor], targets: Tensor) -> tuple[float, int]:
+def batch_nll(model: nn.Module, inputs: dict[str, Tensor], targets: Tensor) -> tuple[float, int]:
     """Summed NLL and predicted tokens of one batch."""
     logits = model(**inputs, use_cache=False).logits
     nll, tokens = next_token_nll(logits, targets.to(logits.device))  # a model over devices answers on its last one

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,7 +21,7 @@ from fasp_lightning.pruning.blocks.session import Session
 from fasp_lightning.pruning.config import PruningConfig
 from fasp_lightning.pruning.inputs import ModelInputs, check_at_hand
 from fasp_lightning.pruning.own_text.generation import first_tokens
-from fasp_lightning.pruning.own_text.writing import calibration_starts, mixed, own_text
+from fasp_lightning.pruning.own_text.writing import calibration_starts, mixed
 from fasp_lightning.pruning.processes import Processes
 from fasp_lightning.structure.modes import evaluating
 from fasp_lightning.structure.pair import ResolvedPair
@@ -87,31 +88,33 @@ def prepare(
     processes, own = session.processes, config.own_text
     with processes.together():
         alone = own is not None and own.share == 1  # own text needs no other
-        batches = [] if alone else list(each_batch(batches))
-        tokens = _check(model, pairs, batches, config)
+        given = [] if alone else list(each_batch(batches))
+        tokens = session.weights.once("rehearsal", lambda: _check(model, pairs, given, config))
     if own is None or own.share < 1:
         _require_tokens(processes.total(tokens)[0], own is not None)
     if own is not None:
         with session.clock.phase("own text"), evaluating(model):
-            written = own_text(model, own, processes, calibration_starts(batches, processes))
-            batches = mixed(batches, written, own.share, processes)
+            written = session.weights.own_text(model, own, processes, calibration_starts(given, processes))
+            given = mixed(given, written, own.share, processes)
     influence = config.allocation == "block_influence"
     if not (config.needs_sensitivity or influence):
-        return Prepared(batches, [])
+        return Prepared(given, [])
     with session.clock.phase("sensitivity"), evaluating(model), session.store:
         bound = max(1, config.sensitivity_tokens // PIECES)
         with processes.together():
-            samples, hidden = capture(model, batches, config.micro_batch_size, session.store, bound)
+            samples, hidden = capture(model, given, config.micro_batch_size, session.store, bound)
         chosen = spread_samples(samples, config.sensitivity_tokens, processes)
         if config.needs_sensitivity:
             _require_targets(chosen, processes)
-        later = sum(1 for _ in micro_batches(batches, config.micro_batch_size))
+        later = sum(1 for _ in micro_batches(given, config.micro_batch_size))
         steps = config.learning.steps if config.score == "learned" else 0
         passes = len(chosen) * (influence + config.needs_sensitivity) + steps
         session.progress.expect(passes * len(pairs) + later * session.progress.passes)
-        found = block_influence(session, model, pairs, chosen, hidden) if influence else None
-        scores = fisher_scores(session, model, pairs, chosen, hidden) if config.needs_sensitivity else []
-        return Prepared(batches, scores, found)
+        told = partial(block_influence, session, model, chosen, hidden)
+        measure = partial(fisher_scores, session, model, pairs, chosen, hidden)
+        found = session.weights.once("influence", told) if influence else None
+        scores = session.weights.once("sensitivity", measure) if config.needs_sensitivity else []
+        return Prepared(given, scores, found)
 
 
 def _check(model: PreTrainedModel, pairs: list[list[ResolvedPair]], batches: list[Any], config: PruningConfig) -> int:

@@ -7,9 +7,9 @@ from collections.abc import Iterable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from fasp_lightning.errors import FaspError
 from fasp_lightning.ops.devices import device_function
 from fasp_lightning.pruning.blocks.session import Session
+from fasp_lightning.pruning.blocks.weights import Weights
 from fasp_lightning.pruning.budget.allocation import adaptive_budget, influence_budget
 from fasp_lightning.pruning.budget.budget import Budget
 from fasp_lightning.pruning.budget.steps import budgets_in_turn
@@ -29,25 +29,16 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-class FASPPruner:
-    """Prunes a causal LM in place, in one pass over its blocks (FASP: Fast and Accurate Structured Pruning).
+class Pruner:
+    """The engine; see :class:`fasp_lightning.FASPPruner`, which prunes folders, too.
 
     Args:
         config: The settings; the defaults prune 20 %.
-
-    Example::
-
-        from fasp_lightning import FASPPruner, PruningConfig
-
-        report = FASPPruner(PruningConfig(sparsity=0.2)).prune(model, batches)
-        print(f"{report.sparsity:.3f} of the blocks, {report.sparsity_total:.3f} of all parameters are gone")
-        print(f"{report.pairs[0].layer}: error {report.pairs[0].error_before:.3f} -> {report.pairs[0].error_after:.3f}")
     """
 
     def __init__(self, config: PruningConfig | None = None) -> None:
         self.config = config or PruningConfig()
 
-    @own_modes()
     def prune(
         self,
         model: PreTrainedModel,
@@ -88,9 +79,29 @@ class FASPPruner:
                 finite (the message names the layer).
             RuntimeError: If another process raised an error.
         """
+        return self.prune_held(model, batches, Weights(), progress, processes)
+
+    @own_modes()
+    def prune_held(
+        self,
+        model: PreTrainedModel,
+        batches: Iterable[Any] | Prepared,
+        weights: Weights,
+        progress: Progress | None = None,
+        processes: Processes | None = None,
+    ) -> PruningReport:
+        """Prune a model wherever its weights are; see :meth:`prune`.
+
+        Args:
+            model: As there, as the other arguments.
+            batches: As there.
+            weights: Holds the weights.
+            progress: As there.
+            processes: As there.
+        """
         pairs = self._pairs(model)
         budget = decide_budget(model, self.config, pairs)
-        _require_weights(model)
+        weights.require(model)
         report = PruningReport.of_budget(budget, self.config.to_dict())
         if not budget.changes:
             record_plan(model, pairs)
@@ -98,7 +109,7 @@ class FASPPruner:
         configs = round_configs(budget, self.config)
         if len(configs) > 1 and budget.attention == "kv_groups":  # few steps: a later round may be out of reach
             list(budgets_in_turn(model, configs, budget_towards))
-        session = Session.start(self.config, pairs, progress, processes)
+        session = Session.start(self.config, pairs, progress, processes, weights)
         if self.config.score == "learned":
             require_whole(session, pairs)
         start = time.perf_counter()
@@ -110,6 +121,7 @@ class FASPPruner:
                 continue  # rounded to the widths that are there
             session.progress.passes = passes_over(budget)
             session.progress.later_rounds = len(configs) - 1 - number
+            done = weights.start_round(number)
             given = batches if isinstance(batches, Prepared) else prepare(session, model, pairs, batches, config)
             given.check(pairs, config)
             if given.influence is not None:
@@ -121,7 +133,7 @@ class FASPPruner:
                 budget = adaptive_budget(budget, pairs, given.sensitivity, config)
             found = PruningReport.of_budget(budget, self.config.to_dict())
             found.learning = learned
-            PruningRound(session, model, pairs, config, budget, found).prune(given)
+            PruningRound(session, model, pairs, config, budget, found).prune(given, done)
             report = report.followed_by(found)
             batches = given.batches
         report.seconds = {**session.clock.seconds, "total": time.perf_counter() - start}
@@ -151,7 +163,7 @@ class FASPPruner:
         """
         pairs = self._pairs(model)
         decide_budget(model, self.config, pairs)  # refuses what could not be pruned afterwards
-        _require_weights(model)
+        Weights().require(model)
         session = Session.start(self.config, pairs, progress, processes)
         return prepare(session, model, pairs, batches, self.config)
 
@@ -172,16 +184,3 @@ def _learned(
     with session.clock.phase("learning"):
         scores, report = learn_scores(session, model, pairs, given.batches, given.sensitivity, budget, config)
     return replace(given, sensitivity=scores), [report]
-
-
-def _require_weights(model: PreTrainedModel) -> None:
-    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-        if tensor.is_meta:
-            raise FaspError(
-                f"model must have its weights in memory, got {name} on the meta device; load it fully first"
-            )
-        if tensor.is_inference():
-            raise FaspError(
-                f"model must be made of tensors that can be trained, got {name} made in torch.inference_mode(); "
-                "load it outside of that"
-            )

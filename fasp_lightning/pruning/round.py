@@ -8,6 +8,7 @@ import os
 import sys
 import time
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -21,6 +22,7 @@ from fasp_lightning.pruning.blocks.capture import capture
 from fasp_lightning.pruning.blocks.replay import BlockReplay
 from fasp_lightning.pruning.blocks.samples import Sample, Stored, hold_back
 from fasp_lightning.pruning.blocks.session import Session
+from fasp_lightning.pruning.blocks.weights import PrunedBlock
 from fasp_lightning.pruning.budget.budget import Budget, PairWidth
 from fasp_lightning.pruning.config import PruningConfig
 from fasp_lightning.pruning.experts import ExpertsCut
@@ -31,7 +33,7 @@ from fasp_lightning.pruning.restore import Restored, restore_pair
 from fasp_lightning.pruning.select import activation_scores, select_units
 from fasp_lightning.pruning.value_basis import View, views_of
 from fasp_lightning.structure.experts.resolved import ResolvedExperts
-from fasp_lightning.structure.modes import evaluating, placed
+from fasp_lightning.structure.modes import evaluating
 from fasp_lightning.structure.pair import ResolvedPair
 from fasp_lightning.structure.plan import recorded
 from fasp_lightning.structure.registry import spec_for
@@ -99,24 +101,30 @@ class PruningRound:
     budget: Budget
     report: PruningReport
 
-    def prune(self, prepared: Prepared) -> None:
+    def prune(self, prepared: Prepared, done: Sequence[PrunedBlock] = ()) -> None:
         """Prune block after block, later ones seeing what is left of the earlier ones.
 
         If this raises half-way, the pairs cut so far stay cut, each wholly, and the model's plan says which.
 
         Args:
             prepared: The calibration set, and the loss sensitivity where the settings ask for it.
+            done: What an earlier run of this round, which was stopped, has made of the first blocks.
         """
         config, session, budget = self.config, self.session, self.budget
         with recorded(self.model, self.pairs), evaluating(self.model), session.store:
+            for index, found in enumerate(done):
+                session.weights.take_over(index, self.pairs[index], found)
             with session.processes.together(), session.clock.phase("capture"):
                 samples, hidden = capture(self.model, prepared.batches, config.micro_batch_size, session.store)
             if config.damping == "auto":
                 samples = hold_back(samples)
-            session.progress.expect(len(samples) * passes_over(budget))
+            session.progress.expect(len(samples) * passes_over(budget, len(done)))
             self._count_tokens(samples, budget)
+            self.report.pairs += [entry for found in done for entry in found.entries]
+            self.report.warnings += [warning for found in done for warning in found.warnings]
             by_sensitivity = prepared.sensitivity if config.scores_by_sensitivity else None
-            for index in range(len(self.pairs)):
+            hidden = session.weights.take_up(hidden, session.store)
+            for index in range(len(done), len(self.pairs)):
                 scores = None if by_sensitivity is None else by_sensitivity[index]
                 self._prune_block(index, scores, samples, hidden)
 
@@ -143,7 +151,8 @@ class PruningRound:
         block = find_blocks(self.model, spec)[index]
         attention = spec.attention if has_module(block, spec.attention) else None
         replay = BlockReplay(self.session, index, block, pairs, attention, samples, hidden)
-        with placed(replay.block, self.session.device):
+        told, entries = len(self.report.warnings), len(self.report.pairs)
+        with self.session.weights.placed(block, self.session.device):
             for place, (pair, width) in enumerate(zip(pairs, self.budget.pairs[index], strict=True)):
                 if width.after < width.before:
                     self._prune_pair(replay, pair, width, None if scores is None else scores[place])
@@ -151,6 +160,9 @@ class PruningRound:
                 for sample in samples:
                     replay.advance(sample.number)
                     self.session.progress.count(index, "apply")
+            kept = [pair.kept for pair in pairs]
+            done = PrunedBlock(kept, self.report.pairs[entries:], self.report.warnings[told:])
+            self.session.weights.finish(index, pairs, done, hidden)
 
     def _prune_experts(self, replay: BlockReplay, pair: ResolvedExperts, width: PairWidth) -> None:
         """The same of experts; what the block returns is computed from what is left of them."""
@@ -232,9 +244,15 @@ class PruningRound:
         warnings.warn(message, stacklevel=_frames_inside())
 
 
-def passes_over(budget: Budget) -> int:
-    """How often a pruning goes over its calibration set: for each pair that is cut, and for each block's outputs."""
-    return len(budget.cut) + len(budget.pairs)
+def passes_over(budget: Budget, done: int = 0) -> int:
+    """How often a pruning goes over its calibration set: for each pair that is cut, and for each block's outputs.
+
+    Args:
+        budget: Its widths.
+        done: Blocks that are done already.
+    """
+    left = budget.pairs[done:]
+    return sum(width.after < width.before for block in left for width in block) + len(left)
 
 
 def _frames_inside() -> int:

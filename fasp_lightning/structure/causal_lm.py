@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from fasp_lightning.errors import FaspError, FaspTypeError
@@ -53,6 +54,17 @@ def require_causal_lm(model: Any) -> None:
     if hasattr(model, "merge_and_unload"):  # of peft: its model alone can be pruned along with its adapters
         advice = "pass model.merge_and_unload(), or model.get_base_model() to prune it along with its adapters"
     raise FaspError(f"model must be the causal LM itself, got it in {kind}; {advice}")
+
+
+def input_device(model: Any) -> torch.device:
+    """Where a causal LM takes its token ids.
+
+    Weights that are read when they are computed with stand on ``meta`` between; ``computes_on`` of the embeddings says
+    where they go.
+    """
+    embeddings = model.get_input_embeddings()
+    device: torch.device = getattr(embeddings, "computes_on", embeddings.weight.device)
+    return device
 
 
 def is_dense(weight: Tensor) -> bool:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from fasp_lightning.checkpoints.dry_save import save_tokenizer
 from fasp_lightning.checkpoints.exporting.exported import Exported, LoaderCheck, Reference, compared, expected_of
 from fasp_lightning.checkpoints.output import check_output
-from fasp_lightning.checkpoints.saving import bytes_of
+from fasp_lightning.checkpoints.writing import bytes_of
 from fasp_lightning.errors import FaspError, as_refusal, one_line
 from fasp_lightning.staging import require_space, staged
 from fasp_lightning.structure.adapters import has_adapters

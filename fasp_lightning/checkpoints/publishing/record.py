@@ -11,6 +11,7 @@ from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from fasp_lightning.checkpoints.pruned_folder import REPORT_FILE
 from fasp_lightning.checkpoints.publishing.base import base_of
@@ -38,13 +39,18 @@ def mark_of(model: PreTrainedModel, dtype: torch.dtype | None = None) -> str:
         model: The model.
         dtype: What weights of the model's dtype are rounded to first; the mark of what is loaded from such a file.
     """
-    found = hashlib.sha256()
+    found, last = hashlib.sha256(), getattr(model, "fasp_sampled", {})
     for name, parameter in sorted(model.named_parameters()):
-        values = parameter.detach().reshape(-1)[:: max(1, parameter.numel() // SAMPLED)]
+        values = last[name] if parameter.is_meta else sampled(parameter)
         if dtype is not None and parameter.dtype == model.dtype:
             values = values.to(dtype)
         found.update(name.encode() + values.to("cpu", torch.float32).numpy().tobytes())
     return found.hexdigest()[:32]
+
+
+def sampled(parameter: Tensor) -> Tensor:
+    """Some values of a parameter; a model that is on ``meta`` between keeps its last ones as ``fasp_sampled``."""
+    return parameter.detach().reshape(-1)[:: max(1, parameter.numel() // SAMPLED)]
 
 
 def record_of(model: PreTrainedModel, dtype: torch.dtype) -> dict[str, Any]:

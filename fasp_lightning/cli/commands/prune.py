@@ -16,6 +16,7 @@ from fasp_lightning.cli.jobs import PruneJob
 from fasp_lightning.cli.measured import domains_of, measure, place, prune_measured, save
 from fasp_lightning.cli.model_setup import Setup, already_pruned, load, memory_of, saved_dtype, set_up
 from fasp_lightning.cli.quiet import quiet_libraries
+from fasp_lightning.cli.streamed import Streamed, print_traffic, prune_streamed, streams
 from fasp_lightning.cli.texts import (
     Calibration,
     Text,
@@ -53,8 +54,12 @@ def _run(job: PruneJob) -> None:
     check_prompt(setup.model, tokenizer, job.prompt, job.new_tokens)
     calibration = load_calibration(calibration_configs, setup.pruning.own_text, tokenizer, setup.model)
     evaluation = [load_text(text, tokenizer, setup.model, "evaluation") for text in evaluation_configs]
+    streamed = streams(job, setup)
     announce(job, setup, calibration, evaluation)
     with shown_warnings():
+        if streamed:
+            _show_streamed(job, setup, prune_streamed(job, setup, tokenizer, calibration, evaluation))
+            return
         model = load_home(job, setup)
         before = measure(model, evaluation, "dense" if not setup.already_pruned else "as it is")
         dense_text = _continue(model, tokenizer, job)
@@ -69,6 +74,13 @@ def _run(job: PruneJob) -> None:
         print_continuations(job.prompt, dense_text, pruned_text)
     if saved is not None:
         print_loaders(saved, setup)
+
+
+def _show_streamed(job: PruneJob, setup: Setup, found: Streamed) -> None:
+    found.report.peak_memory = peak_memory(setup.device)
+    print_results(job, setup, found.calibration, found.report, found.saved)
+    print_traffic(found.traffic)
+    print_loaders(found.saved, setup)
 
 
 def announce(job: PruneJob, setup: Setup, calibration: Calibration, evaluation: list[Text]) -> None:

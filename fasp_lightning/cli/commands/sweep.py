@@ -43,7 +43,7 @@ from fasp_lightning.pruning.config import PruningConfig
 from fasp_lightning.pruning.own_text.cache import digest_of, weights_digest
 from fasp_lightning.pruning.perplexity import PerplexityResult
 from fasp_lightning.pruning.prepare import Prepared
-from fasp_lightning.pruning.pruner import FASPPruner
+from fasp_lightning.pruning.pruner import Pruner
 from fasp_lightning.staging import read_json, require_space
 
 Settings = dict[str, Any]
@@ -69,6 +69,11 @@ class SweepJob(PruneJob, TaskOptions):
         self.require_tasks()
         if self.speedup is not None:
             raise FaspError(f"speedup must be null in a sweep, whose sparsities are given, got {self.speedup}")
+        if self.stream:
+            raise FaspError(
+                "stream must be null or false for a sweep, which prunes copies of a model in memory, got true; run "
+                "fasp prune --stream true for each sparsity"
+            )
         _ = self.folder  # refuses null
         if self.push_to_hub is not None:
             raise FaspError(
@@ -264,7 +269,8 @@ class _Sweep:
         before = measure(model, self.evaluation, "dense" if not setup.already_pruned else "as it is")
         answered = Measured(self.job.model.name_or_path, dtype_name(model.dtype), self._answer(model))
         with PruningProgress() as progress:
-            return before, answered, FASPPruner(setup.pruning).prepare(model, self.calibration.batches, progress)
+            prepared = Pruner(setup.pruning).prepare(model, self.calibration.batches, progress=progress)
+        return before, answered, prepared
 
     def _answer(self, model: Any) -> dict[str, Answers]:
         return run_tasks(model, self.tokenizer, self.tasks).answers

@@ -12,8 +12,9 @@ from fasp_lightning.pruning.blocks.replay import call_block
 from fasp_lightning.pruning.blocks.samples import Sample, Stored
 from fasp_lightning.pruning.blocks.session import Session
 from fasp_lightning.pruning.blocks.standins import first
-from fasp_lightning.structure.modes import evaluating, placed
-from fasp_lightning.structure.pair import ResolvedPair
+from fasp_lightning.structure.modes import evaluating
+from fasp_lightning.structure.registry import spec_for
+from fasp_lightning.structure.resolve import find_blocks
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -23,7 +24,6 @@ if TYPE_CHECKING:
 def block_influence(
     session: Session,
     model: PreTrainedModel,
-    pairs: list[list[ResolvedPair]],
     samples: list[Sample],
     hidden: list[Stored],
 ) -> Tensor:
@@ -32,7 +32,6 @@ def block_influence(
     Args:
         session: Where to compute, one block at a time; its processes call this together, each with samples of its own.
         model: The causal LM, pruned before or not.
-        pairs: Its pairs, one list a block.
         samples: What :func:`~fasp_lightning.pruning.blocks.capture.capture` found, or some of it.
         hidden: (batch, seq, hidden) inputs of the first block, at each sample's ``number``; they stay.
 
@@ -42,14 +41,15 @@ def block_influence(
     Raises:
         RuntimeError: If another process raised an error.
     """
-    sums, store = torch.zeros(len(pairs), 2, dtype=torch.float64), session.store
+    blocks, store = find_blocks(model, spec_for(model)), session.store
+    sums = torch.zeros(len(blocks), 2, dtype=torch.float64)
     states = [hidden[sample.number] for sample in samples]
     with session.processes.together(), evaluating(model):
-        for index, (pair, *_) in enumerate(pairs):
-            with placed(pair.block, session.device):
+        for index, block in enumerate(blocks):
+            with session.weights.placed(block, session.device):
                 for place, sample in enumerate(samples):
                     given = store.get(states[place])
-                    returned = first(call_block(pair.block, sample.calls[index], given, store))
+                    returned = first(call_block(block, sample.calls[index], given, store))
                     sums[index] += _weighted(scores.block_influence(given, returned), sample)
                     if index:  # the first block's input serves the pruning too
                         store.drop(states[place])

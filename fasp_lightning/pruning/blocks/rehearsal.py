@@ -16,6 +16,7 @@ from fasp_lightning.ops.basis import turned
 from fasp_lightning.pruning.blocks.standins import first
 from fasp_lightning.pruning.finite import bad_parameter, require_finite
 from fasp_lightning.structure.adapters import base_of
+from fasp_lightning.structure.causal_lm import input_device
 from fasp_lightning.structure.experts.resolved import ResolvedExperts
 from fasp_lightning.structure.modes import Hook, evaluating, hooked
 from fasp_lightning.structure.pair import ResolvedPair
@@ -43,8 +44,8 @@ def rehearse(model: PreTrainedModel, pairs: Sequence[Sequence[ResolvedPair]], in
             returned, or does not call each layer of its pairs once; if a consumer computes something else than its
             weight says; or if an activation is not finite.
     """
-    embeddings: Any = model.get_input_embeddings()
-    given = {name: value.to(embeddings.weight.device) for name, value in _excerpt(inputs).items()}
+    device = input_device(model)
+    given = {name: value.to(device) for name, value in _excerpt(inputs).items()}
     watch = _Watch(model, pairs, given.get("attention_mask"))
     with evaluating(model), watch.attached():
         model(**given, use_cache=False)
@@ -67,8 +68,8 @@ def require_turnable(
     Raises:
         FaspError: If they are others, as behind a gate or a norm of the values.
     """
-    embeddings: Any = model.get_input_embeddings()
-    given = {name: value.to(embeddings.weight.device) for name, value in _excerpt(inputs).items()}
+    device = input_device(model)
+    given = {name: value.to(device) for name, value in _excerpt(inputs).items()}
     values = [pair for block in pairs for pair in block if pair.spec.kind == "value"]
     seen: dict[str, Tensor] = {}
     notes = [(pair.consumer, _noter(pair, seen)) for pair in values]

@@ -15,11 +15,13 @@ from torch import Tensor
 
 from fasp_lightning.ops.likelihood import next_token_nll_gradient
 from fasp_lightning.pruning.blocks.gradients import ConsumerScores
+from fasp_lightning.pruning.blocks.passes import tail_alone, through_block
 from fasp_lightning.pruning.blocks.replay import call_block
 from fasp_lightning.pruning.blocks.samples import Sample, Stored
 from fasp_lightning.pruning.blocks.session import Session
-from fasp_lightning.pruning.blocks.standins import BlockTap, Fixed, first, skeleton, stand_ins, with_first
-from fasp_lightning.structure.modes import evaluating, frozen, placed, requiring_gradients
+from fasp_lightning.pruning.blocks.standins import first
+from fasp_lightning.structure.causal_lm import input_device
+from fasp_lightning.structure.modes import evaluating, frozen, requiring_gradients
 from fasp_lightning.structure.pair import ResolvedPair
 from fasp_lightning.structure.registry import spec_for
 from fasp_lightning.structure.resolve import device_of, find_blocks
@@ -122,8 +124,7 @@ class _Passes:
 
     def _backward(self, sample: Sample, rows: slice) -> None:
         """The model's own forward, and back from the loss to whatever requires gradients."""
-        embeddings: Any = self.model.get_input_embeddings()
-        device = embeddings.weight.device
+        device = input_device(self.model)
         inputs = {name: value[rows].to(device) for name, value in sample.inputs.items()}
         with torch.enable_grad():
             output = self.model(**inputs, use_cache=False)
@@ -138,15 +139,13 @@ class _Passes:
         inputs = [[self.hidden[sample.number]] for sample in samples]
         returned: Any = None
         for index, block in enumerate(self.blocks):
-            with placed(block, self.session.device):
-                for sample, states in zip(samples, inputs, strict=True):
-                    hidden = self.store.get(states[-1])
-                    output = call_block(block, sample.calls[index], hidden, self.store)
-                    returned = skeleton(output)
-                    states.append(self.store.put(first(output)))
+            present = [states[-1] for states in inputs]
+            outputs, returned = through_block(self.session, block, index, samples, present)
+            for states, output in zip(inputs, outputs, strict=True):
+                states.append(output)
         slopes = self._head(samples, [states.pop() for states in inputs], returned)
         for index in reversed(range(len(self.pairs))):
-            with placed(self.blocks[index], self.session.device):
+            with self.session.weights.placed(self.blocks[index], self.session.device):
                 for place, sample in enumerate(samples):
                     gradient = self._block(index, sample, inputs[place].pop(), slopes[place])
                     if index:  # the gradient of what comes before the blocks is not asked for
@@ -154,22 +153,14 @@ class _Passes:
                     self.session.progress.count(index, "sensitivity")
 
     def _head(self, samples: list[Sample], outputs: list[Stored], returned: Any) -> list[Stored]:
-        """∂L/∂h of the last block's outputs h: the model's own forward, which is handed them by a stand-in.
-
-        So norms, logit scales and soft caps behind the blocks are the family's own. The blocks before the last let
-        through whatever they are given.
-        """
-        blocks = self.blocks
-        last = Fixed(blocks[-1])
-        through = {str(i): BlockTap(block, lambda args, kwargs: None, [returned]) for i, block in enumerate(blocks)}
+        """∂L/∂h of the last block's outputs h."""
         slopes = []
-        # with every block replaced, what is left of the model is all that moves to the device
-        with stand_ins(blocks, {**through, str(len(blocks) - 1): last}), placed(self.model, self.session.device):
+        with tail_alone(self.session, self.model, returned) as tail:
             for sample, output in zip(samples, outputs, strict=True):
                 hidden, gradient = self._leaf(output)
                 for rows in _rows_at_once(sample):
                     with torch.enable_grad():
-                        last.value = with_first(returned, hidden[rows])
+                        tail.hand_over(hidden[rows])
                     self._backward(sample, rows)
                 self.store.drop(output)
                 slopes.append(self.store.put(gradient))

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 import torch
 
 from fasp_lightning.pruning.blocks.store import TensorStore
+from fasp_lightning.pruning.blocks.weights import Weights
 from fasp_lightning.pruning.config import PruningConfig
 from fasp_lightning.pruning.processes import Processes
 from fasp_lightning.pruning.progress import Progress, Stopwatch, WorkCounter
 from fasp_lightning.structure.pair import ResolvedPair
-from fasp_lightning.structure.resolve import device_of
 
 
 @dataclass(frozen=True)
@@ -24,6 +24,7 @@ class Session:
         processes: Those that prune together.
         clock: Counts seconds by phase.
         progress: Counts passes of samples through blocks.
+        weights: Where the model's weights are.
     """
 
     device: torch.device
@@ -31,6 +32,7 @@ class Session:
     processes: Processes
     clock: Stopwatch
     progress: WorkCounter
+    weights: Weights
 
     @classmethod
     def start(
@@ -39,6 +41,7 @@ class Session:
         pairs: list[list[ResolvedPair]],
         progress: Progress | None = None,
         processes: Processes | None = None,
+        weights: Weights | None = None,
     ) -> Session:
         """Start the clock.
 
@@ -47,8 +50,10 @@ class Session:
             pairs: The model's pairs; where they are is the compute device, if the settings name none.
             progress: Called after each pass of a sample through a block.
             processes: Those that prune together; by default this process alone.
+            weights: Where the model's weights are; by default in memory.
         """
-        here = device_of(pairs)
+        weights = weights or Weights()
+        here = weights.home(pairs)
         device = torch.device(config.device) if config.device else here
         store, clock = TensorStore(config.offload, device), Stopwatch(device)
-        return cls(device, store, processes or Processes(), clock, WorkCounter(progress, len(pairs)))
+        return cls(device, store, processes or Processes(), clock, WorkCounter(progress, len(pairs)), weights)

@@ -33,16 +33,17 @@ _ADAPTER = ("scaling", "active_adapters", "disable_adapters", "merged_adapters")
 log = logging.getLogger(__name__)
 
 
-def weights_digest(model: PreTrainedModel) -> str:
+def weights_digest(model: PreTrainedModel, tensors: Iterable[tuple[str, Tensor]] | None = None) -> str:
     """Hash all that decides on a model's logits, as 64 hex digits.
 
     Every byte of every weight is read (about a second a GB): a fine-tuned model differs in few digits.
 
     Args:
         model: The model, pruned or not, with or without LoRA.
+        tensors: Its parameters and buffers by name, in their order, where it does not have them itself.
     """
     digest = hashlib.sha256()
-    for name, tensor in _tensors(model):
+    for name, tensor in _tensors(model) if tensors is None else _with_positions(model, tensors):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
         # bytes, because hashlib knows no bfloat16
         digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
@@ -57,8 +58,11 @@ def weights_digest(model: PreTrainedModel) -> str:
 
 def _tensors(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
     """Parameters, buffers, and where the rows and columns that are left of a pruned pair stand."""
-    yield from model.named_parameters()
-    yield from model.named_buffers()
+    yield from _with_positions(model, (*model.named_parameters(), *model.named_buffers()))
+
+
+def _with_positions(model: PreTrainedModel, tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+    yield from tensors
     for name, hook in width_hooks(model):
         yield name, hook.positions
 

@@ -68,11 +68,30 @@ def own_text(
     if starts is not None:
         check_vocabulary(starts, ModelInputs(model).vocabulary, OWN_TEXT)
     text = _Text(model, config, starts)
-    if config.cache_dir in (None, "auto"):
+    if text.folder is None:
         mine = _sampled(text, processes)
     else:
         mine = _kept(text, processes, weights_digest)[processes.rank :: processes.count]
     return list(mine.split(max(1, BATCH_TOKENS // config.seq_len)))
+
+
+def text_at_hand(
+    model: PreTrainedModel, config: OwnTextConfig, starts: Tensor | None, digest: Callable[[PreTrainedModel], str]
+) -> list[Tensor] | None:
+    """What :func:`own_text` has put into its cache; ``None`` where it is not there. Nothing is sampled.
+
+    Args:
+        model: As there; it may be on ``meta``.
+        config: As there.
+        starts: As there.
+        digest: Hashes the weights; asked only where the cache holds anything.
+    """
+    text = _Text(model, within_positions(model, config), starts)
+    folder = text.folder
+    if folder is None or not folder.is_dir() or not any(folder.glob("*.ids")):
+        return None
+    ids = read_ids(text.place(digest), text.shape)
+    return None if ids is None else list(ids.split(max(1, BATCH_TOKENS // text.config.seq_len)))
 
 
 def own_sequences(
@@ -120,6 +139,16 @@ class _Text(NamedTuple):
         """(sequences, seq_len) of all of it."""
         return self.config.sequences, self.config.seq_len
 
+    @property
+    def folder(self) -> Path | None:
+        """Where it is kept, if it is."""
+        cache = self.config.cache_dir
+        return None if cache in (None, "auto") else Path(str(cache)).expanduser()
+
+    def place(self, digest: Callable[[PreTrainedModel], str]) -> Path:
+        """The file that it is kept in."""
+        return Path(str(self.folder)) / f"{fingerprint(FORMAT, digest(self.model), self.settings())}.ids"
+
     def settings(self) -> dict[str, Any]:
         """All of it but the model, as plain data."""
         config, starts = self.config, None if self.starts is None else self.starts.tolist()
@@ -146,8 +175,7 @@ def _kept(text: _Text, processes: Processes, digest: Callable[[PreTrainedModel],
     found = None
     with processes.together():
         if processes.is_first:
-            folder = Path(str(text.config.cache_dir)).expanduser()
-            path = folder / f"{fingerprint(FORMAT, digest(text.model), text.settings())}.ids"
+            path = text.place(digest)
             found = path, read_ids(path, text.shape)
     path, ids = processes.from_first(found)
     if ids is not None:

@@ -123,7 +123,7 @@ def run(model: Any, tokens: torch.Tensor | None = None) -> torch.Tensor:
     return logits
 
 
-def block_list(model: nn.Module) -> tuple[str, nn.ModuleList]:
+def block_list(model: Any) -> tuple[str, nn.ModuleList]:
     """Path and modules of the decoder blocks: the list of modules with the most parameters that is in no other.
 
     Raises:

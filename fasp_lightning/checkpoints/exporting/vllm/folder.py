@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,14 +21,13 @@ from fasp_lightning.checkpoints.output import check_output
 from fasp_lightning.checkpoints.pruned_folder import REPORT_FILE
 from fasp_lightning.checkpoints.publishing.record import record_of
 from fasp_lightning.checkpoints.saving import (
-    bytes_of,
     in_form,
     require_plan,
     stored_in,
     write_folder,
     write_pruned,
-    zero_filled,
 )
+from fasp_lightning.checkpoints.writing import bytes_of, write_whole, zero_filled
 from fasp_lightning.errors import FaspError
 from fasp_lightning.staging import require_space, staged, write_json
 from fasp_lightning.structure.adapters import has_adapters
@@ -92,12 +92,13 @@ def export_vllm(
         log.info("%s is served as it is: a stock folder", type(model).__name__)
     form, tensors = _form_of(model, decilm)
     require_space(path, bytes_of((*model.parameters(), *tensors.values()), stored))
+    write = partial(write_whole, replaced=tensors)
     with staged(path) as stage:
         if form:
-            write_pruned(model, stage, form, stored, tokenizer, tensors)
+            write_pruned(model, stage, form, stored, tokenizer, write)
         else:
             with savable(model), in_form(model, "zero_filled") if decilm else nullcontext():
-                write_folder(model, stage, stored, tokenizer, tensors)
+                write_folder(model, stage, stored, tokenizer, write)
             write_json(stage / REPORT_FILE, record_of(model, stored))
         if decilm:
             describe_blocks(stage, require_plan(model))
