@@ -90,7 +90,7 @@ def test_total_is_what_was_asked_within_half_a_step(name: str, cut: str, sparsit
 def test_blocks_share_what_goes_by_the_softmax_of_their_influence(cut: str) -> None:
     model, config = tiny_model("gemma3"), settings(cut, 0.2, allocation="block_influence", influence_temperature=0.5)
     influence = torch.tensor([0.1, 0.3, 0.2, 0.0], dtype=torch.float64)
-    uniform, pairs = decide_budget(model, config), resolve_pruned(model, kv_groups=cut == "groups")
+    uniform, pairs = decide_budget(model, config), resolve_pruned(model, whole=[cut])
     found = influence_budget(uniform, pairs, influence, config)
     kinds = PRUNED[uniform.attention] - {SHARED}
     for block, evenly, share in zip(found.pairs, uniform.pairs, (-influence / 0.5).softmax(0) * 4, strict=True):
