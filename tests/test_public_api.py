@@ -96,7 +96,14 @@ SIGNATURES = {
     "register_architecture": "(model_type, spec, overwrite=False)",
     "spec_for": "(model_or_config)",
 }
-FOR_THE_ENGINE = ("Prepared.check", "PruningReport.of_budget", "TextConfig.extent", "Teacher", "Teacher.__call__")
+FOR_THE_ENGINE = (
+    "Prepared.check",
+    "PruningReport.of_budget",
+    "TextConfig.extent",
+    "Teacher",
+    "Teacher.__call__",
+    "Teacher.knows",
+)
 """Methods of public classes that the package alone calls, and a protocol that it alone fulfils."""
 
 DEFAULTS = {

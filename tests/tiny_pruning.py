@@ -29,6 +29,7 @@ OWN = OwnTextConfig(tokens=5 * 20, seq_len=20, share=0.4)
 INGREDIENTS = {
     "fisher": replace(BOTH, score="fisher"),
     "adaptive": replace(BOTH, allocation="adaptive", head_balance="free"),
+    "influence": replace(BOTH, allocation="block_influence"),
     "auto": replace(BOTH, damping="auto"),
     "principal": replace(BOTH, value_basis="principal", damping="auto"),
     "own-text": replace(BOTH, own_text=OWN),

@@ -98,7 +98,7 @@ def _print_widths(setup: Setup) -> None:
     ]
     title = "widths"
     if any(map(setup.budget.decided_later, setup.cuts.kinds)):
-        title += "; those of single blocks are more or less, as loss sensitivity decides"
+        title += "; those of single blocks are more or less, as calibration decides"
     table(title, ("consumer", "kind", "blocks", "before", "after", "change"), rows)
 
 

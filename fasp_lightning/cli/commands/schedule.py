@@ -116,5 +116,5 @@ def _widths(budget: Budget) -> Iterator[str]:
         pairs = [pair for block in budget.pairs for pair in block if pair.kind == kind]
         after = [pair.after for pair in pairs]
         shown = f"{after[0]} in each block" if len(set(after)) == 1 else f"{', '.join(map(str, after))} by block"
-        shown += ", more or less as loss sensitivity decides" if budget.decided_later(kind) else ""
+        shown += ", more or less as calibration decides" if budget.decided_later(kind) else ""
         yield f"{kind} width ({layer}): {shown}, of {pairs[0].original}"

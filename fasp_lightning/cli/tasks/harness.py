@@ -92,9 +92,12 @@ def find_tasks(options: TaskOptions) -> Tasks | None:
 
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     folder, limit = options.task_folder, options.task_limit
+    named = [spec for spec in specs if isinstance(spec, str)]
     with as_refusal(lambda error: FaspError(f"task_folder {folder!r} cannot be read: {one_line(error)}")):
-        manager = TaskManager(include_path=folder, include_defaults=any(isinstance(spec, str) for spec in specs))
-    unknown = [spec for spec in specs if isinstance(spec, str) and spec not in manager.all_tasks]
+        manager = TaskManager(include_path=folder, include_defaults=False)
+        if not set(named) <= set(manager.all_subtasks):  # the harness' own are thousands of files, read for seconds
+            manager = TaskManager(include_path=folder)
+    unknown = [spec for spec in named if spec not in manager.all_tasks]
     if unknown or not names:
         got = ", ".join(unknown) or "none"
         raise FaspError(f"tasks must be names of the harness or of --task_folder, or folders with *.jsonl, got {got}")

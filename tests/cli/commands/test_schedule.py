@@ -67,7 +67,7 @@ def test_comments_say_where_sensitivity_decides(fasp, config, balance: str) -> N
     linear = decide_budget(tiny_model("opt"), PruningConfig(0.1)).linear_parameters
     total = sum(parameter.numel() for parameter in tiny_model("opt").parameters())
     assert left == [pytest.approx(total - event["sparsity"] * linear, abs=0.5) for event in EVENTS]
-    assert outcome.out.count(", more or less as loss sensitivity decides, of ") == 2 * len(EVENTS)
+    assert outcome.out.count(", more or less as calibration decides, of ") == 2 * len(EVENTS)
 
 
 def test_model_from_scratch_needs_no_name(fasp, config) -> None:

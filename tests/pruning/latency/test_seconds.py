@@ -14,26 +14,17 @@ from fasp_lightning.pruning.latency.sample import cut_shapes, lay, shapes_of
 from fasp_lightning.pruning.latency.serving import PHASES
 from fasp_lightning.pruning.latency.speedup import measure_speedup
 
+SHAPE = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
+SHAPES = {"small": (576, 1536, 30, 9, 3), "wide": (2048, 8192, 8, 32, 8)}
+VOCABULARIES = {"small": 49152, "wide": 32000}
 CONFIGS = {
-    "small": LlamaConfig(
-        hidden_size=576,
-        intermediate_size=1536,
-        num_hidden_layers=30,
-        num_attention_heads=9,
-        num_key_value_heads=3,
-        vocab_size=49152,
+    name: LlamaConfig(
+        **dict(zip(SHAPE, shape, strict=True)),
+        vocab_size=VOCABULARIES[name],
         max_position_embeddings=4096,
-        tie_word_embeddings=True,
-    ),
-    "wide": LlamaConfig(
-        hidden_size=2048,
-        intermediate_size=8192,
-        num_hidden_layers=8,
-        num_attention_heads=32,
-        num_key_value_heads=8,
-        vocab_size=32000,
-        max_position_embeddings=4096,
-    ),
+        tie_word_embeddings=name == "small",
+    )
+    for name, shape in SHAPES.items()
 }
 
 
