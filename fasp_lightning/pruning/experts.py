@@ -20,7 +20,7 @@ from fasp_lightning.pruning.budget.chunks import experts_at_once
 from fasp_lightning.pruning.config import PruningConfig
 from fasp_lightning.pruning.finite import require_finite
 from fasp_lightning.pruning.report import PairReport
-from fasp_lightning.pruning.restore import Fit, Restored, entry_of, fit_pair
+from fasp_lightning.pruning.restore import Fit, Restored, entry_of, restore_pair
 from fasp_lightning.pruning.select import activation_scores, select_units
 from fasp_lightning.structure.experts.resolved import Expert, ResolvedExperts
 
@@ -74,7 +74,7 @@ class ExpertsCut:
     def _columns(self, routed: Sequence[Routed]) -> CutExperts:
         """Hidden units of each expert, chunk after chunk."""
         processes, size = self.session.processes, self.pair.layout.expert_size
-        units, restored, fits, scarce = list[Tensor](), list[Restored](), list[Fit](), list[int]()
+        units, restored, scarce = list[Tensor](), list[Restored](), list[int]()
         step = experts_at_once(self.pair.expert_columns, self.config.damping, self.pair.count)
         for start in range(0, self.pair.count, step):
             chunk = range(start, min(start + step, self.pair.count))
@@ -85,15 +85,14 @@ class ExpertsCut:
                     own = fitted if held is None else _sum(fitted, held)
                     pooled, config = self._pooled(routed, index, own), replace(self.config, ridge="original")
                     scarce.append(index)
-                found: tuple[Tensor, Restored, Fit] | None = None
+                found: tuple[Tensor, Restored] | None = None
                 with processes.together(), self.session.clock.phase("solve"):
                     if processes.is_first:
                         found = self._solve(expert, pooled or fitted, own, config, None if pooled is None else own)
-                kept, one, fit = processes.from_first(found)
+                kept, one = processes.from_first(found)
                 units.append(index * size + kept)
                 restored.append(one)
-                fits.append(fit)
-        entry = entry_of(self.width, fits)
+        entry = entry_of(self.width, [one.fit for one in restored])
         entry.scarce = scarce
         return CutExperts(torch.cat(units), restored, entry)
 
@@ -104,14 +103,14 @@ class ExpertsCut:
         held: GramStatistics | None,
         config: PruningConfig,
         measured: GramStatistics | None,
-    ) -> tuple[Tensor, Restored, Fit]:
+    ) -> tuple[Tensor, Restored]:
         """Units of one expert that stay, and its restored consumer."""
         count = self.pair.count
         width = replace(self.width, after=self.width.after // count, before=self.width.before // count)
         units = select_units(expert, width, activation_scores(expert, statistics, config), config)
         columns = torch.searchsorted(expert.kept, units).to(self.session.device)
-        restored, fit = fit_pair(expert, columns, statistics, held, config, measured=measured)
-        return units, restored.like(expert.consumer.weight), fit
+        restored, _ = restore_pair(expert, width, columns, statistics, held, config, measured=measured)
+        return units, restored.like(expert.consumer.weight)
 
     def _statistics(self, routed: Sequence[Routed], chunk: range) -> list[tuple[GramStatistics, GramStatistics | None]]:
         """Of each expert's consumer inputs at the tokens that it is sent, those held back apart; over all processes.

@@ -33,25 +33,6 @@ GRID = (0.01, 0.03, 0.1, 0.3, 1.0)
 """Dampings that ``damping="auto"`` chooses from, as multiples of the mean diagonal of the gram."""
 
 
-class Restored(NamedTuple):
-    """What :meth:`~fasp_lightning.structure.pair.ResolvedPair.assign` takes, and how it was found.
-
-    Attributes:
-        factors: (out, columns kept) weight, and the (r, columns kept) A of each adapter.
-        bias: The (out,) bias if it is refitted.
-        singular: The gram was singular with the damping asked for.
-    """
-
-    factors: list[Tensor]
-    bias: Tensor | None
-    singular: bool
-
-    def like(self, other: Tensor) -> Restored:
-        """In the dtype of another tensor."""
-        bias = None if self.bias is None else self.bias.to(other.dtype)
-        return Restored([factor.to(other.dtype) for factor in self.factors], bias, self.singular)
-
-
 class Fit(NamedTuple):
     """How well a restoration fits, by output of the consumer; those of several experts add up.
 
@@ -70,6 +51,27 @@ class Fit(NamedTuple):
     solver: str
 
 
+class Restored(NamedTuple):
+    """What :meth:`~fasp_lightning.structure.pair.ResolvedPair.assign` takes, and how it was found.
+
+    Attributes:
+        factors: (out, columns kept) weight, and the (r, columns kept) A of each adapter.
+        bias: The (out,) bias if it is refitted.
+        singular: The gram was singular with the damping asked for.
+        fit: How well it fits.
+    """
+
+    factors: list[Tensor]
+    bias: Tensor | None
+    singular: bool
+    fit: Fit
+
+    def like(self, other: Tensor) -> Restored:
+        """In the dtype of another tensor."""
+        bias = None if self.bias is None else self.bias.to(other.dtype)
+        return Restored([factor.to(other.dtype) for factor in self.factors], bias, self.singular, self.fit)
+
+
 def restore_pair(
     pair: ResolvedPair,
     width: PairWidth,
@@ -78,31 +80,8 @@ def restore_pair(
     held: GramStatistics | None,
     config: PruningConfig,
     bases: Sequence[Basis] = (),
-) -> tuple[Restored, PairReport]:
-    """Restore a consumer on the columns ``kept``, and report the error before and after.
-
-    Args:
-        pair: The pair, not cut yet.
-        width: Its widths.
-        kept: As for :func:`fit_pair`.
-        statistics: As there.
-        held: As there.
-        config: As there.
-        bases: As there.
-    """
-    restored, fit = fit_pair(pair, kept, statistics, held, config, bases)
-    return restored, entry_of(width, [fit], "principal" if bases else "given")
-
-
-def fit_pair(
-    pair: ResolvedPair,
-    kept: Tensor,
-    statistics: GramStatistics,
-    held: GramStatistics | None,
-    config: PruningConfig,
-    bases: Sequence[Basis] = (),
     measured: GramStatistics | None = None,
-) -> tuple[Restored, Fit]:
+) -> tuple[Restored, PairReport]:
     """Restore a consumer on the columns ``kept``, and measure the error before and after.
 
     A restoration that raises the calibration error (a ridge towards zero with strong damping can) is not taken, nor
@@ -110,6 +89,7 @@ def fit_pair(
 
     Args:
         pair: The pair, not cut yet.
+        width: Its widths.
         kept: Ascending positions among the consumer's columns so far.
         statistics: Of the consumer's inputs; afterwards of those held back, too.
         held: Of the inputs that were held back to choose the damping by.
@@ -140,7 +120,8 @@ def fit_pair(
         gram = measured.gram()
         plain, errors = problem.plain_errors(gram), problem.errors(best, measured, gram)
     fit = Fit(output_energies(problem.weight, gram), plain, errors, best.damping, best.solver)
-    return Restored(best.factors, problem.refitted(best), singular), fit
+    entry = entry_of(width, [fit], "principal" if bases else "given")
+    return Restored(best.factors, problem.refitted(best), singular, fit), entry
 
 
 def entry_of(width: PairWidth, fits: Sequence[Fit], basis: str = "given") -> PairReport:

@@ -162,6 +162,7 @@ _REGISTRY: dict[str, ArchitectureSpec] = {
             _VALUE_ALONE,
             _experts(Experts("mlp.router", "num_local_experts", transposed=True), fused="interleaved"),
         ),
+        packing=False,  # GptOssModel.forward (models/gpt_oss/modeling_gpt_oss.py) makes its mask without position_ids
     ),
     "ernie4_5_moe": ArchitectureSpec(
         "model.layers",
@@ -183,6 +184,7 @@ _REGISTRY: dict[str, ArchitectureSpec] = {
             _ffn("mlp.shared_expert", "shared_expert_intermediate_size"),
             _experts(Experts("mlp.gate"), _MOE),
         ),
+        packing=False,  # the mixer of some of its blocks carries its state from one sequence into the next
     ),
 }
 

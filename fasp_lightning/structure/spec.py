@@ -64,6 +64,8 @@ class CoupledPair:
     def __post_init__(self) -> None:
         object.__setattr__(self, "producers", tuple(self.producers))
         object.__setattr__(self, "groups", tuple(self.groups))
+        if isinstance(self.experts, dict):  # as dataclasses.asdict gives it
+            object.__setattr__(self, "experts", Experts(**self.experts))
         if self.kind not in KINDS:
             raise FaspError(f"kind must be one of {KINDS}, got {self.kind!r}")
         if self.fused not in LAYOUTS:

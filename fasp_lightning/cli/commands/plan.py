@@ -109,12 +109,9 @@ def _each(units: int, parts: int) -> str:
 
 def _print_kernels(job: PlanJob, setup: Setup) -> None:
     """Whether the FFN widths divide into the blocks of quantised formats and kernels, on each rank."""
-    ffns = {
-        pair.after // pair.parts: pair.original // pair.parts
-        for block in setup.budget.pairs
-        for pair in block
-        if pair.kind in FFNS
-    }
+    pairs = [pair for block in setup.budget.pairs for pair in block]
+    ffns = {pair.after // pair.parts: pair.original // pair.parts for pair in pairs if pair.kind in FFNS}
+    ffns |= {pair.columns: pair.columns for pair in pairs if pair.kind == "whole_experts"}
     if setup.budget.decided_later("ffn"):  # whatever the widths will be, they are multiples
         ffns = {ffn_multiple(original, setup.pruning): original for original in ffns.values()}
     ranks = job.tensor_parallel

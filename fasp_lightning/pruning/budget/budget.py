@@ -50,7 +50,7 @@ class PairWidth:
         """The same after it."""
         if self.kind == "whole_experts":
             return self.idle * (self.after - self.sent) // max(1, self.before - self.sent)
-        return self.idle - self.removed * (self.parts - self.sent) // self.parts
+        return self.idle and self.idle - self.removed * (self.parts - self.sent) // self.parts
 
     @property
     def dims_left(self) -> int:

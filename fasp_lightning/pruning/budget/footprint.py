@@ -99,7 +99,7 @@ def footprints(model: Any, budget: Budget, bytes_per_value: int) -> tuple[Footpr
 
 def _grams(pair: PairWidth, config: PruningConfig) -> int:
     """Bytes of the grams of experts that are in memory together, and of the solve of one."""
-    if pair.kind != "experts" or pair.after == pair.before:
+    if pair.kind != "experts":
         return 0
     held = experts_at_once(pair.columns, config.damping, pair.parts)
     return held * gram_bytes(pair.columns, config.damping) + GRAM_BYTES * pair.columns**2
@@ -131,10 +131,11 @@ def peak_memory_estimate(
         verify: Whether a second model is loaded afterwards, to check what was saved or to compare with.
     """
     before, after = footprints(model, budget, bytes_per_value)
-    columns = [pair.columns for block in budget.pairs for pair in block if pair.after < pair.before]
-    widest = max(columns, default=0)
+    widest = max((pair.columns for pair in budget.cut if not pair.sent), default=0)
     hidden = model.get_input_embeddings().weight.shape[1]
-    states = (2 * hidden + widest) * tokens * bytes_per_value  # hidden states, attention outputs, consumer inputs
+    # of experts what they are called with is recorded: choices and weights take up to 3 values each
+    recorded = max([widest, *(hidden + 3 * pair.sent for pair in budget.cut if pair.sent)])
+    states = (2 * hidden + recorded) * tokens * bytes_per_value  # hidden states, attention outputs, consumer inputs
     vocabulary = model.get_input_embeddings().num_embeddings
     entry = GRAM_BYTES if widest <= DOUBLE_LIMIT else WIDE_GRAM_BYTES
     if config.restoration == "none":
@@ -152,7 +153,7 @@ def peak_memory_estimate(
     return PeakMemory(
         weights=before.weight_bytes,
         calibration=states,
-        solve=max(entry * widest**2, *(_grams(pair, config) for block in budget.pairs for pair in block), 0),
+        solve=max([entry * widest**2, *(_grams(pair, config) for pair in budget.cut)]),
         sensitivity=sensitivity,
         logits=2 * evaluated_tokens * vocabulary * bytes_per_value,
         reload=after.weight_bytes if verify else 0,

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from fasp_lightning.cli.jobs import ModelConfig, PruneJob
 from fasp_lightning.cli.model_setup import set_up
@@ -48,6 +48,18 @@ def test_70b_config_needs_no_weights(fasp, large: Path) -> None:
     assert re.search(r"transformers AutoModelForCausalLM .* yes", outcome.out)
     assert re.search(r"hidden states and consumer inputs .* 3\.44 GiB", outcome.out)  # 40960 · (2 · 8192 + 28672) · 2
     assert "on 40,960 tokens of topics (calibration), own text" in outcome.out  # 64 · 512 and 8192
+
+
+def test_experts_are_told_apart_from_what_a_token_meets(fasp, tmp_path: Path) -> None:
+    config = AutoConfig.for_model(
+        "qwen3_moe", hidden_size=2048, num_hidden_layers=48, num_key_value_heads=4, head_dim=128
+    )
+    config.save_pretrained(tmp_path)
+    outcome = fasp("plan", "--model.name_or_path", tmp_path, "--device", "cpu", "--pruning.sparsity", 0.25)
+    assert outcome.code == 0
+    assert re.search(r"parameters .* 30,532,122,624", outcome.out)  # of Qwen3-30B-A3B
+    assert re.search(r"active parameters.* 3,353,032,704", outcome.out)
+    assert re.search(r"down_proj .* experts .* 48 .* 128 x 768 .* 128 x 576", outcome.out)
 
 
 def test_kernels_that_take_the_width(fasp, large: Path) -> None:

@@ -138,3 +138,13 @@ def test_padding_enters_no_expert() -> None:
     assert first.fasp_plan == second.fasp_plan
     for one, other in zip(first.parameters(), second.parameters(), strict=True):
         torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-5)
+
+
+@every_family
+def test_row_says_whether_stock_code_keeps_packed_sequences_apart(name: str) -> None:
+    model, first, second = tiny_model(name), random_tokens(1, 9, seed=1), random_tokens(1, 7, seed=2)
+    positions = torch.cat([torch.arange(9), torch.arange(7)])[None]
+    with torch.no_grad():
+        packed = model(torch.cat([first, second], 1), position_ids=positions, use_cache=False).logits
+        apart = torch.cat([model(each, use_cache=False).logits for each in (first, second)], 1)
+    assert torch.allclose(packed, apart, atol=1e-4) is spec_for(model).packing
