@@ -57,7 +57,8 @@ def loader_table() -> str:
 
 def takers(form: str, loader: str) -> str:
     """Of which families a loader gave the same text, in as few words as that takes."""
-    having = [name for name in known_architectures() if trial_of(name, form, loader).verdict != "no form"]
+    tried = {name: trial_of(name, form, loader) for name in known_architectures()}
+    having = [name for name, trial in tried.items() if trial is not None and trial.verdict != "no form"]
     same = [name for name in having if takes(name, form, loader)]
     if len(same) in (0, len(having)):
         return "same text" if same else "no"
