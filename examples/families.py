@@ -90,8 +90,8 @@ def walk(model_type: str) -> Row:
         return row("inferred", found.proof, "; ".join(found.dropped))
     except FaspError as error:
         return row("refused", None, one_line(error))
-    except Exception as error:  # the default configs of some types make no model
-        return row("refused", None, f"its default config makes no model: {type(error).__name__}: {one_line(error)}")
+    except Exception as error:  # the default configs of some types make no model, or one that does not run
+        return row("refused", None, f"a default one does not run: {type(error).__name__}: {one_line(error)}")
 
 
 def markdown(rows: list[Row]) -> str:

@@ -31,6 +31,9 @@ ENGINE = (
     "Cuts",
     "register_architecture",
     "spec_for",
+    "infer_spec",
+    "prove",
+    "Proof",
     "PruningSchedule",
     "Exported",
     "FaspError",
@@ -93,6 +96,8 @@ SIGNATURES = {
     "export_vllm": "(model, path, tokenizer=None, check=True, overwrite=False, dtype='auto')",
     "perplexity": "(model, batches)",
     "plan_speedup": "(config, factor, serving=None, pruning=None)",
+    "infer_spec": "(model_or_config)",
+    "prove": "(model_or_config, spec=None)",
     "register_architecture": "(model_type, spec, overwrite=False)",
     "spec_for": "(model_or_config)",
 }

@@ -23,8 +23,9 @@ from fasp_lightning.proving.masked import errors_of, masked, same, same_text
 from fasp_lightning.pruning.budget.widths import decide_budget
 from fasp_lightning.pruning.config import PruningConfig
 from fasp_lightning.pruning.pruner import Pruner
-from fasp_lightning.structure.inferring.twin import random_tokens, run, twin
+from fasp_lightning.structure.inferring.twin import random_tokens, run, shapes_of, twin
 from fasp_lightning.structure.modes import own_modes
+from fasp_lightning.structure.plan import resolve_pruned
 from fasp_lightning.structure.registry import registered, spec_for
 from fasp_lightning.structure.resolve import resolve
 from fasp_lightning.structure.spec import ArchitectureSpec
@@ -87,11 +88,13 @@ def prove(model_or_config: Any, spec: ArchitectureSpec | None = None) -> Proof:
         print(proof.kinds, proof.stock, proof.checks)
     """
     start = time.perf_counter()
-    small = twin(model_or_config)
+    model = shapes_of(model_or_config)
+    small = twin(model)
     model_type = small.config.model_type
     row = spec or spec_for(small)
     with registered(model_type, row), warnings.catch_warnings(), no_progress_bar():
         warnings.simplefilter("ignore")  # few tokens, and whatever a tiny model is warned of
+        _tried(model_type, "finding its pairs", lambda: resolve_pruned(model))
         kinds = _kinds(small, row)
         _tried(model_type, "sparsity 0 is the identity", lambda: _identity(small))
         stock = tuple(kind for attention, kind in kinds.items() if _prove_kind(small, row, attention, kind))

@@ -85,6 +85,11 @@ def test_way_out_is_one_that_was_tried() -> None:
     assert remedies["vLLM"] == "use vLLM, fasp export --to vllm"
 
 
+def test_families_that_share_a_row_were_not_tried() -> None:
+    loaders = loaders_for("stock", SimpleNamespace(model_type="granite"), Cuts(frozenset({"ffn"})))
+    assert {(loader.ok, loader.reason) for loader in loaders} == {(None, "models of type granite were not tried")}
+
+
 def test_families_of_ones_own_were_not_tried(monkeypatch: pytest.MonkeyPatch) -> None:
     from fasp_lightning.structure import registry
 

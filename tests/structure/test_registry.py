@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
+from families import PROVED
 from tiny import MIXTURES, TINY, tiny_model
 from tiny_pruning import BOTH, calibration
 from transformers import AutoConfig, BertConfig
@@ -30,8 +31,11 @@ def test_family_has_a_row(model_type: str) -> None:
 
 
 @pytest.mark.parametrize("model_type", known_architectures())
-def test_every_row_has_a_tiny_model(model_type: str) -> None:
-    assert model_type in {tiny.model_type for tiny in (TINY | MIXTURES).values()}
+def test_every_row_has_a_tiny_model_or_is_proved(model_type: str) -> None:
+    """Families that share a row stand for each other; tests/proving proves those of ``PROVED``."""
+    tested = {tiny.model_type for tiny in (TINY | MIXTURES).values()} | PROVED.keys()
+    assert registry._REGISTRY[model_type] in {registry._REGISTRY[name] for name in tested}
+    assert model_type in tested or model_type not in FAMILIES
 
 
 @pytest.mark.parametrize("model_type", known_architectures())

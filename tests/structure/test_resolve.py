@@ -242,3 +242,15 @@ def test_cut_that_the_model_does_not_have_is_refused() -> None:
     cuts = [{"mlp.down_proj": (layout, torch.arange(40))}, {}]
     with pytest.raises(ValueError, match=r"layers\.0\.mlp\.down_proj must have a width of 40 .* got 48"):
         resolve(model, spec_for(model), cuts)
+
+
+def test_block_that_lacks_a_pair_is_left_without_it() -> None:
+    model = tiny_model("llama")
+    spec = spec_for(model)
+    model.model.layers[0].mlp = nn.Identity()
+    model.model.layers[1].self_attn.v_proj = None
+    blocks = resolve(model, spec)
+    assert [[pair.spec.kind for pair in block] for block in blocks] == [["value"], ["ffn"]]
+    model.model.layers[1].mlp = nn.Identity()
+    with pytest.raises(ValueError, match=r"must have a module 'mlp.down_proj'"):  # that no block has
+        resolve(model, spec)

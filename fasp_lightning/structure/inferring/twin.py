@@ -61,7 +61,7 @@ def twin(model_or_config: Any, seed: int = 0) -> Any:
     Raises:
         FaspError: If no small config makes a model that runs.
     """
-    model = model_or_config if isinstance(model_or_config, nn.Module) else _shapes(model_or_config)
+    model = shapes_of(model_or_config)
     config = twin_config(model)
     made = build(type(model), config, seed)
     with as_refusal(lambda error: FaspError(f"a tiny {config.model_type} model does not run: {one_line(error)}")):
@@ -129,7 +129,8 @@ def block_list(model: Any) -> tuple[str, nn.ModuleList]:
     Raises:
         FaspError: If there is none.
     """
-    decoder: Any = model.get_decoder() if hasattr(model, "get_decoder") else model
+    held: Any = model
+    decoder = held.get_decoder() if hasattr(model, "get_decoder") else model
     inside = any(isinstance(module, nn.ModuleList) for module in decoder.modules())
     start = next((path for path, module in model.named_modules() if module is decoder), "") if inside else ""
     found: list[tuple[int, str, nn.ModuleList]] = []
@@ -195,10 +196,13 @@ def _kv_heads(value: int, heads: int) -> int:
     return 1 if value == 1 else 2
 
 
-def _shapes(config: Any) -> Any:
-    """A model of a config without values."""
+def shapes_of(model_or_config: Any) -> Any:
+    """A model, or one of a config, without values."""
     from transformers import AutoModelForCausalLM
 
+    if isinstance(model_or_config, nn.Module):
+        return model_or_config
+    config = model_or_config
     with as_refusal(lambda error: _no_model(config, error)), torch.device("meta"):
         return AutoModelForCausalLM.from_config(config)
 
