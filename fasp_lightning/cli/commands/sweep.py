@@ -69,10 +69,7 @@ class SweepJob(PruneJob, TaskOptions):
         if self.speedup is not None:
             raise FaspError(f"speedup must be null in a sweep, whose sparsities are given, got {self.speedup}")
         if self.stream:
-            raise FaspError(
-                "stream must be null or false for a sweep, which prunes copies of a model in memory, got true; run "
-                "fasp prune --stream true for each sparsity"
-            )
+            raise FaspError("stream must be null in a sweep, which prunes copies in memory, got true; use fasp prune")
         _ = self.folder  # refuses null
         if self.push_to_hub is not None:
             raise FaspError(
@@ -283,16 +280,14 @@ class _Sweep:
             folder = self.job.folder_at(job.pruning.sparsity)
             report = _report(folder)
             if report is not None and report.get("made_with") == self.settings(job):
-                size = sum(file.stat().st_size for file in weight_files(folder))
-                sizes = (self.bytes_before, size)
+                sizes = self.bytes_before, sum(file.stat().st_size for file in weight_files(folder))
                 rows.append(Finished(job.pruning.sparsity, folder, form_in(load_config(folder), folder), report, sizes))
         return rows
 
 
 def _report(folder: Path) -> dict[str, Any] | None:
     """The report in the folder of a sparsity, if a model is there."""
-    file = folder / REPORT_FILE
-    return read_json(file) if file.is_file() else None
+    return read_json(file) if (file := folder / REPORT_FILE).is_file() else None
 
 
 def _digest(text: Text) -> str:
