@@ -9,6 +9,8 @@ from fasp_lightning.ops.statistics import DOUBLE_LIMIT
 from fasp_lightning.pruning.blocks.sensitivity import PIECE_TOKENS
 from fasp_lightning.pruning.budget.budget import Budget
 from fasp_lightning.pruning.config import PruningConfig
+from fasp_lightning.structure.registry import spec_for
+from fasp_lightning.structure.resolve import find_blocks
 
 GRAM_BYTES = 44
 """Bytes per entry of an n × n gram, up to ``DOUBLE_LIMIT`` columns: sums in fp32 and fp64 (12), the mirrored
@@ -102,6 +104,7 @@ def peak_memory_estimate(
     evaluated_tokens: int,
     bytes_per_value: int,
     verify: bool,
+    streamed: bool = False,
 ) -> PeakMemory:
     """Estimate the peak memory of a pruning.
 
@@ -117,12 +120,13 @@ def peak_memory_estimate(
         evaluated_tokens: Tokens of the largest batch of which logits are computed; 0 for none.
         bytes_per_value: Of the model's dtype.
         verify: Whether a second model is loaded afterwards, to check what was saved or to compare with.
+        streamed: Whether a block at a time is read from the model's files: the next one is read meanwhile.
     """
     before, after = footprints(model, budget, bytes_per_value)
     columns = [pair.columns for block in budget.pairs for pair in block if pair.after < pair.before]
     widest = max(columns, default=0)
     hidden = model.get_input_embeddings().weight.shape[1]
-    states = (2 * hidden + widest) * tokens * bytes_per_value  # hidden states, attention outputs, consumer inputs
+    calibration = (2 * hidden + widest) * tokens * bytes_per_value  # hidden states, attention outputs, consumer inputs
     vocabulary = model.get_input_embeddings().num_embeddings
     entry = GRAM_BYTES if widest <= DOUBLE_LIMIT else WIDE_GRAM_BYTES
     if config.restoration == "none":
@@ -135,13 +139,29 @@ def peak_memory_estimate(
         if config.score == "learned":
             piece = max(piece, min(tokens, config.learning.tokens))
         # about what autograd keeps of a block whose weights are frozen: measured 0.5 to 1.3 times this, by family
-        kept = len(budget.pairs) * (7 * hidden + 4 * widest)
-        sensitivity = bytes_per_value * (tokens * hidden + piece * (kept + 3 * vocabulary))
+        at_once = 1 if streamed else len(budget.pairs)
+        kept = at_once * (7 * hidden + 4 * widest)
+        states = tokens * hidden
+        if streamed and config.offload != "disk":  # the backward pass needs what each block was given
+            states += len(budget.pairs) * min(tokens, config.sensitivity_tokens) * hidden
+        sensitivity = bytes_per_value * (states + piece * (kept + 3 * vocabulary))
     return PeakMemory(
-        weights=before.weight_bytes,
-        calibration=states,
+        weights=bytes_per_value * streamed_parameters(model) if streamed else before.weight_bytes,
+        calibration=calibration,
         solve=entry * widest**2,
         sensitivity=sensitivity,
         logits=2 * evaluated_tokens * vocabulary * bytes_per_value,
-        reload=after.weight_bytes if verify else 0,
+        reload=after.weight_bytes if verify and not streamed else 0,
     )
+
+
+def streamed_parameters(model: Any) -> int:
+    """Parameters in memory at once where a model is streamed: two blocks, or one and the largest layer around them.
+
+    Args:
+        model: The causal LM, on any device.
+    """
+    blocks = find_blocks(model, spec_for(model))
+    block = max(sum(parameter.numel() for parameter in one.parameters()) for one in blocks)
+    around = max(layer.weight.numel() for layer in (model.get_input_embeddings(), model.get_output_embeddings()))
+    return block + max(block, around)

@@ -38,7 +38,7 @@ def test_a_model_larger_than_half_of_the_free_memory_is_streamed_and_that_is_sai
     monkeypatch.setattr(streamed, "free_memory", lambda: 100_000)
     outcome = prune(tiny_folder("llama-gqa"), "--evaluation", "[]", "--pruning.own_text", "{}")
     assert outcome.code == 0
-    told = outcome.err.replace("\n", " ")
+    told = " ".join(outcome.err.split())
     assert "the model is streamed, a block at a time" in told
     assert "own text is not in its cache, and left out" in told
     assert "disk, beside the computing" in outcome.out
@@ -50,8 +50,14 @@ def test_one_that_cannot_be_streamed_is_not_unasked_and_that_is_said(
     monkeypatch.setattr(streamed, "free_memory", lambda: 100_000)
     outcome = prune(tiny_folder("llama-gqa"), "--evaluation", "[]", "--prompt", "the cat")
     assert outcome.code == 0
-    assert "the model is not streamed: prompt must be null" in outcome.err.replace("\n", " ")
+    assert "the model is not streamed: prompt must be null" in " ".join(outcome.err.split())
     assert "disk, beside the computing" not in outcome.out
+
+
+def test_plan_counts_two_blocks_of_a_streamed_model(fasp, tiny_folder) -> None:
+    plan = ["plan", "--model.name_or_path", tiny_folder("llama-gqa"), "--pruning.own_text", "null", "--device", "cpu"]
+    assert "weights: a block, and the next one" in fasp(*plan, "--stream", "true").out
+    assert "reloaded copy, to verify what was saved" in fasp(*plan).out
 
 
 @pytest.mark.parametrize(
@@ -66,5 +72,5 @@ def test_one_that_cannot_be_streamed_is_not_unasked_and_that_is_said(
 def test_what_needs_the_whole_model_is_refused(prune, tiny_folder, tmp_path: Path, options, named: str) -> None:
     outcome = prune(tiny_folder("llama-gqa"), "--stream", "true", "--evaluation", "[]", *options)
     assert outcome.code == 2
-    assert named in outcome.err.replace("\n", " ")
+    assert named in " ".join(outcome.err.split())
     assert not list(tmp_path.glob(".*"))
