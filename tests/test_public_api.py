@@ -84,6 +84,7 @@ TRAINING = (
 PUBLIC = (*ENGINE, *TRAINING)
 SIGNATURES = {
     "FASPPruner.prune": "(self, model, batches)",
+    "FASPPruner.prune_folder": "(self, source, output, batches, tokenizer=None)",
     "apply_plan": "(model, plan)",
     "save_pruned": "(model, path, tokenizer=None, form='auto', verify=True, overwrite=False, dtype='auto', "
     "push_to_hub=None, private=None)",
@@ -223,12 +224,14 @@ def signatures(name: str) -> Iterator[tuple[str, Any]]:
     if not inspect.isclass(value):
         return
     foreign = [base for base in value.__mro__ if not base.__module__.startswith("fasp_lightning")]
-    for key, member in vars(value).items():
+    ours = [base for base in value.__mro__ if base not in foreign]
+    members = {key: member for base in reversed(ours) for key, member in vars(base).items()}  # inherited ones, too
+    for key, member in members.items():
         function = inspect.unwrap(getattr(member, "fget", None) or getattr(member, "__func__", member))
-        ours = inspect.isfunction(function) and function.__module__.startswith("fasp_lightning")
+        own = inspect.isfunction(function) and function.__module__.startswith("fasp_lightning")
         special = key.startswith("__")
         overrides = not special and any(key in vars(base) for base in foreign)
-        if ours and not overrides and (special or not key.startswith("_")):
+        if own and not overrides and (special or not key.startswith("_")):
             yield f"{name}.{key}", function
 
 

@@ -9,11 +9,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
-from fasp_lightning.checkpoints.devices import choose_stored
 from fasp_lightning.checkpoints.dry_save import require_savable, runs_remote_code, savable, save_tokenizer
 from fasp_lightning.checkpoints.facts import facts_of
 from fasp_lightning.checkpoints.forms import LoaderSupport, choose_form, loaders_for, stock_part
@@ -24,7 +23,7 @@ from fasp_lightning.checkpoints.publishing.card import write_card
 from fasp_lightning.checkpoints.publishing.hub import check_hub, upload
 from fasp_lightning.checkpoints.publishing.record import record_of
 from fasp_lightning.checkpoints.verifying import verify_saved
-from fasp_lightning.checkpoints.writing import Write, bytes_of, write_whole, zero_filled
+from fasp_lightning.checkpoints.writing import Held, Write, bytes_of, stored_in, write_whole, zero_filled
 from fasp_lightning.errors import FaspError
 from fasp_lightning.staging import require_space, staged, write_json
 from fasp_lightning.structure.adapters import has_adapters
@@ -116,19 +115,6 @@ def save_pruned(
             print(loader.name, loader.ok, loader.reason)
     """
     return save_held(Whole, model, path, tokenizer, form, verify, overwrite, dtype, push_to_hub, private)
-
-
-class Held(Protocol):
-    """The weights of a model, wherever they are, as they are saved."""
-
-    def size(self, dtype: torch.dtype) -> int:
-        """Bytes that they will take."""
-
-    def write(self, model: PreTrainedModel, folder: Path, dtype: torch.dtype) -> torch.dtype:
-        """See :data:`~fasp_lightning.checkpoints.writing.Write`."""
-
-    def verify(self, folder: Path, form: str, dtype: torch.dtype) -> float:
-        """See :func:`~fasp_lightning.checkpoints.verifying.verify_saved`."""
 
 
 class Whole:
@@ -233,19 +219,6 @@ def write_pruned(
     for file in folder.glob("*.safetensors"):  # safetensors writes them for their owner alone
         shutil.copymode(folder / REPORT_FILE, file)
     return dtype, loaders
-
-
-def stored_in(model: PreTrainedModel, requested: str | torch.dtype) -> torch.dtype:
-    """The dtype that a model's weights are stored in.
-
-    Args:
-        model: The model.
-        requested: ``"auto"`` or a dtype.
-
-    Raises:
-        FaspError: If ``requested`` is no known dtype.
-    """
-    return choose_stored(requested, getattr(model, "fasp_stored_dtype", None), model.dtype)
 
 
 def write_folder(

@@ -5,11 +5,12 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
 
+from fasp_lightning.checkpoints.devices import choose_stored
 from fasp_lightning.structure.pair import ResolvedPair
 from fasp_lightning.structure.plan import resolve_pruned
 from fasp_lightning.structure.pruning_plan import PruningPlan, targets
@@ -21,6 +22,32 @@ log = logging.getLogger(__name__)
 
 Write = Callable[[Any, Path, torch.dtype], torch.dtype]
 """Writes a model, its weights in a dtype, into a folder; returns the dtype that they were written in."""
+
+
+class Held(Protocol):
+    """The weights of a model, wherever they are, as they are saved."""
+
+    def size(self, dtype: torch.dtype) -> int:
+        """Bytes that they will take."""
+
+    def write(self, model: PreTrainedModel, folder: Path, dtype: torch.dtype) -> torch.dtype:
+        """See :data:`Write`."""
+
+    def verify(self, folder: Path, form: str, dtype: torch.dtype) -> float:
+        """See :func:`~fasp_lightning.checkpoints.verifying.verify_saved`."""
+
+
+def stored_in(model: PreTrainedModel, requested: str | torch.dtype) -> torch.dtype:
+    """The dtype that a model's weights are stored in.
+
+    Args:
+        model: The model.
+        requested: ``"auto"`` or a dtype.
+
+    Raises:
+        FaspError: If ``requested`` is no known dtype.
+    """
+    return choose_stored(requested, getattr(model, "fasp_stored_dtype", None), model.dtype)
 
 
 def write_whole(

@@ -159,8 +159,8 @@ def load(model: ModelConfig, config: Any, dtype: str | torch.dtype, device: torc
     )
 
 
-def memory_of(setup: Setup, job: PruneJob, tokens: int) -> PeakMemory:
-    """Estimated peak memory of a job with so many calibration tokens."""
+def memory_of(setup: Setup, job: PruneJob, tokens: int, streamed: bool = False) -> PeakMemory:
+    """Estimated peak memory of a job with so many calibration tokens, where the model is streamed or not."""
     return peak_memory_estimate(
         setup.model,
         setup.budget,
@@ -169,6 +169,7 @@ def memory_of(setup: Setup, job: PruneJob, tokens: int) -> PeakMemory:
         evaluated_tokens=max((batch_tokens(text) for text in job.evaluated()), default=0),
         bytes_per_value=setup.dtype.itemsize,
         verify=job.compares or (job.verify and job.output_dir is not None),
+        streamed=streamed,
     )
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,6 @@ from fasp_lightning.cli.model_setup import Setup
 from fasp_lightning.cli.texts import Calibration, Text
 from fasp_lightning.errors import FaspError
 from fasp_lightning.pruning.perplexity import PerplexityResult
-from fasp_lightning.pruning.pruner import Pruner
 from fasp_lightning.pruning.report import PruningReport
 from fasp_lightning.streaming.folder import FolderPruning, require_streamable
 
@@ -82,7 +80,7 @@ def prune_streamed(
         calibration = _with_text_at_hand(folder, calibration)
         before = _measured(folder, evaluation, "before")
         with PruningProgress() as progress:
-            report = folder.prune(partial(Pruner(folder.config).prune_held, progress=progress))
+            report = folder.prune(progress)
         after = _measured(folder, evaluation, "after")
         model = folder.streamed.model
         reported(model, report, job, setup, calibration, evaluation, (before, after, [None] * len(evaluation)))

@@ -21,7 +21,7 @@ from fasp_lightning.pruning.blocks.session import Session
 from fasp_lightning.pruning.config import PruningConfig
 from fasp_lightning.pruning.inputs import ModelInputs, check_at_hand
 from fasp_lightning.pruning.own_text.generation import first_tokens
-from fasp_lightning.pruning.own_text.writing import calibration_starts, mixed
+from fasp_lightning.pruning.own_text.writing import calibration_starts, mixed, own_text
 from fasp_lightning.pruning.processes import Processes
 from fasp_lightning.structure.modes import evaluating
 from fasp_lightning.structure.pair import ResolvedPair
@@ -94,7 +94,8 @@ def prepare(
         _require_tokens(processes.total(tokens)[0], own is not None)
     if own is not None:
         with session.clock.phase("own text"), evaluating(model):
-            written = session.weights.own_text(model, own, processes, calibration_starts(given, processes))
+            starts = calibration_starts(given, processes)
+            written = session.weights.own_text(own, starts) or own_text(model, own, processes, starts)
             given = mixed(given, written, own.share, processes)
     influence = config.allocation == "block_influence"
     if not (config.needs_sensitivity or influence):

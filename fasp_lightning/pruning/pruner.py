@@ -38,7 +38,9 @@ class Pruner:
 
     def __init__(self, config: PruningConfig | None = None) -> None:
         self.config = config or PruningConfig()
+        self._weights = Weights()
 
+    @own_modes()
     def prune(
         self,
         model: PreTrainedModel,
@@ -79,26 +81,7 @@ class Pruner:
                 finite (the message names the layer).
             RuntimeError: If another process raised an error.
         """
-        return self.prune_held(model, batches, Weights(), progress, processes)
-
-    @own_modes()
-    def prune_held(
-        self,
-        model: PreTrainedModel,
-        batches: Iterable[Any] | Prepared,
-        weights: Weights,
-        progress: Progress | None = None,
-        processes: Processes | None = None,
-    ) -> PruningReport:
-        """Prune a model wherever its weights are; see :meth:`prune`.
-
-        Args:
-            model: As there, as the other arguments.
-            batches: As there.
-            weights: Holds the weights.
-            progress: As there.
-            processes: As there.
-        """
+        weights = self._weights
         pairs = self._pairs(model)
         budget = decide_budget(model, self.config, pairs)
         weights.require(model)
@@ -163,8 +146,8 @@ class Pruner:
         """
         pairs = self._pairs(model)
         decide_budget(model, self.config, pairs)  # refuses what could not be pruned afterwards
-        Weights().require(model)
-        session = Session.start(self.config, pairs, progress, processes)
+        self._weights.require(model)
+        session = Session.start(self.config, pairs, progress, processes, self._weights)
         return prepare(session, model, pairs, batches, self.config)
 
     def _pairs(self, model: PreTrainedModel) -> list[list[ResolvedPair]]:

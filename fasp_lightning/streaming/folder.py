@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from importlib import import_module
@@ -30,6 +30,8 @@ from fasp_lightning.pruning.budget.widths import decide_budget
 from fasp_lightning.pruning.config import OwnTextConfig, PruningConfig
 from fasp_lightning.pruning.own_text.writing import calibration_starts
 from fasp_lightning.pruning.perplexity import PerplexityResult
+from fasp_lightning.pruning.progress import Progress
+from fasp_lightning.pruning.pruner import Pruner
 from fasp_lightning.pruning.report import PruningReport
 from fasp_lightning.staging import claimed
 from fasp_lightning.streaming.journal import Journal
@@ -41,7 +43,13 @@ from fasp_lightning.text.batches import each_batch, read_batch
 PACKAGES = ("fasp_lightning", "torch", "transformers")
 """Another version of one of them may round otherwise."""
 
-Prune = Callable[[Any, Iterable[Any], Weights], PruningReport]
+
+class _StreamedPruner(Pruner):
+    """The engine, on weights that are not in memory."""
+
+    def __init__(self, config: PruningConfig, weights: Weights) -> None:
+        super().__init__(config)
+        self._weights = weights
 
 
 @dataclass
@@ -170,13 +178,13 @@ class FolderPruning:
         starts = None if own.share == 1 else calibration_starts(self.batches)
         return weights.journal.once("own-text", lambda: weights.text_at_hand(own, starts) is not None)
 
-    def prune(self, prune: Prune) -> PruningReport:
+    def prune(self, progress: Progress | None = None) -> PruningReport:
         """Prune block after block.
 
         Args:
-            prune: The engine.
+            progress: As for :meth:`~fasp_lightning.FASPPruner.prune`.
         """
-        report = prune(self.streamed.model, self.batches, self._begun())
+        report = _StreamedPruner(self.config, self._begun()).prune(self.streamed.model, self.batches, progress)
         self.streamed.disk.settle()
         return report
 

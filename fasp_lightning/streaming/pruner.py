@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -99,6 +98,6 @@ class FASPPruner(Pruner):
             attn_implementation=attn_implementation,
         )
         with job.begun(batches):
-            report = job.prune(partial(self.prune_held, progress=progress))
+            report = job.prune(progress)
             job.save(tokenizer, verify=verify)
         return report

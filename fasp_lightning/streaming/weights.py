@@ -22,7 +22,6 @@ from fasp_lightning.pruning.blocks.weights import PrunedBlock, Weights
 from fasp_lightning.pruning.config import OwnTextConfig
 from fasp_lightning.pruning.own_text.cache import weights_digest
 from fasp_lightning.pruning.own_text.writing import text_at_hand
-from fasp_lightning.pruning.processes import Processes
 from fasp_lightning.pruning.report import PairReport
 from fasp_lightning.staging import read_json, staged, staged_file, write_json
 from fasp_lightning.streaming.journal import Journal
@@ -58,9 +57,7 @@ class StreamedWeights(Weights):
     def require(self, model: PreTrainedModel) -> None:
         """Weights that are in files can be pruned."""
 
-    def own_text(
-        self, model: PreTrainedModel, config: OwnTextConfig, processes: Processes, starts: Tensor | None
-    ) -> list[Tensor]:
+    def own_text(self, config: OwnTextConfig, starts: Tensor | None) -> list[Tensor]:
         """Own text from its cache.
 
         Raises:

@@ -13,6 +13,7 @@ from fasp_lightning.cli.jobs import PlanJob, PruneJob
 from fasp_lightning.cli.model_setup import Setup, already_pruned, bytes_before, memory_of, set_up
 from fasp_lightning.cli.quiet import one_thread, quiet_libraries
 from fasp_lightning.cli.startup import without_collection
+from fasp_lightning.cli.streamed import streams
 from fasp_lightning.cli.texts import calibration_name, own_tokens
 from fasp_lightning.proving.proof import prove
 from fasp_lightning.pruning.budget.footprint import PeakMemory, footprints
@@ -134,8 +135,9 @@ def _print_memory(job: PruneJob, setup: Setup) -> None:
             note("calibration.sequences is null: the peak memory depends on the length of the whole text")
             return
         tokens += extent.sequences * extent.seq_len
-    memory = memory_of(setup, job, tokens)
-    rows = [(name, gibibytes(size), place) for name, size, place in _parts(memory, setup)]
+    streamed = streams(job, setup)
+    memory = memory_of(setup, job, tokens, streamed)
+    rows = [(name, gibibytes(size), place) for name, size, place in _parts(memory, setup, streamed)]
     rows.append(("peak, if all of it is in one place", gibibytes(memory.total), ""))
     title = f"estimated memory while pruning on {tokens:,} tokens of {calibration_name(calibration, own)}"
     table(title, ("", "size", "where"), rows)
@@ -153,11 +155,17 @@ def _print_learning(setup: Setup) -> None:
     )
 
 
-def _parts(memory: PeakMemory, setup: Setup) -> list[tuple[str, int, str]]:
+def _parts(memory: PeakMemory, setup: Setup, streamed: bool) -> list[tuple[str, int, str]]:
     stored = {"accelerator": str(setup.device), "cpu": "memory", "disk": "disk"}[setup.pruning.offload]
     whole = "block by block if they do not fit" if setup.device.type != "cpu" else "at once"
+    weights = ("weights", memory.weights, f"{setup.device}, or memory if they do not fit")
+    if streamed:
+        whole, weights = (
+            "block by block",
+            ("weights: a block, and the next one", memory.weights, f"memory, {setup.device}"),
+        )
     return [
-        ("weights", memory.weights, f"{setup.device}, or memory if they do not fit"),
+        weights,
         ("hidden states and consumer inputs of the calibration set", memory.calibration, stored),
         ("gram and solve of the widest pair", memory.solve, str(setup.device)),
         ("hidden states and activations for the loss sensitivity", memory.sensitivity, f"{setup.device}, {whole}"),

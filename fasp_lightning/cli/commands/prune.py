@@ -55,7 +55,7 @@ def _run(job: PruneJob) -> None:
     calibration = load_calibration(calibration_configs, setup.pruning.own_text, tokenizer, setup.model)
     evaluation = [load_text(text, tokenizer, setup.model, "evaluation") for text in evaluation_configs]
     streamed = streams(job, setup)
-    announce(job, setup, calibration, evaluation)
+    announce(job, setup, calibration, evaluation, streamed)
     with shown_warnings():
         if streamed:
             _show_streamed(job, setup, prune_streamed(job, setup, tokenizer, calibration, evaluation))
@@ -83,9 +83,11 @@ def _show_streamed(job: PruneJob, setup: Setup, found: Streamed) -> None:
     print_loaders(found.saved, setup)
 
 
-def announce(job: PruneJob, setup: Setup, calibration: Calibration, evaluation: list[Text]) -> None:
+def announce(
+    job: PruneJob, setup: Setup, calibration: Calibration, evaluation: list[Text], streamed: bool = False
+) -> None:
     """Say what is about to happen, what it will take, and what the figures will not show."""
-    memory = memory_of(setup, job, calibration.tokens)
+    memory = memory_of(setup, job, calibration.tokens, streamed)
     if setup.already_pruned:
         note(already_pruned(setup))
     note(

@@ -70,10 +70,7 @@ class SweepJob(PruneJob, TaskOptions):
         if self.speedup is not None:
             raise FaspError(f"speedup must be null in a sweep, whose sparsities are given, got {self.speedup}")
         if self.stream:
-            raise FaspError(
-                "stream must be null or false for a sweep, which prunes copies of a model in memory, got true; run "
-                "fasp prune --stream true for each sparsity"
-            )
+            raise FaspError("stream must be null in a sweep, which prunes copies in memory, got true; use fasp prune")
         _ = self.folder  # refuses null
         if self.push_to_hub is not None:
             raise FaspError(
@@ -292,8 +289,7 @@ class _Sweep:
 
 def _report(folder: Path) -> dict[str, Any] | None:
     """The report in the folder of a sparsity, if a model is there."""
-    file = folder / REPORT_FILE
-    return read_json(file) if file.is_file() else None
+    return read_json(file) if (file := folder / REPORT_FILE).is_file() else None
 
 
 def _digest(text: Text) -> str:

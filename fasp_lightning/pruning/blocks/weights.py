@@ -14,8 +14,6 @@ from fasp_lightning.errors import FaspError
 from fasp_lightning.pruning.blocks.samples import Stored
 from fasp_lightning.pruning.blocks.store import TensorStore
 from fasp_lightning.pruning.config import OwnTextConfig
-from fasp_lightning.pruning.own_text.writing import own_text
-from fasp_lightning.pruning.processes import Processes
 from fasp_lightning.pruning.report import PairReport
 from fasp_lightning.structure.modes import placed
 from fasp_lightning.structure.pair import ResolvedPair
@@ -79,11 +77,14 @@ class Weights:
         """
         return placed(module, device)
 
-    def own_text(
-        self, model: PreTrainedModel, config: OwnTextConfig, processes: Processes, starts: Tensor | None
-    ) -> list[Tensor]:
-        """See :func:`~fasp_lightning.pruning.own_text.writing.own_text`."""
-        return own_text(model, config, processes, starts)
+    def own_text(self, config: OwnTextConfig, starts: Tensor | None) -> list[Tensor] | None:
+        """Own text that is at hand; ``None`` lets the model write it.
+
+        Args:
+            config: How much, and how.
+            starts: As for :func:`~fasp_lightning.pruning.own_text.writing.own_text`.
+        """
+        return None
 
     def once(self, name: str, make: Callable[[], T]) -> T:
         """What was made under a name, by an earlier run that was stopped, or now.

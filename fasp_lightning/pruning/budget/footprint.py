@@ -10,6 +10,8 @@ from fasp_lightning.pruning.blocks.sensitivity import PIECE_TOKENS
 from fasp_lightning.pruning.budget.budget import Budget, PairWidth
 from fasp_lightning.pruning.budget.chunks import experts_at_once, gram_bytes
 from fasp_lightning.pruning.config import PruningConfig
+from fasp_lightning.structure.registry import spec_for
+from fasp_lightning.structure.resolve import find_blocks
 
 GRAM_BYTES = 44
 """Bytes per entry of an n × n gram, up to ``DOUBLE_LIMIT`` columns: sums in fp32 and fp64 (12), the mirrored
@@ -114,6 +116,7 @@ def peak_memory_estimate(
     evaluated_tokens: int,
     bytes_per_value: int,
     verify: bool,
+    streamed: bool = False,
 ) -> PeakMemory:
     """Estimate the peak memory of a pruning.
 
@@ -129,13 +132,16 @@ def peak_memory_estimate(
         evaluated_tokens: Tokens of the largest batch of which logits are computed; 0 for none.
         bytes_per_value: Of the model's dtype.
         verify: Whether a second model is loaded afterwards, to check what was saved or to compare with.
+        streamed: Whether a block at a time is read from the model's files: the next one is read meanwhile.
     """
     before, after = footprints(model, budget, bytes_per_value)
     widest = max((pair.columns for pair in budget.cut if not pair.sent), default=0)
     hidden = model.get_input_embeddings().weight.shape[1]
     # of experts what they are called with is recorded: choices and weights take up to 3 values each
     recorded = max([widest, *(hidden + 3 * pair.sent for pair in budget.cut if pair.sent)])
-    states = (2 * hidden + recorded) * tokens * bytes_per_value  # hidden states, attention outputs, consumer inputs
+    calibration = (
+        (2 * hidden + recorded) * tokens * bytes_per_value
+    )  # hidden states, attention outputs, consumer inputs
     vocabulary = model.get_input_embeddings().num_embeddings
     entry = GRAM_BYTES if widest <= DOUBLE_LIMIT else WIDE_GRAM_BYTES
     if config.restoration == "none":
@@ -148,13 +154,29 @@ def peak_memory_estimate(
         if config.score == "learned":
             piece = max(piece, min(tokens, config.learning.tokens))
         # about what autograd keeps of a block whose weights are frozen: measured 0.5 to 1.3 times this, by family
-        kept = len(budget.pairs) * (7 * hidden + 4 * widest)
-        sensitivity = bytes_per_value * (tokens * hidden + piece * (kept + 3 * vocabulary))
+        at_once = 1 if streamed else len(budget.pairs)
+        kept = at_once * (7 * hidden + 4 * widest)
+        states = tokens * hidden
+        if streamed and config.offload != "disk":  # the backward pass needs what each block was given
+            states += len(budget.pairs) * min(tokens, config.sensitivity_tokens) * hidden
+        sensitivity = bytes_per_value * (states + piece * (kept + 3 * vocabulary))
     return PeakMemory(
-        weights=before.weight_bytes,
-        calibration=states,
+        weights=bytes_per_value * streamed_parameters(model) if streamed else before.weight_bytes,
+        calibration=calibration,
         solve=max([entry * widest**2, *(_grams(pair, config) for pair in budget.cut)]),
         sensitivity=sensitivity,
         logits=2 * evaluated_tokens * vocabulary * bytes_per_value,
-        reload=after.weight_bytes if verify else 0,
+        reload=after.weight_bytes if verify and not streamed else 0,
     )
+
+
+def streamed_parameters(model: Any) -> int:
+    """Parameters in memory at once where a model is streamed: two blocks, or one and the largest layer around them.
+
+    Args:
+        model: The causal LM, on any device.
+    """
+    blocks = find_blocks(model, spec_for(model))
+    block = max(sum(parameter.numel() for parameter in one.parameters()) for one in blocks)
+    around = max(layer.weight.numel() for layer in (model.get_input_embeddings(), model.get_output_embeddings()))
+    return block + max(block, around)

@@ -23,11 +23,10 @@ from fasp_lightning.checkpoints.publishing.record import record_of
 from fasp_lightning.checkpoints.saving import (
     in_form,
     require_plan,
-    stored_in,
     write_folder,
     write_pruned,
 )
-from fasp_lightning.checkpoints.writing import bytes_of, write_whole, zero_filled
+from fasp_lightning.checkpoints.writing import bytes_of, stored_in, write_whole, zero_filled
 from fasp_lightning.errors import FaspError
 from fasp_lightning.staging import require_space, staged, write_json
 from fasp_lightning.structure.adapters import has_adapters
