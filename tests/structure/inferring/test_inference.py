@@ -19,7 +19,9 @@ SHIPPED = [name for name in TINY if "falcon" not in name]
 def test_inferred_row_is_the_shipped_one(name: str) -> None:
     model = tiny_model(name)
     inferred, shipped = infer_spec(model), spec_for(model)
-    if name == "opt-350m":
+    if name == "gemma":  # of one KV head no group can go
+        assert inferred == replace(shipped, pairs=(replace(shipped.pairs[0], groups=()), shipped.pairs[1]))
+    elif name == "opt-350m":
         assert inferred.pairs == shipped.pairs  # without its projections it is another model
     else:
         assert inferred == shipped
