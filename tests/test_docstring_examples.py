@@ -60,7 +60,7 @@ OUTCOMES: dict[str, Callable[[dict[str, Any]], bool]] = {
     "export_onnx": lambda left: left["exported"].check.same == left["exported"].check.tokens,
     "export_vllm": lambda left: (Path(left["folder"]) / "model.safetensors").is_file(),
     "infer_spec": lambda left: True,  # it prints
-    "prove": lambda left: left["proof"].kinds == ("ffn", "value"),
+    "prove": lambda left: left["proof"].kinds == ("ffn", "value", "groups"),
     "load_pruned": lambda left: left["loaded"].fasp_plan == left["model"].fasp_plan,
     "perplexity": lambda left: left["before"] > 1 and is_pruned(left["model"]),
     "register_architecture": lambda left: "my_type" in known_architectures(),

@@ -21,18 +21,16 @@ def masked(model: Any, plan: PruningPlan) -> Any:
     copied = copy.deepcopy(model)
     pairs = resolve_pruned(copied, whole=plan.cuts.kinds)
     for pair, kept in targets(copied, pairs, plan):
-        gone = torch.ones(pair.columns, dtype=torch.bool)
-        gone[pair.layout.columns(kept)] = False
         with torch.no_grad():
-            pair.factors[0][:, gone] = 0
+            pair.shut(kept)
     return copied
 
 
 @torch.no_grad()
 def errors_of(model: Any, mask: Any, plan: PruningPlan, tokens: Tensor) -> dict[str, float]:
-    """‖W X‖ of the removed columns over that of all, by layer, of whole forwards of the masked model."""
+    """‖W X‖ of the removed columns over that of all, by layer, whole forwards of the masked model; none of experts."""
     pairs = resolve_pruned(model, whole=plan.cuts.kinds)
-    wanted = targets(model, pairs, plan)
+    wanted = [(pair, kept) for pair, kept in targets(model, pairs, plan) if pair.spec.experts is None]
     seen: dict[str, Tensor] = {}
 
     def note(layer: str, _: nn.Module, args: Any, kwargs: Any) -> None:

@@ -7,13 +7,13 @@ from collections.abc import Callable
 
 from fasp_lightning.checkpoints.forms import loaders_for
 from fasp_lightning.cli.checks import texts_of
+from fasp_lightning.cli.commands.prune_streamed import streams
 from fasp_lightning.cli.commands.prune_tables import loaders_table, print_speedup
 from fasp_lightning.cli.console import change, dtype_name, gibibytes, megabytes, note, percent, results, table
 from fasp_lightning.cli.jobs import PlanJob, PruneJob
 from fasp_lightning.cli.model_setup import Setup, already_pruned, bytes_before, memory_of, set_up
 from fasp_lightning.cli.quiet import one_thread, quiet_libraries
 from fasp_lightning.cli.startup import without_collection
-from fasp_lightning.cli.streamed import streams
 from fasp_lightning.cli.texts import calibration_name, own_tokens
 from fasp_lightning.proving.proof import prove
 from fasp_lightning.pruning.budget.footprint import PeakMemory, footprints

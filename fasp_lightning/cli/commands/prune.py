@@ -9,6 +9,7 @@ from typing import Any
 from fasp_lightning.checkpoints.dry_save import require_savable
 from fasp_lightning.checkpoints.publishing.hub import check_hub
 from fasp_lightning.cli.checks import check_output_dir, claimed_output, texts_of, tokenizer_of
+from fasp_lightning.cli.commands.prune_streamed import Streamed, print_traffic, prune_streamed, streams
 from fasp_lightning.cli.commands.prune_tables import print_continuations, print_loaders, print_results, print_speedup
 from fasp_lightning.cli.console import dtype_name, gibibytes, note, percent, shown_warnings
 from fasp_lightning.cli.generation import check_prompt, continuation
@@ -16,7 +17,6 @@ from fasp_lightning.cli.jobs import PruneJob
 from fasp_lightning.cli.measured import domains_of, measure, place, prune_measured, save
 from fasp_lightning.cli.model_setup import Setup, already_pruned, load, memory_of, saved_dtype, set_up
 from fasp_lightning.cli.quiet import quiet_libraries
-from fasp_lightning.cli.streamed import Streamed, print_traffic, prune_streamed, streams
 from fasp_lightning.cli.texts import (
     Calibration,
     Text,

@@ -17,7 +17,7 @@ from fasp_lightning.checkpoints.forms import choose_form
 from fasp_lightning.checkpoints.loading import load_config
 from fasp_lightning.checkpoints.pruned_folder import REPORT_FILE, form_in
 from fasp_lightning.checkpoints.source import weight_files
-from fasp_lightning.checkpoints.tasks.answers import Answers, Measured
+from fasp_lightning.checkpoints.tasks.answers import Measured
 from fasp_lightning.checkpoints.tasks.entries import entry_of
 from fasp_lightning.cli.checks import check_output_dir, claimed_output, texts_of, tokenizer_of
 from fasp_lightning.cli.commands.sweep_tables import Finished, print_sweep, write_sweep
@@ -255,7 +255,8 @@ class _Sweep:
         prune_measured(model, job, setup, self.calibration, self.evaluation, before, fresh, prepared)
         model.fasp_report["made_with"] = self.settings(job)
         if self.tasks is not None:
-            model.fasp_report["tasks"] = [entry_of(model, self._answer(model), answered)]
+            answers = run_tasks(model, self.tokenizer, self.tasks).answers
+            model.fasp_report["tasks"] = [entry_of(model, answers, answered)]
         if job.prompt is not None:
             text = continuation(model, self.tokenizer, job.prompt, job.new_tokens)
             model.fasp_report["continuation"] = {"prompt": job.prompt, "text": text}
@@ -264,13 +265,10 @@ class _Sweep:
     def _share(self, model: Any, setup: Setup) -> tuple[list[PerplexityResult], Measured, Prepared]:
         """Perplexities and answers before, and own text and loss sensitivity for the pruning to any sparsity."""
         before = measure(model, self.evaluation, "dense" if not setup.already_pruned else "as it is")
-        answered = Measured(self.job.model.name_or_path, dtype_name(model.dtype), self._answer(model))
+        answers = run_tasks(model, self.tokenizer, self.tasks).answers
+        answered = Measured(self.job.model.name_or_path, dtype_name(model.dtype), answers)
         with PruningProgress() as progress:
-            prepared = Pruner(setup.pruning).prepare(model, self.calibration.batches, progress=progress)
-        return before, answered, prepared
-
-    def _answer(self, model: Any) -> dict[str, Answers]:
-        return run_tasks(model, self.tokenizer, self.tasks).answers
+            return before, answered, Pruner(setup.pruning).prepare(model, self.calibration.batches, progress=progress)
 
     def _copies(self, device: torch.device) -> Callable[[], Any]:
         return lambda: copy.deepcopy(self.dense).to(device)
