@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from fasp_lightning.cli import streamed
+from fasp_lightning.cli.commands import prune_streamed as streamed
 
 
 def test_streamed_it_tells_and_writes_what_it_does_in_memory(prune, tiny_folder, tmp_path: Path) -> None:
