@@ -19,7 +19,8 @@ def family_table() -> str:
     for model_type in known_architectures():
         spec = spec_for(type("Config", (), {"model_type": model_type}))
         pairs = "; ".join(f"{pair.consumer} ← {', '.join(pair.producers)}" for pair in spec.pairs)
-        field = f"`{spec.width_field}`" if spec.width_field else "none: zero-filled or compact"
+        fields = {pair.width_field or spec.width_field for pair in spec.pairs if pair.kind in ("ffn", "experts")}
+        field = ", ".join(f"`{name}`" for name in sorted(filter(None, fields))) or "none: zero-filled or compact"
         shared.setdefault((pairs, field), []).append(model_type)
     lines = ["| `model_type` | pairs | stock FFN width |", "|---|---|---|"]
     lines += [f"| {', '.join(families)} | {pairs} | {field} |" for (pairs, field), families in shared.items()]
