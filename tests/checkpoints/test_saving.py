@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from fasp_lightning import FaspError, FASPPruner, load_pruned, save_pruned, staging
 from fasp_lightning.checkpoints import saving
+from fasp_lightning.structure.plan import resolve_pruned
 
 TOKENS = random_tokens(2, 12, seed=3)
 
@@ -214,7 +215,7 @@ def test_wrong_logits_are_not_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 def _doubled(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    pairs = [pair for block in saving.resolve_pruned(model) for pair in block if pair.spec.kind != "ffn"]
+    pairs = [pair for block in resolve_pruned(model) for pair in block if pair.spec.kind != "ffn"]
     filled = [(pair, pair.zero_filled(torch.arange(pair.layout.width))) for pair in pairs]
     return {f"{pair.name}.{key}": 2 * tensor for pair, tensors in filled for key, tensor in tensors.items()}
 

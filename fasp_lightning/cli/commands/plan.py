@@ -135,7 +135,7 @@ def _print_memory(job: PruneJob, setup: Setup) -> None:
             note("calibration.sequences is null: the peak memory depends on the length of the whole text")
             return
         tokens += extent.sequences * extent.seq_len
-    streamed = streams(job, setup)
+    streamed = bool(job.stream) and streams(job, setup)  # unasked, it would depend on what else runs here
     memory = memory_of(setup, job, tokens, streamed)
     rows = [(name, gibibytes(size), place) for name, size, place in _parts(memory, setup, streamed)]
     rows.append(("peak, if all of it is in one place", gibibytes(memory.total), ""))
@@ -160,10 +160,8 @@ def _parts(memory: PeakMemory, setup: Setup, streamed: bool) -> list[tuple[str, 
     whole = "block by block if they do not fit" if setup.device.type != "cpu" else "at once"
     weights = ("weights", memory.weights, f"{setup.device}, or memory if they do not fit")
     if streamed:
-        whole, weights = (
-            "block by block",
-            ("weights: a block, and the next one", memory.weights, f"memory, {setup.device}"),
-        )
+        whole = "block by block"
+        weights = ("weights: a block, and the next one", memory.weights, f"{setup.device}, or memory")
     return [
         weights,
         ("hidden states and consumer inputs of the calibration set", memory.calibration, stored),
