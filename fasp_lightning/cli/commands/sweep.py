@@ -42,8 +42,8 @@ from fasp_lightning.pruning.config import PruningConfig
 from fasp_lightning.pruning.own_text.cache import digest_of, weights_digest
 from fasp_lightning.pruning.perplexity import PerplexityResult
 from fasp_lightning.pruning.prepare import Prepared
-from fasp_lightning.pruning.pruner import Pruner
 from fasp_lightning.staging import read_json, require_space
+from fasp_lightning.streaming.pruner import FASPPruner
 
 Settings = dict[str, Any]
 
@@ -267,7 +267,7 @@ class _Sweep:
         before = measure(model, self.evaluation, "dense" if not setup.already_pruned else "as it is")
         answered = run_tasks(model, self.tokenizer, self.tasks).answers
         with PruningProgress() as progress:
-            prepared = Pruner(setup.pruning).prepare(model, self.calibration.batches, progress=progress)
+            prepared = FASPPruner(setup.pruning).prepare(model, self.calibration.batches, progress=progress)
         return before, answered, prepared
 
     def _copies(self, device: torch.device) -> Callable[[], Any]:
