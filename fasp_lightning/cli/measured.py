@@ -17,8 +17,8 @@ from fasp_lightning.cli.model_setup import Setup
 from fasp_lightning.cli.texts import OTHER, Calibration, Text, domain_of, single_source
 from fasp_lightning.pruning.perplexity import PerplexityResult, measure_perplexity
 from fasp_lightning.pruning.prepare import Prepared
-from fasp_lightning.pruning.pruner import Pruner
 from fasp_lightning.pruning.report import PruningReport, TextReport, restoration_warning
+from fasp_lightning.streaming.pruner import FASPPruner
 from fasp_lightning.structure.plan import apply_plan
 
 
@@ -67,7 +67,7 @@ def prune_measured(
         prepared: What was prepared of the calibration text with the model as it was; by default that is done here.
     """
     with PruningProgress() as progress:
-        report = Pruner(setup.pruning).prune(model, prepared or calibration.batches, progress=progress)
+        report = FASPPruner(setup.pruning).prune(model, prepared or calibration.batches, progress=progress)
     after = measure(model, evaluation, "pruned")
     given = all(pair.basis == "given" for pair in report.pairs)  # else the weights as they were have other columns
     plain = _unrestored(model, again(), evaluation) if job.compares and given else [None] * len(evaluation)

@@ -13,8 +13,8 @@ from fasp_lightning.pruning.config import PruningConfig
 from fasp_lightning.pruning.inputs import ModelInputs
 from fasp_lightning.pruning.perplexity import exp_nll
 from fasp_lightning.pruning.processes import Processes
-from fasp_lightning.pruning.pruner import Pruner
 from fasp_lightning.pruning.report import PruningReport
+from fasp_lightning.streaming.pruner import FASPPruner
 from fasp_lightning.structure.modes import evaluating
 from fasp_lightning.text.batches import TokenBatch, read_batch
 from fasp_lightning.training.calibration import Draw
@@ -72,7 +72,7 @@ def prune_model(
     def prune() -> PruningReport:
         batches = draw.batches(processes.rank, processes.count)
         with pruning_bar(trainer, f"pruning to {config.sparsity:.1%}") as progress:
-            return Pruner(config).prune(model, batches, progress, processes)
+            return FASPPruner(config).prune(model, batches, progress, processes)
 
     with isolated_random_state():
         torch.manual_seed(draw.seed)

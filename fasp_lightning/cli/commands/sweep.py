@@ -43,8 +43,8 @@ from fasp_lightning.pruning.config import PruningConfig
 from fasp_lightning.pruning.own_text.cache import digest_of, weights_digest
 from fasp_lightning.pruning.perplexity import PerplexityResult
 from fasp_lightning.pruning.prepare import Prepared
-from fasp_lightning.pruning.pruner import Pruner
 from fasp_lightning.staging import read_json, require_space
+from fasp_lightning.streaming.pruner import FASPPruner
 
 Settings = dict[str, Any]
 
@@ -268,7 +268,7 @@ class _Sweep:
         answers = run_tasks(model, self.tokenizer, self.tasks).answers
         answered = Measured(self.job.model.name_or_path, dtype_name(model.dtype), answers)
         with PruningProgress() as progress:
-            return before, answered, Pruner(setup.pruning).prepare(model, self.calibration.batches, progress=progress)
+            return before, answered, FASPPruner(setup.pruning).prepare(model, self.calibration.batches, progress)
 
     def _copies(self, device: torch.device) -> Callable[[], Any]:
         return lambda: copy.deepcopy(self.dense).to(device)
