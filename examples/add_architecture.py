@@ -1,4 +1,4 @@
-"""Prune a family that is not in the table: StarCoder2, with one row and no other code.
+"""Prune a family that is not in the table: Helium, with one row and no other code.
 
     python examples/add_architecture.py
 
@@ -11,13 +11,14 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from fasp_lightning import ArchitectureSpec, CoupledPair, FASPPruner, PruningConfig, register_architecture, spec_for
 
 config = AutoConfig.for_model(
-    "starcoder2",
+    "helium",
     vocab_size=256,
     hidden_size=64,
     intermediate_size=256,
     num_hidden_layers=3,
     num_attention_heads=8,
     num_key_value_heads=2,
+    head_dim=8,
 )
 model = AutoModelForCausalLM.from_config(config)
 
@@ -27,12 +28,12 @@ except ValueError as error:
     print(error, "\n")
 
 register_architecture(
-    "starcoder2",
+    "helium",
     ArchitectureSpec(
         layers="model.layers",
         pairs=(
             CoupledPair("self_attn.o_proj", producers=("self_attn.v_proj",), kind="value"),
-            CoupledPair("mlp.c_proj", producers=("mlp.c_fc",), kind="ffn"),
+            CoupledPair("mlp.down_proj", producers=("mlp.gate_proj", "mlp.up_proj"), kind="ffn"),
         ),
     ),
 )

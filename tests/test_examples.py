@@ -91,7 +91,7 @@ def test_own_loop(example: Callable[..., str], tmp_path: Path) -> None:
 def test_add_architecture(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(registry, "_REGISTRY", dict(registry._REGISTRY))  # the row it adds is for it alone
     runpy.run_path(str(EXAMPLES / "add_architecture.py"), run_name="__main__")
-    assert "starcoder2" in capsys.readouterr().out
+    assert "helium" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("file", sorted(EXAMPLES.rglob("*.py")), ids=lambda file: file.name)
@@ -101,4 +101,4 @@ def test_public_names_are_imported_from_the_package_itself(file: Path) -> None:
         alias.name for line in imports for alias in line.names if (line.module or "").startswith("fasp_lightning.")
     }
     assert not inner & set(fasp_lightning.__all__)
-    assert not inner or file.parent.name == "benchmarks"  # those measure the inside too
+    assert not inner or "benchmarks" in file.parts  # those measure the inside too

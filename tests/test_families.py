@@ -25,7 +25,7 @@ def table() -> dict[str, tuple[str, str, str]]:
 
 def script() -> ModuleType:
     """The script that walks."""
-    spec = importlib.util.spec_from_file_location("families_script", ROOT / "examples" / "families.py")
+    spec = importlib.util.spec_from_file_location("families_script", ROOT / "examples/benchmarks/families/walk.py")
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)

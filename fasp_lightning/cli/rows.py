@@ -25,10 +25,10 @@ def row_of(source: ModelSource, config: Any, trust_remote_code: bool = False) ->
         FaspError: If no row can be inferred, or none that holds; the message says what was found.
     """
     if not has_row(config):
-        note(f"{config.model_type} has no row: looking for one on a tiny random model of its class")
         found = infer_proved(model_shapes(source, config, trust_remote_code))
         for dropped in found.dropped:
             note(dropped)
-        note(f"found and proved in {found.proof.seconds:.1f} s: {as_code(config.model_type, found.spec)}")
+        name, seconds = config.model_type, found.proof.seconds
+        note(f"{name} has no row; one was found and proved in {seconds:.1f} s: {as_code(name, found.spec)}")
         register_architecture(config.model_type, found.spec)
     return spec_for(config)

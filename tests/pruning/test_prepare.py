@@ -13,7 +13,6 @@ from tiny_pruning import assert_same, assert_unchanged, basic, calibration
 from fasp_lightning import FASPPruner, PruningConfig
 from fasp_lightning.pruning import prepare as preparing
 from fasp_lightning.pruning import pruner
-from fasp_lightning.pruning.blocks import weights
 from fasp_lightning.pruning.config import OwnTextConfig
 from fasp_lightning.pruning.prepare import Prepared
 from fasp_lightning.pruning.progress import ProgressEvent
@@ -65,7 +64,7 @@ def test_own_text_starts_like_the_calibration_text_if_there_is_one(share: float)
 
 def test_nothing_is_measured_twice(monkeypatch: pytest.MonkeyPatch) -> None:
     prepared = FASPPruner(config("everything", 0.2)).prepare(tiny_model("opt"), calibration(5))
-    monkeypatch.setattr(weights, "own_text", None)
+    monkeypatch.setattr(preparing, "own_text", None)
     monkeypatch.setattr(preparing, "fisher_scores", None)
     FASPPruner(config("everything", 0.3)).prune(tiny_model("opt"), prepared)
 
@@ -177,7 +176,7 @@ def test_one_huge_batch_is_cut_for_the_sensitivity(monkeypatch: pytest.MonkeyPat
 def test_batches_are_refused_before_own_text_is_written(
     batches: list[Any], error: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(weights, "own_text", lambda *_: pytest.fail("own text was written"))
+    monkeypatch.setattr(preparing, "own_text", lambda *_: pytest.fail("own text was written"))
     for call in (FASPPruner(basic(own_text=OWN)).prune, FASPPruner(basic(own_text=OWN)).prepare):
         with pytest.raises(ValueError, match=error):
             call(tiny_model("llama"), batches)

@@ -220,7 +220,7 @@ def test_factored_optimizer_is_refused_by_name(tmp_path: Any) -> None:
 @pytest.mark.parametrize(
     ("options", "match"),
     [
-        ({"recovery": "distil"}, "recovery must be one of 'none', 'full', 'lora', got 'distil'"),
+        ({"recovery": "distil"}, "recovery must be one of 'none', 'full', 'blocks', 'lora', got 'distil'"),
         ({"calibration_sequences": 0}, "calibration_sequences must be at least 1, got 0"),
         ({"validation_batches": -1}, "validation_batches must be at least 0, got -1"),
     ],

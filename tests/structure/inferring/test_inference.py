@@ -8,7 +8,15 @@ import pytest
 from tiny import TINY, tiny_model
 from transformers import AutoConfig
 
-from fasp_lightning import ArchitectureSpec, CoupledPair, FaspError, infer_spec, register_architecture, spec_for
+from fasp_lightning import (
+    ArchitectureSpec,
+    CoupledPair,
+    Experts,
+    FaspError,
+    infer_spec,
+    register_architecture,
+    spec_for,
+)
 from fasp_lightning.structure import registry
 from fasp_lightning.structure.inferring.code import as_code
 
@@ -55,7 +63,7 @@ def test_multi_head_latent_attention_is_no_value_pair() -> None:
 
 def test_code_of_a_row_registers_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(registry, "_REGISTRY", {})
-    names = {"register_architecture": register_architecture, "ArchitectureSpec": ArchitectureSpec}
+    names = {"register_architecture": register_architecture, "ArchitectureSpec": ArchitectureSpec, "Experts": Experts}
     for model_type, spec in registry._SHIPPED.items():
         exec(as_code(model_type, spec), names | {"CoupledPair": CoupledPair})
     assert registry._REGISTRY == registry._SHIPPED

@@ -1,6 +1,6 @@
 """Walk over every causal LM of the installed transformers: which have a row, get one inferred, or are refused, and why.
 
-    python examples/families.py --write examples/benchmarks/results/families.md
+    python examples/benchmarks/families/walk.py --write examples/benchmarks/results/families.md
 
 Each type is tried on a tiny random twin of its default config, which takes a few seconds: no weights are read. A row is
 proved as ``fasp plan --prove`` proves it.
@@ -17,10 +17,11 @@ from typing import Any, NamedTuple
 
 import torch
 
-from fasp_lightning.errors import FaspError, one_line
+from fasp_lightning import FaspError, Proof, prove, spec_for
+from fasp_lightning.errors import one_line
 from fasp_lightning.proving.inferring import infer_proved
-from fasp_lightning.proving.proof import CHECKS, Proof, prove
-from fasp_lightning.structure.registry import has_row, spec_for
+from fasp_lightning.proving.proof import CHECKS
+from fasp_lightning.structure.registry import has_row
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "bamba": {"attn_layer_indices": [1], "num_hidden_layers": 4},
@@ -109,7 +110,7 @@ def markdown(rows: list[Row]) -> str:
         f"that work the FFN is pruned in {kinds['ffn']}, value dims in {kinds['value']}, KV groups in "
         f"{kinds['groups']}. All that work were proved on a tiny random twin: {', '.join(CHECKS)}.",
         "",
-        "    python examples/families.py --write examples/benchmarks/results/families.md",
+        "    python examples/benchmarks/families/walk.py --write examples/benchmarks/results/families.md",
         "",
         "| type | how | pairs | stock form | CPU seconds | left out, or why it is refused |",
         "|---|---|---|---|---|---|",
