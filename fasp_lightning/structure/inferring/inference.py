@@ -141,6 +141,7 @@ def _nothing(model: Any, path: str, traces: Sequence[dict[str, Trace]]) -> str:
     """What was found where no pair was."""
     layers = ", ".join(dict.fromkeys(layer for traced in traces for layer in traced)) or "none that reads its tokens"
     return (
-        f"no row could be inferred for {model.config.model_type}: of the linear layers of {path} ({layers}) none has "
-        "outputs that reach another's inputs one by one; a norm, a mixer or another width lies between them"
+        f"no row could be inferred for {model.config.model_type!r}: of the linear layers of {path} ({layers}) none has "
+        "outputs that reach another's inputs one by one; a norm, a mixer or another width "
+        "lies between them; register_architecture takes a row of your own"
     )
