@@ -167,7 +167,7 @@ class CausalLMModule(L.LightningModule):
         """Make the optimizer of every parameter that requires a gradient at this time, and the scheduler.
 
         Raises:
-            FaspError: If there is none, or optimizer or scheduler refuse their settings.
+            FaspError: If there is none, they refuse their settings, or the scheduler ends before the run.
         """
         parameters = [parameter for parameter in self.parameters() if parameter.requires_grad]
         if not parameters:
@@ -178,6 +178,12 @@ class CausalLMModule(L.LightningModule):
             return optimizer
         with as_refusal(lambda error: FaspError(f"lr_scheduler cannot be made: {one_line(error)}")):
             scheduler = self.lr_scheduler(optimizer)
+        total, steps = getattr(scheduler, "total_steps", None), -1 if self._trainer is None else self.trainer.max_steps
+        if total is not None and steps > total:  # OneCycleLR.get_lr raises in the step that follows
+            raise FaspError(
+                f"total_steps of lr_scheduler must be at least the run's max_steps, {steps}, got {total}; "
+                "set both alike"
+            )
         if isinstance(scheduler, ReduceLROnPlateau):
             return {
                 "optimizer": optimizer,

@@ -168,6 +168,16 @@ def test_the_scheduler_is_stepped_once_per_optimizer_step(tiny_folder: Folder, t
     assert runner.optimizers[0].param_groups[0]["lr"] == pytest.approx(0.1 * 0.5**2)
 
 
+def test_a_scheduler_that_ends_before_the_run_is_refused_at_its_start(tiny_folder: Folder, tmp_path: Path) -> None:
+    def scheduler(optimizer: torch.optim.Optimizer) -> Any:
+        return torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=0.1, total_steps=2, cycle_momentum=False)
+
+    module = CausalLMModule(str(tiny_folder()), optimizer=sgd, lr_scheduler=scheduler)
+    trainer(tmp_path, max_steps=2).fit(module, loader())
+    with pytest.raises(ValueError, match=r"total_steps of lr_scheduler must be at least the run's max_steps, 3, got 2"):
+        trainer(tmp_path, max_steps=3).fit(module, loader())
+
+
 def test_a_scheduler_that_watches_a_metric_is_stepped_once_per_epoch(tiny_folder: Folder, tmp_path: Path) -> None:
     module = CausalLMModule(
         str(tiny_folder()), optimizer=sgd, lr_scheduler=lambda o: ReduceLROnPlateau(o, monitor="val_loss")
