@@ -85,9 +85,7 @@ class PruningProgress:
     """
 
     def __init__(self) -> None:
-        console = notes()
-        self._bar = _bar(console, "block {task.fields[block]}", "{task.fields[phase]}")
-        self._bar.disable = not console.is_terminal
+        self._bar = _bar("block {task.fields[block]}", "{task.fields[phase]}")
         self._task = self._bar.add_task("prune", total=None, block="", phase="capture")
         self._started = 0.0
         self._step = 0
@@ -116,13 +114,12 @@ class PruningProgress:
 
 def tracked(items: Sequence[Item], what: str) -> Iterator[Item]:
     """Go through items with a progress bar, where stderr is a terminal."""
-    console = notes()
-    with _bar(console, what) as bar:
-        bar.disable = not console.is_terminal
+    with _bar(what) as bar:
         yield from bar.track(items, description=what)
 
 
-def _bar(console: Console, *texts: str) -> Progress:
+def _bar(*texts: str) -> Progress:
+    console = notes()
     return Progress(
         *(TextColumn(text) for text in texts),
         BarColumn(),
@@ -132,6 +129,7 @@ def _bar(console: Console, *texts: str) -> Progress:
         TimeRemainingColumn(),
         console=console,
         transient=True,
+        disable=not console.is_terminal,  # known before it starts: one disabled later never ends its refreshing thread
     )
 
 
