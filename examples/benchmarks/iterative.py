@@ -1,6 +1,7 @@
-"""Pruning in rounds within one run, with and without a LoRA between, measured on two texts that no step sees.
+"""Pruning in rounds within one run, with and without training between, measured on texts that no step sees.
 
     python examples/benchmarks/iterative.py --recovery lora
+    python examples/benchmarks/iterative.py --recovery blocks --distillation --lr 3e-4
     python examples/benchmarks/iterative.py --recovery none --steps 1 --lr 0
 
 The model is calibrated and trained on one text. A row shows perplexity right after an event, the next one what the
@@ -20,6 +21,7 @@ import torch
 from fasp_lightning import (
     CausalLMDataModule,
     CausalLMModule,
+    DistillationConfig,
     FASPPruning,
     LoRAConfig,
     PruningConfig,
@@ -39,7 +41,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--evaluation", nargs="+", default=["builtin:docstrings", "builtin:topics"])
     parser.add_argument("--evaluation-sequences", type=int, default=16, help="of 512 tokens, a text")
     parser.add_argument("--sparsities", nargs="+", type=float, default=[0.1, 0.2, 0.3])
-    parser.add_argument("--recovery", choices=["none", "full", "lora"], default="lora")
+    parser.add_argument("--recovery", choices=["none", "full", "blocks", "lora"], default="lora")
+    parser.add_argument("--distillation", action="store_true", help="learn what the dense model predicts")
+    parser.add_argument("--precision", default="32-true", help="of the Trainer")
     parser.add_argument("--steps", type=int, default=30, help="after each event")
     parser.add_argument("--lr", type=float, default=2e-4)
     parser.add_argument("--rank", type=int, default=16)
@@ -99,6 +103,7 @@ def main() -> None:
         callbacks=callbacks,
         devices=1,
         max_steps=args.steps * len(schedule),
+        precision=args.precision,
         limit_val_batches=0,
         gradient_clip_val=1.0,
         logger=False,
@@ -107,7 +112,8 @@ def main() -> None:
         enable_model_summary=False,
     )
     optimizer = functools.partial(torch.optim.AdamW, lr=args.lr, weight_decay=0.0)
-    module = CausalLMModule(args.model, optimizer=optimizer)
+    distillation = DistillationConfig() if args.distillation else None
+    module = CausalLMModule(args.model, optimizer=optimizer, distillation=distillation)
     print(f"| | sparsity (all) | {' | '.join(texts)} | seconds |")
     print("|---" * (len(texts) + 3) + "|", flush=True)
     trainer.fit(module, CausalLMDataModule(tokenizer, source=args.text, seq_len=args.seq_len, batch_size=4))

@@ -31,6 +31,7 @@ from fasp_lightning.structure.modes import own_modes, undone
 from fasp_lightning.structure.plan import adopt_plan, config_fields, plan_of
 from fasp_lightning.structure.pruning_plan import PruningPlan
 from fasp_lightning.structure.registry import spec_for
+from fasp_lightning.structure.stock_fields import cuts_in
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -174,7 +175,7 @@ def save_held(
     if has_adapters(model):
         raise FaspError("model must have its LoRA merged before it is saved, or its keys would not be stock ones")
     plan, spec = require_plan(model), spec_for(model)
-    form, stored = choose_form(form, spec, plan.cuts), stored_in(model, dtype)
+    form, stored = choose_form(form, spec, cuts_in(spec, plan)), stored_in(model, dtype)
     check_output(path, overwrite)
     adopt_plan(model)  # a zero-filled one, loaded by stock code, is no wider than its plan
     weights = hold(model, stock_part(plan, spec) if form == "zero_filled" else None)
@@ -213,7 +214,7 @@ def write_pruned(
     plan = require_plan(model)
     with savable(model), in_form(model, form):
         dtype = write_folder(model, folder, dtype, tokenizer, write)
-    report, loaders = record_of(model, dtype), loaders_for(form, model.config, plan.cuts)
+    report, loaders = record_of(model, dtype), loaders_for(form, model.config, cuts_in(spec_for(model), plan))
     write_json(folder / REPORT_FILE, report)
     write_card(folder, facts_of(report, plan, form), loaders, hub_id, runs_remote_code(model))
     for file in folder.glob("*.safetensors"):  # safetensors writes them for their owner alone

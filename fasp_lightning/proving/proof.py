@@ -29,7 +29,7 @@ from fasp_lightning.structure.plan import resolve_pruned
 from fasp_lightning.structure.registry import registered, spec_for
 from fasp_lightning.structure.resolve import resolve
 from fasp_lightning.structure.spec import ArchitectureSpec
-from fasp_lightning.structure.stock_fields import groups_obstacle
+from fasp_lightning.structure.stock_fields import cuts_in, groups_obstacle
 
 SPARSITIES = (0.3, 0.4, 0.2, 0.1, 0.05, 0.02)
 """Of the blocks; the first is taken that a kind of pair can make up: of those of a hybrid little can go."""
@@ -120,7 +120,7 @@ def _prove_kind(small: Any, row: ArchitectureSpec, attention: str, kind: str) ->
     report = _tried(small.config.model_type, f"pruning {kind} pairs", lambda: Pruner(config).prune(cut, [tokens]))
     mask = masked(small, cut.fasp_plan)
     errors = errors_of(small, mask, cut.fasp_plan, tokens)
-    form = choose_form("auto", row, cut.fasp_plan.cuts)
+    form = choose_form("auto", row, cuts_in(row, cut.fasp_plan))
     tries: dict[str, Callable[[], None]] = {
         "masked ≡ cut": lambda: same(run(cut), run(mask)),
         "generation with cache": lambda: same_text(cut, mask),

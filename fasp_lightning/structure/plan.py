@@ -19,7 +19,14 @@ from fasp_lightning.structure.pruning_plan import PairPlan, PruningPlan, bad_uni
 from fasp_lightning.structure.registry import carried_row, spec_for
 from fasp_lightning.structure.resolve import Kept, columns_at, find_blocks, has_pair, resolve
 from fasp_lightning.structure.spec import WHOLE, ArchitectureSpec, CoupledPair
-from fasp_lightning.structure.stock_fields import groups_obstacle, own_config, parts_left, stock_fields, stock_obstacle
+from fasp_lightning.structure.stock_fields import (
+    cuts_in,
+    groups_obstacle,
+    own_config,
+    parts_left,
+    stock_fields,
+    stock_obstacle,
+)
 from fasp_lightning.structure.transaction import all_or_nothing
 
 if TYPE_CHECKING:
@@ -104,7 +111,7 @@ def record_plan(model: PreTrainedModel, pairs: list[list[ResolvedPair]]) -> Prun
     spec, config = spec_for(model), own_config(model)
     model.fasp_plan = plan  # type: ignore[assignment]  # for the user to read; what counts is the config
     row = carried_row(plan.model_type, spec)
-    form = "compact" if stock_obstacle(spec, plan.cuts) else "stock"
+    form = "compact" if stock_obstacle(spec, cuts_in(spec, plan)) else "stock"
     fields = {**config_fields(spec, whole.widths), "fasp": {"form": form, **plan.to_dict(), **row}}
     for name, value in fields.items():
         setattr(config, name, value)

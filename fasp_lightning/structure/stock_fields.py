@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from fractions import Fraction
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
@@ -13,6 +13,9 @@ from fasp_lightning.structure.compact import BlockConfig
 from fasp_lightning.structure.layout import Cuts, PairLayout, Widths
 from fasp_lightning.structure.modes import insist
 from fasp_lightning.structure.spec import ArchitectureSpec
+
+if TYPE_CHECKING:
+    from fasp_lightning.structure.pruning_plan import PruningPlan
 
 
 def stock_fields(spec: ArchitectureSpec, consumer: str, layout: PairLayout, units: int) -> dict[str, int]:
@@ -62,6 +65,17 @@ def parts_left(spec: ArchitectureSpec, widths: Widths, consumer: str, layout: Pa
         if path == consumer or (field and other.kind in ("ffn", "experts") and spec.width_field_of(path) == field)
     ]
     return {Fraction(left, other.width) for other, units in alike for left in units.values()}
+
+
+def cuts_in(spec: ArchitectureSpec, plan: PruningPlan) -> Cuts:
+    """What a plan cuts, uneven too where pairs whose widths stand in one config field have lost different parts.
+
+    Args:
+        spec: The family's row.
+        plan: The plan.
+    """
+    apart = (parts_left(spec, plan.widths, path, layout) for path, layout in plan.widths if layout.kind != "value")
+    return plan.cuts | Cuts(uneven=any(len(parts) > 1 for parts in apart))
 
 
 def stock_obstacle(spec: ArchitectureSpec, cuts: Cuts) -> str | None:

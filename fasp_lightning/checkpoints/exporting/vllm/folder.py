@@ -33,6 +33,7 @@ from fasp_lightning.structure.adapters import has_adapters
 from fasp_lightning.structure.modes import own_modes
 from fasp_lightning.structure.plan import adopt_plan, plan_of
 from fasp_lightning.structure.registry import spec_for
+from fasp_lightning.structure.stock_fields import cuts_in
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -137,7 +138,7 @@ def _form_of(model: PreTrainedModel, decilm: bool) -> tuple[str, dict[str, Tenso
     if decilm:
         return "", zero_filled(model, decilm_part(plan, spec_for(model)))
     spec = spec_for(model)
-    form = choose_form("auto", spec, plan.cuts)
+    form = choose_form("auto", spec, cuts_in(spec, plan))
     return form, zero_filled(model, stock_part(plan, spec)) if form == "zero_filled" else {}
 
 
