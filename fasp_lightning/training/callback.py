@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import time
+from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -27,6 +29,8 @@ from fasp_lightning.training.recovery import MODES, Recovery, trained_names
 from fasp_lightning.training.rehearsal import cuts_of
 from fasp_lightning.training.reporting import EventRecord
 from fasp_lightning.training.schedule import PruningSchedule, ScheduledPruning
+from fasp_lightning.training.sharding.checks import check_sharded_model, check_sharded_run
+from fasp_lightning.training.sharding.restoring import restore_structure
 from fasp_lightning.training.trainer import checks, resuming, surgery
 from fasp_lightning.training.trainer.handover import Handover
 from fasp_lightning.training.trainer.random_state import random_states, restore_own
@@ -46,7 +50,7 @@ class FASPPruning(Callback):
     code follow (state of layers whose value dims an event turns to their principal basis starts anew); learning rate
     schedules go on. ``ModelCheckpoint`` and ``EarlyStopping`` start to compare anew.
     ``fasp/…`` metrics go to every logger at ``trainer.global_step``, and to ``trainer.callback_metrics``. Supported
-    are one device and ``ddp`` (statistics are summed over the processes, one solves).
+    are one device, ``ddp`` and ``ModelParallelStrategy`` (statistics are summed over the processes, one solves).
 
     Args:
         schedule: When to prune, and how far: a :class:`~fasp_lightning.PruningSchedule`, its plain data
@@ -120,6 +124,7 @@ class FASPPruning(Callback):
         self._processes = Processes()
         self._handover = Handover()
         self._distiller: Distiller | None = None
+        self._begin: Callable[[], None] | None = None
 
     @property
     def records(self) -> list[EventRecord]:
@@ -139,13 +144,16 @@ class FASPPruning(Callback):
         carried = carries_structure(pl_module)
         for module in (pl_module, *surgery.averages(trainer)):
             carry_structure(module, self.attribute)
+        restore_structure(trainer, pl_module, self.attribute)
         if stage != "fit":
             return
         self._records, self._done, self._random = [], 0, None
         self._ended = self._halfway = False
+        self._begin = None
         self._processes = Processes.everyone()
         surgery.rejoin(trainer)
         checks.check_trainer(trainer)
+        check_sharded_run(trainer, pl_module, model, self.pruning, self.recovery, self.export_to is not None)
         checks.check_spawn(trainer, pl_module, carried)
         if not has_calibration_loader(trainer, pl_module):
             checks.check_training_source(trainer)
@@ -157,16 +165,20 @@ class FASPPruning(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Refuse optimizers that could not follow; set which parameters train; restore a resumed run's random state."""
+        checks.check_optimizers(trainer, self.schedule)
+        check_sharded_model(trainer, self._model(pl_module))
+        self._recovery.check(self._model(pl_module), trainer.optimizers)
+        self._begin = partial(self._take_up, trainer, pl_module)
+        self._begin()
+
+    def _take_up(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._halfway:
             raise FaspError(
                 "ckpt_path must not be written in the middle of a pruning, got one that was, on an error in it; "
                 "resume from the checkpoint before"
             )
-        checks.check_optimizers(trainer, self.schedule)
-        model = self._model(pl_module)
-        self._recovery.check(model, trainer.optimizers)
         with surgery.unwrapped(trainer):
-            self._recovery.apply(model, bool(self._done or self._records), trainer.optimizers)
+            self._recovery.apply(self._model(pl_module), bool(self._done or self._records), trainer.optimizers)
         restore_own(self._random or ())
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -250,6 +262,8 @@ class FASPPruning(Callback):
         self._halfway = state_dict["halfway"]
         self._records = [EventRecord(**record) for record in state_dict["records"]]
         self._random = state_dict["random"]
+        if self._begin:  # a sharded model is loaded after on_fit_start
+            self._begin()
 
     def _run(self, trainer: Trainer, pl_module: LightningModule, event: ScheduledPruning) -> None:
         """Run one event: measure, prune, measure, report."""

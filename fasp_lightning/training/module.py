@@ -30,8 +30,9 @@ from fasp_lightning.training.metrics import Perplexity
 from fasp_lightning.training.modeling.building import new_model, read_model, recompute_activations, seeded
 from fasp_lightning.training.modeling.export import export_model
 from fasp_lightning.training.modeling.lora import LoRAConfig, attach_lora, merge_lora
-from fasp_lightning.training.modeling.sharding import shard
 from fasp_lightning.training.modeling.structure_state import carry_structure
+from fasp_lightning.training.sharding.restoring import restore_structure
+from fasp_lightning.training.sharding.shard import shard
 
 _DEFAULT_OPTIMIZER = functools.partial(torch.optim.AdamW, lr=1e-4)
 
@@ -161,6 +162,7 @@ class CausalLMModule(L.LightningModule):
         """Shard the model if the strategy asks for it."""
         strategy = None if self._trainer is None else self.trainer.strategy
         if isinstance(strategy, ModelParallelStrategy):
+            restore_structure(self.trainer, self)
             shard(self.model, strategy.device_mesh)
 
     def configure_optimizers(self) -> OptimizerLRScheduler:

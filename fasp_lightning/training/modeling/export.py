@@ -18,7 +18,7 @@ from fasp_lightning.structure.layout import Cuts
 from fasp_lightning.structure.plan import plan_of
 from fasp_lightning.structure.registry import spec_for
 from fasp_lightning.training.modeling.lora import merge_lora
-from fasp_lightning.training.modeling.sharding import is_sharded
+from fasp_lightning.training.sharding.shard import is_sharded
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 def shard(model: PreTrainedModel, mesh: DeviceMesh) -> None:
     """Shard each decoder block, and what is left of the model, over the data-parallel processes, in place.
 
-    The shapes must be final: a sharded model can't be pruned. Sharding it again changes nothing.
+    Sharding it again changes nothing.
 
     Args:
         model: A causal LM with its weights in memory, the same on each process; pruned before or not.
@@ -43,7 +43,16 @@ def shard(model: PreTrainedModel, mesh: DeviceMesh) -> None:
 
 
 def is_sharded(model: nn.Module) -> bool:
-    """Whether parameters of the model are spread over processes."""
-    from torch.distributed.tensor import DTensor
+    """Whether ``fully_shard`` has spread the model over processes."""
+    from torch.distributed.fsdp import FSDPModule
 
-    return any(isinstance(parameter, DTensor) for parameter in model.parameters())
+    return any(isinstance(module, FSDPModule) for module in model.modules())
+
+
+def reshard(root: nn.Module) -> None:
+    """Free what a forward without a backward has left whole: the module's parameters are the sharded ones."""
+    from torch.distributed.fsdp import FSDPModule
+
+    for module in root.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()

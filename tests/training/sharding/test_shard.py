@@ -15,7 +15,7 @@ from tiny_pruning import BOTH, pruned
 from torch.utils.data import DataLoader
 
 from fasp_lightning import save_pruned
-from fasp_lightning.training.modeling.sharding import shard
+from fasp_lightning.training.sharding.shard import shard
 from fasp_lightning.training.module import CausalLMModule
 
 SCRIPT = """
