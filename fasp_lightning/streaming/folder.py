@@ -25,7 +25,6 @@ from fasp_lightning.checkpoints.streaming.writing import Shards
 from fasp_lightning.errors import FaspError
 from fasp_lightning.pruning.blocks.measuring import measure_by_block
 from fasp_lightning.pruning.blocks.session import Session
-from fasp_lightning.pruning.blocks.weights import Weights
 from fasp_lightning.pruning.budget.widths import decide_budget
 from fasp_lightning.pruning.config import OwnTextConfig, PruningConfig
 from fasp_lightning.pruning.own_text.writing import calibration_starts

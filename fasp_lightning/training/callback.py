@@ -17,20 +17,20 @@ from fasp_lightning.pruning.config import PruningConfig
 from fasp_lightning.pruning.processes import Processes
 from fasp_lightning.structure.adapters import has_adapters
 from fasp_lightning.training import reporting
-from fasp_lightning.training.calibration import Draw, calibration_loader, has_calibration_loader
+from fasp_lightning.training.calibration import Draw, calibration_loader
 from fasp_lightning.training.distilling.distiller import Distiller, checked_distiller, load_teacher, save_teacher
 from fasp_lightning.training.distilling.teacher import Teacher
 from fasp_lightning.training.events import Quality, check_data, prune_model, validation_quality
-from fasp_lightning.training.modeling.export import check_export, data_tokenizer, export_model
+from fasp_lightning.training.modeling.export import data_tokenizer, export_model
 from fasp_lightning.training.modeling.locate import find_causal_lm
 from fasp_lightning.training.modeling.lora import LoRAConfig, attach_lora, merge_lora
 from fasp_lightning.training.modeling.structure_state import carries_structure, carry_structure
-from fasp_lightning.training.recovery import MODES, Recovery, trained_names
-from fasp_lightning.training.rehearsal import cuts_of
+from fasp_lightning.training.recovery import Recovery, trained_names
 from fasp_lightning.training.reporting import EventRecord
 from fasp_lightning.training.schedule import PruningSchedule, ScheduledPruning
-from fasp_lightning.training.sharding.checks import check_sharded_model, check_sharded_run
+from fasp_lightning.training.sharding.checks import check_sharded_model
 from fasp_lightning.training.sharding.restoring import restore_structure
+from fasp_lightning.training.starting import check_arguments, check_run
 from fasp_lightning.training.trainer import checks, resuming, surgery
 from fasp_lightning.training.trainer.handover import Handover
 from fasp_lightning.training.trainer.random_state import random_states, restore_own
@@ -98,12 +98,7 @@ class FASPPruning(Callback):
         form: Literal["auto", "stock", "compact", "zero_filled"] = "auto",
         overwrite: bool = False,
     ) -> None:
-        if recovery not in MODES:
-            raise FaspError(f"recovery must be one of {', '.join(map(repr, MODES))}, got {recovery!r}")
-        if calibration_sequences < 1:
-            raise FaspError(f"calibration_sequences must be at least 1, got {calibration_sequences}")
-        if validation_batches < 0:
-            raise FaspError(f"validation_batches must be at least 0, got {validation_batches}")
+        check_arguments(recovery, calibration_sequences, validation_batches)
         self.schedule = PruningSchedule.parse(schedule)
         self.pruning = pruning or PruningConfig()
         self.recovery = recovery
@@ -147,19 +142,11 @@ class FASPPruning(Callback):
         restore_structure(trainer, pl_module, self.attribute)
         if stage != "fit":
             return
-        self._records, self._done, self._random = [], 0, None
+        self._records, self._done, self._random, self._begin = [], 0, None, None
         self._ended = self._halfway = False
-        self._begin = None
         self._processes = Processes.everyone()
         surgery.rejoin(trainer)
-        checks.check_trainer(trainer)
-        check_sharded_run(trainer, pl_module, model, self.pruning, self.recovery, self.export_to is not None)
-        checks.check_spawn(trainer, pl_module, carried)
-        if not has_calibration_loader(trainer, pl_module):
-            checks.check_training_source(trainer)
-        cuts = cuts_of(model, self.schedule, self.pruning)
-        if self.export_to is not None:
-            check_export(model, self.export_to, self.form, self.overwrite, cuts, data_tokenizer(trainer))
+        check_run(trainer, pl_module, model, self, carried)
         self._distiller = checked_distiller(pl_module, model)
         self._set_up_recovery(trainer, model)
 
@@ -250,9 +237,8 @@ class FASPPruning(Callback):
     def state_dict(self) -> dict[str, Any]:
         """Events done and the random state of each process, as plain data and tensors; called by all processes."""
         records = [dataclasses.asdict(record) for record in self._records]
-        random = random_states(self._processes)
-        state = {"done": self._done, "halfway": self._halfway, "records": records, "random": random}
-        return state | {"schedule": self.schedule.to_list()}
+        state = {"done": self._done, "halfway": self._halfway, "records": records}
+        return state | {"random": random_states(self._processes), "schedule": self.schedule.to_list()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Inverse of :meth:`state_dict`; the random state is put back when the run starts."""

@@ -22,7 +22,12 @@ ELSE = "or train with strategy='ddp'"
 
 
 def check_sharded_run(
-    trainer: Trainer, module: LightningModule, model: PreTrainedModel, pruning: PruningConfig, recovery: str, exports: bool
+    trainer: Trainer,
+    module: LightningModule,
+    model: PreTrainedModel,
+    pruning: PruningConfig,
+    recovery: str,
+    exports: bool,
 ) -> None:
     """Refuse settings that need the whole model in one process, where the strategy shards it.
 
@@ -49,8 +54,8 @@ def check_sharded_run(
         "recovery must be 'none', 'full' or 'blocks', got adapters": recovery == "lora" or has_adapters(model),
         "distillation must be null, got settings of a teacher": getattr(module, "distillation", None) is not None,
         "callbacks must not hold WeightAveraging, whose copy would not be sharded": averaged,
-        "export_to must be null; consolidate a checkpoint (python -m lightning.pytorch.utilities.consolidate_checkpoint) "
-        "and export from it in one process": exports,
+        "export_to must be null, got a folder; export in one process, from a checkpoint that `python -m "
+        "lightning.pytorch.utilities.consolidate_checkpoint` has made one file": exports,
     }
     for reason in (reason for reason, found in refused.items() if found):
         raise FaspError(f"{reason}, where ModelParallelStrategy shards the model; change it, {ELSE}")

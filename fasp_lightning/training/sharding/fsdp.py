@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -101,7 +101,7 @@ def opened(root: nn.Module, beside: Collection[nn.Module] = (), *, values: bool 
     modules = list(_modules(root, beside))
     units = [unit for unit in dict.fromkeys(map(_state, modules)) if unit is not None]
     reshard(root)
-    mesh = next((one.device_mesh for one in _parameters(modules) if is_spread(one)), None)
+    mesh = next((cast(Any, one).device_mesh for one in _parameters(modules) if is_spread(one)), None)
     found = [_unit(state, mesh) for state in units]
     plain = {one for one in _parameters(modules) if not is_spread(one)}
     homes = [
@@ -115,7 +115,11 @@ def opened(root: nn.Module, beside: Collection[nn.Module] = (), *, values: bool 
     whole: dict[Tensor, nn.Parameter] = {}  # tied parameters stay tied
     for home in homes:
         if home.sharded not in whole:
-            value = home.sharded.detach().full_tensor() if values else torch.empty(home.sharded.shape, device="meta")
+            value = (
+                cast(Any, home.sharded.detach()).full_tensor()
+                if values
+                else torch.empty(home.sharded.shape, device="meta")
+            )
             whole[home.sharded] = nn.Parameter(value.to(home.sharded.dtype), home.sharded.requires_grad)
         setattr(home.owner, home.name, whole[home.sharded])
     return Opened(found, homes, plain)

@@ -7,17 +7,21 @@ in time.
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from fasp_lightning.errors import FaspError
 from fasp_lightning.structure.plan import conform, plan_of
+from fasp_lightning.structure.pruning_plan import PruningPlan
 from fasp_lightning.structure.registry import spec_for
 from fasp_lightning.structure.resolve import find_blocks
 from fasp_lightning.training.modeling.locate import find_causal_lm
@@ -25,6 +29,9 @@ from fasp_lightning.training.modeling.structure_state import KEY, plan_in_state
 from fasp_lightning.training.sharding.fsdp import opened
 from fasp_lightning.training.sharding.shard import is_sharded, reshard
 from fasp_lightning.training.sharding.weights import replace_parameters
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 def restore_structure(trainer: Trainer, module: LightningModule, attribute: str | None = None) -> None:
@@ -41,25 +48,39 @@ def restore_structure(trainer: Trainer, module: LightningModule, attribute: str 
 
 
 def _load(
-    strategy: ModelParallelStrategy, module: LightningModule, attribute: str | None, checkpoint_path: Any, **options: Any
+    strategy: ModelParallelStrategy,
+    module: LightningModule,
+    attribute: str | None,
+    checkpoint_path: Any,
+    **options: Any,
 ) -> dict[str, Any]:
     model = find_causal_lm(module, attribute)
-    path = Path(strategy.broadcast(checkpoint_path))
-    plan = plan_in_state(_structure(path))
-    if is_sharded(model) and plan != plan_of(model):
-        if not module.strict_loading:
-            raise FaspError(
-                "strict_loading must be true where a checkpoint has other shapes than the sharded model: weights that it "
-                "lacks would be zero; name the pruned folder as the module's model"
-            )
-        reshard(module)
-        blocks = [opened(block, values=False) for block in find_blocks(model, spec_for(model))]
-        conform(model, plan)
-        for block in blocks:
-            for home in block.homes:
-                _fill(home.owner, home.name, strategy.root_device)
-            replace_parameters(strategy.optimizers, block.close())
-    return type(strategy).load_checkpoint(strategy, checkpoint_path, **options)
+    if not is_sharded(model):
+        return type(strategy).load_checkpoint(strategy, checkpoint_path, **options)
+    reshard(module)
+    contents = _contents(Path(strategy.broadcast(checkpoint_path)), module)
+    plan = plan_in_state(contents.structure)
+    if plan != plan_of(model):
+        _restructure(strategy, module, model, plan)
+    with _frozen_but(contents.stated, module, strategy.optimizers):
+        return type(strategy).load_checkpoint(strategy, checkpoint_path, **options)
+
+
+def _restructure(
+    strategy: ModelParallelStrategy, module: LightningModule, model: PreTrainedModel, plan: PruningPlan | None
+) -> None:
+    """Give a sharded model the shapes of a plan; its weights are whatever, until they are loaded."""
+    if not module.strict_loading:
+        raise FaspError(
+            "strict_loading must be true where a checkpoint has other shapes than the sharded model, weights that "
+            "it lacks would be zero; name the pruned folder as the module's model"
+        )
+    blocks = [opened(block, values=False) for block in find_blocks(model, spec_for(model))]
+    conform(model, plan)
+    for block in blocks:
+        for home in block.homes:
+            _fill(home.owner, home.name, strategy.root_device)
+        replace_parameters(strategy.optimizers, block.close())
 
 
 def _fill(owner: nn.Module, name: str, device: torch.device) -> None:
@@ -69,16 +90,53 @@ def _fill(owner: nn.Module, name: str, device: torch.device) -> None:
         setattr(owner, name, nn.Parameter(torch.zeros_like(old, device=device), old.requires_grad))
 
 
-def _structure(path: Path) -> dict[str, Tensor]:
-    """The entry of a checkpoint's state dict that says which structure it has; a folder has one file a process."""
+@contextmanager
+def _frozen_but(stated: set[str], module: nn.Module, optimizers: Iterable[Optimizer]) -> Iterator[None]:
+    """Parameters of which a checkpoint has no optimizer state require no gradients, while inside.
+
+    ``_init_optim_state`` (torch/distributed/checkpoint/state_dict.py) makes state of all others, and then misses it in
+    the checkpoint; recovery has dropped that of parameters that it does not train.
+    """
+    held = {one for optimizer in optimizers for group in optimizer.param_groups for one in group["params"]}
+    trained = [one for name, one in module.named_parameters() if one in held and name not in stated]
+    trained = [one for one in trained if one.requires_grad]
+    for parameter in trained:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in trained:
+            parameter.requires_grad_(True)
+
+
+class _Contents(NamedTuple):
+    """What a checkpoint has.
+
+    Attributes:
+        structure: The entry of its state dict that says which structure it has, if it was ever pruned.
+        stated: Names of the parameters that have optimizer state.
+    """
+
+    structure: dict[str, Tensor]
+    stated: set[str]
+
+
+def _contents(path: Path, module: nn.Module) -> _Contents:
+    """Read a file, or a folder of one file a process, but for its weights."""
     if not path.is_dir():
-        state: dict[str, Tensor] = torch.load(path, map_location="cpu", mmap=True, weights_only=True)["state_dict"]
-        return {KEY: state[KEY]} if KEY in state else {}
+        whole = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+        names, state = [name for name, _ in module.named_parameters()], whole["state_dict"]
+        # FSDP.rekey_optim_state_dict, which Lightning calls, numbers the parameters of the module
+        keys = [key for optimizer in whole.get("optimizer_states", []) for key in optimizer["state"]]
+        stated = {names[key] if isinstance(key, int) else key for key in keys}
+        return _Contents({KEY: state[KEY]} if KEY in state else {}, stated)
     from torch.distributed import checkpoint
 
-    found: Any = checkpoint.FileSystemReader(path).read_metadata().state_dict_metadata.get(f"state_dict.{KEY}")
-    if found is None:
-        return {}
-    read = {"state_dict": {KEY: torch.empty(found.size, dtype=torch.uint8)}}
+    found = checkpoint.FileSystemReader(path).read_metadata().state_dict_metadata
+    stated = {name.partition(".state.")[2].rpartition(".")[0] for name in found if name.startswith("optimizer_")}
+    entry: Any = found.get(f"state_dict.{KEY}")
+    if entry is None:
+        return _Contents({}, stated)
+    read = {"state_dict": {KEY: torch.empty(entry.size, dtype=torch.uint8)}}
     checkpoint.load(read, checkpoint_id=path, no_dist=True)
-    return read["state_dict"]
+    return _Contents(read["state_dict"], stated)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, cast
 
@@ -29,8 +29,8 @@ class ShardedWeights(Weights):
         optimizers: They are handed the parameters that take the place of those they hold.
     """
 
-    def __init__(self, blocks: Collection[nn.Module], optimizers: Iterable[Optimizer]) -> None:
-        self._blocks = list(blocks)
+    def __init__(self, blocks: Sequence[nn.Module], optimizers: Iterable[Optimizer]) -> None:
+        self._blocks = blocks
         self._optimizers = list(optimizers)
         self._closed = set[nn.Module]()
 
@@ -85,7 +85,7 @@ def weights_of(model: PreTrainedModel, root: nn.Module, optimizers: Iterable[Opt
     if not is_sharded(model):
         yield Weights()
         return
-    weights = ShardedWeights(find_blocks(model, spec_for(model)), optimizers)
+    weights = ShardedWeights(list(find_blocks(model, spec_for(model))), optimizers)
     with weights.around_open(root):
         yield weights
 
