@@ -13,7 +13,7 @@ from typing import Any
 
 import lightning as L
 import torch
-from ddp_run import Noting, breaks_in_one, fasp, not_finite, out_of_range, sgd, validation_out_of_range
+from ddp_run import Noting, fasp, not_finite, out_of_range, sgd, validation_out_of_range
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import ModelParallelStrategy
 from runs import half, half_dead, loader, trainer
@@ -21,12 +21,15 @@ from tiny_lightning import SCRATCH
 from tiny_pruning import basic
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
 
+from fasp_lightning.pruning.blocks.replay import BlockReplay
 from fasp_lightning.training.callback import FASPPruning
 from fasp_lightning.training.module import CausalLMModule
 from fasp_lightning.training.sharding.shard import reshard
 
+METRICS = ("fasp/perplexity", "fasp/sparsity")
 ADAMW = partial(torch.optim.AdamW, lr=1e-2)
 
 
@@ -86,11 +89,24 @@ def resumable(folder: Path, processes: int, rank: int, full: bool = False, check
     return module, made
 
 
-def failing(folder: Path, processes: int, spoil: Callable[[Noting], None]) -> None:
-    """The second sequence, which is spoilt, falls to the second process."""
+def failing(folder: Path, processes: int, spoil: Callable[[Noting], None] = lambda module: None) -> None:
+    """The second sequence, which may be spoilt, falls to the second process."""
     module = Sharded()
     spoil(module)
     fit(folder, processes, module, fasp(calibration_sequences=12))
+
+
+def failing_in_block(folder: Path, processes: int) -> None:
+    """One process stops where it calibrates the second block, while the others go on to the next collective call."""
+    record = BlockReplay.record
+
+    def recording(self: BlockReplay, pair: Any, number: int, statistics: Any) -> Any:
+        if self.index == 1 and torch.distributed.get_rank() == 1:
+            raise OSError("disk gone")
+        return record(self, pair, number, statistics)
+
+    BlockReplay.record = recording  # type: ignore[method-assign]
+    failing(folder, processes)
 
 
 def found(module: Any, made: L.Trainer) -> dict[str, Any]:
@@ -104,17 +120,21 @@ def found(module: Any, made: L.Trainer) -> dict[str, Any]:
     return {
         "plan": getattr(model, "fasp_plan", None) and model.fasp_plan.to_json(),
         "weights": {name: whole(one) for name, one in model.named_parameters()},
-        "own": sum(one.to_local().numel() for one in model.parameters()),
+        "own": sum(own(one).numel() for one in model.parameters()),
         "moments": [{key: whole(one) for key, one in state.items()} for state in moments],
         "held": {id(one) for one in held} == {id(one) for one in named.values()},
         "units": sum(isinstance(one, FSDPModule) for one in model.modules()),
         "losses": getattr(module, "losses", None),
-        "metrics": {name: float(value) for name, value in made.callback_metrics.items() if name != "fasp/seconds"},
+        "metrics": {name: float(value) for name, value in made.callback_metrics.items() if name in METRICS},
     }
 
 
 def whole(value: Tensor) -> Tensor:
-    return value.full_tensor().detach() if hasattr(value, "full_tensor") else value.detach()
+    return (value.full_tensor() if isinstance(value, DTensor) else value).detach()
+
+
+def own(value: Tensor) -> Tensor:
+    return value.to_local() if isinstance(value, DTensor) else value
 
 
 def main(folder: Path, processes: int, more: bool) -> None:
@@ -137,8 +157,8 @@ def main(folder: Path, processes: int, more: bool) -> None:
     for epoch in (0, 1):
         start = folder / f"epoch={epoch}.ckpt"
         note(f"from-{epoch}", partial(resumable, folder / f"from-{epoch}", processes, rank, checkpoint=start))
-    note("token", lambda: failing(folder, processes, out_of_range))
     if more:
+        note("token", lambda: failing(folder, processes, out_of_range))
         note("validation", lambda: failing(folder, processes, validation_out_of_range))
         note("finite", lambda: failing(folder, processes, not_finite))
         note("rounds", lambda: plain(folder, processes, pruning=basic(attention="value_dims", rounds=2)))
@@ -146,4 +166,4 @@ def main(folder: Path, processes: int, more: bool) -> None:
         for epoch in (0, 1):
             start = folder / "file" / f"epoch={epoch}.ckpt"
             note(f"file-{epoch}", partial(resumable, folder / f"f-{epoch}", processes, rank, True, checkpoint=start))
-    failing(folder, processes, breaks_in_one)
+    failing_in_block(folder, processes)
