@@ -50,7 +50,7 @@ class FASPPruning(Callback):
     code follow (state of layers whose value dims an event turns to their principal basis starts anew); learning rate
     schedules go on. ``ModelCheckpoint`` and ``EarlyStopping`` start to compare anew.
     ``fasp/…`` metrics go to every logger at ``trainer.global_step``, and to ``trainer.callback_metrics``. Supported
-    are one device, ``ddp`` and ``ModelParallelStrategy`` (statistics are summed over the processes, one solves).
+    are one device, ``ddp``, and FSDP2 (``ModelParallelStrategy``, a block at a time whole); statistics are summed.
 
     Args:
         schedule: When to prune, and how far: a :class:`~fasp_lightning.PruningSchedule`, its plain data

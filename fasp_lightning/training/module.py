@@ -47,8 +47,8 @@ class CausalLMModule(L.LightningModule):
     predicted tokens. The model is ``self.model``, in training mode; call ``eval()`` to use it outside a Trainer.
 
     Checkpoints name the model they started from; ``load_from_checkpoint(path, name_or_path=...)`` if it has moved.
-    Under ``ModelParallelStrategy`` the model is sharded with the shapes it has then: name a folder that
-    :func:`~fasp_lightning.save_pruned` wrote to shard a pruned one.
+    Under ``ModelParallelStrategy`` each decoder block is sharded by itself (FSDP2), pruned before or not; checkpoints
+    of either load there, too.
 
     Args:
         name_or_path: Model on the hub, folder (pruned ones too), ``.gguf`` file, or ``package:NAME``.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -104,6 +104,11 @@ def replace_parameters(optimizers: Iterable[Optimizer], replaced: dict[Tensor, n
             optimizer.state[replaced[old]] = optimizer.state.pop(old)
 
 
+def whole(value: Tensor) -> Tensor:
+    """All of a tensor, sharded or not; all processes call this."""
+    return cast(Any, value).full_tensor() if is_spread(value) else value
+
+
 def resharded(value: Tensor, change: Callable[[Tensor], Tensor]) -> Tensor:
     """Change a tensor as a whole, and spread it as it was; all processes call this.
 
@@ -111,10 +116,11 @@ def resharded(value: Tensor, change: Callable[[Tensor], Tensor]) -> Tensor:
         value: Any tensor, sharded or not.
         change: What the whole tensor becomes.
     """
+    changed = change(whole(value))
     if not is_spread(value):
-        return change(value)
+        return changed
     from torch.distributed.tensor import DTensor, distribute_tensor
 
     spread = cast(DTensor, value)
     # every process has all of it, so that none is sent anything
-    return distribute_tensor(change(spread.full_tensor()), spread.device_mesh, spread.placements, src_data_rank=None)
+    return distribute_tensor(changed, spread.device_mesh, spread.placements, src_data_rank=None)

@@ -17,6 +17,7 @@ from ddp_run import Noting, fasp, not_finite, out_of_range, sgd, validation_out_
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import ModelParallelStrategy
 from runs import half, half_dead, loader, trainer
+from tiny import random_tokens
 from tiny_lightning import SCRATCH
 from tiny_pruning import basic
 from torch import Tensor, nn
@@ -86,6 +87,28 @@ def resumable(folder: Path, processes: int, rank: int, full: bool = False, check
     made = trainer(folder, callback, saver, strategy=strategy, **options)
     sequences = 4 * processes
     made.fit(module, loader(sequences), loader(4 * processes), ckpt_path=checkpoint, weights_only=True)
+    return module, made
+
+
+class SavesInWindow(L.Callback):
+    """Saves after the first of two batches whose gradients are accumulated."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def on_train_batch_end(self, trainer: L.Trainer, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        if batch_idx == 2:
+            trainer.save_checkpoint(self.folder / "window.ckpt")
+
+
+def accumulating(folder: Path, processes: int, checkpoint: Path | None = None) -> Any:
+    """Three windows of two batches, all alike: Lightning reads data from its beginning when it resumes."""
+    module = CausalLMModule(config=SCRATCH | {"dropout": 0.0}, optimizer=ADAMW)
+    callback = FASPPruning([{"step": 1, "sparsity": 0.1}], basic(), calibration_sequences=8, validation_batches=0)
+    options = {"strategy": sharded(processes), "devices": processes, "accumulate_grad_batches": 2}
+    made = trainer(folder, callback, SavesInWindow(folder), max_steps=3, **options)
+    data = DataLoader([random_tokens(1, seed=0)[0]] * 12 * processes, batch_size=2)
+    made.fit(module, data, ckpt_path=checkpoint, weights_only=True)
     return module, made
 
 
@@ -166,4 +189,6 @@ def main(folder: Path, processes: int, more: bool) -> None:
         for epoch in (0, 1):
             start = folder / "file" / f"epoch={epoch}.ckpt"
             note(f"file-{epoch}", partial(resumable, folder / f"f-{epoch}", processes, rank, True, checkpoint=start))
+        note("window", lambda: accumulating(folder, processes))
+        note("resumed", lambda: accumulating(folder / "w", processes, folder / "window.ckpt"))
     failing_in_block(folder, processes)

@@ -105,6 +105,8 @@ def test_more_laws_hold_in_four_processes(tmp_path: Path) -> None:
     for run in ("from-0", "from-1", "file", "file-0", "file-1"):
         for whole, resumed in zip(found("whole"), found(run), strict=True):
             assert_same(whole, resumed)
+    for whole, resumed in zip(found("window"), found("resumed"), strict=True):
+        assert_same(whole, resumed)  # saved with gradients that no optimizer step has taken yet
     for run in ("token", "validation"):
         first, second, *others = (process["message"] for process in found(run))
         assert second.startswith("FaspError: input_ids must be in [0, 97)")
