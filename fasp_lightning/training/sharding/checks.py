@@ -4,21 +4,24 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import nn
 
-from fasp_lightning.errors import FaspError
+from fasp_lightning.errors import FaspError, one_line
 from fasp_lightning.pruning.config import PruningConfig
 from fasp_lightning.structure.adapters import has_adapters
 from fasp_lightning.structure.registry import spec_for
 from fasp_lightning.structure.resolve import find_blocks
+from fasp_lightning.training.sharding.fsdp import opened
+from fasp_lightning.training.sharding.shard import EXPORT_LATER
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-ELSE = "or train with strategy='ddp'"
+ELSE = "strategy='ddp', which holds the whole model in each process"
 
 
 def check_sharded_run(
@@ -40,7 +43,7 @@ def check_sharded_run(
         exports: Whether the callback writes the model at the end.
 
     Raises:
-        FaspError: Naming one of them, and the way out.
+        FaspError: Naming all of them, and the ways out.
     """
     if not isinstance(trainer.strategy, ModelParallelStrategy):
         return
@@ -54,11 +57,10 @@ def check_sharded_run(
         "recovery must be 'none', 'full' or 'blocks', got adapters": recovery == "lora" or has_adapters(model),
         "distillation must be null, got settings of a teacher": getattr(module, "distillation", None) is not None,
         "callbacks must not hold WeightAveraging, whose copy would not be sharded": averaged,
-        "export_to must be null, got a folder; export in one process, from a checkpoint that `python -m "
-        "lightning.pytorch.utilities.consolidate_checkpoint` has made one file": exports,
+        f"export_to must be null, got a folder; {EXPORT_LATER}": exports,
     }
-    for reason in (reason for reason, found in refused.items() if found):
-        raise FaspError(f"{reason}, where ModelParallelStrategy shards the model; change it, {ELSE}")
+    if reasons := [reason for reason, found in refused.items() if found]:
+        raise FaspError(f"where ModelParallelStrategy shards the model, {'; '.join(reasons)}; or train with {ELSE}")
 
 
 def check_sharded_model(trainer: Trainer, model: PreTrainedModel) -> None:
@@ -69,12 +71,14 @@ def check_sharded_model(trainer: Trainer, model: PreTrainedModel) -> None:
         model: The causal LM.
 
     Raises:
-        FaspError: If a block is not sharded by itself, or along another dimension than the first, or is offloaded.
+        FaspError: If a block is not sharded by itself, or along another dimension than the first, or is offloaded, or
+            this version of torch does not let sharding be taken off.
     """
     if isinstance(trainer.strategy, ModelParallelStrategy):
         spec = spec_for(model)
         for index, block in enumerate(find_blocks(model, spec)):
             _check_block(f"{spec.layers}.{index}", block, trainer.strategy)
+        _check_torch(trainer.strategy)
 
 
 def _check_block(name: str, block: nn.Module, strategy: ModelParallelStrategy) -> None:
@@ -98,3 +102,18 @@ def _check_block(name: str, block: nn.Module, strategy: ModelParallelStrategy) -
             f"{name} must be on {strategy.root_device} to be pruned during fit, got a block that is offloaded; leave "
             "out offload_policy"
         )
+
+
+def _check_torch(strategy: ModelParallelStrategy) -> None:
+    """Try on a small layer what an event does to blocks: ``fsdp.py`` reads what no version of torch promises."""
+    from torch.distributed.fsdp import fully_shard
+
+    layer = nn.Linear(2, 2, device=strategy.root_device)
+    fully_shard(layer, mesh=strategy.device_mesh["data_parallel"])
+    try:
+        opened(layer).close()
+    except (AttributeError, LookupError, TypeError) as error:
+        raise FaspError(
+            "torch must be a version whose fully_shard can be taken off to prune during fit, such as 2.13, got "
+            f"{torch.__version__} ({one_line(error)}); install that, or train with {ELSE}"
+        ) from error

@@ -14,6 +14,12 @@ from fasp_lightning.structure.resolve import find_blocks
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+EXPORT_LATER = (
+    "let ModelParallelStrategy(save_distributed_checkpoint=False) save a checkpoint, and export the module that "
+    "load_from_checkpoint makes of it in one process"
+)
+"""How a sharded run's model becomes a folder."""
+
 
 def shard(model: PreTrainedModel, mesh: DeviceMesh) -> None:
     """Shard each decoder block, and what is left of the model, over the data-parallel processes, in place.

@@ -21,14 +21,16 @@ from fasp_lightning import FaspError, FASPPruner, PruningConfig, apply_plan
 from fasp_lightning.pruning.config import OwnTextConfig
 from fasp_lightning.training.distilling.config import DistillationConfig
 from fasp_lightning.training.modeling.lora import LoRAConfig, attach_lora
+from fasp_lightning.training.sharding import fsdp
 from fasp_lightning.training.sharding.checks import check_sharded_model, check_sharded_run
 
 OWN = basic(own_text=OwnTextConfig(tokens=24, seq_len=12))
 
 
-def strategy(parallel: int = 1) -> Any:
+def strategy(parallel: int = 1, mesh: DeviceMesh | None = None) -> Any:
     made = ModelParallelStrategy()
-    made._device_mesh = {"tensor_parallel": SimpleNamespace(size=lambda: parallel)}  # type: ignore[assignment]
+    tensor = SimpleNamespace(size=lambda: parallel)
+    made._device_mesh = {"tensor_parallel": tensor, "data_parallel": mesh}  # type: ignore[assignment]
     made.parallel_devices = [torch.device("cpu")]
     return made
 
@@ -48,7 +50,11 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "adapters": ({"change": lambda module: attach_lora(module.lm, LoRAConfig(rank=2))}, r"recovery .* got adapters"),
     "teacher": ({"change": distilled}, r"distillation must be null"),
     "averages": ({"callbacks": [WeightAveraging()]}, r"callbacks must not hold WeightAveraging"),
-    "export": ({"exports": True}, r"export_to must be null.*consolidate_checkpoint"),
+    "export": ({"exports": True}, r"export_to must be null.*save_distributed_checkpoint=False.*load_from_checkpoint"),
+    "all-at-once": (
+        {"pruning": PruningConfig(), "recovery": "lora", "exports": True},
+        r"pruning\.own_text must .*; recovery must .*; export_to must .*",
+    ),
 }
 
 
@@ -58,7 +64,7 @@ def test_setting_that_needs_the_whole_model_is_refused(given: dict[str, Any], er
     given.get("change", lambda module: None)(module)
     made: Any = SimpleNamespace(strategy=strategy(given.get("parallel", 1)), callbacks=given.get("callbacks", []))
     options = given.get("pruning", FFN_ONLY), given.get("recovery", "none"), given.get("exports", False)
-    with pytest.raises(FaspError, match=error + ".*ModelParallelStrategy shards the model"):
+    with pytest.raises(FaspError, match=f"where ModelParallelStrategy shards the model, {error}.*'ddp'"):
         check_sharded_run(made, module, module.lm, *options)  # type: ignore[arg-type]
 
 
@@ -70,7 +76,7 @@ def blocks(model: Any, mesh: DeviceMesh, **options: Any) -> nn.Module:
 
 
 def test_model_whose_blocks_could_not_be_sharded_again_is_refused(mesh: DeviceMesh) -> None:
-    made: Any = SimpleNamespace(strategy=strategy())
+    made: Any = SimpleNamespace(strategy=strategy(mesh=mesh))
     whole: Any = tiny_model("llama")
     for model, error in (
         (whole, r"model\.layers\.0 must be sharded by itself .* fully_shard\(block, mesh="),
@@ -88,6 +94,19 @@ def test_model_whose_blocks_could_not_be_sharded_again_is_refused(mesh: DeviceMe
     with pytest.raises(FaspError, match=r"model\.layers\.0 must be on meta .* leave out offload_policy"):
         check_sharded_model(elsewhere, offloaded)
     check_sharded_model(made, blocks(tiny_model("llama"), mesh))  # type: ignore[arg-type]
+
+
+def test_torch_whose_internals_are_others_is_refused_before_the_run(
+    mesh: DeviceMesh, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def absent(state: Any) -> None:
+        raise AttributeError("'FSDPState' object has no attribute '_modules'")
+
+    made: Any = SimpleNamespace(strategy=strategy(mesh=mesh))
+    model = blocks(tiny_model("llama"), mesh)
+    monkeypatch.setattr(fsdp, "_take_off", absent)
+    with pytest.raises(FaspError, match=r"torch must be .* got .* no attribute '_modules'.*strategy='ddp'"):
+        check_sharded_model(made, model)  # type: ignore[arg-type]
 
 
 def test_sharded_model_is_not_cut_by_what_does_not_gather_it(mesh: DeviceMesh) -> None:
