@@ -49,19 +49,20 @@ def run_forked(function: Callable[..., Any], folder: Path, *calls: Sequence[Any]
     return [(process.exitcode, file.read_text()) for process, file in zip(started, files, strict=True)]
 
 
-def run_ranks(function: Callable[..., Any], folder: Path, *arguments: Any) -> list[tuple[int, str]]:
+def run_ranks(function: Callable[..., Any], folder: Path, *arguments: Any, count: int = 2) -> list[tuple[int, str]]:
     """Call a function in two processes, which Lightning takes for those that it has started.
 
     Args:
         function: Of a module that is found on the path.
         folder: For their standard error.
         arguments: Of the function.
+        count: Another number of processes.
 
     Returns:
         As :func:`run_forked`.
     """
     port = str(free_port())
-    return run_forked(_as_rank, folder, *((rank, port, function, *arguments) for rank in range(2)))
+    return run_forked(_as_rank, folder, *((rank, port, function, *arguments) for rank in range(count)))
 
 
 def prepared() -> Any:

@@ -89,7 +89,11 @@ def prepare(
     with processes.together():
         alone = own is not None and own.share == 1  # own text needs no other
         given = [] if alone else list(each_batch(batches))
-        tokens = session.weights.once("rehearsal", lambda: _check(model, pairs, given, config))
+        tokens, example = _read(model, given)
+    # the same in all of them: where weights are sharded they run it together, and must stop at the same place
+    example = processes.from_first(example)
+    with processes.together():
+        session.weights.once("rehearsal", lambda: _rehearse(model, pairs, example, config))
     if own is None or own.share < 1:
         _require_tokens(processes.total(tokens)[0], own is not None)
     if own is not None:
@@ -118,8 +122,8 @@ def prepare(
         return Prepared(given, scores, found)
 
 
-def _check(model: PreTrainedModel, pairs: list[list[ResolvedPair]], batches: list[Any], config: PruningConfig) -> int:
-    """Refuse batches and models that cannot be used; returns the number of tokens in this process."""
+def _read(model: PreTrainedModel, batches: list[Any]) -> tuple[int, dict[str, Tensor]]:
+    """Refuse batches that cannot be used; returns the number of tokens in this process, and an example of them."""
     inputs = ModelInputs(model)
     check_at_hand(inputs, batches, CALIBRATION)
     tokens, example = 0, {"input_ids": first_tokens(model, 1, torch.Generator())[:, None]}
@@ -128,10 +132,16 @@ def _check(model: PreTrainedModel, pairs: list[list[ResolvedPair]], batches: lis
         tokens += batch.tokens
         if batch.tokens and (number == 0 or (mask is not None and not mask[0, 0])):  # padding on the left may do harm
             example = inputs(batch)
+    return tokens, example
+
+
+def _rehearse(
+    model: PreTrainedModel, pairs: list[list[ResolvedPair]], example: dict[str, Tensor], config: PruningConfig
+) -> None:
+    """Refuse models that cannot be used."""
     rehearse(model, pairs, example)
     if config.value_basis == "principal":
         require_turnable(model, pairs, example)
-    return tokens
 
 
 def _require_tokens(tokens: float, own: bool) -> None:

@@ -155,6 +155,18 @@ class Pruner:
         return resolve_pruned(model, whole=self.config.whole)
 
 
+def pruner_on(weights: Weights, config: PruningConfig) -> Pruner:
+    """The engine on weights that are not, or not all, in this process's memory.
+
+    Args:
+        weights: Where they are.
+        config: The settings.
+    """
+    pruner = Pruner(config)
+    pruner._weights = weights
+    return pruner
+
+
 def _learned(
     session: Session,
     model: PreTrainedModel,

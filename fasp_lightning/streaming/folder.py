@@ -25,13 +25,12 @@ from fasp_lightning.checkpoints.streaming.writing import Shards
 from fasp_lightning.errors import FaspError
 from fasp_lightning.pruning.blocks.measuring import measure_by_block
 from fasp_lightning.pruning.blocks.session import Session
-from fasp_lightning.pruning.blocks.weights import Weights
 from fasp_lightning.pruning.budget.widths import decide_budget
 from fasp_lightning.pruning.config import OwnTextConfig, PruningConfig
 from fasp_lightning.pruning.own_text.writing import calibration_starts
 from fasp_lightning.pruning.perplexity import PerplexityResult
 from fasp_lightning.pruning.progress import Progress
-from fasp_lightning.pruning.pruner import Pruner
+from fasp_lightning.pruning.pruner import pruner_on
 from fasp_lightning.pruning.report import PruningReport
 from fasp_lightning.staging import claimed
 from fasp_lightning.streaming.journal import Journal
@@ -42,14 +41,6 @@ from fasp_lightning.text.batches import each_batch, read_batch
 
 PACKAGES = ("fasp_lightning", "torch", "transformers")
 """Another version of one of them may round otherwise."""
-
-
-class _StreamedPruner(Pruner):
-    """The engine, on weights that are not in memory."""
-
-    def __init__(self, config: PruningConfig, weights: Weights) -> None:
-        super().__init__(config)
-        self._weights = weights
 
 
 @dataclass
@@ -184,7 +175,7 @@ class FolderPruning:
         Args:
             progress: As for :meth:`~fasp_lightning.FASPPruner.prune`.
         """
-        report = _StreamedPruner(self.config, self._begun()).prune(self.streamed.model, self.batches, progress)
+        report = pruner_on(self._begun(), self.config).prune(self.streamed.model, self.batches, progress)
         self.streamed.disk.settle()
         return report
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import sys
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -81,7 +82,9 @@ def _computed(path: str, module: nn.Module, name: str, purpose: str) -> str:
 
 
 def _kind_that_cannot_be_cut(value: Any) -> str | None:
-    """What is wrong with a parameter, and what to do about it; ``None`` if nothing is."""
+    """What is wrong with a parameter, and what to do about it; ``None`` if nothing is, or once it is gathered."""
+    if is_spread(value):
+        return None
     if type(value) is not nn.Parameter or type(value.data) is not Tensor:
         return f"{type(value.data).__name__} in {type(value).__name__}; prune before sharding or quantising"
     if value.layout != torch.strided:
@@ -91,6 +94,29 @@ def _kind_that_cannot_be_cut(value: Any) -> str | None:
     if value.is_inference():
         return "one that was made in torch.inference_mode(); load the model outside of it"
     return None
+
+
+def is_spread(tensor: Tensor) -> bool:
+    """Whether a tensor is a ``DTensor``, of which each process has a part."""
+    module = sys.modules.get("torch.distributed.tensor")  # without it there is none
+    return module is not None and isinstance(tensor, module.DTensor)
+
+
+def require_whole(layer: str, parameters: Iterable[Tensor]) -> None:
+    """Refuse to cut a layer of which each process has a part.
+
+    Args:
+        layer: Its path, for the message.
+        parameters: What would be cut.
+
+    Raises:
+        FaspError: If one of them is spread over processes.
+    """
+    if any(map(is_spread, parameters)):
+        raise FaspError(
+            f"{layer} must be whole to be pruned, got one that is sharded over processes; prune before sharding, or "
+            "during fit with FASPPruning under ModelParallelStrategy"
+        )
 
 
 def _computed_by(module: nn.Module, name: str) -> tuple[str, str]:

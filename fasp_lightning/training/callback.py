@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import time
+from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -15,18 +17,20 @@ from fasp_lightning.pruning.config import PruningConfig
 from fasp_lightning.pruning.processes import Processes
 from fasp_lightning.structure.adapters import has_adapters
 from fasp_lightning.training import reporting
-from fasp_lightning.training.calibration import Draw, calibration_loader, has_calibration_loader
+from fasp_lightning.training.calibration import Draw, calibration_loader
 from fasp_lightning.training.distilling.distiller import Distiller, checked_distiller, load_teacher, save_teacher
 from fasp_lightning.training.distilling.teacher import Teacher
 from fasp_lightning.training.events import Quality, check_data, prune_model, validation_quality
-from fasp_lightning.training.modeling.export import check_export, data_tokenizer, export_model
+from fasp_lightning.training.modeling.export import data_tokenizer, export_model
 from fasp_lightning.training.modeling.locate import find_causal_lm
 from fasp_lightning.training.modeling.lora import LoRAConfig, attach_lora, merge_lora
 from fasp_lightning.training.modeling.structure_state import carries_structure, carry_structure
-from fasp_lightning.training.recovery import MODES, Recovery, trained_names
-from fasp_lightning.training.rehearsal import cuts_of
+from fasp_lightning.training.recovery import Recovery, trained_names
 from fasp_lightning.training.reporting import EventRecord
 from fasp_lightning.training.schedule import PruningSchedule, ScheduledPruning
+from fasp_lightning.training.sharding.checks import check_sharded_model
+from fasp_lightning.training.sharding.restoring import restore_structure
+from fasp_lightning.training.starting import check_arguments, check_run
 from fasp_lightning.training.trainer import checks, resuming, surgery
 from fasp_lightning.training.trainer.handover import Handover
 from fasp_lightning.training.trainer.random_state import random_states, restore_own
@@ -46,7 +50,7 @@ class FASPPruning(Callback):
     code follow (state of layers whose value dims an event turns to their principal basis starts anew); learning rate
     schedules go on. ``ModelCheckpoint`` and ``EarlyStopping`` start to compare anew.
     ``fasp/…`` metrics go to every logger at ``trainer.global_step``, and to ``trainer.callback_metrics``. Supported
-    are one device and ``ddp`` (statistics are summed over the processes, one solves).
+    are one device, ``ddp``, and FSDP2 (``ModelParallelStrategy``, a block at a time whole); statistics are summed.
 
     Args:
         schedule: When to prune, and how far: a :class:`~fasp_lightning.PruningSchedule`, its plain data
@@ -94,12 +98,7 @@ class FASPPruning(Callback):
         form: Literal["auto", "stock", "compact", "zero_filled"] = "auto",
         overwrite: bool = False,
     ) -> None:
-        if recovery not in MODES:
-            raise FaspError(f"recovery must be one of {', '.join(map(repr, MODES))}, got {recovery!r}")
-        if calibration_sequences < 1:
-            raise FaspError(f"calibration_sequences must be at least 1, got {calibration_sequences}")
-        if validation_batches < 0:
-            raise FaspError(f"validation_batches must be at least 0, got {validation_batches}")
+        check_arguments(recovery, calibration_sequences, validation_batches)
         self.schedule = PruningSchedule.parse(schedule)
         self.pruning = pruning or PruningConfig()
         self.recovery = recovery
@@ -120,6 +119,7 @@ class FASPPruning(Callback):
         self._processes = Processes()
         self._handover = Handover()
         self._distiller: Distiller | None = None
+        self._begin: Callable[[], None] | None = None
 
     @property
     def records(self) -> list[EventRecord]:
@@ -139,34 +139,33 @@ class FASPPruning(Callback):
         carried = carries_structure(pl_module)
         for module in (pl_module, *surgery.averages(trainer)):
             carry_structure(module, self.attribute)
+        restore_structure(trainer, pl_module, self.attribute)
         if stage != "fit":
             return
-        self._records, self._done, self._random = [], 0, None
+        self._records, self._done, self._random, self._begin = [], 0, None, None
         self._ended = self._halfway = False
         self._processes = Processes.everyone()
         surgery.rejoin(trainer)
-        checks.check_trainer(trainer)
-        checks.check_spawn(trainer, pl_module, carried)
-        if not has_calibration_loader(trainer, pl_module):
-            checks.check_training_source(trainer)
-        cuts = cuts_of(model, self.schedule, self.pruning)
-        if self.export_to is not None:
-            check_export(model, self.export_to, self.form, self.overwrite, cuts, data_tokenizer(trainer))
+        check_run(trainer, pl_module, model, self, carried)
         self._distiller = checked_distiller(pl_module, model)
         self._set_up_recovery(trainer, model)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Refuse optimizers that could not follow; set which parameters train; restore a resumed run's random state."""
+        checks.check_optimizers(trainer, self.schedule)
+        check_sharded_model(trainer, self._model(pl_module))
+        self._recovery.check(self._model(pl_module), trainer.optimizers)
+        self._begin = partial(self._take_up, trainer, pl_module)
+        self._begin()
+
+    def _take_up(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._halfway:
             raise FaspError(
                 "ckpt_path must not be written in the middle of a pruning, got one that was, on an error in it; "
                 "resume from the checkpoint before"
             )
-        checks.check_optimizers(trainer, self.schedule)
-        model = self._model(pl_module)
-        self._recovery.check(model, trainer.optimizers)
         with surgery.unwrapped(trainer):
-            self._recovery.apply(model, bool(self._done or self._records), trainer.optimizers)
+            self._recovery.apply(self._model(pl_module), bool(self._done or self._records), trainer.optimizers)
         restore_own(self._random or ())
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -238,9 +237,8 @@ class FASPPruning(Callback):
     def state_dict(self) -> dict[str, Any]:
         """Events done and the random state of each process, as plain data and tensors; called by all processes."""
         records = [dataclasses.asdict(record) for record in self._records]
-        random = random_states(self._processes)
-        state = {"done": self._done, "halfway": self._halfway, "records": records, "random": random}
-        return state | {"schedule": self.schedule.to_list()}
+        state = {"done": self._done, "halfway": self._halfway, "records": records}
+        return state | {"random": random_states(self._processes), "schedule": self.schedule.to_list()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Inverse of :meth:`state_dict`; the random state is put back when the run starts."""
@@ -250,6 +248,8 @@ class FASPPruning(Callback):
         self._halfway = state_dict["halfway"]
         self._records = [EventRecord(**record) for record in state_dict["records"]]
         self._random = state_dict["random"]
+        if self._begin:  # a sharded model is loaded after on_fit_start
+            self._begin()
 
     def _run(self, trainer: Trainer, pl_module: LightningModule, event: ScheduledPruning) -> None:
         """Run one event: measure, prune, measure, report."""

@@ -13,8 +13,8 @@ from fasp_lightning.pruning.config import PruningConfig
 from fasp_lightning.pruning.inputs import ModelInputs
 from fasp_lightning.pruning.perplexity import exp_nll
 from fasp_lightning.pruning.processes import Processes
+from fasp_lightning.pruning.pruner import pruner_on
 from fasp_lightning.pruning.report import PruningReport
-from fasp_lightning.streaming.pruner import FASPPruner
 from fasp_lightning.structure.modes import evaluating
 from fasp_lightning.text.batches import TokenBatch, read_batch
 from fasp_lightning.training.calibration import Draw
@@ -22,6 +22,7 @@ from fasp_lightning.training.distilling.distiller import Distiller
 from fasp_lightning.training.distilling.loss import summed_divergence
 from fasp_lightning.training.metrics import Perplexity
 from fasp_lightning.training.progress_bar import pruning_bar
+from fasp_lightning.training.sharding.weights import weights_of
 from fasp_lightning.training.trainer.random_state import isolated_random_state
 from fasp_lightning.training.trainer.surgery import eagerly, prune_attached, validation_loaders
 
@@ -71,8 +72,9 @@ def prune_model(
 
     def prune() -> PruningReport:
         batches = draw.batches(processes.rank, processes.count)
-        with pruning_bar(trainer, f"pruning to {config.sparsity:.1%}") as progress:
-            return FASPPruner(config).prune(model, batches, progress, processes)
+        bar = pruning_bar(trainer, f"pruning to {config.sparsity:.1%}")
+        with bar as progress, weights_of(model, trainer.lightning_module, trainer.optimizers) as weights:
+            return pruner_on(weights, config).prune(model, batches, progress, processes)
 
     with isolated_random_state():
         torch.manual_seed(draw.seed)
@@ -113,26 +115,22 @@ def validation_quality(
         examiner = distiller.examiner if distiller else None
         metric, processes, divergence, unknown = Perplexity(sync_on_compute=False), Processes.everyone(), 0.0, 0
         autocast = trainer.precision_plugin.forward_context()
+        with processes.together():  # all read first: a sharded model's forward waits for the other processes
+            read = [_read_validation(batch) for loader in loaders for batch in islice(loader, batches)]
+            given_inputs = [ModelInputs(model).checked(given, "validation data") for given in read]
         with processes.together(), evaluating(model), eagerly(), autocast:
-            for loader in loaders:
-                for batch in islice(loader, batches):
-                    logits, given = _predicted(model, batch)
-                    metric.to(logits.device).update(logits, given.targets)
-                    if distiller and examiner and examiner.knows(given):
-                        divergence += summed_divergence(logits, examiner, given, distiller.config)
-                    else:
-                        unknown += 1
+            for given, inputs in zip(read, given_inputs, strict=True):
+                logits: Tensor = model(**inputs, use_cache=False).logits
+                moved = given.to(logits.device)
+                metric.to(logits.device).update(logits, moved.targets)
+                if distiller and examiner and examiner.knows(moved):
+                    divergence += summed_divergence(logits, examiner, moved, distiller.config)
+                else:
+                    unknown += 1
         nll, kl, tokens, missed = processes.total(float(metric.nll_sum), divergence, float(metric.tokens), unknown)
     if not tokens:
         return Quality()
     return Quality(exp_nll(nll / tokens), None if missed else kl / tokens)
-
-
-def _predicted(model: PreTrainedModel, batch: Any) -> tuple[Tensor, TokenBatch]:
-    """Logits of a batch, and the batch where they are."""
-    given = _read_validation(batch)
-    logits: Tensor = model(**ModelInputs(model).checked(given, "validation data"), use_cache=False).logits
-    return logits, given.to(logits.device)
 
 
 def _read_validation(batch: Any) -> TokenBatch:

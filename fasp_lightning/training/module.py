@@ -30,8 +30,9 @@ from fasp_lightning.training.metrics import Perplexity
 from fasp_lightning.training.modeling.building import new_model, read_model, recompute_activations, seeded
 from fasp_lightning.training.modeling.export import export_model
 from fasp_lightning.training.modeling.lora import LoRAConfig, attach_lora, merge_lora
-from fasp_lightning.training.modeling.sharding import shard
 from fasp_lightning.training.modeling.structure_state import carry_structure
+from fasp_lightning.training.sharding.restoring import restore_structure
+from fasp_lightning.training.sharding.shard import shard
 
 _DEFAULT_OPTIMIZER = functools.partial(torch.optim.AdamW, lr=1e-4)
 
@@ -46,8 +47,8 @@ class CausalLMModule(L.LightningModule):
     predicted tokens. The model is ``self.model``, in training mode; call ``eval()`` to use it outside a Trainer.
 
     Checkpoints name the model they started from; ``load_from_checkpoint(path, name_or_path=...)`` if it has moved.
-    Under ``ModelParallelStrategy`` the model is sharded with the shapes it has then: name a folder that
-    :func:`~fasp_lightning.save_pruned` wrote to shard a pruned one.
+    Under ``ModelParallelStrategy`` each decoder block is sharded by itself (FSDP2), pruned before or not; checkpoints
+    of either load there, too.
 
     Args:
         name_or_path: Model on the hub, folder (pruned ones too), ``.gguf`` file, or ``package:NAME``.
@@ -161,6 +162,7 @@ class CausalLMModule(L.LightningModule):
         """Shard the model if the strategy asks for it."""
         strategy = None if self._trainer is None else self.trainer.strategy
         if isinstance(strategy, ModelParallelStrategy):
+            restore_structure(self.trainer, self)
             shard(self.model, strategy.device_mesh)
 
     def configure_optimizers(self) -> OptimizerLRScheduler:

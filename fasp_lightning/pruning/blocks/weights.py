@@ -16,6 +16,7 @@ from fasp_lightning.pruning.blocks.store import TensorStore
 from fasp_lightning.pruning.config import OwnTextConfig
 from fasp_lightning.pruning.report import PairReport
 from fasp_lightning.structure.modes import placed
+from fasp_lightning.structure.ownership import require_whole
 from fasp_lightning.structure.pair import ResolvedPair
 from fasp_lightning.structure.resolve import device_of
 
@@ -55,8 +56,10 @@ class Weights:
         """Refuse weights that cannot be pruned.
 
         Raises:
-            FaspError: If one is on ``meta``, or cannot be trained.
+            FaspError: If one is on ``meta``, spread over processes, or cannot be trained.
         """
+        for name, parameter in model.named_parameters():
+            require_whole(name, [parameter])
         for name, tensor in (*model.named_parameters(), *model.named_buffers()):
             if tensor.is_meta:
                 raise FaspError(

@@ -18,7 +18,7 @@ from fasp_lightning.structure.layout import Cuts
 from fasp_lightning.structure.plan import plan_of
 from fasp_lightning.structure.registry import spec_for
 from fasp_lightning.training.modeling.lora import merge_lora
-from fasp_lightning.training.modeling.sharding import is_sharded
+from fasp_lightning.training.sharding.shard import EXPORT_LATER, is_sharded
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -57,10 +57,7 @@ def export_model(
     require_form(form)
     require_dtype(dtype)
     if is_sharded(model):
-        raise FaspError(
-            "model must be whole to be exported, got one that is sharded over processes; save a checkpoint with "
-            "ModelParallelStrategy(save_distributed_checkpoint=False) and export from it in one process"
-        )
+        raise FaspError(f"model must be whole to be exported, got one that is sharded over processes; {EXPORT_LATER}")
     if has_adapters(model):
         model = copy.deepcopy(model)
         merge_lora(model)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelPruning, StochasticWeightAveraging
-from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, SingleDeviceStrategy
+from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, ModelParallelStrategy, SingleDeviceStrategy
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 from lightning.pytorch.utilities import rank_zero_warn
 from torch.utils.data import DataLoader
@@ -22,15 +22,16 @@ def check_trainer(trainer: Trainer) -> None:
     """Refuse what cannot follow a change of shapes in the middle of a run.
 
     Raises:
-        FaspError: For sharded strategies, PowerSGD, ``ModelPruning``, and ``StochasticWeightAveraging``.
+        FaspError: For FSDP1 and DeepSpeed, PowerSGD, ``ModelPruning``, and ``StochasticWeightAveraging``.
     """
     strategy = trainer.strategy
     # DeepSpeedStrategy (strategies/deepspeed.py) derives from DDPStrategy, but holds its own copies of the weights.
     sharded = isinstance(strategy, DeepSpeedStrategy)
-    if sharded or not isinstance(strategy, (SingleDeviceStrategy, DDPStrategy)):
+    if sharded or not isinstance(strategy, (SingleDeviceStrategy, DDPStrategy, ModelParallelStrategy)):
         raise FaspError(
-            f"strategy must be a single device or ddp to prune during fit, got {type(strategy).__name__}; prune first "
-            "(fasp prune, FASPPruner) and train the saved folder, sharding it in configure_model as CausalLMModule does"
+            "strategy must be a single device, ddp or ModelParallelStrategy to prune during fit, got "
+            f"{type(strategy).__name__}; prune first (fasp prune, FASPPruner) and train the saved folder, or shard by "
+            "ModelParallelStrategy (FSDP2)"
         )
     # DDPStrategy._register_ddp_hooks (strategies/ddp.py) hands the same state object to each new DDP wrapper; PowerSGD
     # keeps in it errors of the shapes of the old gradient buckets.

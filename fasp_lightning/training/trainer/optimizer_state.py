@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterable
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from torch.optim import Optimizer
 
 from fasp_lightning.errors import FaspError, as_refusal, one_line
 from fasp_lightning.ops.slicing import Dim, take
+from fasp_lightning.training.sharding.weights import resharded
 
 PROBE_SHAPE = (64, 129)
 """Shape of the weight on which an optimizer is tried: two different sizes, no multiple of a block of quantised state,
@@ -78,7 +80,7 @@ def slice_states(optimizers: Iterable[Optimizer], slices: Iterable[tuple[Tensor,
         for state in states:
             for key, value in state.get(parameter, {}).items():
                 if isinstance(value, Tensor) and value.numel() > 1 and value.shape != parameter.shape:
-                    state[parameter][key] = take(value, index, dim)
+                    state[parameter][key] = resharded(value, partial(take, index=index, dim=dim))
 
 
 def restart_states(optimizers: Iterable[Optimizer], parameters: Iterable[Tensor]) -> None:

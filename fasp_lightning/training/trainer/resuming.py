@@ -20,6 +20,9 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
 from fasp_lightning.pruning.processes import Processes
+from fasp_lightning.structure.ownership import is_spread
+from fasp_lightning.training.sharding.shard import reshard
+from fasp_lightning.training.sharding.weights import resharded, whole
 
 
 def unsaved_state(trainer: Trainer, module: LightningModule, processes: Processes) -> dict[str, dict[str, Tensor]]:
@@ -52,7 +55,8 @@ def take_up(trainer: Trainer, module: LightningModule, unsaved: Mapping[str, Map
     gradients = unsaved.get("gradients", {})
     for name, parameter in module.named_parameters():
         if name in gradients:
-            parameter.grad = gradients[name].to(parameter)
+            saved = gradients[name]
+            parameter.grad = resharded(parameter.detach(), saved.to)
 
 
 def begins_epoch(trainer: Trainer) -> bool:
@@ -222,7 +226,11 @@ def _pending_gradients(trainer: Trainer, module: LightningModule, processes: Pro
     ended = batches.processed % trainer.accumulate_grad_batches == 0 or (last and batches.processed == batches.ready)
     if ended and module.automatic_optimization:
         return {}
-    gradients = {name: one.grad.clone() for name, one in module.named_parameters() if one.grad is not None}
+    reshard(module)
+    found = {name: one.grad for name, one in module.named_parameters() if one.grad is not None}
+    if any(map(is_spread, found.values())):  # FSDP2 has reduced them to their mean in each backward
+        return {name: whole(gradient) for name, gradient in found.items()}
+    gradients = {name: gradient.clone() for name, gradient in found.items()}
     for gradient in gradients.values():
         # DDP reduces only in a window's last backward (ParallelStrategy.block_backward_sync, strategies/parallel.py):
         # until then each process has a gradient of its own. All resume from the mean, whose mean is the same.

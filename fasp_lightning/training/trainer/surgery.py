@@ -29,6 +29,7 @@ from fasp_lightning.structure.pair import ResolvedPair
 from fasp_lightning.structure.plan import conform, plan_of, resolve_pruned
 from fasp_lightning.structure.pruning_plan import PruningPlan
 from fasp_lightning.training.modeling.locate import find_causal_lm
+from fasp_lightning.training.sharding.shard import reshard
 from fasp_lightning.training.trainer.optimizer_state import restart_states, slice_states
 
 if TYPE_CHECKING:
@@ -65,8 +66,10 @@ def _average_models(trainer: Trainer) -> list[AveragedModel]:
 def unwrapped(trainer: Trainer) -> Iterator[None]:
     """Take DDP off while parameters change, and put it on anew. Not inside a forward or backward.
 
-    DDP's reducer knows from its construction which parameters there are, their shapes, and which of them train.
+    DDP's reducer knows from its construction which parameters there are, their shapes, and which of them train. What
+    FSDP2 has left whole after a forward is sharded again, so that the module's parameters are those of the optimizers.
     """
+    reshard(trainer.lightning_module)
     # DDPStrategy.configure_ddp (strategies/ddp.py) wraps self.model. strategy.model: DistributedDataParallel → the
     # module → a new DistributedDataParallel, whose constructor compares the new shapes over the processes.
     strategy: Any = trainer.strategy

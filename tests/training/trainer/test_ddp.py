@@ -12,8 +12,8 @@ import datasets
 import ddp_run
 import pytest
 import torch
-from ddp_run import GROUPS, INGREDIENTS, Noting, distilled, fasp, fit, plain, sgd
-from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
+from ddp_run import GROUPS, INGREDIENTS, distilled, fasp, plain
+from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, FSDPStrategy
 from processes import prepared, raised_elsewhere, run_ranks
 from runs import UserModule, half, trainer
 from tiny import random_tokens, tiny_model
@@ -190,11 +190,11 @@ def test_spawned_processes_are_refused_for_a_module_that_could_not_load_their_st
 
 def strategies() -> list[Any]:
     deepspeed = DeepSpeedStrategy.__new__(DeepSpeedStrategy)  # its __init__ needs the package
-    return [FSDPStrategy(), ModelParallelStrategy(), deepspeed]
+    return [FSDPStrategy(), deepspeed]
 
 
 @pytest.mark.parametrize("strategy", strategies(), ids=lambda strategy: type(strategy).__name__)
-def test_sharded_strategies_are_refused_by_name(strategy: Any) -> None:
+def test_other_sharded_strategies_are_refused_by_name(strategy: Any) -> None:
     made = SimpleNamespace(strategy=strategy, callbacks=[])
     with pytest.raises(ValueError, match=f"got {type(strategy).__name__}; prune first .* train the saved folder"):
         check_trainer(made)  # type: ignore[arg-type]
@@ -205,9 +205,3 @@ def test_compressed_gradients_with_memory_are_refused() -> None:
     made = SimpleNamespace(strategy=DDPStrategy(ddp_comm_state=state, ddp_comm_hook=powerSGD_hook), callbacks=[])
     with pytest.raises(ValueError, match="strategy must have no PowerSGDState"):
         check_trainer(made)  # type: ignore[arg-type]
-
-
-def test_sharded_run_is_refused_before_it_begins(tmp_path: Path) -> None:
-    strategy = ModelParallelStrategy(data_parallel_size=1, tensor_parallel_size=1)
-    with pytest.raises(ValueError, match="strategy must be a single device or ddp to prune during fit"):
-        fit(tmp_path, Noting(sgd), fasp(), processes=1, strategy=strategy)

@@ -14,11 +14,17 @@ from fasp_lightning.structure.resolve import find_blocks
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+EXPORT_LATER = (
+    "let ModelParallelStrategy(save_distributed_checkpoint=False) save a checkpoint, and export the module that "
+    "load_from_checkpoint makes of it in one process"
+)
+"""How a sharded run's model becomes a folder."""
+
 
 def shard(model: PreTrainedModel, mesh: DeviceMesh) -> None:
     """Shard each decoder block, and what is left of the model, over the data-parallel processes, in place.
 
-    The shapes must be final: a sharded model can't be pruned. Sharding it again changes nothing.
+    Sharding it again changes nothing.
 
     Args:
         model: A causal LM with its weights in memory, the same on each process; pruned before or not.
@@ -43,7 +49,16 @@ def shard(model: PreTrainedModel, mesh: DeviceMesh) -> None:
 
 
 def is_sharded(model: nn.Module) -> bool:
-    """Whether parameters of the model are spread over processes."""
-    from torch.distributed.tensor import DTensor
+    """Whether ``fully_shard`` has spread the model over processes."""
+    from torch.distributed.fsdp import FSDPModule
 
-    return any(isinstance(parameter, DTensor) for parameter in model.parameters())
+    return any(isinstance(module, FSDPModule) for module in model.modules())
+
+
+def reshard(root: nn.Module) -> None:
+    """Free what a forward without a backward has left whole: the module's parameters are the sharded ones."""
+    from torch.distributed.fsdp import FSDPModule
+
+    for module in root.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()

@@ -15,8 +15,8 @@ from tiny_pruning import BOTH, pruned
 from torch.utils.data import DataLoader
 
 from fasp_lightning import save_pruned
-from fasp_lightning.training.modeling.sharding import shard
 from fasp_lightning.training.module import CausalLMModule
+from fasp_lightning.training.sharding.shard import shard
 
 SCRIPT = """
 import functools, json, os
