@@ -30,6 +30,7 @@ from fasp_lightning.checkpoints.source import (
 )
 from fasp_lightning.errors import FaspError, FaspFileNotFoundError, FaspOSError, as_refusal, one_line
 from fasp_lightning.structure.plan import adopt_plan, plan_in
+from fasp_lightning.structure.text_part import auto_class
 
 SPREADS = ("auto", "balanced", "balanced_low_0", "sequential", "disk")
 """What accelerate takes in a ``device_map`` beside devices."""
@@ -182,12 +183,10 @@ def _read_config(source: ModelSource, revision: str | None, trust_remote_code: b
 
 
 def _load_dense(source: ModelSource, config: Any, dtype: torch.dtype, **arguments: Any) -> Any:
-    from transformers import AutoModelForCausalLM
-
     if source.gguf_file is not None:
         arguments |= source.arguments() | _dequantize()
     with as_refusal(lambda error: unreadable_weights(source.name, error)):
-        model: Any = AutoModelForCausalLM.from_pretrained(source.location, config=config, dtype=dtype, **arguments)
+        model: Any = auto_class(config).from_pretrained(source.location, config=config, dtype=dtype, **arguments)
     require_in_memory(model)
     if getattr(model, "_hf_peft_config_loaded", False):  # from a hub's repository that holds both
         raise FaspError(with_adapters(source.name))
@@ -217,10 +216,8 @@ def model_shapes(source: ModelSource, config: Any, trust_remote_code: bool = Fal
     Raises:
         FaspError: If the config does not fit its model class, or a plan is damaged.
     """
-    from transformers import AutoModelForCausalLM
-
     with as_refusal(lambda error: _no_model(source, config, error)), torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+        model = auto_class(config).from_config(config, trust_remote_code=trust_remote_code)
     return adopt_plan(model)
 
 

@@ -9,13 +9,14 @@ import torch
 from fasp_lightning.errors import FaspError
 from fasp_lightning.structure.causal_lm import is_dense
 from fasp_lightning.structure.registry import known_architectures
+from fasp_lightning.structure.text_part import text_config, text_family, whole_class
 
 DEQUANTIZED = ("hf_quantizer", "is_quantized", "quantization_method")
 """Attributes for which transformers takes a model that it has read from packed weights for a quantised one."""
 
 
 def require_prunable(config: Any, name: str) -> None:
-    """Refuse a config that is not a full-precision causal LM.
+    """Refuse a config that is not of a full-precision causal LM, or of a model with the decoder of one inside.
 
     Args:
         config: A transformers config.
@@ -80,18 +81,18 @@ def _not_causal(config: Any) -> str | None:
     """Why a config is not that of a decoder-only causal LM, or ``None`` if it is one."""
     from transformers.models.auto import modeling_auto as auto
 
-    model_type = getattr(config, "model_type", None)
-    if getattr(config, "is_encoder_decoder", False):
+    model_type, whole = text_family(config), whole_class(config)
+    if any(getattr(part, "is_encoder_decoder", False) for part in (config, text_config(config))):
         return "an encoder-decoder"
-    if any(getattr(config, part, None) is not None for part in ("vision_config", "audio_config")):
+    if not whole and any(getattr(config, part, None) is not None for part in ("vision_config", "audio_config")):
         return "a multimodal model"
     # encoders such as BERT are listed as causal LMs too, for their use as decoders
     if model_type in auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES and not getattr(config, "is_decoder", False):
         return "an encoder"
     custom = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
-    if model_type not in (*auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, *known_architectures()) and not custom:
+    if not whole and model_type not in (*auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, *known_architectures()) and not custom:
         return "not a causal LM"
     heads = [name for name in getattr(config, "architectures", None) or () if "For" in str(name)]
-    if heads and not any(name.endswith("ForCausalLM") for name in heads):
+    if heads and not any(name.endswith(whole or "ForCausalLM") for name in heads):
         return f"saved as {heads[0]}"
     return None

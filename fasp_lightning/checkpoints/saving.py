@@ -31,6 +31,7 @@ from fasp_lightning.structure.modes import own_modes, undone
 from fasp_lightning.structure.plan import adopt_plan, config_fields, plan_of
 from fasp_lightning.structure.pruning_plan import PruningPlan
 from fasp_lightning.structure.registry import spec_for
+from fasp_lightning.structure.text_part import text_config
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -269,10 +270,11 @@ def in_form(model: PreTrainedModel, form: str) -> Iterator[None]:
     widths = stock_part(plan, spec).widths
     if form == "compact":
         widths = {key: {0: key[1].width} for key in plan.widths}
-    wanted = {"fasp": {**config.fasp, "form": form}, **config_fields(spec, widths)}
-    with undone(*(partial(setattr, config, name, getattr(config, name)) for name in wanted)):
-        for name, value in wanted.items():
-            setattr(config, name, value)
+    part, fasp = text_config(config), {**config.fasp, "form": form}
+    wanted = [(config, "fasp", fasp), *((part, *field) for field in config_fields(spec, widths).items())]
+    with undone(*(partial(setattr, owner, name, getattr(owner, name)) for owner, name, _ in wanted)):
+        for owner, name, value in wanted:
+            setattr(owner, name, value)
         yield
 
 

@@ -11,6 +11,7 @@ from fasp_lightning.proving.inferring import infer_proved
 from fasp_lightning.structure.inferring.code import as_code
 from fasp_lightning.structure.registry import has_row, register_architecture, spec_for
 from fasp_lightning.structure.spec import ArchitectureSpec
+from fasp_lightning.structure.text_part import text_family
 
 
 def row_of(source: ModelSource, config: Any, trust_remote_code: bool = False) -> ArchitectureSpec:
@@ -28,7 +29,7 @@ def row_of(source: ModelSource, config: Any, trust_remote_code: bool = False) ->
         found = infer_proved(model_shapes(source, config, trust_remote_code))
         for dropped in found.dropped:
             note(dropped)
-        name, seconds = config.model_type, found.proof.seconds
+        name, seconds = text_family(config), found.proof.seconds
         note(f"{name} has no row; one was found and proved in {seconds:.1f} s: {as_code(name, found.spec)}")
-        register_architecture(config.model_type, found.spec)
+        register_architecture(name, found.spec)
     return spec_for(config)

@@ -27,9 +27,10 @@ from fasp_lightning.structure.inferring.twin import random_tokens, run, shapes_o
 from fasp_lightning.structure.modes import own_modes
 from fasp_lightning.structure.plan import resolve_pruned
 from fasp_lightning.structure.registry import registered, spec_for
-from fasp_lightning.structure.resolve import resolve
+from fasp_lightning.structure.resolve import find_blocks, resolve
 from fasp_lightning.structure.spec import ArchitectureSpec
 from fasp_lightning.structure.stock_fields import groups_obstacle
+from fasp_lightning.structure.text_part import text_config, text_family
 
 SPARSITIES = (0.3, 0.4, 0.2, 0.1, 0.05, 0.02)
 """Of the blocks; the first is taken that a kind of pair can make up: of those of a hybrid little can go."""
@@ -90,16 +91,17 @@ def prove(model_or_config: Any, spec: ArchitectureSpec | None = None) -> Proof:
     start = time.perf_counter()
     model = shapes_of(model_or_config)
     small = twin(model)
-    model_type = small.config.model_type
-    row = spec or spec_for(small)
-    with registered(model_type, row), warnings.catch_warnings(), no_progress_bar():
+    model_type = text_family(small.config)
+    given = spec or spec_for(small.config)
+    with registered(model_type, given), warnings.catch_warnings(), no_progress_bar():
         warnings.simplefilter("ignore")  # few tokens, and whatever a tiny model is warned of
+        row = spec_for(small)
         _tried(model_type, "finding its pairs", lambda: resolve_pruned(model))
         kinds = _kinds(small, row)
         _tried(model_type, "sparsity 0 is the identity", lambda: _identity(small))
         stock = tuple(kind for attention, kind in kinds.items() if _prove_kind(small, row, attention, kind))
-    blocks = len(small.get_submodule(row.layers))
-    return Proof(model_type, row, blocks, tuple(kinds.values()), stock, tuple(CHECKS), time.perf_counter() - start)
+    blocks = len(find_blocks(small, row))
+    return Proof(model_type, given, blocks, tuple(kinds.values()), stock, tuple(CHECKS), time.perf_counter() - start)
 
 
 def _kinds(small: Any, row: ArchitectureSpec) -> dict[str, str]:
@@ -107,7 +109,7 @@ def _kinds(small: Any, row: ArchitectureSpec) -> dict[str, str]:
     pairs = [pair for block in resolve(small, row) for pair in block]
     found = {pair.spec.kind for pair in pairs}
     groups = any(pair.layout.groups > 1 for pair in pairs)
-    if groups and "value" in found and groups_obstacle(row, small.config) is None:
+    if groups and "value" in found and groups_obstacle(row, text_config(small.config)) is None:
         found.add("groups")
     kinds = {attention: kind for attention, kind in KINDS.items() if kind in found}
     return kinds if "ffn" in found or "experts" not in found else {"none": "experts", **kinds}
@@ -117,7 +119,7 @@ def _prove_kind(small: Any, row: ArchitectureSpec, attention: str, kind: str) ->
     """Cut the twin and try everything on it; returns whether stock code loads it in its small shapes."""
     cut, tokens = copy.deepcopy(small), random_tokens(small, 8, 24, seed=1)
     config = _config(attention, _sparsity(small, attention, kind))
-    report = _tried(small.config.model_type, f"pruning {kind} pairs", lambda: Pruner(config).prune(cut, [tokens]))
+    report = _tried(text_family(small.config), f"pruning {kind} pairs", lambda: Pruner(config).prune(cut, [tokens]))
     mask = masked(small, cut.fasp_plan)
     errors = errors_of(small, mask, cut.fasp_plan, tokens)
     form = choose_form("auto", row, cut.fasp_plan.cuts)
@@ -130,7 +132,7 @@ def _prove_kind(small: Any, row: ArchitectureSpec, attention: str, kind: str) ->
         f"stock loads form {form}": lambda: _saved(cut, form),
     }
     for check, law in tries.items():
-        _tried(small.config.model_type, f"{check}, {kind} pairs", law)
+        _tried(text_family(small.config), f"{check}, {kind} pairs", law)
     return form == "stock"
 
 
@@ -147,7 +149,7 @@ def _sparsity(small: Any, attention: str, kind: str) -> float:
             continue
         if kind in budget.cuts.kinds:
             return sparsity
-    raise FaspError(f"the row of {small.config.model_type} is refused: no sparsity cuts its {kind} pairs")
+    raise FaspError(f"the row of {text_family(small.config)} is refused: no sparsity cuts its {kind} pairs")
 
 
 def _config(attention: str, sparsity: float) -> PruningConfig:

@@ -15,6 +15,7 @@ from fasp_lightning.structure.layout import PairLayout
 from fasp_lightning.structure.ownership import require_plain, require_unshared
 from fasp_lightning.structure.pair import ResolvedPair, shape_of
 from fasp_lightning.structure.spec import WHOLE, ArchitectureSpec, CoupledPair
+from fasp_lightning.structure.text_part import text_config
 
 Kept = Mapping[str, tuple[PairLayout, Tensor]]
 """Consumer path → (original layout, units left), for the pairs of one block that were cut before."""
@@ -59,13 +60,14 @@ def resolve(
     pairs = [pair.whole() if WHOLE.get(pair.kind) in whole else pair for pair in spec.pairs]
     if kept is not None and len(kept) != len(blocks):
         raise FaspError(f"plan must have {len(blocks)} blocks as the model has, got {len(kept)}")
+    config = text_config(model.config)
     nowhere = _missing([pair for pair in pairs if not any(has_pair(block, pair) for block in blocks)], pairs)
     resolved = []
     for index, block in enumerate(blocks):
         name = f"{spec.layers}.{index}"
         before = kept[index] if kept else {}
         there = [pair for pair in pairs if has_pair(block, pair) or pair in nowhere]
-        resolved.append([_resolve_pair(block, name, pair, spec.transposed, model.config, before) for pair in there])
+        resolved.append([_resolve_pair(block, name, pair, spec.transposed, config, before) for pair in there])
     require_unshared(model, [layer for block in resolved for pair in block for layer in pair.linears])
     return resolved
 

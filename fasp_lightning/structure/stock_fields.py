@@ -13,6 +13,7 @@ from fasp_lightning.structure.compact import BlockConfig
 from fasp_lightning.structure.layout import Cuts, PairLayout, Widths
 from fasp_lightning.structure.modes import insist
 from fasp_lightning.structure.spec import ArchitectureSpec
+from fasp_lightning.structure.text_part import with_fields
 
 
 def stock_fields(spec: ArchitectureSpec, consumer: str, layout: PairLayout, units: int) -> dict[str, int]:
@@ -78,7 +79,7 @@ def stock_obstacle(spec: ArchitectureSpec, cuts: Cuts) -> str | None:
 def accepts(config: Any, fields: dict[str, int]) -> bool:
     """Whether a config's class takes these values; some want the number of heads to divide the hidden size."""
     try:
-        type(config).from_dict({**config.to_dict(), **fields})
+        with_fields(config, fields)
     except Exception as error:  # config classes raise whatever their validators do
         if not of_library(error):
             raise
@@ -108,16 +109,16 @@ def own_config(model: nn.Module) -> Any:
 
     All its modules see the copy, or none does, wherever a Ctrl-C comes.
     """
-    shared: Any = model.config
-    own = copy.deepcopy(shared)
+    copies: dict[int, Any] = {}  # of the config, and of those inside it, by what they are copies of
+    own = copy.deepcopy(model.config, copies)
 
     def hand_out() -> None:
         for module in model.modules():
             seen: Any = getattr(module, "config", None)
-            if seen is shared:
-                module.config = own
-            elif isinstance(seen, BlockConfig):
-                seen.shared = own
+            if isinstance(seen, BlockConfig):
+                seen.shared = copies.get(id(seen.shared), seen.shared)
+            elif id(seen) in copies:
+                module.config = copies[id(seen)]
 
     insist(hand_out)
     return own

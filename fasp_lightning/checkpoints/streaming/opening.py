@@ -14,6 +14,7 @@ from fasp_lightning.checkpoints.streaming.files import stored_weights
 from fasp_lightning.checkpoints.streaming.model import StreamedModel
 from fasp_lightning.errors import FaspError, as_refusal, one_line
 from fasp_lightning.structure.plan import adopt_plan, plan_in
+from fasp_lightning.structure.text_part import auto_class
 
 
 def open_streamed(
@@ -57,8 +58,6 @@ def built(
     source: ModelSource, config: Any, dtype: torch.dtype, trust_remote_code: bool, attn_implementation: str | None
 ) -> Any:
     """The model that stock code makes of a config, on ``meta``, in evaluation mode."""
-    from transformers import AutoModelForCausalLM
-
     options = {"trust_remote_code": trust_remote_code, "dtype": dtype}
     if attn_implementation is not None:
         options["attn_implementation"] = attn_implementation
@@ -67,5 +66,5 @@ def built(
         return FaspError(f"the config of {source.name!r} makes no {config.model_type} model: {one_line(error)}")
 
     with as_refusal(refusal), torch.device("meta"):
-        model: Any = AutoModelForCausalLM.from_config(config, **options)
+        model: Any = auto_class(config).from_config(config, **options)
     return model.eval()

@@ -21,6 +21,7 @@ from fasp_lightning.pruning.latency.serving import PHASES, Serving, require_spee
 from fasp_lightning.pruning.latency.stopwatch import Clock, Passes, WallClock, repeated
 from fasp_lightning.structure.modes import evaluating, own_modes
 from fasp_lightning.structure.plan import plan_in, resolve_pruned
+from fasp_lightning.structure.text_part import text_config
 
 GRID = 100
 """Sparsities are tried in steps of one part in so many."""
@@ -109,6 +110,7 @@ def plan_speedup(
         raise FaspError(
             "speedup counts from the dense model, got one that is pruned already; give its sparsity instead"
         )
+    config = text_config(config)
     options = {"attn_implementation": attn_implementation, "trust_remote_code": trust_remote_code}
     shapes = shapes_of(config, list(layer_kinds(config))[:1], **options)
     inputs = ModelInputs(shapes)

@@ -11,6 +11,7 @@ from torch import nn
 
 from fasp_lightning.errors import FaspError, as_refusal, of_library, one_line
 from fasp_lightning.structure.modes import own_modes
+from fasp_lightning.structure.text_part import auto_class, text_config, with_fields
 
 MOST_BLOCKS = 12
 """Blocks of a twin, of a model whose blocks are all of other shapes."""
@@ -146,7 +147,7 @@ def block_list(model: Any) -> tuple[str, nn.ModuleList]:
 
 def _kind(block: nn.Module, index: int, config: Any) -> tuple[Any, ...]:
     """What tells blocks apart: names and shapes of their parameters, and what the config calls their layer."""
-    types = getattr(config, "layer_types", None) or ()
+    types = getattr(text_config(config), "layer_types", None) or ()
     shapes = tuple((name, tuple(parameter.shape)) for name, parameter in block.named_parameters())
     return shapes, types[index] if index < len(types) else None
 
@@ -198,13 +199,11 @@ def _kv_heads(value: int, heads: int) -> int:
 
 def shapes_of(model_or_config: Any) -> Any:
     """A model, or one of a config, without values."""
-    from transformers import AutoModelForCausalLM
-
     if isinstance(model_or_config, nn.Module):
         return model_or_config
     config = model_or_config
     with as_refusal(lambda error: _no_model(config, error)), torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config)
+        return auto_class(config).from_config(config)
 
 
 def _no_model(config: Any, error: Exception) -> FaspError:
@@ -214,9 +213,8 @@ def _no_model(config: Any, error: Exception) -> FaspError:
 def built_with(model: Any, fields: dict[str, Any]) -> Any:
     """A model without values of a config with other fields; none if that makes no model."""
     try:
-        config = type(model.config).from_dict({**model.config.to_dict(), **fields})
         with torch.device("meta"):
-            return type(model)(config)
+            return type(model)(with_fields(model.config, fields))
     except Exception as error:  # config classes and models raise whatever they like
         if not of_library(error):
             raise
