@@ -22,10 +22,10 @@ from fasp_lightning.checkpoints.refused_models import (
 from fasp_lightning.errors import FaspError, FaspTypeError, as_refusal, of_library, one_line
 from fasp_lightning.structure.adapters import base_of, has_adapters
 from fasp_lightning.structure.causal_lm import require_causal_lm
+from fasp_lightning.structure.configs.text_part import auto_class
 from fasp_lightning.structure.modes import undone
 from fasp_lightning.structure.ownership import require_stored
 from fasp_lightning.structure.plan import adopt_plan
-from fasp_lightning.structure.text_part import auto_class
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

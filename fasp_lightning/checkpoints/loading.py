@@ -29,8 +29,8 @@ from fasp_lightning.checkpoints.source import (
     with_adapters,
 )
 from fasp_lightning.errors import FaspError, FaspFileNotFoundError, FaspOSError, as_refusal, one_line
+from fasp_lightning.structure.configs.text_part import auto_class
 from fasp_lightning.structure.plan import adopt_plan, plan_in
-from fasp_lightning.structure.text_part import auto_class
 
 SPREADS = ("auto", "balanced", "balanced_low_0", "sequential", "disk")
 """What accelerate takes in a ``device_map`` beside devices."""

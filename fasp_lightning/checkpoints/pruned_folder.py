@@ -12,9 +12,9 @@ from fasp_lightning.checkpoints.forms import FORMS
 from fasp_lightning.checkpoints.source import local_folder, require_no_adapters, why_unread
 from fasp_lightning.errors import FaspError, FaspOSError, as_refusal
 from fasp_lightning.staging import clear_left, read_json
+from fasp_lightning.structure.configs.text_part import auto_class
 from fasp_lightning.structure.modes import own_modes
 from fasp_lightning.structure.plan import adopt_plan, plan_in
-from fasp_lightning.structure.text_part import auto_class
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -8,8 +8,8 @@ import torch
 
 from fasp_lightning.errors import FaspError
 from fasp_lightning.structure.causal_lm import is_dense
+from fasp_lightning.structure.configs.text_part import text_config, text_family, whole_class
 from fasp_lightning.structure.registry import known_architectures
-from fasp_lightning.structure.text_part import text_config, text_family, whole_class
 
 DEQUANTIZED = ("hf_quantizer", "is_quantized", "quantization_method")
 """Attributes for which transformers takes a model that it has read from packed weights for a quantised one."""

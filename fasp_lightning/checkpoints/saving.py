@@ -22,16 +22,17 @@ from fasp_lightning.checkpoints.pruned_folder import REPORT_FILE
 from fasp_lightning.checkpoints.publishing.card import write_card
 from fasp_lightning.checkpoints.publishing.hub import check_hub, upload
 from fasp_lightning.checkpoints.publishing.record import record_of
+from fasp_lightning.checkpoints.source import copy_processor
 from fasp_lightning.checkpoints.verifying import verify_saved
 from fasp_lightning.checkpoints.writing import Held, Write, bytes_of, stored_in, write_whole, zero_filled
 from fasp_lightning.errors import FaspError
 from fasp_lightning.staging import require_space, staged, write_json
 from fasp_lightning.structure.adapters import has_adapters
+from fasp_lightning.structure.configs.text_part import text_config
 from fasp_lightning.structure.modes import own_modes, undone
 from fasp_lightning.structure.plan import adopt_plan, config_fields, plan_of
 from fasp_lightning.structure.pruning_plan import PruningPlan
 from fasp_lightning.structure.registry import spec_for
-from fasp_lightning.structure.text_part import text_config
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -229,7 +230,7 @@ def write_folder(
     tokenizer: Any = None,
     write: Write = write_whole,
 ) -> torch.dtype:
-    """Write a model's weights in a dtype, its configs and its tokenizer, for older loaders too.
+    """Write a model's weights in a dtype, its configs, tokenizer and processor, for older loaders too.
 
     Args:
         model: The model, as :func:`~fasp_lightning.checkpoints.dry_save.savable` has it.
@@ -247,6 +248,7 @@ def write_folder(
         model.config.save_pretrained(folder)
     if tokenizer is not None:
         save_tokenizer(tokenizer, folder)
+    copy_processor(model, folder)
     dress(folder, type(model.config), tokenizer)
     return dtype
 

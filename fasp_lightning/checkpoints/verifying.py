@@ -14,8 +14,8 @@ from torch import Tensor
 from fasp_lightning.checkpoints.dry_save import runs_remote_code
 from fasp_lightning.checkpoints.pruned_folder import load_pruned
 from fasp_lightning.structure.causal_lm import input_device
+from fasp_lightning.structure.configs.text_part import auto_class
 from fasp_lightning.structure.modes import evaluating, undone
-from fasp_lightning.structure.text_part import auto_class
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

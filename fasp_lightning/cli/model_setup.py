@@ -21,6 +21,7 @@ from fasp_lightning.pruning.budget.footprint import PeakMemory, peak_memory_esti
 from fasp_lightning.pruning.budget.widths import decide_budget
 from fasp_lightning.pruning.config import PruningConfig, with_user_cache
 from fasp_lightning.pruning.latency.speedup import SpeedupPlan, plan_speedup
+from fasp_lightning.structure.configs.text_part import text_family, whole_class
 from fasp_lightning.structure.layout import Cuts
 from fasp_lightning.structure.spec import ArchitectureSpec
 from fasp_lightning.text.config import TextConfig
@@ -125,6 +126,16 @@ def already_pruned(setup: Setup) -> str:
     return (
         f"{setup.source.name} is already pruned by {percent(setup.already_pruned)} of its blocks' linear "
         "parameters: it is pruned further, and sparsity counts from the original model"
+    )
+
+
+def text_alone(setup: Setup) -> str:
+    """What the user should know of a model that takes more than text; empty of any other."""
+    if whole_class(setup.config) is None:
+        return ""
+    return (
+        f"{setup.config.model_type} takes more than text: its {text_family(setup.config)} decoder is pruned, on text "
+        "alone, and the rest is saved as it is"
     )
 
 

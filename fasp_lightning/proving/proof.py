@@ -23,14 +23,15 @@ from fasp_lightning.proving.masked import errors_of, masked, same, same_text
 from fasp_lightning.pruning.budget.widths import decide_budget
 from fasp_lightning.pruning.config import PruningConfig
 from fasp_lightning.pruning.pruner import Pruner
+from fasp_lightning.structure.configs.stock_fields import groups_obstacle
+from fasp_lightning.structure.configs.text_part import text_config, text_family
+from fasp_lightning.structure.inferring.inference import packs
 from fasp_lightning.structure.inferring.twin import random_tokens, run, shapes_of, twin
 from fasp_lightning.structure.modes import own_modes
 from fasp_lightning.structure.plan import resolve_pruned
 from fasp_lightning.structure.registry import registered, spec_for
 from fasp_lightning.structure.resolve import find_blocks, resolve
 from fasp_lightning.structure.spec import ArchitectureSpec
-from fasp_lightning.structure.stock_fields import groups_obstacle
-from fasp_lightning.structure.text_part import text_config, text_family
 
 SPARSITIES = (0.3, 0.4, 0.2, 0.1, 0.05, 0.02)
 """Of the blocks; the first is taken that a kind of pair can make up: of those of a hybrid little can go."""
@@ -69,7 +70,7 @@ def prove(model_or_config: Any, spec: ArchitectureSpec | None = None) -> Proof:
     that the row has: a cut model gives the logits of one whose units are masked, and generates the same text with
     its cache; the engine's statistics are those of whole forwards; what is saved is loaded again, by stock code where
     the row claims it; attention implementations that agree on the whole twin agree on the cut one. A sparsity of 0
-    changes nothing.
+    changes nothing, no token reaches an earlier one, and packing does what the row says of it.
 
     Args:
         model_or_config: A causal LM on any device, ``meta`` included, or its config.
@@ -97,6 +98,8 @@ def prove(model_or_config: Any, spec: ArchitectureSpec | None = None) -> Proof:
         warnings.simplefilter("ignore")  # few tokens, and whatever a tiny model is warned of
         row = spec_for(small)
         _tried(model_type, "finding its pairs", lambda: resolve_pruned(model))
+        _tried(model_type, "no token reaching an earlier one", lambda: _causal(small))
+        _tried(model_type, "packed sequences kept apart", lambda: _packing(small, row))
         kinds = _kinds(small, row)
         _tried(model_type, "sparsity 0 is the identity", lambda: _identity(small))
         stock = tuple(kind for attention, kind in kinds.items() if _prove_kind(small, row, attention, kind))
@@ -136,8 +139,8 @@ def _prove_kind(small: Any, row: ArchitectureSpec, attention: str, kind: str) ->
     return form == "stock"
 
 
-CHECKS = ("sparsity 0", "masked ≡ cut", "generation with cache", "statistics ≡ whole forwards", "eager ≡ sdpa",
-          "save → load", "stock loading")  # fmt: skip
+CHECKS = ("causal", "packing", "sparsity 0", "masked ≡ cut", "generation with cache", "statistics ≡ whole forwards",
+          "eager ≡ sdpa", "save → load", "stock loading")  # fmt: skip
 """What is tried."""
 
 
@@ -173,6 +176,18 @@ def _identity(small: Any) -> None:
     before = small.state_dict()
     if any(not torch.equal(value, before[name]) for name, value in model.state_dict().items()):
         raise FaspError("weights changed")
+
+
+def _causal(small: Any) -> None:
+    tokens = random_tokens(small)
+    changed = tokens.clone()
+    changed[:, -1] = tokens[:, 0]
+    same(run(small, changed)[:, :-1], run(small, tokens)[:, :-1])
+
+
+def _packing(small: Any, row: ArchitectureSpec) -> None:
+    if row.packing and not packs(small):
+        raise FaspError("position_ids that start again do not do it; the row must have packing=False")
 
 
 def _same_errors(report: Any, errors: dict[str, float]) -> None:

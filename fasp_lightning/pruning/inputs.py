@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from fasp_lightning.errors import FaspError
 from fasp_lightning.ops.likelihood import IGNORED
 from fasp_lightning.structure.causal_lm import input_device
+from fasp_lightning.structure.configs.text_part import text_config
 from fasp_lightning.structure.registry import known_architectures, spec_for
-from fasp_lightning.structure.text_part import text_config
 from fasp_lightning.text.batches import CALIBRATION, TokenBatch, check_vocabulary, read_batch
 
 PACKING = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "cu_seqlens", "seq_idx")

@@ -12,6 +12,14 @@ import torch
 from torch import nn
 
 from fasp_lightning.errors import FaspError
+from fasp_lightning.structure.configs.stock_fields import (
+    groups_obstacle,
+    own_config,
+    parts_left,
+    stock_fields,
+    stock_obstacle,
+)
+from fasp_lightning.structure.configs.text_part import text_config, text_family
 from fasp_lightning.structure.layout import Widths
 from fasp_lightning.structure.modes import own_modes, undone
 from fasp_lightning.structure.pair import ResolvedPair
@@ -19,8 +27,6 @@ from fasp_lightning.structure.pruning_plan import PairPlan, PruningPlan, bad_uni
 from fasp_lightning.structure.registry import carried_row, spec_for
 from fasp_lightning.structure.resolve import Kept, columns_at, find_blocks, has_pair, resolve
 from fasp_lightning.structure.spec import WHOLE, ArchitectureSpec, CoupledPair
-from fasp_lightning.structure.stock_fields import groups_obstacle, own_config, parts_left, stock_fields, stock_obstacle
-from fasp_lightning.structure.text_part import text_config, text_family
 from fasp_lightning.structure.transaction import all_or_nothing
 
 if TYPE_CHECKING:

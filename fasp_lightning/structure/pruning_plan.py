@@ -13,10 +13,10 @@ import numpy as np
 import torch
 
 from fasp_lightning.errors import FaspError
+from fasp_lightning.structure.configs.text_part import text_family
 from fasp_lightning.structure.layout import Cuts, PairLayout, Widths
 from fasp_lightning.structure.pair import ResolvedPair
 from fasp_lightning.structure.resolve import Kept
-from fasp_lightning.structure.text_part import text_family
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -11,8 +11,8 @@ from torch import nn
 
 from fasp_lightning.errors import FaspError
 from fasp_lightning.structure.causal_lm import require_causal_lm
+from fasp_lightning.structure.configs.text_part import placed, text_family
 from fasp_lightning.structure.spec import ArchitectureSpec, CoupledPair, Experts
-from fasp_lightning.structure.text_part import placed, text_family
 
 _QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
 

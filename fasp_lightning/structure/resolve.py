@@ -10,12 +10,12 @@ from torch import Tensor, nn
 
 from fasp_lightning.errors import FaspError
 from fasp_lightning.structure.adapters import adapters_of, is_adapter_parameter, require_in_place
+from fasp_lightning.structure.configs.text_part import text_config
 from fasp_lightning.structure.experts.resolving import experts_of, resolve_experts
 from fasp_lightning.structure.layout import PairLayout
 from fasp_lightning.structure.ownership import require_plain, require_unshared
 from fasp_lightning.structure.pair import ResolvedPair, shape_of
 from fasp_lightning.structure.spec import WHOLE, ArchitectureSpec, CoupledPair
-from fasp_lightning.structure.text_part import text_config
 
 Kept = Mapping[str, tuple[PairLayout, Tensor]]
 """Consumer path → (original layout, units left), for the pairs of one block that were cut before."""

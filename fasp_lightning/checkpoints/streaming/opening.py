@@ -13,8 +13,8 @@ from fasp_lightning.checkpoints.source import ModelSource, local_folder
 from fasp_lightning.checkpoints.streaming.files import stored_weights
 from fasp_lightning.checkpoints.streaming.model import StreamedModel
 from fasp_lightning.errors import FaspError, as_refusal, one_line
+from fasp_lightning.structure.configs.text_part import auto_class
 from fasp_lightning.structure.plan import adopt_plan, plan_in
-from fasp_lightning.structure.text_part import auto_class
 
 
 def open_streamed(

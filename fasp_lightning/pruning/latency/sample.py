@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from fasp_lightning.errors import FaspError, as_refusal, one_line
 from fasp_lightning.pruning.budget.budget import PairWidth
 from fasp_lightning.structure.pair import ResolvedPair
 from fasp_lightning.structure.plan import record_plan, resolve_pruned
@@ -74,8 +75,15 @@ def shapes_of(config: Any, kinds: Sequence[str | None], **options: Any) -> Any:
     own.num_hidden_layers = len(kinds)
     if getattr(own, "layer_types", None):
         own.layer_types = list(kinds)
-    with torch.device("meta"):
+    with as_refusal(lambda error: _no_blocks(config, error)), torch.device("meta"):
         return AutoModelForCausalLM.from_config(own, **options)
+
+
+def _no_blocks(config: Any, error: Exception) -> FaspError:
+    return FaspError(
+        f"speedup times single blocks, of which a {config.model_type} config makes no model: {one_line(error)}; give a "
+        "sparsity instead"
+    )
 
 
 def make_samples(

@@ -19,9 +19,9 @@ from fasp_lightning.pruning.latency.curve import Curve, least_sparsity
 from fasp_lightning.pruning.latency.sample import Sample, layer_kinds, make_samples, shapes_of
 from fasp_lightning.pruning.latency.serving import PHASES, Serving, require_speedup
 from fasp_lightning.pruning.latency.stopwatch import Clock, Passes, WallClock, repeated
+from fasp_lightning.structure.configs.text_part import text_config
 from fasp_lightning.structure.modes import evaluating, own_modes
 from fasp_lightning.structure.plan import plan_in, resolve_pruned
-from fasp_lightning.structure.text_part import text_config
 
 GRID = 100
 """Sparsities are tried in steps of one part in so many."""

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from fasp_lightning.errors import FaspError
 from fasp_lightning.pruning.finite import bad_parameter
+from fasp_lightning.structure.configs.text_part import text_config
 from fasp_lightning.structure.modes import evaluating
-from fasp_lightning.structure.text_part import text_config
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -18,7 +18,7 @@ from fasp_lightning.pruning.own_text.cache import FORMAT, read_ids, weights_dige
 from fasp_lightning.pruning.own_text.generation import first_tokens, sample
 from fasp_lightning.pruning.processes import Processes
 from fasp_lightning.staging import fingerprint
-from fasp_lightning.structure.text_part import text_config
+from fasp_lightning.structure.configs.text_part import text_config
 from fasp_lightning.text.batches import check_vocabulary, labelled, read_batch
 
 if TYPE_CHECKING:

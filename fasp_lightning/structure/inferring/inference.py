@@ -10,13 +10,13 @@ import torch
 from torch import nn
 
 from fasp_lightning.errors import FaspError, of_library
+from fasp_lightning.structure.configs.text_part import text_config, text_family
 from fasp_lightning.structure.inferring.ffns import ffn_pair
 from fasp_lightning.structure.inferring.tracing import Trace, is_transposed, linears_of, trace_block
 from fasp_lightning.structure.inferring.twin import block_list, built_with, random_tokens, run, twin
 from fasp_lightning.structure.inferring.values import value_pair
 from fasp_lightning.structure.resolve import resolve
 from fasp_lightning.structure.spec import ArchitectureSpec, CoupledPair
-from fasp_lightning.structure.text_part import text_config, text_family
 
 
 def infer_spec(model_or_config: Any) -> ArchitectureSpec:
@@ -56,7 +56,7 @@ def infer_spec(model_or_config: Any) -> ArchitectureSpec:
     }
     if len(transposed) > 1:
         raise FaspError(f"a row must have its weights all (out, in) or all (in, out), got both in {path}")
-    spec = ArchitectureSpec(path, tuple(pairs), transposed=transposed.pop(), packing=_packs(small))
+    spec = ArchitectureSpec(path, tuple(pairs), transposed=transposed.pop(), packing=packs(small))
     return replace(spec, width_field=width_field(small, spec))
 
 
@@ -120,8 +120,12 @@ def _parameter_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
     return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
 
 
-def _packs(model: Any) -> bool:
-    """Whether positions that start again keep two sequences of one row apart."""
+def packs(model: Any) -> bool:
+    """Whether positions that start again keep two sequences of one row apart.
+
+    Args:
+        model: A twin.
+    """
     tokens = random_tokens(model, 2, 6)
     together, positions = tokens.reshape(1, -1), torch.arange(6).repeat(2).unsqueeze(0)
     try:
@@ -142,7 +146,7 @@ def _nothing(model: Any, path: str, traces: Sequence[dict[str, Trace]]) -> str:
     """What was found where no pair was."""
     layers = ", ".join(dict.fromkeys(layer for traced in traces for layer in traced)) or "none that reads its tokens"
     return (
-        f"no row could be inferred for {text_family(model.config)!r}: of the linear layers of {path} ({layers}) none has "
-        "outputs that reach another's inputs one by one; a norm, a mixer or another width "
+        f"no row could be inferred for {text_family(model.config)!r}: of the linear layers of {path} ({layers}) none "
+        "has outputs that reach another's inputs one by one; a norm, a mixer or another width "
         "lies between them; register_architecture takes a row of your own"
     )

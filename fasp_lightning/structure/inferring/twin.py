@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from fasp_lightning.errors import FaspError, as_refusal, of_library, one_line
+from fasp_lightning.structure.configs.text_part import auto_class, text_config, with_fields
 from fasp_lightning.structure.modes import own_modes
-from fasp_lightning.structure.text_part import auto_class, text_config, with_fields
 
 MOST_BLOCKS = 12
 """Blocks of a twin, of a model whose blocks are all of other shapes."""
@@ -116,11 +116,11 @@ def random_tokens(model: Any, batch: int = 2, length: int = 12, seed: int = 0) -
     return torch.randint(min(high // 2, 64), high, (batch, length), generator=generator)
 
 
-@torch.no_grad()
 def run(model: Any, tokens: torch.Tensor | None = None) -> torch.Tensor:
     """(batch, seq, vocabulary) logits of a twin on some tokens."""
     tokens = random_tokens(model) if tokens is None else tokens
-    logits: torch.Tensor = model(input_ids=tokens, use_cache=False).logits
+    with torch.no_grad():  # and no decorator, which would be a library's frame around this package's
+        logits: torch.Tensor = model(input_ids=tokens, use_cache=False).logits
     return logits
 
 

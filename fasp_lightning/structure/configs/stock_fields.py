@@ -10,10 +10,10 @@ from torch import nn
 
 from fasp_lightning.errors import of_library
 from fasp_lightning.structure.compact import BlockConfig
+from fasp_lightning.structure.configs.text_part import with_fields
 from fasp_lightning.structure.layout import Cuts, PairLayout, Widths
 from fasp_lightning.structure.modes import insist
 from fasp_lightning.structure.spec import ArchitectureSpec
-from fasp_lightning.structure.text_part import with_fields
 
 
 def stock_fields(spec: ArchitectureSpec, consumer: str, layout: PairLayout, units: int) -> dict[str, int]:
