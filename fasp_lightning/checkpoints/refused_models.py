@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import importlib.util
 from typing import Any
 
 import torch
@@ -15,8 +17,12 @@ DEQUANTIZED = ("hf_quantizer", "is_quantized", "quantization_method")
 """Attributes for which transformers takes a model that it has read from packed weights for a quantised one."""
 
 
+UNPACKED = ("fp8", "mxfp4")
+"""Quantisations that transformers undoes while it reads, with no package that is not there anyway but accelerate."""
+
+
 def require_prunable(config: Any, name: str) -> None:
-    """Refuse a config that is not of a full-precision causal LM, or of a model with the decoder of one inside.
+    """Refuse a config that is not of a causal LM, or of a model with one's decoder, that is read in full precision.
 
     Args:
         config: A transformers config.
@@ -32,10 +38,15 @@ def require_prunable(config: Any, name: str) -> None:
             f"({problem}); supported are {', '.join(known_architectures())}, and what is registered"
         )
     method = quantization_method(config)
-    if method is not None:
+    if method in UNPACKED and importlib.util.find_spec("accelerate") is None:
         raise FaspError(
-            f"model {name!r} is quantised ({method}); pruning needs its full-precision weights: "
-            "name the checkpoint it was made from, and quantise the pruned model afterwards"
+            f"model {name!r} is quantised ({method}), which accelerate undoes; run `pip install accelerate`"
+        )
+    if method is not None and method not in UNPACKED:
+        raise FaspError(
+            f"model {name!r} is quantised ({method}); pruning needs its full-precision weights, which are made of "
+            f"{' and '.join(UNPACKED)} alone: name the checkpoint it was made from, and quantise the pruned model "
+            "afterwards"
         )
 
 
@@ -71,10 +82,22 @@ def require_dense(model: Any) -> None:
             )
 
 
+def unpacking(config: Any) -> Any:
+    """A copy of a quantised checkpoint's config that has transformers read it in full precision."""
+    copied = copy.deepcopy(config)
+    parts = (copied, getattr(copied, "text_config", None))
+    settings = next(found for part in parts if (found := getattr(part, "quantization_config", None)) is not None)
+    fields = settings if isinstance(settings, dict) else settings.to_dict()
+    drop_quantization(copied)
+    copied.quantization_config = {**fields, "dequantize": True}
+    return copied
+
+
 def drop_quantization(config: Any) -> None:
     """Take the quantisation off the config of a dense model."""
-    vars(config).pop("quantization_config", None)
-    vars(config).pop("_is_quantized", None)
+    for part in (config, text_config(config)):
+        vars(part).pop("quantization_config", None)
+        vars(part).pop("_is_quantized", None)
 
 
 def _not_causal(config: Any) -> str | None:

@@ -11,6 +11,7 @@ import torch
 from fasp_lightning.checkpoints.devices import choose_device, choose_dtype, choose_stored
 from fasp_lightning.checkpoints.forms import choose_form
 from fasp_lightning.checkpoints.loading import checkpoint_dtype, load_config, load_model, model_shapes
+from fasp_lightning.checkpoints.refused_models import quantization_method
 from fasp_lightning.checkpoints.source import ModelSource, resolve_source, stored_bytes
 from fasp_lightning.cli.console import dtype_name, percent
 from fasp_lightning.cli.jobs import ModelConfig, PruneJob
@@ -137,6 +138,14 @@ def text_alone(setup: Setup) -> str:
         f"{setup.config.model_type} takes more than text: its {text_family(setup.config)} decoder is pruned, on text "
         "alone, and the rest is saved as it is"
     )
+
+
+def dequantized(setup: Setup) -> str:
+    """What the user should know of a model that is stored quantised; empty of any other."""
+    method = quantization_method(setup.config)
+    if method is None:
+        return ""
+    return f"{setup.source.name} is quantised ({method}): it is read, pruned and saved in full precision"
 
 
 def bytes_before(setup: Setup, job: PruneJob) -> int:

@@ -65,7 +65,7 @@ def record_of(model: PreTrainedModel, dtype: torch.dtype) -> dict[str, Any]:
         ``saved``: both sparsities that were reached, ``parameters`` and ``original_parameters``, ``dtype``,
         ``versions``, and ``measured``, whether the weights are still those whose perplexities the report has,
         ``auto_class``, which loads them in transformers, and ``text_part``, the family of the decoder that was pruned
-        inside a model that takes more than text.
+        inside a model that takes more than text, ``dequantized_from``, how the weights were stored that were read.
         ``tasks``: the answers that these weights gave; those that others gave are left out.
         ``base``: see :func:`~fasp_lightning.checkpoints.publishing.base.base_of`. No path of this machine.
     """
@@ -84,6 +84,8 @@ def record_of(model: PreTrainedModel, dtype: torch.dtype) -> dict[str, Any]:
         "versions": _versions(),
         "auto_class": auto_class(model.config).__name__,
     }
+    if method := getattr(model, "fasp_dequantized", None):
+        saved["dequantized_from"] = method
     if whole_class(model.config) is not None:
         saved["text_part"] = text_family(model.config)
     report |= {"saved": saved, "base": base_of(model, report)}

@@ -83,6 +83,7 @@ def prune_streamed(
             report = folder.prune(progress)
         after = _measured(folder, evaluation, "after")
         model = folder.streamed.model
+        folder.streamed.sample_rest()
         reported(model, report, job, setup, calibration, evaluation, (before, after, [None] * len(evaluation)))
         note(f"saving to {job.output_dir}")
         saved = folder.save(tokenizer, job.verify, push_to_hub=job.push_to_hub, private=job.private)
