@@ -89,8 +89,7 @@ def resolve_pruned(model: PreTrainedModel, *, whole: Collection[str] = ()) -> li
 
 
 def _require_groups(model: PreTrainedModel, spec: ArchitectureSpec, kinds: frozenset[str]) -> None:
-    obstacle = groups_obstacle(spec, text_config(model.config))
-    if obstacle:
+    if obstacle := groups_obstacle(spec, text_config(model.config)):
         reason = f"attention='kv_groups' cannot be used with {text_family(model.config)}: {obstacle}"
         raise FaspError(f"{reason}; use 'value_dims' or 'none'")
     if "value" in kinds:
@@ -104,15 +103,13 @@ def record_plan(model: PreTrainedModel, pairs: list[list[ResolvedPair]]) -> Prun
     """Write what is left of ``pairs`` on the model as its plan, and the widths all blocks share into its config."""
     flat = [pair for block in pairs for pair in block]
     cut = {pair.spec.consumer for pair in flat if pair.kept.numel() < pair.layout.width}
-    whole = PruningPlan(
-        text_family(model.config), tuple({pair.spec.consumer: _planned(pair) for pair in block} for block in pairs)
-    )
+    blocks = tuple({pair.spec.consumer: _planned(pair) for pair in block} for block in pairs)
+    whole = PruningPlan(text_family(model.config), blocks)
     plan = whole.of(cut)
     spec, config = spec_for(model), own_config(model)
     model.fasp_plan = plan  # type: ignore[assignment]  # for the user to read; what counts is the config
-    row = carried_row(plan.model_type, spec_for(config))
     form = "compact" if stock_obstacle(spec, plan.cuts) else "stock"
-    config.fasp = {"form": form, **plan.to_dict(), **row}
+    config.fasp = {"form": form, **plan.to_dict(), **carried_row(plan.model_type, spec_for(config))}
     for name, value in config_fields(spec, whole.widths).items():
         setattr(text_config(config), name, value)
         if hasattr(model, name):  # the count of experts, for the loss that balances them
