@@ -82,6 +82,23 @@ def require_dense(model: Any) -> None:
             )
 
 
+def require_unpacked(config: Any, name: str) -> None:
+    """Refuse to stream a quantised checkpoint, which transformers makes full precision of as a whole.
+
+    Args:
+        config: Its config.
+        name: Its name, for the message.
+
+    Raises:
+        FaspError: If it is one.
+    """
+    if (method := quantization_method(config)) is not None:
+        raise FaspError(
+            f"model {name!r} must be in full precision to be streamed, got it quantised ({method}); prune it in memory "
+            "(stream=false), or save it in full precision first (load_model, save_pretrained)"
+        )
+
+
 def unpacking(config: Any) -> Any:
     """A copy of a quantised checkpoint's config that has transformers read it in full precision."""
     copied = copy.deepcopy(config)

@@ -9,7 +9,7 @@ import torch
 
 from fasp_lightning.checkpoints.loading import checkpoint_dtype
 from fasp_lightning.checkpoints.pruned_folder import form_in
-from fasp_lightning.checkpoints.refused_models import quantization_method
+from fasp_lightning.checkpoints.refused_models import require_unpacked
 from fasp_lightning.checkpoints.source import ModelSource, local_folder
 from fasp_lightning.checkpoints.streaming.files import stored_weights
 from fasp_lightning.checkpoints.streaming.model import StreamedModel
@@ -43,11 +43,7 @@ def open_streamed(
         FaspError: If its weights cannot be read in parts; the message says what to do.
         FaspOSError: If a file is damaged or missing.
     """
-    if (method := quantization_method(config)) is not None:
-        raise FaspError(
-            f"model {source.name!r} must be in full precision to be streamed, got it quantised ({method}); prune it in "
-            "memory, or save it in full precision first"
-        )
+    require_unpacked(config, source.name)
     folder = Path(source.location) if source.local else local_folder(source.location, revision)
     files = stored_weights(source, folder)
     if plan_in(config) is not None and form_in(config, folder) == "zero_filled":

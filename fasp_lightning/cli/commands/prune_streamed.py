@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from fasp_lightning.checkpoints.devices import free_memory, home
+from fasp_lightning.checkpoints.refused_models import require_unpacked
 from fasp_lightning.checkpoints.saving import SavedModel
 from fasp_lightning.checkpoints.streaming.disk import Traffic
 from fasp_lightning.cli.console import PruningProgress, gibibytes, note, results
@@ -109,6 +110,7 @@ def _require_streamable(job: PruneJob, setup: Setup) -> None:
     for name in ("prompt", "speedup"):
         if (given := getattr(job, name)) is not None:
             raise FaspError(f"{name} must be null for stream=true, got {given!r}, which runs the model as a whole")
+    require_unpacked(setup.config, setup.source.name)
     if setup.source.gguf_file is not None:
         raise FaspError(
             f"model must have safetensors files for stream=true, got the GGUF file {setup.source.gguf_file!r}, "
