@@ -22,6 +22,7 @@ from fasp_lightning.checkpoints.refused_models import (
 from fasp_lightning.errors import FaspError, FaspTypeError, as_refusal, of_library, one_line
 from fasp_lightning.structure.adapters import base_of, has_adapters
 from fasp_lightning.structure.causal_lm import require_causal_lm
+from fasp_lightning.structure.configs.text_part import auto_class
 from fasp_lightning.structure.modes import undone
 from fasp_lightning.structure.ownership import require_stored
 from fasp_lightning.structure.plan import adopt_plan
@@ -101,14 +102,14 @@ def savable(model: PreTrainedModel, level: int = logging.DEBUG) -> Iterator[None
 
 def _require_readable(model: PreTrainedModel, folder: str) -> None:
     """Refuse a model whose saved config makes another one."""
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
 
     trust = runs_remote_code(model)
     with as_refusal(lambda error: FaspError(f"model would not be read back once saved: {one_line(error)}")):
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trust)
         require_prunable(config, type(model).__name__)
         with torch.device("meta"):
-            read = AutoModelForCausalLM.from_config(config, trust_remote_code=trust)
+            read = auto_class(config).from_config(config, trust_remote_code=trust)
     if has_adapters(model):
         return  # which are merged before it is saved
     tied = set(getattr(read, "all_tied_weights_keys", ()))
@@ -117,7 +118,7 @@ def _require_readable(model: PreTrainedModel, folder: str) -> None:
     if changed:
         raise FaspError(
             f"model must have the parameters of the {type(read).__name__} that its saved config makes, got another one "
-            f"of {changed[0]} ({len(changed)} in all); register its class with AutoModelForCausalLM"
+            f"of {changed[0]} ({len(changed)} in all); register its class with {auto_class(config).__name__}"
         )
     planned = _shapes(adopt_plan(read))  # a zero-filled one that stock code loaded is as wide as it is built
     for name, shape in found.items():

@@ -7,11 +7,11 @@ from typing import Any, NamedTuple
 
 from fasp_lightning.checkpoints.loaders import LOADERS, Trial, trial_of, way_out
 from fasp_lightning.errors import FaspError
+from fasp_lightning.structure.configs.stock_fields import is_stock, parts_left, stock_obstacle
 from fasp_lightning.structure.layout import Cuts
 from fasp_lightning.structure.pruning_plan import PairPlan, PruningPlan
 from fasp_lightning.structure.registry import spec_for
 from fasp_lightning.structure.spec import ArchitectureSpec
-from fasp_lightning.structure.stock_fields import is_stock, parts_left, stock_obstacle
 
 FORMS = ("stock", "compact", "zero_filled")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,9 @@ from fasp_lightning.checkpoints.refused_models import (
     DEQUANTIZED,
     drop_quantization,
     quantization_method,
+    require_dense,
     require_prunable,
+    unpacking,
 )
 from fasp_lightning.checkpoints.source import (
     ModelSource,
@@ -29,6 +32,8 @@ from fasp_lightning.checkpoints.source import (
     with_adapters,
 )
 from fasp_lightning.errors import FaspError, FaspFileNotFoundError, FaspOSError, as_refusal, one_line
+from fasp_lightning.structure.causal_lm import is_dense
+from fasp_lightning.structure.configs.text_part import auto_class
 from fasp_lightning.structure.plan import adopt_plan, plan_in
 
 SPREADS = ("auto", "balanced", "balanced_low_0", "sequential", "disk")
@@ -150,7 +155,7 @@ def checkpoint_dtype(source: ModelSource, config: Any) -> torch.dtype | None:
 
 
 def _header_dtype(folder: Path) -> torch.dtype | None:
-    """Dtype of the first floating tensor of a folder's safetensors files."""
+    """Dtype of the first floating tensor of 16 bits or more of a folder's safetensors files."""
     from safetensors import safe_open
 
     for path in weight_files(folder):
@@ -158,7 +163,7 @@ def _header_dtype(folder: Path) -> torch.dtype | None:
             for key in file.keys():  # noqa: SIM118  # the file is no mapping
                 piece = file.get_slice(key)
                 empty = piece[:0] if piece.get_shape() else file.get_tensor(key)
-                if empty.is_floating_point():
+                if is_dense(empty):
                     return empty.dtype
     return None
 
@@ -182,18 +187,22 @@ def _read_config(source: ModelSource, revision: str | None, trust_remote_code: b
 
 
 def _load_dense(source: ModelSource, config: Any, dtype: torch.dtype, **arguments: Any) -> Any:
-    from transformers import AutoModelForCausalLM
-
+    method = quantization_method(config)
     if source.gguf_file is not None:
         arguments |= source.arguments() | _dequantize()
+    elif method is not None:
+        config = unpacking(config)
     with as_refusal(lambda error: unreadable_weights(source.name, error)):
-        model: Any = AutoModelForCausalLM.from_pretrained(source.location, config=config, dtype=dtype, **arguments)
+        model: Any = auto_class(config).from_pretrained(source.location, config=config, dtype=dtype, **arguments)
     require_in_memory(model)
     if getattr(model, "_hf_peft_config_loaded", False):  # from a hub's repository that holds both
         raise FaspError(with_adapters(source.name))
-    for mark in DEQUANTIZED if source.gguf_file is not None else ():
+    # revert_weight_conversion (transformers, core_model_loading.py) would quantise what it saves as it was read
+    for mark in (*DEQUANTIZED, *(("_weight_conversions",) if method else ())):
         vars(model).pop(mark, None)
     drop_quantization(model.config)
+    require_dense(model)
+    model.fasp_dequantized = method
     return model
 
 
@@ -217,10 +226,10 @@ def model_shapes(source: ModelSource, config: Any, trust_remote_code: bool = Fal
     Raises:
         FaspError: If the config does not fit its model class, or a plan is damaged.
     """
-    from transformers import AutoModelForCausalLM
-
+    config = copy.deepcopy(config)
+    drop_quantization(config)  # shapes are those of the weights that it is read in
     with as_refusal(lambda error: _no_model(source, config, error)), torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+        model = auto_class(config).from_config(config, trust_remote_code=trust_remote_code)
     return adopt_plan(model)
 
 

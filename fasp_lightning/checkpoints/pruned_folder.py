@@ -12,6 +12,7 @@ from fasp_lightning.checkpoints.forms import FORMS
 from fasp_lightning.checkpoints.source import local_folder, require_no_adapters, why_unread
 from fasp_lightning.errors import FaspError, FaspOSError, as_refusal
 from fasp_lightning.staging import clear_left, read_json
+from fasp_lightning.structure.configs.text_part import auto_class
 from fasp_lightning.structure.modes import own_modes
 from fasp_lightning.structure.plan import adopt_plan, plan_in
 
@@ -63,7 +64,7 @@ def load_pruned(
         loaded = load_pruned(folder)
         assert torch.allclose(loaded(batches[0]).logits, model(batches[0]).logits, atol=1e-4)
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
 
     dtype = "auto" if dtype in (None, "auto") else parse_dtype(dtype)
     clear_left(Path(path).expanduser())  # a kill while it was overwritten may have left it beside its place
@@ -77,7 +78,7 @@ def load_pruned(
     if form_in(config, path) == "compact":
         model = _load_compact(config, path, options)
     else:
-        model = adopt_plan(_from_pretrained(AutoModelForCausalLM, path, **options))
+        model = adopt_plan(_from_pretrained(auto_class(config), path, **options))
     model.fasp_stored_dtype = stored  # type: ignore[assignment]
     report = path / REPORT_FILE
     model.fasp_report = read_json(report) if report.exists() else {}  # type: ignore[assignment]
@@ -121,10 +122,8 @@ def _load_compact(config: Any, path: Path, options: dict[str, Any]) -> PreTraine
 
     So dtype, shards, tied weights and buffers are read as for any model.
     """
-    from transformers import AutoModelForCausalLM
-
     with torch.device("meta"):  # a family's own class, or one that was saved along
-        stock: Any = type(AutoModelForCausalLM.from_config(config, trust_remote_code=options.pop("trust_remote_code")))
+        stock: Any = type(auto_class(config).from_config(config, trust_remote_code=options.pop("trust_remote_code")))
 
     def build(self: PreTrainedModel, *args: Any, **kwargs: Any) -> None:
         with as_refusal(lambda error: unreadable_weights(str(path), error)):  # such as an unknown attention

@@ -22,16 +22,18 @@ from fasp_lightning.checkpoints.pruned_folder import REPORT_FILE
 from fasp_lightning.checkpoints.publishing.card import write_card
 from fasp_lightning.checkpoints.publishing.hub import check_hub, upload
 from fasp_lightning.checkpoints.publishing.record import record_of
+from fasp_lightning.checkpoints.source import copy_processor
 from fasp_lightning.checkpoints.verifying import verify_saved
 from fasp_lightning.checkpoints.writing import Held, Write, bytes_of, stored_in, write_whole, zero_filled
 from fasp_lightning.errors import FaspError
 from fasp_lightning.staging import require_space, staged, write_json
 from fasp_lightning.structure.adapters import has_adapters
+from fasp_lightning.structure.configs.stock_fields import cuts_in
+from fasp_lightning.structure.configs.text_part import text_config
 from fasp_lightning.structure.modes import own_modes, undone
 from fasp_lightning.structure.plan import adopt_plan, config_fields, plan_of
 from fasp_lightning.structure.pruning_plan import PruningPlan
 from fasp_lightning.structure.registry import spec_for
-from fasp_lightning.structure.stock_fields import cuts_in
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -229,7 +231,7 @@ def write_folder(
     tokenizer: Any = None,
     write: Write = write_whole,
 ) -> torch.dtype:
-    """Write a model's weights in a dtype, its configs and its tokenizer, for older loaders too.
+    """Write a model's weights in a dtype, its configs, tokenizer and processor, for older loaders too.
 
     Args:
         model: The model, as :func:`~fasp_lightning.checkpoints.dry_save.savable` has it.
@@ -247,6 +249,7 @@ def write_folder(
         model.config.save_pretrained(folder)
     if tokenizer is not None:
         save_tokenizer(tokenizer, folder)
+    copy_processor(model, folder)
     dress(folder, type(model.config), tokenizer)
     return dtype
 
@@ -270,10 +273,11 @@ def in_form(model: PreTrainedModel, form: str) -> Iterator[None]:
     widths = stock_part(plan, spec).widths
     if form == "compact":
         widths = {key: {0: key[1].width} for key in plan.widths}
-    wanted = {"fasp": {**config.fasp, "form": form}, **config_fields(spec, widths)}
-    with undone(*(partial(setattr, config, name, getattr(config, name)) for name in wanted)):
-        for name, value in wanted.items():
-            setattr(config, name, value)
+    part, fasp = text_config(config), {**config.fasp, "form": form}
+    wanted = [(config, "fasp", fasp), *((part, *field) for field in config_fields(spec, widths).items())]
+    with undone(*(partial(setattr, owner, name, getattr(owner, name)) for owner, name, _ in wanted)):
+        for owner, name, value in wanted:
+            setattr(owner, name, value)
         yield
 
 

@@ -4,16 +4,27 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import shutil
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from fasp_lightning.errors import FaspError, FaspFileNotFoundError, FaspOSError, as_refusal, one_line
+from fasp_lightning.structure.configs.text_part import whole_class
 
 PACKAGE_PREFIX = "package:"
 FETCHED = ["*.json", "*.safetensors", "*.py", "*.model", "*.txt", "*.jinja"]
 """What a hub's repository may hold of a saved model; not its weights in other formats."""
 ADAPTERS_FILE = "adapter_config.json"
+PROCESSOR_FILES = (
+    "processor_config.json",
+    "preprocessor_config.json",
+    "video_preprocessor_config.json",
+    "chat_template.json",
+    "chat_template.jinja",
+)
+"""What stands beside a model of how images and sound are made into its inputs."""
 WEIGHTS_INDEX = "model.safetensors.index.json"
 
 
@@ -177,6 +188,26 @@ def weight_files(folder: Path) -> list[Path]:
                 f"{str(index)!r} is not a readable index of weights ({error!r}); fetch it again"
             ) from error
     return sorted(files)
+
+
+def copy_processor(model: Any, folder: Path) -> None:
+    """Copy what makes images and sound into a model's inputs, if it takes them, from where it was read.
+
+    What cannot be reached is left out.
+
+    Args:
+        model: The model.
+        folder: Where it is saved; files that are there stay.
+    """
+    from transformers.utils import cached_file
+
+    name: str = getattr(model, "fasp_source", None) or getattr(model.config, "_name_or_path", None) or ""
+    for file in PROCESSOR_FILES if name and whole_class(model.config) else ():
+        with suppress(OSError, ValueError):
+            revision = getattr(model.config, "_commit_hash", None)
+            found = cached_file(name, file, revision=revision, _raise_exceptions_for_missing_entries=False)
+            if found is not None and not (folder / file).exists():
+                shutil.copyfile(found, folder / file)
 
 
 def _gguf(name: str, path: Path) -> ModelSource:

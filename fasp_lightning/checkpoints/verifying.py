@@ -14,6 +14,7 @@ from torch import Tensor
 from fasp_lightning.checkpoints.dry_save import runs_remote_code
 from fasp_lightning.checkpoints.pruned_folder import load_pruned
 from fasp_lightning.structure.causal_lm import input_device
+from fasp_lightning.structure.configs.text_part import auto_class
 from fasp_lightning.structure.modes import evaluating, undone
 
 if TYPE_CHECKING:
@@ -38,12 +39,10 @@ def verify_saved(model: PreTrainedModel, folder: Path, form: str, stored: torch.
     Raises:
         RuntimeError: If it is larger than rounding explains.
     """
-    from transformers import AutoModelForCausalLM
-
     attention = getattr(model.config, "_attn_implementation", None)
     options: dict[str, Any] = {"dtype": model.dtype, "attn_implementation": attention}
     options["trust_remote_code"] = runs_remote_code(model)
-    load: Any = load_pruned if form == "compact" else AutoModelForCausalLM.from_pretrained
+    load: Any = load_pruned if form == "compact" else auto_class(model.config).from_pretrained
     with _rounded(model, stored):
         expected = logits_of(model)
     reloaded = load(folder, **options).to(input_device(model))

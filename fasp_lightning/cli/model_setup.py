@@ -11,6 +11,7 @@ import torch
 from fasp_lightning.checkpoints.devices import choose_device, choose_dtype, choose_stored
 from fasp_lightning.checkpoints.forms import choose_form
 from fasp_lightning.checkpoints.loading import checkpoint_dtype, load_config, load_model, model_shapes
+from fasp_lightning.checkpoints.refused_models import quantization_method
 from fasp_lightning.checkpoints.source import ModelSource, resolve_source, stored_bytes
 from fasp_lightning.cli.console import dtype_name, percent
 from fasp_lightning.cli.jobs import ModelConfig, PruneJob
@@ -21,6 +22,7 @@ from fasp_lightning.pruning.budget.footprint import PeakMemory, peak_memory_esti
 from fasp_lightning.pruning.budget.widths import decide_budget
 from fasp_lightning.pruning.config import PruningConfig, with_user_cache
 from fasp_lightning.pruning.latency.speedup import SpeedupPlan, plan_speedup
+from fasp_lightning.structure.configs.text_part import text_family, whole_class
 from fasp_lightning.structure.layout import Cuts
 from fasp_lightning.structure.spec import ArchitectureSpec
 from fasp_lightning.text.config import TextConfig
@@ -126,6 +128,24 @@ def already_pruned(setup: Setup) -> str:
         f"{setup.source.name} is already pruned by {percent(setup.already_pruned)} of its blocks' linear "
         "parameters: it is pruned further, and sparsity counts from the original model"
     )
+
+
+def text_alone(setup: Setup) -> str:
+    """What the user should know of a model that takes more than text; empty of any other."""
+    if whole_class(setup.config) is None:
+        return ""
+    return (
+        f"{setup.config.model_type} takes more than text: its {text_family(setup.config)} decoder is pruned, on text "
+        "alone, and the rest is saved as it is"
+    )
+
+
+def dequantized(setup: Setup) -> str:
+    """What the user should know of a model that is stored quantised; empty of any other."""
+    method = quantization_method(setup.config)
+    if method is None:
+        return ""
+    return f"{setup.source.name} is quantised ({method}): it is read, pruned and saved in full precision"
 
 
 def bytes_before(setup: Setup, job: PruneJob) -> int:

@@ -8,6 +8,8 @@ from fasp_lightning.checkpoints.loading import model_shapes
 from fasp_lightning.checkpoints.source import ModelSource
 from fasp_lightning.cli.console import note
 from fasp_lightning.proving.inferring import infer_proved
+from fasp_lightning.proving.proof import prove
+from fasp_lightning.structure.configs.text_part import text_family, whole_class
 from fasp_lightning.structure.inferring.code import as_code
 from fasp_lightning.structure.registry import has_row, register_architecture, spec_for
 from fasp_lightning.structure.spec import ArchitectureSpec
@@ -24,11 +26,14 @@ def row_of(source: ModelSource, config: Any, trust_remote_code: bool = False) ->
     Raises:
         FaspError: If no row can be inferred, or none that holds; the message says what was found.
     """
-    if not has_row(config):
+    if has_row(config):
+        if whole_class(config) is not None:  # whose forward around the decoder is not that of the row's family
+            prove(config)
+    else:
         found = infer_proved(model_shapes(source, config, trust_remote_code))
         for dropped in found.dropped:
             note(dropped)
-        name, seconds = config.model_type, found.proof.seconds
+        name, seconds = text_family(config), found.proof.seconds
         note(f"{name} has no row; one was found and proved in {seconds:.1f} s: {as_code(name, found.spec)}")
-        register_architecture(config.model_type, found.spec)
+        register_architecture(name, found.spec)
     return spec_for(config)

@@ -23,13 +23,15 @@ from fasp_lightning.proving.masked import errors_of, masked, same, same_text
 from fasp_lightning.pruning.budget.widths import decide_budget
 from fasp_lightning.pruning.config import PruningConfig
 from fasp_lightning.pruning.pruner import Pruner
+from fasp_lightning.structure.configs.stock_fields import cuts_in, groups_obstacle
+from fasp_lightning.structure.configs.text_part import text_config, text_family
+from fasp_lightning.structure.inferring.inference import packs
 from fasp_lightning.structure.inferring.twin import random_tokens, run, shapes_of, twin
 from fasp_lightning.structure.modes import own_modes
 from fasp_lightning.structure.plan import resolve_pruned
 from fasp_lightning.structure.registry import registered, spec_for
-from fasp_lightning.structure.resolve import resolve
+from fasp_lightning.structure.resolve import find_blocks, resolve
 from fasp_lightning.structure.spec import ArchitectureSpec
-from fasp_lightning.structure.stock_fields import cuts_in, groups_obstacle
 
 SPARSITIES = (0.3, 0.4, 0.2, 0.1, 0.05, 0.02)
 """Of the blocks; the first is taken that a kind of pair can make up: of those of a hybrid little can go."""
@@ -68,7 +70,7 @@ def prove(model_or_config: Any, spec: ArchitectureSpec | None = None) -> Proof:
     that the row has: a cut model gives the logits of one whose units are masked, and generates the same text with
     its cache; the engine's statistics are those of whole forwards; what is saved is loaded again, by stock code where
     the row claims it; attention implementations that agree on the whole twin agree on the cut one. A sparsity of 0
-    changes nothing.
+    changes nothing, no token reaches an earlier one, and packing does what the row says of it.
 
     Args:
         model_or_config: A causal LM on any device, ``meta`` included, or its config.
@@ -90,16 +92,19 @@ def prove(model_or_config: Any, spec: ArchitectureSpec | None = None) -> Proof:
     start = time.perf_counter()
     model = shapes_of(model_or_config)
     small = twin(model)
-    model_type = small.config.model_type
-    row = spec or spec_for(small)
-    with registered(model_type, row), warnings.catch_warnings(), no_progress_bar():
+    model_type = text_family(small.config)
+    given = spec or spec_for(small.config)
+    with registered(model_type, given), warnings.catch_warnings(), no_progress_bar():
         warnings.simplefilter("ignore")  # few tokens, and whatever a tiny model is warned of
+        row = spec_for(small)
         _tried(model_type, "finding its pairs", lambda: resolve_pruned(model))
+        _tried(model_type, "no token reaching an earlier one", lambda: _causal(small))
+        _tried(model_type, "packed sequences kept apart", lambda: _packing(small, row))
         kinds = _kinds(small, row)
         _tried(model_type, "sparsity 0 is the identity", lambda: _identity(small))
         stock = tuple(kind for attention, kind in kinds.items() if _prove_kind(small, row, attention, kind))
-    blocks = len(small.get_submodule(row.layers))
-    return Proof(model_type, row, blocks, tuple(kinds.values()), stock, tuple(CHECKS), time.perf_counter() - start)
+    blocks = len(find_blocks(small, row))
+    return Proof(model_type, given, blocks, tuple(kinds.values()), stock, tuple(CHECKS), time.perf_counter() - start)
 
 
 def _kinds(small: Any, row: ArchitectureSpec) -> dict[str, str]:
@@ -107,7 +112,7 @@ def _kinds(small: Any, row: ArchitectureSpec) -> dict[str, str]:
     pairs = [pair for block in resolve(small, row) for pair in block]
     found = {pair.spec.kind for pair in pairs}
     groups = any(pair.layout.groups > 1 for pair in pairs)
-    if groups and "value" in found and groups_obstacle(row, small.config) is None:
+    if groups and "value" in found and groups_obstacle(row, text_config(small.config)) is None:
         found.add("groups")
     kinds = {attention: kind for attention, kind in KINDS.items() if kind in found}
     return kinds if "ffn" in found or "experts" not in found else {"none": "experts", **kinds}
@@ -117,7 +122,7 @@ def _prove_kind(small: Any, row: ArchitectureSpec, attention: str, kind: str) ->
     """Cut the twin and try everything on it; returns whether stock code loads it in its small shapes."""
     cut, tokens = copy.deepcopy(small), random_tokens(small, 8, 24, seed=1)
     config = _config(attention, _sparsity(small, attention, kind))
-    report = _tried(small.config.model_type, f"pruning {kind} pairs", lambda: Pruner(config).prune(cut, [tokens]))
+    report = _tried(text_family(small.config), f"pruning {kind} pairs", lambda: Pruner(config).prune(cut, [tokens]))
     mask = masked(small, cut.fasp_plan)
     errors = errors_of(small, mask, cut.fasp_plan, tokens)
     form = choose_form("auto", row, cuts_in(row, cut.fasp_plan))
@@ -130,12 +135,12 @@ def _prove_kind(small: Any, row: ArchitectureSpec, attention: str, kind: str) ->
         f"stock loads form {form}": lambda: _saved(cut, form),
     }
     for check, law in tries.items():
-        _tried(small.config.model_type, f"{check}, {kind} pairs", law)
+        _tried(text_family(small.config), f"{check}, {kind} pairs", law)
     return form == "stock"
 
 
-CHECKS = ("sparsity 0", "masked ≡ cut", "generation with cache", "statistics ≡ whole forwards", "eager ≡ sdpa",
-          "save → load", "stock loading")  # fmt: skip
+CHECKS = ("causal", "packing", "sparsity 0", "masked ≡ cut", "generation with cache", "statistics ≡ whole forwards",
+          "eager ≡ sdpa", "save → load", "stock loading")  # fmt: skip
 """What is tried."""
 
 
@@ -147,7 +152,7 @@ def _sparsity(small: Any, attention: str, kind: str) -> float:
             continue
         if kind in budget.cuts.kinds:
             return sparsity
-    raise FaspError(f"the row of {small.config.model_type} is refused: no sparsity cuts its {kind} pairs")
+    raise FaspError(f"the row of {text_family(small.config)} is refused: no sparsity cuts its {kind} pairs")
 
 
 def _config(attention: str, sparsity: float) -> PruningConfig:
@@ -171,6 +176,18 @@ def _identity(small: Any) -> None:
     before = small.state_dict()
     if any(not torch.equal(value, before[name]) for name, value in model.state_dict().items()):
         raise FaspError("weights changed")
+
+
+def _causal(small: Any) -> None:
+    tokens = random_tokens(small)
+    changed = tokens.clone()
+    changed[:, -1] = tokens[:, 0]
+    same(run(small, changed)[:, :-1], run(small, tokens)[:, :-1])
+
+
+def _packing(small: Any, row: ArchitectureSpec) -> None:
+    if row.packing and not packs(small):
+        raise FaspError("position_ids that start again do not do it; the row must have packing=False")
 
 
 def _same_errors(report: Any, errors: dict[str, float]) -> None:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from fasp_lightning.errors import FaspError
 from fasp_lightning.ops.likelihood import IGNORED
 from fasp_lightning.structure.causal_lm import input_device
+from fasp_lightning.structure.configs.text_part import text_config
 from fasp_lightning.structure.registry import known_architectures, spec_for
 from fasp_lightning.text.batches import CALIBRATION, TokenBatch, check_vocabulary, read_batch
 
@@ -42,7 +43,7 @@ class ModelInputs:
 
     def __init__(self, model: nn.Module) -> None:
         inner = _causal_lm(model)
-        config: Any = getattr(inner, "config", None)
+        config: Any = text_config(getattr(inner, "config", None))
         embeddings: Any = inner.get_input_embeddings()
         self.vocabulary: int = embeddings.num_embeddings
         self.device = input_device(inner)

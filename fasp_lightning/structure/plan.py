@@ -12,6 +12,14 @@ import torch
 from torch import nn
 
 from fasp_lightning.errors import FaspError
+from fasp_lightning.structure.configs.stock_fields import (
+    form_in_memory,
+    groups_obstacle,
+    own_config,
+    parts_left,
+    stock_fields,
+)
+from fasp_lightning.structure.configs.text_part import text_config, text_family
 from fasp_lightning.structure.layout import Widths
 from fasp_lightning.structure.modes import own_modes, undone
 from fasp_lightning.structure.pair import ResolvedPair
@@ -19,14 +27,6 @@ from fasp_lightning.structure.pruning_plan import PairPlan, PruningPlan, bad_uni
 from fasp_lightning.structure.registry import carried_row, spec_for
 from fasp_lightning.structure.resolve import Kept, columns_at, find_blocks, has_pair, resolve
 from fasp_lightning.structure.spec import WHOLE, ArchitectureSpec, CoupledPair
-from fasp_lightning.structure.stock_fields import (
-    cuts_in,
-    groups_obstacle,
-    own_config,
-    parts_left,
-    stock_fields,
-    stock_obstacle,
-)
 from fasp_lightning.structure.transaction import all_or_nothing
 
 if TYPE_CHECKING:
@@ -59,8 +59,8 @@ def plan_in(config: Any) -> PruningPlan | None:
         plan = PruningPlan.from_dict(data)
     except FaspError as error:
         raise FaspError(f"config.fasp is damaged: {error}; {REMEDY}") from None
-    if plan.model_type != config.model_type:
-        kind = f"the plan of a {config.model_type} model"
+    if plan.model_type != text_family(config):
+        kind = f"the plan of a {text_family(config)} model"
         raise FaspError(f"config.fasp must be {kind}, got one of {plan.model_type!r}; {REMEDY}")
     return plan
 
@@ -89,9 +89,8 @@ def resolve_pruned(model: PreTrainedModel, *, whole: Collection[str] = ()) -> li
 
 
 def _require_groups(model: PreTrainedModel, spec: ArchitectureSpec, kinds: frozenset[str]) -> None:
-    obstacle = groups_obstacle(spec, model.config)
-    if obstacle:
-        reason = f"attention='kv_groups' cannot be used with {model.config.model_type}: {obstacle}"
+    if obstacle := groups_obstacle(spec, text_config(model.config)):
+        reason = f"attention='kv_groups' cannot be used with {text_family(model.config)}: {obstacle}"
         raise FaspError(f"{reason}; use 'value_dims' or 'none'")
     if "value" in kinds:
         raise FaspError(
@@ -104,17 +103,18 @@ def record_plan(model: PreTrainedModel, pairs: list[list[ResolvedPair]]) -> Prun
     """Write what is left of ``pairs`` on the model as its plan, and the widths all blocks share into its config."""
     flat = [pair for block in pairs for pair in block]
     cut = {pair.spec.consumer for pair in flat if pair.kept.numel() < pair.layout.width}
-    whole = PruningPlan(
-        model.config.model_type, tuple({pair.spec.consumer: _planned(pair) for pair in block} for block in pairs)
-    )
+    blocks = tuple({pair.spec.consumer: _planned(pair) for pair in block} for block in pairs)
+    whole = PruningPlan(text_family(model.config), blocks)
     plan = whole.of(cut)
     spec, config = spec_for(model), own_config(model)
     model.fasp_plan = plan  # type: ignore[assignment]  # for the user to read; what counts is the config
-    row = carried_row(plan.model_type, spec)
-    form = "compact" if stock_obstacle(spec, cuts_in(spec, plan)) else "stock"
-    fields = {**config_fields(spec, whole.widths), "fasp": {"form": form, **plan.to_dict(), **row}}
-    for name, value in fields.items():
-        setattr(config, name, value)
+    config.fasp = {
+        "form": form_in_memory(spec, plan),
+        **plan.to_dict(),
+        **carried_row(plan.model_type, spec_for(config)),
+    }
+    for name, value in config_fields(spec, whole.widths).items():
+        setattr(text_config(config), name, value)
         if hasattr(model, name):  # the count of experts, for the loss that balances them
             setattr(model, name, value)
     for pair in flat:
@@ -283,7 +283,7 @@ def conform(model: PreTrainedModel, plan: PruningPlan | None) -> PreTrainedModel
         FaspError: If the plan belongs to another family or to other shapes.
     """
     _settle(model)
-    plan = plan or PruningPlan(model.config.model_type, tuple({} for _ in resolve_pruned(model)))
+    plan = plan or PruningPlan(text_family(model.config), tuple({} for _ in resolve_pruned(model)))
     _change_units(model, plan)
     pairs = resolve_pruned(model, whole=plan.cuts.kinds)
     wanted = targets(model, pairs, plan)

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from fasp_lightning.errors import FaspError
+from fasp_lightning.structure.configs.text_part import text_family
 from fasp_lightning.structure.layout import Cuts, PairLayout, Widths
 from fasp_lightning.structure.pair import ResolvedPair
 from fasp_lightning.structure.resolve import Kept
@@ -54,7 +55,7 @@ class PruningPlan:
     """Kept units of a whole model. Plain data: JSON in both directions, no tensors.
 
     Attributes:
-        model_type: The family, ``config.model_type``.
+        model_type: The family, ``config.model_type``, of the decoder.
         blocks: One mapping a decoder block: consumer path → :class:`PairPlan`. A consumer that is cut in some block
             is named in each that has it; one that is cut in none is absent.
 
@@ -179,8 +180,8 @@ def targets(
     Raises:
         FaspError: If the plan belongs to another family or to other shapes.
     """
-    if plan.model_type != model.config.model_type:
-        raise FaspError(f"plan must be one of a {model.config.model_type} model, got one of {plan.model_type!r}")
+    if plan.model_type != text_family(model.config):
+        raise FaspError(f"plan must be one of a {text_family(model.config)} model, got one of {plan.model_type!r}")
     if len(plan.blocks) != len(pairs):
         raise FaspError(f"plan must have {len(pairs)} blocks as the model has, got {len(plan.blocks)}")
     return [

@@ -11,6 +11,7 @@ from torch import nn
 
 from fasp_lightning.errors import FaspError
 from fasp_lightning.structure.causal_lm import require_causal_lm
+from fasp_lightning.structure.configs.text_part import placed, text_family
 from fasp_lightning.structure.spec import ArchitectureSpec, CoupledPair, Experts
 
 _QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
@@ -228,7 +229,7 @@ def register_architecture(model_type: str, spec: ArchitectureSpec, overwrite: bo
 
 def has_row(config: Any) -> bool:
     """Whether a config's family is in the table, or the config carries the row that its model was pruned by."""
-    return getattr(config, "model_type", None) in _REGISTRY or _carried(config) is not None
+    return text_family(config) in _REGISTRY or _carried(config) is not None
 
 
 def carried_row(model_type: str, spec: ArchitectureSpec) -> dict[str, Any]:
@@ -267,10 +268,10 @@ def registered(model_type: str, spec: ArchitectureSpec) -> Iterator[None]:
 
 
 def spec_for(model_or_config: Any) -> ArchitectureSpec:
-    """The row of a model, or of its config.
+    """The row of a model, or of its config; of one that takes more than text, the row of the decoder in it.
 
     Args:
-        model_or_config: A causal LM, or a config with ``model_type``.
+        model_or_config: A causal LM, or a config with ``model_type``, whose row has the path of a causal LM's blocks.
 
     Raises:
         FaspError: If its ``model_type`` is not in the table: the message lists the known ones and shows the row
@@ -279,11 +280,11 @@ def spec_for(model_or_config: Any) -> ArchitectureSpec:
     if isinstance(model_or_config, nn.Module) or not hasattr(model_or_config, "model_type"):
         require_causal_lm(model_or_config)
     config = getattr(model_or_config, "config", model_or_config)
-    model_type = getattr(config, "model_type", None)
-    row = _REGISTRY.get(str(model_type)) or _carried(config)
+    model_type = text_family(config)
+    row = _REGISTRY.get(model_type) or _carried(config)
     if row is None:
         raise FaspError(
             f"model_type must be one of {', '.join(known_architectures())}, got {model_type!r}; infer_spec finds "
             f"the row of most others, and prove tries it; or register a row: {_EXAMPLE.format(model_type=model_type)}"
         )
-    return row
+    return placed(row, model_or_config) if isinstance(model_or_config, nn.Module) else row

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from fasp_lightning.errors import FaspError
 from fasp_lightning.structure.adapters import adapters_of, is_adapter_parameter, require_in_place
+from fasp_lightning.structure.configs.text_part import text_config
 from fasp_lightning.structure.experts.resolving import experts_of, resolve_experts
 from fasp_lightning.structure.layout import PairLayout
 from fasp_lightning.structure.ownership import require_plain, require_unshared
@@ -59,13 +60,14 @@ def resolve(
     pairs = [pair.whole() if WHOLE.get(pair.kind) in whole else pair for pair in spec.pairs]
     if kept is not None and len(kept) != len(blocks):
         raise FaspError(f"plan must have {len(blocks)} blocks as the model has, got {len(kept)}")
+    config = text_config(model.config)
     nowhere = _missing([pair for pair in pairs if not any(has_pair(block, pair) for block in blocks)], pairs)
     resolved = []
     for index, block in enumerate(blocks):
         name = f"{spec.layers}.{index}"
         before = kept[index] if kept else {}
         there = [pair for pair in pairs if has_pair(block, pair) or pair in nowhere]
-        resolved.append([_resolve_pair(block, name, pair, spec.transposed, model.config, before) for pair in there])
+        resolved.append([_resolve_pair(block, name, pair, spec.transposed, config, before) for pair in there])
     require_unshared(model, [layer for block in resolved for pair in block for layer in pair.linears])
     return resolved
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,8 +10,9 @@ from typing import Any
 import pytest
 import torch
 from tiny import TINY
+from tiny_multimodal import tiny_multimodal
 from tiny_pruning import BOTH, FFN, OWN, basic, calibration
-from tiny_streaming import assert_same_folder, saved
+from tiny_streaming import SHARD, assert_same_folder, saved
 
 from fasp_lightning import FaspError, FASPPruner, PruningConfig, load_model, load_pruned, save_pruned
 from fasp_lightning.staging import read_json
@@ -74,6 +76,13 @@ def test_a_pruned_model_is_pruned_further(tmp_path: Path) -> None:
     assert_same_folder(tmp_path / "streamed", tmp_path / "whole")
 
 
+def test_the_decoder_of_a_model_that_takes_images_is_pruned_as_in_memory(tmp_path: Path) -> None:
+    tiny_multimodal("llava").save_pretrained(tmp_path / "dense", max_shard_size=SHARD)
+    in_memory(tmp_path / "dense", tmp_path / "whole", FFN)
+    FASPPruner(FFN).prune_folder(tmp_path / "dense", tmp_path / "streamed", calibration())
+    assert_same_folder(tmp_path / "streamed", tmp_path / "whole")
+
+
 def test_own_text_comes_from_its_cache(tmp_path: Path) -> None:
     config = basic(own_text=replace(OWN, cache_dir=str(tmp_path / "cache")))
     folder = saved(tmp_path)
@@ -103,6 +112,13 @@ def test_what_cannot_be_streamed_is_refused_and_nothing_is_left(change: Any, mat
     with pytest.raises(FaspError, match=match):
         FASPPruner(basic(**change)).prune_folder(folder, tmp_path / "streamed", calibration())
     assert [path.name for path in tmp_path.iterdir()] == ["dense"]
+
+
+def test_a_quantised_model_is_refused(tmp_path: Path) -> None:
+    config = read_json(saved(tmp_path) / "config.json") | {"quantization_config": {"quant_method": "fp8"}}
+    (tmp_path / "dense" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(FaspError, match=r"must be in full precision to be streamed, got it quantised \(fp8\)"):
+        FASPPruner(FFN).prune_folder(tmp_path / "dense", tmp_path / "streamed", calibration())
 
 
 def test_a_zero_filled_model_is_refused(tmp_path: Path) -> None:

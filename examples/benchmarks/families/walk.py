@@ -1,5 +1,7 @@
 """Walk over every causal LM of the installed transformers: which have a row, get one inferred, or are refused, and why.
 
+So are those walked over that take images and text, of which the decoder is pruned.
+
     python examples/benchmarks/families/walk.py --write examples/benchmarks/results/families.md
 
 Each type is tried on a tiny random twin of its default config, which takes a few seconds: no weights are read. A row is
@@ -23,7 +25,12 @@ from fasp_lightning.proving.inferring import infer_proved
 from fasp_lightning.proving.proof import CHECKS
 from fasp_lightning.structure.registry import has_row
 
+_SECTIONS = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]}
+_ROPE = {"text_config": {"rope_parameters": _SECTIONS}}
+
 OPTIONS: dict[str, dict[str, Any]] = {
+    **dict.fromkeys(("glm46v", "glm4v", "glm4v_moe", "glm_ocr", "glmga", "paddleocr_vl"), _ROPE),
+    **dict.fromkeys(("qwen2_5_omni_thinker", "qwen2_5_vl", "qwen2_vl"), _ROPE),
     "bamba": {"attn_layer_indices": [1], "num_hidden_layers": 4},
     "cohere_compass_text": {"layer_types": ["full_attention"] * 4, "num_hidden_layers": 4},
     "granitemoehybrid": {
@@ -60,11 +67,12 @@ class Row(NamedTuple):
     seconds: float
 
 
-def model_types() -> list[str]:
-    """Every type that the installed transformers has a causal LM of."""
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+def model_types() -> tuple[list[str], list[str]]:
+    """Every type that the installed transformers has a causal LM of, and those that take images and text."""
+    from transformers.models.auto import modeling_auto as auto
 
-    return list(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+    images = auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+    return [name for name in auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES if name not in images], list(images)
 
 
 def config_of(model_type: str) -> Any:
@@ -95,28 +103,38 @@ def walk(model_type: str) -> Row:
         return row("refused", None, f"a default one does not run: {type(error).__name__}: {one_line(error)}")
 
 
-def markdown(rows: list[Row]) -> str:
-    """The table, and how many of each there are."""
+def markdown(text: list[Row], images: list[Row]) -> str:
+    """Both tables."""
     import transformers
 
-    done = [row for row in rows if row.proof is not None]
-    counts = {how: sum(row.how == how for row in rows) for how in ("row", "inferred", "refused")}
-    kinds = {kind: sum(kind in row.proof.kinds for row in done if row.proof) for kind in ("ffn", "value", "groups")}
     lines = [
         "# Families",
         "",
-        f"Every causal LM of transformers {transformers.__version__}, {len(rows)} types: {counts['row']} with a "
-        f"shipped row, {counts['inferred']} whose row is inferred, {counts['refused']} refused. Of the {len(done)} "
-        f"that work the FFN is pruned in {kinds['ffn']}, value dims in {kinds['value']}, KV groups in "
-        f"{kinds['groups']}. All that work were proved on a tiny random twin: {', '.join(CHECKS)}.",
+        f"All that work were proved on a tiny random twin: {', '.join(CHECKS)}.",
         "",
         "    python examples/benchmarks/families/walk.py --write examples/benchmarks/results/families.md",
         "",
+        *_table(f"Every causal LM of transformers {transformers.__version__} that takes text alone", text),
+        "",
+        *_table("Every type that takes images and text, of which the decoder is pruned", images),
+    ]
+    return "\n".join([*lines, ""])
+
+
+def _table(title: str, rows: list[Row]) -> list[str]:
+    """A table, and how many of each there are."""
+    done = [row for row in rows if row.proof is not None]
+    counts = {how: sum(row.how == how for row in rows) for how in ("row", "inferred", "refused")}
+    kinds = {kind: sum(kind in row.proof.kinds for row in done if row.proof) for kind in ("ffn", "value", "groups")}
+    return [
+        f"{title}, {len(rows)} types: {counts['row']} with a shipped row, {counts['inferred']} whose row "
+        f"is inferred, {counts['refused']} refused. Of the {len(done)} that work the FFN is pruned in {kinds['ffn']}, "
+        f"value dims in {kinds['value']}, KV groups in {kinds['groups']}.",
+        "",
         "| type | how | pairs | stock form | CPU seconds | left out, or why it is refused |",
         "|---|---|---|---|---|---|",
+        *(f"| {' | '.join(_cells(row))} |" for row in rows),
     ]
-    lines += [f"| {' | '.join(_cells(row))} |" for row in rows]
-    return "\n".join([*lines, ""])
 
 
 def _cells(row: Row) -> tuple[str, ...]:
@@ -138,12 +156,16 @@ def main() -> None:
     warnings.simplefilter("ignore")
     logging.disable(logging.WARNING)
     torch.set_num_threads(1)
-    rows = []
-    for model_type in options.types or model_types():
-        rows.append(walk(model_type))
-        print(*_cells(rows[-1]), sep="\t", flush=True)
-    if options.write:
-        options.write.write_text(markdown(rows), encoding="utf-8")
+    text, images = model_types()
+    tables = [list(map(_walked, types)) for types in ([options.types] if options.types else [text, images])]
+    if options.write and not options.types:
+        options.write.write_text(markdown(*tables), encoding="utf-8")
+
+
+def _walked(model_type: str) -> Row:
+    row = walk(model_type)
+    print(*_cells(row), sep="\t", flush=True)
+    return row
 
 
 if __name__ == "__main__":

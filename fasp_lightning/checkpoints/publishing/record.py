@@ -16,6 +16,7 @@ from torch import Tensor
 from fasp_lightning.checkpoints.pruned_folder import REPORT_FILE
 from fasp_lightning.checkpoints.publishing.base import base_of
 from fasp_lightning.staging import read_json, write_beside
+from fasp_lightning.structure.configs.text_part import auto_class, text_family, whole_class
 from fasp_lightning.structure.plan import resolve_pruned
 from fasp_lightning.structure.registry import spec_for
 from fasp_lightning.structure.resolve import linear_parameters, parameter_count
@@ -62,7 +63,9 @@ def record_of(model: PreTrainedModel, dtype: torch.dtype) -> dict[str, Any]:
 
     Returns:
         ``saved``: both sparsities that were reached, ``parameters`` and ``original_parameters``, ``dtype``,
-        ``versions``, and ``measured``, whether the weights are still those whose perplexities the report has.
+        ``versions``, and ``measured``, whether the weights are still those whose perplexities the report has,
+        ``auto_class``, which loads them in transformers, and ``text_part``, the family of the decoder that was pruned
+        inside a model that takes more than text, ``dequantized_from``, how the weights were stored that were read.
         ``tasks``: the answers that these weights gave; those that others gave are left out.
         ``base``: see :func:`~fasp_lightning.checkpoints.publishing.base.base_of`. No path of this machine.
     """
@@ -79,7 +82,12 @@ def record_of(model: PreTrainedModel, dtype: torch.dtype) -> dict[str, Any]:
         **sizes_of(model),
         "dtype": str(dtype).removeprefix("torch."),
         "versions": _versions(),
+        "auto_class": auto_class(model.config).__name__,
     }
+    if method := getattr(model, "fasp_dequantized", None):
+        saved["dequantized_from"] = method
+    if whole_class(model.config) is not None:
+        saved["text_part"] = text_family(model.config)
     report |= {"saved": saved, "base": base_of(model, report)}
     return {name: value if name in WHOLE else without_paths(value) for name, value in report.items()}
 

@@ -46,7 +46,12 @@ def introduction(facts: Facts) -> str:
         f"{percent(saved['sparsity_total'])} of all its parameters: {saved['original_parameters']:,} before, "
         f"{saved['parameters']:,} now. It was pruned with `fasp_lightning`, after "
         "[FASP](https://arxiv.org/abs/2501.09412): whole units go, and what is left is an ordinary dense model."
+        f"{_alone(saved.get('text_part'))}"
     )
+
+
+def _alone(part: str | None) -> str:
+    return f" Its {part} decoder was pruned, on text alone; the rest of it is as it was." if part else ""
 
 
 def usage(facts: Facts, place: str, remote_code: bool) -> str:
@@ -58,8 +63,9 @@ def usage(facts: Facts, place: str, remote_code: bool) -> str:
         remote_code: Whether the model's own code was saved along.
     """
     trust = ", trust_remote_code=True" if remote_code else ""
-    lines = ["from transformers import AutoModelForCausalLM, AutoTokenizer", ""]
-    load = f'model = AutoModelForCausalLM.from_pretrained("{place}"{trust})'
+    loader = facts.saved.get("auto_class", "AutoModelForCausalLM")
+    lines = [f"from transformers import {loader}, AutoTokenizer", ""]
+    load = f'model = {loader}.from_pretrained("{place}"{trust})'
     if facts.form == "compact":
         lines = ["from fasp_lightning import load_pruned  # pip install fasp-lightning", *lines]
         lines[1] = "from transformers import AutoTokenizer"

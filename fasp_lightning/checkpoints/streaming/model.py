@@ -93,6 +93,13 @@ class StreamedModel:
                         owner, _, own = name.rpartition(".")
                         yield name, getattr(self.model.get_submodule(owner), own)
 
+    def sample_rest(self) -> None:
+        """Read what no forward on text has: of a model that takes images, what makes inputs of them."""
+        for path, part in self.parts.items():
+            if not part.state().keys() <= self.model.fasp_sampled.keys():
+                with self.held(path):
+                    pass
+
     def part_of(self, name: str) -> str:
         """The part that a weight of the model belongs to."""
         while name and name not in self.parts:

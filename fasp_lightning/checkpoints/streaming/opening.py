@@ -9,10 +9,12 @@ import torch
 
 from fasp_lightning.checkpoints.loading import checkpoint_dtype
 from fasp_lightning.checkpoints.pruned_folder import form_in
+from fasp_lightning.checkpoints.refused_models import require_unpacked
 from fasp_lightning.checkpoints.source import ModelSource, local_folder
 from fasp_lightning.checkpoints.streaming.files import stored_weights
 from fasp_lightning.checkpoints.streaming.model import StreamedModel
 from fasp_lightning.errors import FaspError, as_refusal, one_line
+from fasp_lightning.structure.configs.text_part import auto_class
 from fasp_lightning.structure.plan import adopt_plan, plan_in
 
 
@@ -41,6 +43,7 @@ def open_streamed(
         FaspError: If its weights cannot be read in parts; the message says what to do.
         FaspOSError: If a file is damaged or missing.
     """
+    require_unpacked(config, source.name)
     folder = Path(source.location) if source.local else local_folder(source.location, revision)
     files = stored_weights(source, folder)
     if plan_in(config) is not None and form_in(config, folder) == "zero_filled":
@@ -57,8 +60,6 @@ def built(
     source: ModelSource, config: Any, dtype: torch.dtype, trust_remote_code: bool, attn_implementation: str | None
 ) -> Any:
     """The model that stock code makes of a config, on ``meta``, in evaluation mode."""
-    from transformers import AutoModelForCausalLM
-
     options = {"trust_remote_code": trust_remote_code, "dtype": dtype}
     if attn_implementation is not None:
         options["attn_implementation"] = attn_implementation
@@ -67,5 +68,5 @@ def built(
         return FaspError(f"the config of {source.name!r} makes no {config.model_type} model: {one_line(error)}")
 
     with as_refusal(refusal), torch.device("meta"):
-        model: Any = AutoModelForCausalLM.from_config(config, **options)
+        model: Any = auto_class(config).from_config(config, **options)
     return model.eval()

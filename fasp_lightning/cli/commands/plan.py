@@ -11,7 +11,15 @@ from fasp_lightning.cli.commands.prune_streamed import streams
 from fasp_lightning.cli.commands.prune_tables import loaders_table, print_speedup
 from fasp_lightning.cli.console import change, dtype_name, gibibytes, megabytes, note, percent, results, table
 from fasp_lightning.cli.jobs import PlanJob, PruneJob
-from fasp_lightning.cli.model_setup import Setup, already_pruned, bytes_before, memory_of, set_up
+from fasp_lightning.cli.model_setup import (
+    Setup,
+    already_pruned,
+    bytes_before,
+    dequantized,
+    memory_of,
+    set_up,
+    text_alone,
+)
 from fasp_lightning.cli.quiet import one_thread, quiet_libraries
 from fasp_lightning.cli.startup import without_collection
 from fasp_lightning.cli.texts import calibration_name, own_tokens
@@ -38,6 +46,8 @@ def run(job: PlanJob) -> int:
         setup = set_up(job)
     if setup.already_pruned:
         note(already_pruned(setup))
+    for told in filter(None, (text_alone(setup), dequantized(setup))):
+        note(told)
     _print_sizes(job, setup)
     _print_widths(setup)
     print_speedup(setup)

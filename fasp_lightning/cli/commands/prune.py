@@ -15,7 +15,16 @@ from fasp_lightning.cli.console import dtype_name, gibibytes, note, percent, sho
 from fasp_lightning.cli.generation import check_prompt, continuation
 from fasp_lightning.cli.jobs import PruneJob
 from fasp_lightning.cli.measured import domains_of, measure, place, prune_measured, save
-from fasp_lightning.cli.model_setup import Setup, already_pruned, load, memory_of, saved_dtype, set_up
+from fasp_lightning.cli.model_setup import (
+    Setup,
+    already_pruned,
+    dequantized,
+    load,
+    memory_of,
+    saved_dtype,
+    set_up,
+    text_alone,
+)
 from fasp_lightning.cli.quiet import quiet_libraries
 from fasp_lightning.cli.texts import (
     Calibration,
@@ -90,6 +99,8 @@ def announce(
     memory = memory_of(setup, job, calibration.tokens, streamed)
     if setup.already_pruned:
         note(already_pruned(setup))
+    for told in filter(None, (text_alone(setup), dequantized(setup))):
+        note(told)
     note(
         f"pruning {setup.source.name} to {percent(setup.budget.sparsity)} sparsity on {calibration.tokens:,} tokens "
         f"of {calibration.name}, in {dtype_name(setup.dtype)} on {setup.device}; "

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from fasp_lightning.checkpoints.devices import free_memory, home
+from fasp_lightning.checkpoints.refused_models import require_unpacked
 from fasp_lightning.checkpoints.saving import SavedModel
 from fasp_lightning.checkpoints.streaming.disk import Traffic
 from fasp_lightning.cli.console import PruningProgress, gibibytes, note, results
@@ -83,6 +84,7 @@ def prune_streamed(
             report = folder.prune(progress)
         after = _measured(folder, evaluation, "after")
         model = folder.streamed.model
+        folder.streamed.sample_rest()
         reported(model, report, job, setup, calibration, evaluation, (before, after, [None] * len(evaluation)))
         note(f"saving to {job.output_dir}")
         saved = folder.save(tokenizer, job.verify, push_to_hub=job.push_to_hub, private=job.private)
@@ -108,6 +110,7 @@ def _require_streamable(job: PruneJob, setup: Setup) -> None:
     for name in ("prompt", "speedup"):
         if (given := getattr(job, name)) is not None:
             raise FaspError(f"{name} must be null for stream=true, got {given!r}, which runs the model as a whole")
+    require_unpacked(setup.config, setup.source.name)
     if setup.source.gguf_file is not None:
         raise FaspError(
             f"model must have safetensors files for stream=true, got the GGUF file {setup.source.gguf_file!r}, "

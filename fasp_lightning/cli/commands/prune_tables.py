@@ -12,6 +12,7 @@ from fasp_lightning.cli.texts import CALIBRATED, OTHER, Calibration
 from fasp_lightning.pruning.latency.serving import PHASES
 from fasp_lightning.pruning.latency.speedup import Speedup
 from fasp_lightning.pruning.report import PruningReport, TextReport
+from fasp_lightning.structure.configs.text_part import auto_class
 
 Row = tuple[str, str, str, str]
 
@@ -135,7 +136,9 @@ def print_loaders(saved: SavedModel, setup: Setup) -> None:
     console = results()
     console.print(f"\nsaved to {saved.path}, form {saved.form}, {megabytes(saved.bytes)}", soft_wrap=True)
     if saved.logit_difference is not None:
-        loader = "fasp_lightning.load_pruned" if saved.form == "compact" else "stock AutoModelForCausalLM"
+        loader = (
+            "fasp_lightning.load_pruned" if saved.form == "compact" else f"stock {auto_class(setup.config).__name__}"
+        )
         rounded = "" if saved.dtype == setup.dtype else f" but for the rounding to {dtype_name(saved.dtype)}"
         console.print(
             f"reloaded with {loader}: the logits are the same{rounded}, within {saved.logit_difference:.1e}",

@@ -8,9 +8,10 @@ from fasp_lightning.errors import FaspError
 from fasp_lightning.pruning.budget.rounding import FFNS, ffn_widths, step_units, together
 from fasp_lightning.pruning.budget.shares import level, removed, size_of
 from fasp_lightning.pruning.config import PruningConfig
+from fasp_lightning.structure.configs.stock_fields import accepts, stock_fields
+from fasp_lightning.structure.configs.text_part import text_config
 from fasp_lightning.structure.pair import ResolvedPair
 from fasp_lightning.structure.registry import spec_for
-from fasp_lightning.structure.stock_fields import accepts, stock_fields
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -69,5 +70,7 @@ def group_counts(model: PreTrainedModel, pairs: Pairs) -> list[int]:
     spec, attention = spec_for(model), [pair for block in pairs for pair in block if pair.spec.kind == "groups"]
     layout, left = attention[0].layout, max(pair.kept.numel() for pair in attention)
     path = attention[0].spec.consumer
-    fewer = [count for count in range(1, left) if accepts(model.config, stock_fields(spec, path, layout, count))]
+    fewer = [
+        count for count in range(1, left) if accepts(text_config(model.config), stock_fields(spec, path, layout, count))
+    ]
     return [*fewer, left]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from statistics import mean
 from typing import Any
@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from fasp_lightning.errors import FaspError, as_refusal, one_line
 from fasp_lightning.pruning.budget.budget import PairWidth
 from fasp_lightning.structure.pair import ResolvedPair
 from fasp_lightning.structure.plan import record_plan, resolve_pruned
@@ -74,8 +75,41 @@ def shapes_of(config: Any, kinds: Sequence[str | None], **options: Any) -> Any:
     own.num_hidden_layers = len(kinds)
     if getattr(own, "layer_types", None):
         own.layer_types = list(kinds)
-    with torch.device("meta"):
+    with as_refusal(lambda error: _no_blocks(config, error)), torch.device("meta"):
         return AutoModelForCausalLM.from_config(own, **options)
+
+
+def require_alike(config: Any, whole: Collection[str], **options: Any) -> None:
+    """Refuse a model whose blocks have other pairs than their neighbours: each is timed with the widths of the first.
+
+    Args:
+        config: The model's.
+        whole: Kinds of pairs of which whole heads or experts are removed.
+        options: Further ones of ``AutoModelForCausalLM.from_config``.
+
+    Raises:
+        FaspError: Naming the first block that differs.
+    """
+    kinds = getattr(config, "layer_types", None) or [None] * config.num_hidden_layers
+    first, *others = resolve_pruned(shapes_of(config, kinds, **options), whole=whole)
+    for index, block in enumerate(others, start=1):
+        if [pair.layout for pair in block] != [pair.layout for pair in first]:
+            raise FaspError(
+                f"speedup needs blocks that are alike, got a {config.model_type} model whose block {index} has "
+                f"{_pairs_of(block)}, and the first one {_pairs_of(first)}; give a sparsity instead"
+            )
+
+
+def _pairs_of(block: Sequence[ResolvedPair]) -> str:
+    """For a message."""
+    return " and ".join(f"{pair.layout.kind} of {pair.layout.width}" for pair in block) or "no pairs"
+
+
+def _no_blocks(config: Any, error: Exception) -> FaspError:
+    return FaspError(
+        f"speedup times single blocks, of which a {config.model_type} config makes no model: {one_line(error)}; give a "
+        "sparsity instead"
+    )
 
 
 def make_samples(

@@ -16,9 +16,10 @@ from fasp_lightning.pruning.budget.widths import budget_towards
 from fasp_lightning.pruning.config import PruningConfig
 from fasp_lightning.pruning.inputs import ModelInputs
 from fasp_lightning.pruning.latency.curve import Curve, least_sparsity
-from fasp_lightning.pruning.latency.sample import Sample, layer_kinds, make_samples, shapes_of
+from fasp_lightning.pruning.latency.sample import Sample, layer_kinds, make_samples, require_alike, shapes_of
 from fasp_lightning.pruning.latency.serving import PHASES, Serving, require_speedup
 from fasp_lightning.pruning.latency.stopwatch import Clock, Passes, WallClock, repeated
+from fasp_lightning.structure.configs.text_part import text_config
 from fasp_lightning.structure.modes import evaluating, own_modes
 from fasp_lightning.structure.plan import plan_in, resolve_pruned
 
@@ -94,7 +95,7 @@ def plan_speedup(
 
     Raises:
         FaspError: If that is not reached at any sparsity (the message names the highest speed-up), the model is pruned
-            already, or too short for the prompt.
+            already, too short for the prompt, or has blocks with other pairs than the first.
 
     Example::
 
@@ -109,7 +110,9 @@ def plan_speedup(
         raise FaspError(
             "speedup counts from the dense model, got one that is pruned already; give its sparsity instead"
         )
+    config = text_config(config)
     options = {"attn_implementation": attn_implementation, "trust_remote_code": trust_remote_code}
+    require_alike(config, pruning.whole, **options)
     shapes = shapes_of(config, list(layer_kinds(config))[:1], **options)
     inputs = ModelInputs(shapes)
     if inputs.table is not None:  # computed positions take as long beyond those that were trained on

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fasp_lightning.errors import FaspError
 from fasp_lightning.pruning.finite import bad_parameter
+from fasp_lightning.structure.configs.text_part import text_config
 from fasp_lightning.structure.modes import evaluating
 
 if TYPE_CHECKING:
@@ -34,7 +35,7 @@ def first_tokens(model: PreTrainedModel, sequences: int, generator: torch.Genera
     """
     vocabulary = _embeddings(model).weight.shape[0]
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
-        for source in (getattr(model, "generation_config", None), model.config):
+        for source in (getattr(model, "generation_config", None), text_config(model.config)):
             found = getattr(source, name, None)
             token = found[0] if isinstance(found, (list, tuple)) and found else found
             if isinstance(token, int) and 0 <= token < vocabulary:  # defaults of configs can lie beyond
@@ -72,7 +73,7 @@ def sample(model: PreTrainedModel, starts: Tensor, draws: Tensor, temperature: f
 
 def _at_once(model: PreTrainedModel, sequences: int, seq_len: int) -> int:
     """How many of so many sequences are sampled at once, in batches of about the same size."""
-    config: Any = model.config
+    config: Any = text_config(model.config)
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     token = 2 * config.num_hidden_layers * heads * size * _embeddings(model).weight.element_size()

@@ -18,6 +18,7 @@ from fasp_lightning.pruning.own_text.cache import FORMAT, read_ids, weights_dige
 from fasp_lightning.pruning.own_text.generation import first_tokens, sample
 from fasp_lightning.pruning.processes import Processes
 from fasp_lightning.staging import fingerprint
+from fasp_lightning.structure.configs.text_part import text_config
 from fasp_lightning.text.batches import check_vocabulary, labelled, read_batch
 
 if TYPE_CHECKING:
@@ -121,7 +122,7 @@ def own_sequences(
 
 def within_positions(model: PreTrainedModel, config: OwnTextConfig) -> OwnTextConfig:
     """The settings with sequences no longer than the model's positions; its weights are not needed."""
-    longest = getattr(model.config, "max_position_embeddings", None)
+    longest = getattr(text_config(model.config), "max_position_embeddings", None)
     if isinstance(longest, int) and config.seq_len > longest:
         return replace(config, seq_len=longest)
     return config

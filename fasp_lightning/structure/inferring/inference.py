@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from fasp_lightning.errors import FaspError, of_library
+from fasp_lightning.structure.configs.text_part import text_config, text_family
 from fasp_lightning.structure.inferring.ffns import ffn_pair
 from fasp_lightning.structure.inferring.tracing import Trace, is_transposed, linears_of, trace_block
 from fasp_lightning.structure.inferring.twin import block_list, built_with, random_tokens, run, twin
@@ -55,7 +56,7 @@ def infer_spec(model_or_config: Any) -> ArchitectureSpec:
     }
     if len(transposed) > 1:
         raise FaspError(f"a row must have its weights all (out, in) or all (in, out), got both in {path}")
-    spec = ArchitectureSpec(path, tuple(pairs), transposed=transposed.pop(), packing=_packs(small))
+    spec = ArchitectureSpec(path, tuple(pairs), transposed=transposed.pop(), packing=packs(small))
     return replace(spec, width_field=width_field(small, spec))
 
 
@@ -71,7 +72,7 @@ def require_no_experts(model: Any) -> None:
         stacked = any(p.ndim == 3 and p.shape[0] > 1 for p in module.parameters(recurse=False))
         if (many or stacked) and not isinstance(module, nn.Conv1d):
             raise FaspError(
-                f"{model.config.model_type} has experts, or several FFNs side by side ({name}), which is more "
+                f"{text_family(model.config)} has experts, or several FFNs side by side ({name}), which is more "
                 "than a row of dense pairs says"
             )
 
@@ -79,7 +80,7 @@ def require_no_experts(model: Any) -> None:
 def _traces(model: Any, blocks: nn.ModuleList) -> list[dict[str, Trace]]:
     """The traces of the blocks, one of each kind."""
     kinds: dict[Any, nn.Module] = {}
-    types = getattr(model.config, "layer_types", None) or [None] * len(blocks)
+    types = getattr(text_config(model.config), "layer_types", None) or [None] * len(blocks)
     for block, kind in zip(blocks, types, strict=False):
         shapes = tuple((name, tuple(parameter.shape)) for name, parameter in block.named_parameters())
         kinds.setdefault((shapes, kind), block)
@@ -106,7 +107,7 @@ def width_field(model: Any, spec: ArchitectureSpec) -> str | None:
             wanted[name] = tuple(
                 size // width * (width - 16) if dim == piece.dim else size for dim, size in enumerate(shapes[name])
             )
-    for name, value in vars(model.config).items():
+    for name, value in vars(text_config(model.config)).items():
         named = any(part in name for part in ("ffn", "inner", "intermediate"))
         if value == width or (value is None and named):
             built = built_with(model, {name: width - 16})
@@ -119,8 +120,12 @@ def _parameter_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
     return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
 
 
-def _packs(model: Any) -> bool:
-    """Whether positions that start again keep two sequences of one row apart."""
+def packs(model: Any) -> bool:
+    """Whether positions that start again keep two sequences of one row apart.
+
+    Args:
+        model: A twin.
+    """
     tokens = random_tokens(model, 2, 6)
     together, positions = tokens.reshape(1, -1), torch.arange(6).repeat(2).unsqueeze(0)
     try:
@@ -141,7 +146,7 @@ def _nothing(model: Any, path: str, traces: Sequence[dict[str, Trace]]) -> str:
     """What was found where no pair was."""
     layers = ", ".join(dict.fromkeys(layer for traced in traces for layer in traced)) or "none that reads its tokens"
     return (
-        f"no row could be inferred for {model.config.model_type!r}: of the linear layers of {path} ({layers}) none has "
-        "outputs that reach another's inputs one by one; a norm, a mixer or another width "
+        f"no row could be inferred for {text_family(model.config)!r}: of the linear layers of {path} ({layers}) none "
+        "has outputs that reach another's inputs one by one; a norm, a mixer or another width "
         "lies between them; register_architecture takes a row of your own"
     )

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import TINY, random_tokens, tiny_model
+from tiny import MIXTURES, TINY, random_tokens, tiny_model
 from tiny_clock import Operations, counting
 from tiny_pruning import basic
 
@@ -153,6 +153,13 @@ def test_samples_lie_in_the_memory_of_the_largest(samples) -> None:
         ends = [start + size for start, size in sorted(place.items())]
         assert all(end <= start for end, start in zip(ends, sorted(place)[1:], strict=False))  # none within another
         assert all(start % 64 == min(place) % 64 for start in place)
+
+
+@pytest.mark.parametrize("name", ["deepseek_v3", "qwen3_5_moe"])  # a dense first block, and one without attention
+def test_blocks_with_other_pairs_than_the_first_are_refused(clock: Operations, name: str) -> None:
+    config = MIXTURES[name].config()
+    with pytest.raises(FaspError, match=r"speedup needs blocks that are alike, got a \w+ model whose block 1 has"):
+        plan_speedup(config, 1.1, SHORT, basic(attention="value_dims"), clock=clock)
 
 
 def test_weights_are_all_random() -> None:

@@ -30,10 +30,10 @@ from fasp_lightning.checkpoints.writing import bytes_of, stored_in, write_whole,
 from fasp_lightning.errors import FaspError
 from fasp_lightning.staging import require_space, staged, write_json
 from fasp_lightning.structure.adapters import has_adapters
+from fasp_lightning.structure.configs.stock_fields import cuts_in
 from fasp_lightning.structure.modes import own_modes
 from fasp_lightning.structure.plan import adopt_plan, plan_of
 from fasp_lightning.structure.registry import spec_for
-from fasp_lightning.structure.stock_fields import cuts_in
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

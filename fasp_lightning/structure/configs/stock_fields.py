@@ -10,6 +10,7 @@ from torch import nn
 
 from fasp_lightning.errors import of_library
 from fasp_lightning.structure.compact import BlockConfig
+from fasp_lightning.structure.configs.text_part import with_fields
 from fasp_lightning.structure.layout import Cuts, PairLayout, Widths
 from fasp_lightning.structure.modes import insist
 from fasp_lightning.structure.spec import ArchitectureSpec
@@ -89,10 +90,20 @@ def stock_obstacle(spec: ArchitectureSpec, cuts: Cuts) -> str | None:
     return None
 
 
+def form_in_memory(spec: ArchitectureSpec, plan: PruningPlan) -> str:
+    """The form of a model that has the shapes of a plan: ``"stock"`` where stock code builds them, else ``"compact"``.
+
+    Args:
+        spec: The family's row.
+        plan: The plan.
+    """
+    return "compact" if stock_obstacle(spec, cuts_in(spec, plan)) else "stock"
+
+
 def accepts(config: Any, fields: dict[str, int]) -> bool:
     """Whether a config's class takes these values; some want the number of heads to divide the hidden size."""
     try:
-        type(config).from_dict({**config.to_dict(), **fields})
+        with_fields(config, fields)
     except Exception as error:  # config classes raise whatever their validators do
         if not of_library(error):
             raise
@@ -122,16 +133,16 @@ def own_config(model: nn.Module) -> Any:
 
     All its modules see the copy, or none does, wherever a Ctrl-C comes.
     """
-    shared: Any = model.config
-    own = copy.deepcopy(shared)
+    copies: dict[int, Any] = {}  # of the config, and of those inside it, by what they are copies of
+    own = copy.deepcopy(model.config, copies)
 
     def hand_out() -> None:
         for module in model.modules():
             seen: Any = getattr(module, "config", None)
-            if seen is shared:
-                module.config = own
-            elif isinstance(seen, BlockConfig):
-                seen.shared = own
+            if isinstance(seen, BlockConfig):
+                seen.shared = copies.get(id(seen.shared), seen.shared)
+            elif id(seen) in copies:
+                module.config = copies[id(seen)]
 
     insist(hand_out)
     return own

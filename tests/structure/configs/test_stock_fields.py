@@ -9,8 +9,8 @@ import pytest
 from tiny import TINY, tiny_model
 
 from fasp_lightning import spec_for
+from fasp_lightning.structure.configs.stock_fields import accepts, groups_obstacle, own_config, stock_fields
 from fasp_lightning.structure.plan import resolve_pruned
-from fasp_lightning.structure.stock_fields import accepts, groups_obstacle, own_config, stock_fields
 
 
 @pytest.mark.parametrize("family", TINY)
