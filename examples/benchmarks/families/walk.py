@@ -12,6 +12,8 @@ from __future__ import annotations
 
 import argparse
 import logging
+import re
+import tempfile
 import time
 import warnings
 from pathlib import Path
@@ -139,7 +141,7 @@ def _table(title: str, rows: list[Row]) -> list[str]:
 
 def _cells(row: Row) -> tuple[str, ...]:
     kinds, stock = (row.proof.kinds, row.proof.stock) if row.proof else ((), ())
-    why = row.why.replace("|", "/").replace("\n", " ")
+    why = re.sub(rf"{re.escape(tempfile.gettempdir())}\S+", "a folder", row.why).replace("|", "/").replace("\n", " ")
     why = why if len(why) <= 260 else f"{why[:257]}..."
     return row.model_type, row.how, ", ".join(kinds), ", ".join(stock), f"{row.seconds:.1f}", why
 
