@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from fasp_lightning.errors import FaspError
+from fasp_lightning.ops.moments import Moments, output_energies
 from fasp_lightning.ops.selection import complement
+from fasp_lightning.ops.symmetric import factorise, panels, solve
 
 LADDER = (1.0, 1e1, 1e2, 1e3)
 """Factors by which the damping grows while the Cholesky factorisation fails."""
@@ -16,9 +20,18 @@ LADDER = (1.0, 1e1, 1e2, 1e3)
 LADDER_FLOOR = 1e-8
 """Damping from which the ladder climbs when none was asked for: the rounding of a float32 gram."""
 
+SINGLE_FROM = 1024
+"""Kept columns from which a system is factorised in float32 first; narrower ones cost nothing in float64."""
+
+PROBES = 16
+"""Random sums of rows by which the error of a float32 solution is measured."""
+
+REFINEMENTS = 2
+"""How often a float32 solution is corrected by its float64 residual before the system is factorised in float64."""
+
 
 class Restoration(NamedTuple):
-    """Outcome of :func:`restore_weight`.
+    """Outcome of a restoration.
 
     Attributes:
         weight: (out, m) restored weight Ŵ in float64.
@@ -31,6 +44,181 @@ class Restoration(NamedTuple):
     solver: str
 
 
+@dataclass(frozen=True)
+class LeastSquares:
+    """What a consumer's outputs lose with some of its columns, and the weight on the others with which they lose least.
+
+    A weight on the kept columns M is counted from the original one, Ŵ = W_M + Δ. With P the removed columns its error
+    is, output by output, w_P G_PP w_Pᵀ − 2 (w_P G_PM) δᵀ + δ G_MM δᵀ, where the first two factors are computed once.
+
+    Args:
+        weight: (out, n) W, any floating dtype.
+        moments: Of the inputs X; those of the centred inputs to refit a bias (:func:`refit_bias`).
+        kept: (m,) ascending indices M.
+    """
+
+    weight: Tensor
+    moments: Moments
+    kept: Tensor
+
+    @cached_property
+    def removed(self) -> Tensor:
+        """(n − m,) ascending indices P."""
+        return complement(self.kept, self.weight.shape[1])
+
+    @cached_property
+    def cross(self) -> Tensor:
+        """(out, m) W_P G_PM in float64: what the kept columns have to take over."""
+        weight = self.weight[:, self.removed].double()
+        cross = weight.new_empty(len(weight), len(self.kept))
+        for panel in panels(len(self.kept)):
+            cross[:, panel] = weight @ self.moments.block(self.kept[panel], self.removed).double().T
+        return cross
+
+    @cached_property
+    def _lost(self) -> Tensor:
+        """(out,) w_P G_PP w_Pᵀ."""
+        return output_energies(self.weight[:, self.removed], self.moments, self.removed)
+
+    def energies(self) -> Tensor:
+        """‖w_i X‖² of each output i, (out,) float64; not centred."""
+        base = self.weight[:, self.kept]
+        around = self._lost + 2 * (base * self.cross).sum(1) + output_energies(base, self.moments, self.kept)
+        return (around + self._of_mean(None, None)).clamp_min(0)
+
+    def plain(self) -> Tensor:
+        """‖w_iP X_P‖² of each output i, (out,) float64: its error without restoration; not centred."""
+        return self._lost + self._of_mean(self.weight[:, self.kept], None)
+
+    def errors(self, restored: Tensor, about: Tensor | None = None) -> Tensor:
+        """‖w_i X − ŵ_i X_M‖² of each output i, (out,) float64.
+
+        Args:
+            restored: (out, m) Ŵ.
+            about: (n,) the inputs' means for which the bias is refitted; ``None`` leaves the bias as it was.
+        """
+        change = restored - self.weight[:, self.kept]
+        around = self._lost - 2 * (change * self.cross).sum(1) + output_energies(change, self.moments, self.kept)
+        return (around + self._of_mean(restored, about)).clamp_min(0)
+
+    def _of_mean(self, restored: Tensor | None, about: Tensor | None) -> Tensor | float:
+        """(out,) T (w_i s − ŵ_i s_M)², s = μ − ν, which centred moments leave out."""
+        if self.moments.mean is None:
+            return 0.0
+        shift = self.moments.mean if about is None else self.moments.mean - about
+        outputs = self.weight.double() @ shift
+        if restored is not None:
+            outputs -= restored.double() @ shift[self.kept]
+        return self.moments.tokens * outputs.square()
+
+    def restored(self, damping: float, ridge: str = "original") -> Restoration:
+        """The weight with the least error, see :func:`restore_weight`."""
+        if damping < 0:
+            raise FaspError(f"damping must be >= 0, got {damping}")
+        if ridge not in ("original", "zero"):
+            raise FaspError(f"ridge must be 'original' or 'zero', got {ridge!r}")
+        base = self.weight[:, self.kept].double()
+        if self.removed.numel() == 0:
+            return Restoration(base, damping, "none")
+        found = None
+        if len(self.kept) >= SINGLE_FROM and (change := _System.of(self, damping, ridge).in_single()) is not None:
+            found = change, damping, "cholesky"
+        change, used, solver = found or self._in_double(damping, ridge)
+        return Restoration(base.add_(change), used, solver)
+
+    def _in_double(self, damping: float, ridge: str) -> tuple[Tensor, float, str]:
+        """By Cholesky, a damping ladder, and at last an eigendecomposition."""
+        for factor in LADDER:
+            used = damping if factor == 1.0 else max(damping, LADDER_FLOOR) * factor
+            system = _System.of(self, used, ridge)
+            lower = system.lower(torch.float64)
+            if factorise(lower) and _is_regular(lower):
+                return solve(lower, system.target.clone()), used, "cholesky"
+        values, vectors = torch.linalg.eigh(system.lower(torch.float64))
+        # Directions without energy carry nothing that could be restored. A gram has no negative eigenvalue but for
+        # rounding, so that the lowest one measures how much of the rest is noise.
+        floor = torch.maximum(values.abs().max() * values.numel() * torch.finfo(values.dtype).eps, -values.min())
+        inverse = torch.where(values > floor, 1 / values.clamp_min(floor), torch.zeros_like(values))
+        return ((system.target @ vectors) * inverse) @ vectors.T, used, "eigh"
+
+
+@dataclass(frozen=True)
+class _System:
+    """Δ A = B, where A = G_MM + S and S is diagonal; A is never made but as what is factorised.
+
+    Attributes:
+        moments: Those that G is of.
+        kept: (m,) M.
+        target: (out, m) B, float64.
+        shift: (m,) diagonal of S, float64.
+        unit: Mean of G's diagonal: float32 holds A / unit whatever X is measured in.
+    """
+
+    moments: Moments
+    kept: Tensor
+    target: Tensor
+    shift: Tensor
+    unit: float
+
+    @classmethod
+    def of(cls, problem: LeastSquares, damping: float, ridge: str) -> _System:
+        """With the ridge towards the original Δ is pulled to 0, and towards zero to −W_M."""
+        diagonal = problem.moments.diagonal()
+        unit = diagonal.mean().item()
+        unit = unit if unit > 0 else 1.0
+        # A dead column (always zero input) has a zero row: a unit pivot keeps the system regular, its target is 0.
+        shift = (diagonal[problem.kept] <= 0).double().add_(damping).mul_(unit)
+        target = problem.cross
+        if ridge == "zero":
+            target = target - shift * problem.weight[:, problem.kept]
+        return cls(problem.moments, problem.kept, target, shift, unit)
+
+    def lower(self, dtype: torch.dtype) -> Tensor:
+        """(m, m) A / unit in float32, or A in float64, below the diagonal."""
+        unit = self.unit if dtype == torch.float32 else 1.0
+        lower = torch.empty(len(self.kept), len(self.kept), dtype=dtype, device=self.kept.device)
+        for panel in panels(len(self.kept)):
+            block = self.moments.block(self.kept[panel], self.kept[: panel.stop]).double()
+            block.diagonal(panel.start).add_(self.shift[panel])
+            lower[panel, : panel.stop] = block.div_(unit)
+        return lower
+
+    def residual(self, target: Tensor, change: Tensor) -> Tensor:
+        """Target − change · A, the products in float64, in float32 / unit."""
+        residual = torch.empty(target.shape, dtype=torch.float32, device=target.device)
+        change = change.double()
+        for panel in panels(len(self.kept)):
+            block = self.moments.block(self.kept[panel], self.kept).double()
+            block.diagonal(panel.start).add_(self.shift[panel])
+            residual[:, panel] = (target[:, panel] - change @ block.T) / self.unit
+        return residual
+
+    def in_single(self) -> Tensor | None:
+        """Δ from a float32 factor, refined until float32 could not tell its error from the least; ``None`` if it is not.
+
+        Backward errors of a float32 factorisation are as large as the rounding of a gram that was summed in float32, so
+        that most often the first solution will do. Its error exceeds the least by R A⁻¹ Rᵀ, R the residual, and the
+        least is lower than that of Δ = 0 by Δ Bᵀ. Both are measured in float64, on random sums of rows.
+        """
+        lower = self.lower(torch.float32)
+        if not factorise(lower):
+            return None
+        change = solve(lower, (self.target / self.unit).float())
+        signs = _probes(self.target)
+        wanted, before = signs @ self.target, float("inf")
+        for step in range(REFINEMENTS + 1):
+            probe = signs @ change.double()
+            left = self.residual(wanted, probe)
+            excess = (solve(lower, left.clone()) * left).sum().item() * self.unit
+            if excess <= torch.finfo(torch.float32).eps * (probe * wanted).sum().item():
+                return change.double()
+            if step == REFINEMENTS or not excess < before / 4:
+                return None
+            change = change.double() + solve(lower, self.residual(self.target, change))
+            before = excess
+        return None
+
+
 def restore_weight(
     weight: Tensor, gram: Tensor, kept: Tensor, *, damping: float, ridge: str = "original"
 ) -> Restoration:
@@ -38,7 +226,8 @@ def restore_weight(
 
     * ``ridge="original"``, A = W[:, M]:  Ŵ = W[:, M] + W[:, P] G[P, M] (G[M, M] + λI)⁻¹, P the removed columns.
       Its calibration error never exceeds the unrestored one.
-    * ``ridge="zero"``, A = 0:  Ŵ = W G[:, M] (G[M, M] + λI)⁻¹. With strong damping it shrinks the weights.
+    * ``ridge="zero"``, A = 0:  Ŵ = W[:, M] + (W[:, P] G[P, M] − λ W[:, M]) (G[M, M] + λI)⁻¹, which is
+      W G[:, M] (G[M, M] + λI)⁻¹. With strong damping it shrinks the weights.
 
     λ = damping · mean(diag G). Do not use it with far fewer tokens than kept columns and a small damping: the
     system is then singular, and the solution fits the calibration text only.
@@ -56,44 +245,14 @@ def restore_weight(
     Raises:
         FaspError: If ``damping`` is negative or ``ridge`` unknown.
     """
-    if damping < 0:
-        raise FaspError(f"damping must be >= 0, got {damping}")
-    if ridge not in ("original", "zero"):
-        raise FaspError(f"ridge must be 'original' or 'zero', got {ridge!r}")
-    weight = weight.double()
-    removed = complement(kept, weight.shape[1])
-    if removed.numel() == 0:
-        return Restoration(weight[:, kept], damping, "none")
-    base = weight[:, kept]
-    # moments of what the kept columns have to take over: (out, m), float64 as the solve
-    if ridge == "original":
-        target = weight[:, removed] @ gram[removed[:, None], kept].double()
-    else:
-        target = weight @ gram[:, kept].double()
-    scale = gram.diagonal().double().mean().item()
-    solved, used, solver = _solve(gram[kept[:, None], kept].double(), target, damping, scale)
-    return Restoration(base + solved if ridge == "original" else solved, used, solver)
+    return LeastSquares(weight, Moments(gram), kept).restored(damping, ridge)
 
 
-def _solve(block: Tensor, target: Tensor, damping: float, scale: float) -> tuple[Tensor, float, str]:
-    """target · (block + damping · scale · I)⁻¹ by Cholesky, a damping ladder, and at last an eigendecomposition."""
-    # A dead column (always zero input) has a zero row: a unit pivot keeps the system regular, its target is 0.
-    diagonal = block.diagonal()
-    diagonal[diagonal <= 0] = scale if scale > 0 else 1.0
-    done = 0.0
-    for factor in LADDER:
-        used = damping if factor == 1.0 else max(damping, LADDER_FLOOR) * factor
-        diagonal += (used - done) * scale
-        done = used
-        lower, info = torch.linalg.cholesky_ex(block)
-        if info.item() == 0 and _is_regular(lower):
-            return torch.cholesky_solve(target.T, lower).T, used, "cholesky"
-    values, vectors = torch.linalg.eigh(block)
-    # Directions without energy carry nothing that could be restored. A gram has no negative eigenvalue but for
-    # rounding, so that the lowest one measures how much of the rest is noise.
-    floor = torch.maximum(values.abs().max() * values.numel() * torch.finfo(values.dtype).eps, -values.min())
-    inverse = torch.where(values > floor, 1 / values.clamp_min(floor), torch.zeros_like(values))
-    return ((target @ vectors) * inverse) @ vectors.T, used, "eigh"
+def _probes(target: Tensor) -> Tensor:
+    """(PROBES, out) float64: random signs, the same ones every time, of rows that weigh alike."""
+    signs = torch.randint(0, 2, (PROBES, len(target)), generator=torch.Generator().manual_seed(0)).to(target) * 2 - 1
+    norms = target.norm(dim=1)
+    return signs / norms.where(norms > 0, 1.0)
 
 
 def _is_regular(lower: Tensor) -> bool:
@@ -119,37 +278,6 @@ def refit_bias(bias: Tensor, weight: Tensor, restored: Tensor, mean: Tensor, kep
     """
     mean = mean.double()
     return bias.double() + weight.double() @ mean - restored.double() @ mean[kept]
-
-
-def output_energies(weight: Tensor, gram: Tensor) -> Tensor:
-    """‖w_i X‖² of each output i, the diagonal of W G Wᵀ; computed in the dtype of the gram.
-
-    Args:
-        weight: (out, n).
-        gram: (n, n) gram of X.
-
-    Returns:
-        (out,) float64.
-    """
-    weight = weight.to(gram.dtype)
-    return ((weight @ gram) * weight).sum(1, dtype=torch.float64).clamp_min(0)
-
-
-def residual_energies(weight: Tensor, restored: Tensor, gram: Tensor, kept: Tensor) -> Tensor:
-    """‖w_i X − ŵ_i X_M‖² of each output i, with :func:`output_energies` of the difference of both weights.
-
-    Args:
-        weight: (out, n) original weight.
-        restored: (out, m) weight on the kept columns.
-        gram: (n, n) gram of X; the centred one if the bias is refitted.
-        kept: (m,) kept columns.
-
-    Returns:
-        (out,) float64.
-    """
-    difference = weight.to(gram.dtype).clone()
-    difference[:, kept] -= restored.to(gram.dtype)
-    return output_energies(difference, gram)
 
 
 def relative_error(residuals: Tensor, energies: Tensor) -> float:

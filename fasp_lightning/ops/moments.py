@@ -1,0 +1,57 @@
+"""Second moments of a consumer's inputs, handed out in blocks."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fasp_lightning.ops.symmetric import panels
+
+
+class Moments(NamedTuple):
+    """The gram G of some inputs, or that of the centred ones, G − T μ μᵀ, of which no more than blocks are made.
+
+    Attributes:
+        gram: (n, n) G, mirrored.
+        mean: (n,) float64 column means μ; ``None`` leaves G as it is.
+        tokens: Number T of tokens behind them, each counted by its weight.
+    """
+
+    gram: Tensor
+    mean: Tensor | None = None
+    tokens: float = 0.0
+
+    def block(self, rows: Tensor, columns: Tensor) -> Tensor:
+        """(rows, columns) of it, in the dtype of the gram."""
+        block = self.gram.index_select(0, rows).index_select(1, columns)
+        if self.mean is None:
+            return block
+        means = self.mean[rows], self.mean[columns]
+        return block.double().addr_(*means, alpha=-self.tokens).to(block.dtype)
+
+    def diagonal(self) -> Tensor:
+        """(n,) float64."""
+        diagonal = self.gram.diagonal().double()
+        return diagonal if self.mean is None else diagonal - self.tokens * self.mean.square()
+
+
+def output_energies(weight: Tensor, moments: Moments, columns: Tensor) -> Tensor:
+    """‖w_i X‖² of each output i, the diagonal of W G Wᵀ; half of its products, computed in the dtype of the gram.
+
+    Args:
+        weight: (out, m), any floating dtype.
+        moments: Of X.
+        columns: (m,) those that the weight is of.
+
+    Returns:
+        (out,) float64.
+    """
+    energies = torch.zeros(weight.shape[0], dtype=torch.float64, device=weight.device)
+    weight = weight.to(moments.gram.dtype)
+    for panel in panels(len(columns)):
+        block = moments.block(columns[panel], columns[: panel.stop])
+        block[:, : panel.start] *= 2
+        energies += (weight[:, : panel.stop] @ block.T).mul_(weight[:, panel]).sum(1, dtype=torch.float64)
+    return energies.clamp_min_(0)
