@@ -21,7 +21,7 @@ LADDER_FLOOR = 1e-8
 """Damping from which the ladder climbs when none was asked for: the rounding of a float32 gram."""
 
 SINGLE_FROM = 1024
-"""Kept columns from which a system is factorised in float32 first; narrower ones cost nothing in float64."""
+"""Kept columns from which float32 is tried: below it float64 costs nothing."""
 
 PROBES = 16
 """Random sums of rows by which the error of a float32 solution is measured."""
@@ -78,12 +78,17 @@ class LeastSquares:
     @cached_property
     def _lost(self) -> Tensor:
         """(out,) w_P G_PP w_Pᵀ."""
-        return output_energies(self.weight[:, self.removed], self.moments, self.removed)
+        return self._energy(self.weight[:, self.removed], self.removed)
+
+    def _energy(self, weight: Tensor, columns: Tensor) -> Tensor:
+        """Rounding adds to what an error is made of ~1e-7 of it in float32, far below what a report tells."""
+        dtype = torch.float64 if len(self.kept) < SINGLE_FROM else torch.float32
+        return output_energies(weight.to(dtype), self.moments, columns)
 
     def energies(self) -> Tensor:
         """‖w_i X‖² of each output i, (out,) float64; not centred."""
         base = self.weight[:, self.kept]
-        around = self._lost + 2 * (base * self.cross).sum(1) + output_energies(base, self.moments, self.kept)
+        around = self._lost + 2 * (base * self.cross).sum(1) + self._energy(base, self.kept)
         return (around + self._of_mean(None, None)).clamp_min(0)
 
     def plain(self) -> Tensor:
@@ -98,7 +103,7 @@ class LeastSquares:
             about: (n,) the inputs' means for which the bias is refitted; ``None`` leaves the bias as it was.
         """
         change = restored - self.weight[:, self.kept]
-        around = self._lost - 2 * (change * self.cross).sum(1) + output_energies(change, self.moments, self.kept)
+        around = self._lost - 2 * (change * self.cross).sum(1) + self._energy(change, self.kept)
         return (around + self._of_mean(restored, about)).clamp_min(0)
 
     def _of_mean(self, restored: Tensor | None, about: Tensor | None) -> Tensor | float:
@@ -110,36 +115,6 @@ class LeastSquares:
         if restored is not None:
             outputs -= restored.double() @ shift[self.kept]
         return self.moments.tokens * outputs.square()
-
-    def restored(self, damping: float, ridge: str = "original") -> Restoration:
-        """The weight with the least error, see :func:`restore_weight`."""
-        if damping < 0:
-            raise FaspError(f"damping must be >= 0, got {damping}")
-        if ridge not in ("original", "zero"):
-            raise FaspError(f"ridge must be 'original' or 'zero', got {ridge!r}")
-        base = self.weight[:, self.kept].double()
-        if self.removed.numel() == 0:
-            return Restoration(base, damping, "none")
-        found = None
-        if len(self.kept) >= SINGLE_FROM and (change := _System.of(self, damping, ridge).in_single()) is not None:
-            found = change, damping, "cholesky"
-        change, used, solver = found or self._in_double(damping, ridge)
-        return Restoration(base.add_(change), used, solver)
-
-    def _in_double(self, damping: float, ridge: str) -> tuple[Tensor, float, str]:
-        """By Cholesky, a damping ladder, and at last an eigendecomposition."""
-        for factor in LADDER:
-            used = damping if factor == 1.0 else max(damping, LADDER_FLOOR) * factor
-            system = _System.of(self, used, ridge)
-            lower = system.lower(torch.float64)
-            if factorise(lower) and _is_regular(lower):
-                return solve(lower, system.target.clone()), used, "cholesky"
-        values, vectors = torch.linalg.eigh(system.lower(torch.float64))
-        # Directions without energy carry nothing that could be restored. A gram has no negative eigenvalue but for
-        # rounding, so that the lowest one measures how much of the rest is noise.
-        floor = torch.maximum(values.abs().max() * values.numel() * torch.finfo(values.dtype).eps, -values.min())
-        inverse = torch.where(values > floor, 1 / values.clamp_min(floor), torch.zeros_like(values))
-        return ((system.target @ vectors) * inverse) @ vectors.T, used, "eigh"
 
 
 @dataclass(frozen=True)
@@ -194,11 +169,12 @@ class _System:
         return residual
 
     def in_single(self) -> Tensor | None:
-        """Δ from a float32 factor, refined until float32 could not tell its error from the least; ``None`` if it is not.
+        """Δ from a float32 factor, refined until float32 could not tell its error from the least; ``None`` if never.
 
-        Backward errors of a float32 factorisation are as large as the rounding of a gram that was summed in float32, so
-        that most often the first solution will do. Its error exceeds the least by R A⁻¹ Rᵀ, R the residual, and the
-        least is lower than that of Δ = 0 by Δ Bᵀ. Both are measured in float64, on random sums of rows.
+        The backward error of a float32 factorisation is of the size of the rounding of a gram that was summed in
+        float32: most often the first solution will do. Its error, the ridge included, exceeds the least by
+        R A⁻¹ Rᵀ, R the residual, and the least is below that of Δ = 0 by Δ Bᵀ. Both are measured in float64 on a few
+        random sums of rows; a residual of all rows costs as much as to solve for them in float64.
         """
         lower = self.lower(torch.float32)
         if not factorise(lower):
@@ -219,23 +195,19 @@ class _System:
         return None
 
 
-def restore_weight(
-    weight: Tensor, gram: Tensor, kept: Tensor, *, damping: float, ridge: str = "original"
-) -> Restoration:
+def restore_weight(problem: LeastSquares, *, damping: float, ridge: str = "original") -> Restoration:
     """Least-squares weight on the kept columns M: min ‖W X − Ŵ X_M‖² + λ‖Ŵ − A‖², G = X Xᵀ.
 
     * ``ridge="original"``, A = W[:, M]:  Ŵ = W[:, M] + W[:, P] G[P, M] (G[M, M] + λI)⁻¹, P the removed columns.
       Its calibration error never exceeds the unrestored one.
-    * ``ridge="zero"``, A = 0:  Ŵ = W[:, M] + (W[:, P] G[P, M] − λ W[:, M]) (G[M, M] + λI)⁻¹, which is
-      W G[:, M] (G[M, M] + λI)⁻¹. With strong damping it shrinks the weights.
+    * ``ridge="zero"``, A = 0:  Ŵ = W G[:, M] (G[M, M] + λI)⁻¹, found as W[:, M] and a change, too. With strong
+      damping it shrinks the weights.
 
     λ = damping · mean(diag G). Do not use it with far fewer tokens than kept columns and a small damping: the
     system is then singular, and the solution fits the calibration text only.
 
     Args:
-        weight: (out, n) consumer weight, any floating dtype.
-        gram: (n, n) gram of its inputs, float32 or float64. Centre it to refit a bias (:func:`refit_bias`).
-        kept: (m,) ascending indices of the kept columns.
+        problem: W, G and M; G centred to refit a bias (:func:`refit_bias`).
         damping: Ridge as a multiple of the mean diagonal of G, ≥ 0.
         ridge: ``"original"`` or ``"zero"``.
 
@@ -245,7 +217,32 @@ def restore_weight(
     Raises:
         FaspError: If ``damping`` is negative or ``ridge`` unknown.
     """
-    return LeastSquares(weight, Moments(gram), kept).restored(damping, ridge)
+    if damping < 0:
+        raise FaspError(f"damping must be >= 0, got {damping}")
+    if ridge not in ("original", "zero"):
+        raise FaspError(f"ridge must be 'original' or 'zero', got {ridge!r}")
+    base = problem.weight[:, problem.kept].double()
+    if problem.removed.numel() == 0:
+        return Restoration(base, damping, "none")
+    change = None if len(problem.kept) < SINGLE_FROM else _System.of(problem, damping, ridge).in_single()
+    found = _in_double(problem, damping, ridge) if change is None else (change, damping, "cholesky")
+    return Restoration(base.add_(found[0]), *found[1:])
+
+
+def _in_double(problem: LeastSquares, damping: float, ridge: str) -> tuple[Tensor, float, str]:
+    """Δ by Cholesky, a damping ladder, and at last an eigendecomposition."""
+    for factor in LADDER:
+        used = damping if factor == 1.0 else max(damping, LADDER_FLOOR) * factor
+        system = _System.of(problem, used, ridge)
+        lower = system.lower(torch.float64)
+        if factorise(lower) and _is_regular(lower):
+            return solve(lower, system.target.clone()), used, "cholesky"
+    values, vectors = torch.linalg.eigh(system.lower(torch.float64))
+    # Directions without energy carry nothing that could be restored. A gram has no negative eigenvalue but for
+    # rounding, so that the lowest one measures how much of the rest is noise.
+    floor = torch.maximum(values.abs().max() * values.numel() * torch.finfo(values.dtype).eps, -values.min())
+    inverse = torch.where(values > floor, 1 / values.clamp_min(floor), torch.zeros_like(values))
+    return ((system.target @ vectors) * inverse) @ vectors.T, used, "eigh"
 
 
 def _probes(target: Tensor) -> Tensor:

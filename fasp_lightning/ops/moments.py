@@ -38,10 +38,10 @@ class Moments(NamedTuple):
 
 
 def output_energies(weight: Tensor, moments: Moments, columns: Tensor) -> Tensor:
-    """‖w_i X‖² of each output i, the diagonal of W G Wᵀ; half of its products, computed in the dtype of the gram.
+    """‖w_i X‖² of each output i, the diagonal of W G Wᵀ; half of its products, in the dtype of the weight.
 
     Args:
-        weight: (out, m), any floating dtype.
+        weight: (out, m), float32 or float64.
         moments: Of X.
         columns: (m,) those that the weight is of.
 
@@ -49,9 +49,8 @@ def output_energies(weight: Tensor, moments: Moments, columns: Tensor) -> Tensor
         (out,) float64.
     """
     energies = torch.zeros(weight.shape[0], dtype=torch.float64, device=weight.device)
-    weight = weight.to(moments.gram.dtype)
     for panel in panels(len(columns)):
-        block = moments.block(columns[panel], columns[: panel.stop])
+        block = moments.block(columns[panel], columns[: panel.stop]).to(weight.dtype)
         block[:, : panel.start] *= 2
         energies += (weight[:, : panel.stop] @ block.T).mul_(weight[:, panel]).sum(1, dtype=torch.float64)
     return energies.clamp_min_(0)

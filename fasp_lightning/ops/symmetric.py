@@ -14,7 +14,7 @@ PANEL = 512
 """Rows that are worked on at once: wide enough for matrix products, and little beside a matrix of thousands."""
 
 CORNER = 256
-"""Columns of the factorisation that are made at once: what is not a matrix product, n · CORNER² operations, is little."""
+"""Columns of a factorisation that are made at once: n · CORNER² operations are not those of a matrix product."""
 
 
 def panels(size: int, width: int = PANEL) -> Iterator[slice]:

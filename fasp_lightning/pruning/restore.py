@@ -12,9 +12,11 @@ from torch import Tensor
 from fasp_lightning.ops.basis import Basis
 from fasp_lightning.ops.least_squares import (
     LeastSquares,
+    Restoration,
     error_per_output,
     refit_bias,
     relative_error,
+    restore_weight,
 )
 from fasp_lightning.ops.statistics import GramStatistics
 from fasp_lightning.pruning.budget.budget import PairWidth
@@ -105,7 +107,8 @@ def restore_pair(
     best = _Solution([factor[:, kept].double() for factor in problem.factors], None, 0.0, "none")
     errors = plain = outputs.plain()
     if damping is not None:
-        found = problem.solved(outputs, statistics, damping)
+        restored = restore_weight(problem.rows(outputs), damping=damping, ridge=config.ridge)
+        found = problem.solution(restored, statistics)
         found_errors = problem.errors(found, outputs)
         # A ridge towards zero shrinks the weights: with strong damping that does more harm than the columns that went.
         if found_errors.sum() <= plain.sum() and not (on_held and problem.gain(found, on_held) < 0):
@@ -144,8 +147,11 @@ def _best_damping(
     """The damping that is best on the tokens held back; ``None`` if none gains anything there."""
     if held is None or on_held is None or not held.tokens or not fitted.tokens:
         return FALLBACK
-    outputs = problem.outputs(fitted)
-    gains = {damping: problem.gain(problem.solved(outputs, fitted, damping), on_held) for damping in GRID}
+    rows = problem.rows(problem.outputs(fitted))
+    gains = {}
+    for damping in GRID:
+        found = restore_weight(rows, damping=damping, ridge=problem.ridge)
+        gains[damping] = problem.gain(problem.solution(found, fitted), on_held)
     best = max(gains, key=gains.__getitem__)
     return best if gains[best] > 0 else None
 
@@ -197,16 +203,18 @@ class _Problem:
         """That of the consumer's outputs. With a bias to refit, the inputs are centred: it then carries their mean."""
         return LeastSquares(self.weight, statistics.moments(centred=self.bias is not None), self.kept)
 
-    def solved(self, outputs: LeastSquares, statistics: GramStatistics, damping: float) -> _Solution:
-        """Each factor restored.
+    def rows(self, outputs: LeastSquares) -> LeastSquares:
+        """That of what is restored.
 
         The restoration is a linear map of the columns, the same for every row: to restore W and each A is to restore
         W + Σ scaling · B A, and the rank stays.
         """
-        rows = outputs if len(self.factors) == 1 else replace(outputs, weight=torch.cat(self.factors))
-        found = rows.restored(damping, self.ridge)
-        factors = list(found.weight.split([factor.shape[0] for factor in self.factors]))
-        return _Solution(factors, None if self.bias is None else statistics.mean(), found.damping, found.solver)
+        return outputs if len(self.factors) == 1 else replace(outputs, weight=torch.cat(self.factors))
+
+    def solution(self, found: Restoration, statistics: GramStatistics) -> _Solution:
+        """The restored rows, taken apart again."""
+        rows = list(found.weight.split([factor.shape[0] for factor in self.factors]))
+        return _Solution(rows, None if self.bias is None else statistics.mean(), found.damping, found.solver)
 
     def errors(self, solution: _Solution, outputs: LeastSquares) -> Tensor:
         """(out,) ‖w_i X − ŵ_i X_M‖² over the tokens of the outputs, with the refitted bias if there is one."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -9,10 +11,10 @@ from torch import Tensor
 from fasp_lightning.ops import least_squares, symmetric
 from fasp_lightning.ops.least_squares import (
     LeastSquares,
+    Restoration,
     error_per_output,
     refit_bias,
     relative_error,
-    restore_weight,
 )
 from fasp_lightning.ops.moments import Moments
 
@@ -29,6 +31,10 @@ def problem(out: int, width: int, conditioning: str, dtype: torch.dtype = torch.
     if conditioning == "rank-deficient":
         inputs[:, width // 2 :] = inputs[:, : width - width // 2] @ torch.eye(width - width // 2, dtype=torch.float64)
     return torch.randn(out, width, dtype=dtype), inputs
+
+
+def restore_weight(weight: Tensor, gram: Tensor, kept: Tensor, **options: Any) -> Restoration:
+    return least_squares.restore_weight(LeastSquares(weight, Moments(gram), kept), **options)
 
 
 def kept_columns(width: int, keep: int) -> Tensor:
@@ -154,7 +160,8 @@ def test_bias_and_weight_refitted_together_are_least_squares_with_a_column_of_on
     weight, inputs = problem(6, 20, "well")
     bias, kept = torch.randn(6, dtype=torch.float64), kept_columns(20, 13)
     gram, mean = inputs.T @ inputs, inputs.mean(0)
-    restored = LeastSquares(weight, Moments(gram, mean, len(inputs)), kept).restored(0.0).weight
+    problem_of_both = LeastSquares(weight, Moments(gram, mean, len(inputs)), kept)
+    restored = least_squares.restore_weight(problem_of_both, damping=0.0).weight
     refitted = refit_bias(bias, weight, restored, mean, kept)
     ones = torch.ones(len(inputs), 1, dtype=torch.float64)
     solution = torch.linalg.lstsq(torch.cat([inputs[:, kept], ones], 1), inputs @ weight.T + bias).solution.T
