@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fasp_lightning.errors import FaspError
-from fasp_lightning.ops.moments import Moments, output_energies
+from fasp_lightning.ops.moments import Moments, output_energies, row_products
 from fasp_lightning.ops.selection import complement
 from fasp_lightning.ops.symmetric import factorise, panels, solve
 
@@ -88,7 +88,7 @@ class LeastSquares:
     def energies(self) -> Tensor:
         """‖w_i X‖² of each output i, (out,) float64; not centred."""
         base = self.weight[:, self.kept]
-        around = self._lost + 2 * (base * self.cross).sum(1) + self._energy(base, self.kept)
+        around = self._lost + 2 * row_products(base, self.cross) + self._energy(base, self.kept)
         return (around + self._of_mean(None, None)).clamp_min(0)
 
     def plain(self) -> Tensor:
@@ -103,7 +103,7 @@ class LeastSquares:
             about: (n,) the inputs' means for which the bias is refitted; ``None`` leaves the bias as it was.
         """
         change = restored - self.weight[:, self.kept]
-        around = self._lost - 2 * (change * self.cross).sum(1) + self._energy(change, self.kept)
+        around = self._lost - 2 * row_products(change, self.cross) + self._energy(change, self.kept)
         return (around + self._of_mean(restored, about)).clamp_min(0)
 
     def _of_mean(self, restored: Tensor | None, about: Tensor | None) -> Tensor | float:
@@ -179,15 +179,15 @@ class _System:
         lower = self.lower(torch.float32)
         if not factorise(lower):
             return None
-        change = solve(lower, (self.target / self.unit).float())
+        change = solve(lower, self.target.float().div_(self.unit))
         signs = _probes(self.target)
         wanted, before = signs @ self.target, float("inf")
         for step in range(REFINEMENTS + 1):
             probe = signs @ change.double()
             left = self.residual(wanted, probe)
             excess = (solve(lower, left.clone()) * left).sum().item() * self.unit
-            if excess <= torch.finfo(torch.float32).eps * (probe * wanted).sum().item():
-                return change.double()
+            if 0 <= excess <= torch.finfo(torch.float32).eps * (probe * wanted).sum().item():
+                return change
             if step == REFINEMENTS or not excess < before / 4:
                 return None
             change = change.double() + solve(lower, self.residual(self.target, change))
@@ -221,12 +221,11 @@ def restore_weight(problem: LeastSquares, *, damping: float, ridge: str = "origi
         raise FaspError(f"damping must be >= 0, got {damping}")
     if ridge not in ("original", "zero"):
         raise FaspError(f"ridge must be 'original' or 'zero', got {ridge!r}")
-    base = problem.weight[:, problem.kept].double()
     if problem.removed.numel() == 0:
-        return Restoration(base, damping, "none")
+        return Restoration(problem.weight[:, problem.kept].double(), damping, "none")
     change = None if len(problem.kept) < SINGLE_FROM else _System.of(problem, damping, ridge).in_single()
     found = _in_double(problem, damping, ridge) if change is None else (change, damping, "cholesky")
-    return Restoration(base.add_(found[0]), *found[1:])
+    return Restoration(problem.weight[:, problem.kept].double().add_(found[0]), *found[1:])
 
 
 def _in_double(problem: LeastSquares, damping: float, ridge: str) -> tuple[Tensor, float, str]:

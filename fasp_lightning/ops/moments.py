@@ -54,3 +54,9 @@ def output_energies(weight: Tensor, moments: Moments, columns: Tensor) -> Tensor
         block[:, : panel.start] *= 2
         energies += (weight[:, : panel.stop] @ block.T).mul_(weight[:, panel]).sum(1, dtype=torch.float64)
     return energies.clamp_min_(0)
+
+
+def row_products(first: Tensor, second: Tensor) -> Tensor:
+    """(out,) float64 Σ_j a_ij b_ij of two (out, m) matrices, without a third one of their size."""
+    parts = [(first[:, panel].double() * second[:, panel]).sum(1) for panel in panels(first.shape[1])]
+    return torch.stack(parts).sum(0)
