@@ -29,6 +29,9 @@ PROBES = 16
 REFINEMENTS = 2
 """How often a float32 solution is corrected by its float64 residual before the system is factorised in float64."""
 
+CLEAR = 1e-5
+"""Share of a column that a float32 factor of some thousands of them tells from rounding: 1e-7, times their root."""
+
 
 class Restoration(NamedTuple):
     """Outcome of a restoration.
@@ -168,6 +171,15 @@ class _System:
             residual[:, panel] = (target[:, panel] - change @ block.T) / self.unit
         return residual
 
+    def is_told_by(self, lower: Tensor) -> bool:
+        """Whether what the earlier columns leave of each one stands clear of the factor's rounding.
+
+        Else the probes tell nothing, which are solved with the same factor. What is left is a share of the column: a
+        massive one, beside which others look like rounding, does not send all to float64.
+        """
+        shares = lower.diagonal().double().square() * self.unit / (self.moments.diagonal()[self.kept] + self.shift)
+        return bool(shares.min() > CLEAR)
+
     def in_single(self) -> Tensor | None:
         """Δ from a float32 factor, refined until float32 could not tell its error from the least; ``None`` if never.
 
@@ -177,7 +189,7 @@ class _System:
         random sums of rows; a residual of all rows costs as much as to solve for them in float64.
         """
         lower = self.lower(torch.float32)
-        if not factorise(lower):
+        if not factorise(lower) or not self.is_told_by(lower):
             return None
         change = solve(lower, self.target.float().div_(self.unit))
         signs = _probes(self.target)
@@ -274,26 +286,3 @@ def refit_bias(bias: Tensor, weight: Tensor, restored: Tensor, mean: Tensor, kep
     """
     mean = mean.double()
     return bias.double() + weight.double() @ mean - restored.double() @ mean[kept]
-
-
-def relative_error(residuals: Tensor, energies: Tensor) -> float:
-    """‖WX − ŴX_M‖_F / ‖WX‖_F. A few massive outputs or tokens decide on it: see :func:`error_per_output`.
-
-    Args:
-        residuals: (out,) of :func:`residual_energies`.
-        energies: (out,) of :func:`output_energies`.
-    """
-    energy = energies.sum()
-    return (residuals.sum() / energy).sqrt().item() if energy > 0 else 0.0
-
-
-def error_per_output(residuals: Tensor, energies: Tensor) -> float:
-    """Root mean square over the outputs i of ‖w_i X − ŵ_i X_M‖ / ‖w_i X‖, each at most 1: massive ones count as others.
-
-    Args:
-        residuals: (out,) of :func:`residual_energies`.
-        energies: (out,) of :func:`output_energies`; outputs without any are left out.
-    """
-    alive = energies > 0
-    ratios = (residuals[alive] / energies[alive]).clamp_max(1)
-    return ratios.mean().sqrt().item() if len(ratios) else 0.0

@@ -60,3 +60,27 @@ def row_products(first: Tensor, second: Tensor) -> Tensor:
     """(out,) float64 Σ_j a_ij b_ij of two (out, m) matrices, without a third one of their size."""
     parts = [(first[:, panel].double() * second[:, panel]).sum(1) for panel in panels(first.shape[1])]
     return torch.stack(parts).sum(0)
+
+
+def relative_error(residuals: Tensor, energies: Tensor) -> float:
+    """‖WX − ŴX_M‖_F / ‖WX‖_F. A few massive outputs or tokens decide on it: see :func:`error_per_output`.
+
+    Args:
+        residuals: (out,) of :meth:`~fasp_lightning.ops.least_squares.LeastSquares.errors`.
+        energies: (out,) of :meth:`~fasp_lightning.ops.least_squares.LeastSquares.energies`.
+    """
+    energy = energies.sum()
+    return (residuals.sum() / energy).sqrt().item() if energy > 0 else 0.0
+
+
+def error_per_output(residuals: Tensor, energies: Tensor) -> float:
+    """Root mean square over the outputs i of ‖w_i X − ŵ_i X_M‖ / ‖w_i X‖, each at most 1: massive ones count as others.
+
+    Args:
+        residuals: (out,) of :meth:`~fasp_lightning.ops.least_squares.LeastSquares.errors`.
+        energies: (out,) of :meth:`~fasp_lightning.ops.least_squares.LeastSquares.energies`; outputs without any
+            are left out.
+    """
+    alive = energies > 0
+    ratios = (residuals[alive] / energies[alive]).clamp_max(1)
+    return ratios.mean().sqrt().item() if len(ratios) else 0.0

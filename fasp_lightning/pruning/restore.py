@@ -13,11 +13,10 @@ from fasp_lightning.ops.basis import Basis
 from fasp_lightning.ops.least_squares import (
     LeastSquares,
     Restoration,
-    error_per_output,
     refit_bias,
-    relative_error,
     restore_weight,
 )
+from fasp_lightning.ops.moments import error_per_output, relative_error
 from fasp_lightning.ops.statistics import GramStatistics
 from fasp_lightning.pruning.budget.budget import PairWidth
 from fasp_lightning.pruning.config import PruningConfig

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
+
 import mpmath
 import pytest
 import torch
@@ -13,6 +16,9 @@ from fasp_lightning.ops.moments import Moments
 
 SWEEP = 1000
 """Grams of the law; every hundredth is in the sample."""
+
+SUSPECT = (51, 124, 130, 167, 469, 778)
+"""Some whose float32 factor is rounding, and whose probes do not tell it."""
 
 
 def drawn(seed: int) -> tuple[LeastSquares, Tensor, float, str]:
@@ -78,6 +84,33 @@ def test_damped_error_is_the_least(seeds: range, single: bool, monkeypatch: pyte
             continue
         excess, gained = exact_energies(problem, gram, found.weight, found.damping, ridge)
         assert excess <= (1e-6 if single else 1e-12) * gained, seed
+
+
+@pytest.mark.parametrize("seeds", [SUSPECT, pytest.param(range(SWEEP), marks=pytest.mark.laws)], ids=["few", "all"])
+def test_float32_is_kept_only_where_it_gives_the_answer_of_float64(
+    seeds: Sequence[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Columns are massive and faint, too. Where float64 finds the system singular, float32 has no weights of noise."""
+    for seed in seeds:
+        problem, gram, damping, ridge = drawn(seed)
+        scales = 10.0 ** (6 * torch.rand(len(gram), generator=torch.Generator().manual_seed(seed)).double() - 3)
+        moments = Moments((gram * scales * scales[:, None]).to(problem.moments.gram.dtype))
+        found = []
+        for narrow in (0, 10**9):
+            monkeypatch.setattr(least_squares, "SINGLE_FROM", narrow)
+            found.append(restore_weight(replace(problem, moments=moments), damping=damping, ridge=ridge))
+        single, double = found
+        if single.damping != double.damping:
+            assert single.weight.norm() <= 4 * double.weight.norm(), seed
+            continue
+        gram = moments.gram.double()
+        system = gram[problem.kept][:, problem.kept]
+        system.diagonal().add_(damping * gram.diagonal().mean())
+        apart, gained = (
+            float(((change @ system) * change).sum())
+            for change in (single.weight - double.weight, double.weight - problem.weight[:, problem.kept])
+        )
+        assert apart <= 1e-6 * gained, seed
 
 
 def exact_energies(

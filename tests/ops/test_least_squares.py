@@ -12,11 +12,9 @@ from fasp_lightning.ops import least_squares, symmetric
 from fasp_lightning.ops.least_squares import (
     LeastSquares,
     Restoration,
-    error_per_output,
     refit_bias,
-    relative_error,
 )
-from fasp_lightning.ops.moments import Moments
+from fasp_lightning.ops.moments import Moments, error_per_output, relative_error
 
 SHAPES = [(5, 8, 6), (16, 24, 10), (3, 40, 39), (8, 30, 1)]
 CONDITIONING = ["well", "ill", "rank-deficient", "few-tokens"]
