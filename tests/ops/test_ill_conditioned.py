@@ -83,7 +83,8 @@ def test_damped_error_is_the_least(seeds: range, single: bool, monkeypatch: pyte
         if found.damping not in [1e-3 * step for step in LADDER]:
             continue
         excess, gained = exact_energies(problem, gram, found.weight, found.damping, ridge)
-        assert excess <= (1e-6 if single else 1e-12) * gained, seed
+        rounding = 1e-50 * float(gram.diagonal().sum())  # of the 60 digits, where nothing is to be gained
+        assert excess <= (1e-6 if single else 1e-12) * gained + rounding, seed
 
 
 @pytest.mark.parametrize("seeds", [SUSPECT, pytest.param(range(SWEEP), marks=pytest.mark.laws)], ids=["few", "all"])
