@@ -3,6 +3,7 @@
     python examples/benchmarks/prune_speed.py                       # SmolLM2-135M, 64 x 512 tokens, the default
     python examples/benchmarks/prune_speed.py --settings paper no-own-text default fisher    # side by side
     python examples/benchmarks/prune_speed.py --shape opt-125m      # random weights in the shape of a model
+    python examples/benchmarks/prune_speed.py --shape 1b --settings paper --sequences 18 --seq-len 512 --blocks 2
 
 Where CUDA is there, the shapes of OPT-125M, LLaMA-7B and LLaMA-30B are timed too, with random bf16 weights
 and 128 x 2048 tokens (the FASP paper: OPT-125M 17 s, LLaMA-30B 15 min on an RTX 4090).
@@ -25,6 +26,10 @@ SHAPES = {
         "opt",
         {"hidden_size": 768, "ffn_dim": 3072, "num_hidden_layers": 12, "num_attention_heads": 12},
     ),
+    "1b": (
+        "llama",
+        {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "num_attention_heads": 32},
+    ),
     "llama-7b": (
         "llama",
         {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32},
@@ -44,9 +49,10 @@ SETTINGS = {
 }
 
 
-def random_model(shape: str, dtype: torch.dtype) -> nn.Module:
+def random_model(shape: str, dtype: torch.dtype, blocks: int | None = None) -> nn.Module:
     """A model of one of the shapes, with small random weights; built on the CPU, where a 30B model fits."""
     model_type, options = SHAPES[shape]
+    options = options | ({"num_hidden_layers": blocks} if blocks else {})
     config = AutoConfig.for_model(model_type, max_position_embeddings=2048, **options)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
@@ -117,6 +123,7 @@ def main() -> None:
     parser.add_argument("--shape", choices=list(SHAPES), nargs="*", help="random weights of these shapes")
     parser.add_argument("--sequences", type=int)
     parser.add_argument("--seq-len", type=int)
+    parser.add_argument("--blocks", type=int, help="of a shape, if not all")
     parser.add_argument("--batch-size", type=int, default=4)
     parser.add_argument("--settings", choices=list(SETTINGS), nargs="+", default=["default"])
     args = parser.parse_args()
@@ -135,7 +142,7 @@ def main() -> None:
         ids = torch.randint(0, 1000, size, generator=generator)
         fits = not cuda or shape != "llama-30b"  # a plain forward needs the whole model on the device
         for name in args.settings:
-            model = random_model(shape, torch.bfloat16 if cuda else torch.float32)
+            model = random_model(shape, torch.bfloat16 if cuda else torch.float32, args.blocks)
             config = PruningConfig(**SETTINGS[name] | {"device": device})
             measure(f"{shape}, {name}", model, list(ids.split(1 if cuda else args.batch_size)), config, forward=fits)
 

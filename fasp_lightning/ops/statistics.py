@@ -10,6 +10,8 @@ from torch import Tensor
 from fasp_lightning.errors import FaspError
 from fasp_lightning.ops.basis import turned
 from fasp_lightning.ops.devices import sums_halves
+from fasp_lightning.ops.moments import Moments
+from fasp_lightning.ops.symmetric import mirror
 
 DOUBLE_LIMIT = 8192
 """Widest consumer whose gram is kept in float64; beyond it n² doubles cost more memory than they are worth."""
@@ -42,9 +44,10 @@ class GramStatistics:
 
     def __init__(self, columns: int, device: torch.device | str) -> None:
         self.columns = columns
-        self._partial = torch.zeros(columns, columns, dtype=torch.float32, device=device)
+        dtype = torch.float64 if columns <= DOUBLE_LIMIT else torch.float32
+        self._total = torch.zeros(columns, columns, dtype=dtype, device=device)
+        self._partial: Tensor | None = None  # a float32 sum that is not in the float64 one yet
         self._pending = 0
-        self._flushed = self._partial.double() if columns <= DOUBLE_LIMIT else self._partial
         self.sums = torch.zeros(columns, dtype=torch.float64, device=device)
         self.tokens = 0.0
         self.rows = 0
@@ -72,19 +75,23 @@ class GramStatistics:
         else:
             self.tokens += weight * inputs.shape[0]
             self.sums += weight * inputs.sum(0, dtype=wide)
+        total = self._total
+        if total.dtype == torch.float64:
+            if self._partial is None:
+                self._partial = torch.zeros_like(total, dtype=torch.float32)
+            total = self._partial
         step = max(PANEL_WIDTH, -(-self.columns // PANELS))
         for start in range(0, self.columns, step):
             end = min(start + step, self.columns)
             # rows start..end of the lower triangle: everything left of, and including, the diagonal block
-            _add_product(self._partial[start:end, :end], left[:, start:end].T, inputs[:, :end], weight)
+            _add_product(total[start:end, :end], left[:, start:end].T, inputs[:, :end], weight)
         if self._pending >= FLUSH_TOKENS:
             self._flush()
 
     def _flush(self) -> None:
-        if self._flushed is not self._partial:
-            self._flushed += self._partial
-            self._partial.zero_()
-        self._pending = 0
+        if self._partial is not None:
+            self._total += self._partial
+        self._partial, self._pending = None, 0  # what it took up goes to the solve
 
     def join(self, add: Callable[[Tensor], None]) -> None:
         """Sum the statistics of several processes.
@@ -120,14 +127,18 @@ class GramStatistics:
     def lower(self) -> Tensor:
         """(n, n) sum so far; the tensor itself, so that sums of several processes can be added in place."""
         self._flush()
-        return self._flushed
+        return self._total
 
     def gram(self) -> Tensor:
-        """G = X Xᵀ, (n, n), float64 up to ``DOUBLE_LIMIT`` columns and float32 beyond."""
-        below = self.lower.tril(-1)
-        gram = below + below.T
-        gram.diagonal().copy_(self.lower.diagonal())
-        return gram
+        """G = X Xᵀ, (n, n), float64 up to ``DOUBLE_LIMIT`` columns and float32 beyond.
+
+        It is the sum itself, mirrored in place: later rows enter it.
+        """
+        return mirror(self.lower)
+
+    def moments(self, centred: bool = False) -> Moments:
+        """The gram, or that of the centred inputs."""
+        return Moments(self.gram(), self.mean() if centred else None, self.tokens)
 
     def mean(self) -> Tensor:
         """Column means μ, (n,) float64."""
@@ -157,23 +168,3 @@ def _add_product(total: Tensor, left: Tensor, right: Tensor, weight: float) -> N
         total.add_(torch.mm(left, right, out_dtype=torch.float32), alpha=weight)
     else:
         total.addmm_(left.to(total.dtype), right.to(total.dtype), alpha=weight)
-
-
-def centre(gram: Tensor, mean: Tensor, tokens: float, about: Tensor | None = None) -> Tensor:
-    """Gram of the centred inputs, G − T μ μᵀ + T (μ − ν)(μ − ν)ᵀ.
-
-    Args:
-        gram: (n, n) uncentred gram.
-        mean: (n,) column means μ.
-        tokens: Number T of tokens behind them, each counted by its weight.
-        about: (n,) point ν that the inputs are centred about; by default their mean.
-
-    Returns:
-        (n, n) gram of X − ν, in the dtype of ``gram``.
-    """
-    mean = mean.to(gram.dtype)
-    centred = gram - tokens * torch.outer(mean, mean)
-    if about is not None:
-        shift = mean - about.to(gram.dtype)
-        centred += tokens * torch.outer(shift, shift)
-    return centred

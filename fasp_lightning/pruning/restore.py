@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -11,16 +11,13 @@ from torch import Tensor
 
 from fasp_lightning.ops.basis import Basis
 from fasp_lightning.ops.least_squares import (
+    LeastSquares,
     Restoration,
-    error_per_output,
-    output_energies,
     refit_bias,
-    relative_error,
-    residual_energies,
     restore_weight,
 )
-from fasp_lightning.ops.selection import complement
-from fasp_lightning.ops.statistics import GramStatistics, centre
+from fasp_lightning.ops.moments import error_per_output, relative_error
+from fasp_lightning.ops.statistics import GramStatistics
 from fasp_lightning.pruning.budget.budget import PairWidth
 from fasp_lightning.pruning.config import PruningConfig
 from fasp_lightning.pruning.report import PairReport
@@ -100,26 +97,26 @@ def restore_pair(
     """
     problem = _Problem.of(pair, kept, config, bases)
     damping = None if config.restoration == "none" else config.damping
+    on_held = None if held is None else problem.outputs(held)
     if damping == "auto":
-        damping = _best_damping(problem, statistics, held)
+        damping = _best_damping(problem, statistics, held, on_held)
     if held is not None:
         statistics.add(held)  # once the damping is chosen, every token serves
-    gram = statistics.gram()
-    plain = problem.plain_errors(gram)
-    best = _Solution([factor[:, kept] for factor in problem.factors], None, 0.0, "none")
-    errors = plain
+    outputs = problem.outputs(statistics)
+    best = _Solution([factor[:, kept].double() for factor in problem.factors], None, 0.0, "none")
+    errors = plain = outputs.plain()
     if damping is not None:
-        rows, used = problem.system(statistics, gram)
-        found = problem.solution(restore_weight(rows, used, kept, damping=damping, ridge=config.ridge), statistics)
-        found_errors = problem.errors(found, statistics, gram)
+        restored = restore_weight(problem.rows(outputs), damping=damping, ridge=config.ridge)
+        found = problem.solution(restored, statistics)
+        found_errors = problem.errors(found, outputs)
         # A ridge towards zero shrinks the weights: with strong damping that does more harm than the columns that went.
-        if found_errors.sum() <= plain.sum() and not (held and problem.gain(found, held) < 0):
+        if found_errors.sum() <= plain.sum() and not (on_held and problem.gain(found, on_held) < 0):
             best, errors = found, found_errors
     singular = best.solver == "eigh" or best.damping > (damping or 0.0)
     if measured is not None:
-        gram = measured.gram()
-        plain, errors = problem.plain_errors(gram), problem.errors(best, measured, gram)
-    fit = Fit(output_energies(problem.weight, gram), plain, errors, best.damping, best.solver)
+        outputs = problem.outputs(measured)
+        plain, errors = outputs.plain(), problem.errors(best, outputs)
+    fit = Fit(outputs.energies(), plain, errors, best.damping, best.solver)
     entry = entry_of(width, [fit], "principal" if bases else "given")
     return Restored(best.factors, problem.refitted(best), singular, fit), entry
 
@@ -143,15 +140,17 @@ def entry_of(width: PairWidth, fits: Sequence[Fit], basis: str = "given") -> Pai
     )
 
 
-def _best_damping(problem: _Problem, fitted: GramStatistics, held: GramStatistics | None) -> float | None:
+def _best_damping(
+    problem: _Problem, fitted: GramStatistics, held: GramStatistics | None, on_held: LeastSquares | None
+) -> float | None:
     """The damping that is best on the tokens held back; ``None`` if none gains anything there."""
-    if held is None or not held.tokens or not fitted.tokens:
+    if held is None or on_held is None or not held.tokens or not fitted.tokens:
         return FALLBACK
-    rows, used = problem.system(fitted, fitted.gram())
+    rows = problem.rows(problem.outputs(fitted))
     gains = {}
     for damping in GRID:
-        found = restore_weight(rows, used, problem.kept, damping=damping, ridge=problem.ridge)
-        gains[damping] = problem.gain(problem.solution(found, fitted), held)
+        found = restore_weight(rows, damping=damping, ridge=problem.ridge)
+        gains[damping] = problem.gain(problem.solution(found, fitted), on_held)
     best = max(gains, key=gains.__getitem__)
     return best if gains[best] > 0 else None
 
@@ -179,7 +178,7 @@ class _Problem:
     Attributes:
         pair: The pair.
         kept: Columns that stay.
-        factors: What is restored, in float64.
+        factors: What is restored; in float64 where it is turned to another basis.
         weight: (out, n) what they make together.
         bias: The bias to be refitted.
         ridge: What the solution is pulled towards.
@@ -194,40 +193,35 @@ class _Problem:
 
     @classmethod
     def of(cls, pair: ResolvedPair, kept: Tensor, config: PruningConfig, bases: Sequence[Basis]) -> _Problem:
-        factors = pair.factors_in(bases)
+        factors = pair.factors_in(bases) if bases else pair.factors
+        weight = factors[0] if len(factors) == 1 else pair.effective([factor.double() for factor in factors])
         bias = getattr(pair.consumer, "bias", None) if config.refit_bias else None
-        return cls(pair, kept, factors, pair.effective(factors), None if bias is None else bias.detach(), config.ridge)
+        return cls(pair, kept, factors, weight, None if bias is None else bias.detach(), config.ridge)
 
-    def system(self, statistics: GramStatistics, gram: Tensor) -> tuple[Tensor, Tensor]:
-        """What :func:`~fasp_lightning.ops.least_squares.restore_weight` is given: rows to restore, and their gram.
+    def outputs(self, statistics: GramStatistics) -> LeastSquares:
+        """That of the consumer's outputs. With a bias to refit, the inputs are centred: it then carries their mean."""
+        return LeastSquares(self.weight, statistics.moments(centred=self.bias is not None), self.kept)
+
+    def rows(self, outputs: LeastSquares) -> LeastSquares:
+        """That of what is restored.
 
         The restoration is a linear map of the columns, the same for every row: to restore W and each A is to restore
-        W + Σ scaling · B A, and the rank stays. With a bias to refit, the inputs are centred: the bias then carries
-        their mean.
+        W + Σ scaling · B A, and the rank stays.
         """
-        used = gram if self.bias is None else centre(gram, statistics.mean(), statistics.tokens)
-        return torch.cat(self.factors), used
+        return outputs if len(self.factors) == 1 else replace(outputs, weight=torch.cat(self.factors))
 
     def solution(self, found: Restoration, statistics: GramStatistics) -> _Solution:
         """The restored rows, taken apart again."""
         rows = list(found.weight.split([factor.shape[0] for factor in self.factors]))
         return _Solution(rows, None if self.bias is None else statistics.mean(), found.damping, found.solver)
 
-    def errors(self, solution: _Solution, statistics: GramStatistics, gram: Tensor) -> Tensor:
-        """(out,) ‖w_i X − ŵ_i X_M‖² over the tokens of ``statistics``, with the refitted bias if there is one."""
-        if solution.mean is not None:
-            gram = centre(gram, statistics.mean(), statistics.tokens, about=solution.mean)
-        return residual_energies(self.weight, self.pair.effective(solution.factors), gram, self.kept)
+    def errors(self, solution: _Solution, outputs: LeastSquares) -> Tensor:
+        """(out,) ‖w_i X − ŵ_i X_M‖² over the tokens of the outputs, with the refitted bias if there is one."""
+        return outputs.errors(self.pair.effective(solution.factors), solution.mean)
 
-    def plain_errors(self, gram: Tensor) -> Tensor:
-        """(out,) what the removed columns gave, ‖w_iP X_P‖²."""
-        removed = complement(self.kept, self.weight.shape[1])
-        return output_energies(self.weight[:, removed], gram[removed[:, None], removed])
-
-    def gain(self, solution: _Solution, statistics: GramStatistics) -> float:
+    def gain(self, solution: _Solution, outputs: LeastSquares) -> float:
         """By how much the error on some tokens is below that of no restoration."""
-        gram = statistics.gram()
-        return (self.plain_errors(gram) - self.errors(solution, statistics, gram)).sum().item()
+        return (outputs.plain() - self.errors(solution, outputs)).sum().item()
 
     def refitted(self, solution: _Solution) -> Tensor | None:
         """The bias that goes with a solution."""

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 
 from fasp_lightning.ops.basis import Basis, principal_basis
-from fasp_lightning.ops.statistics import GramStatistics, centre
+from fasp_lightning.ops.statistics import GramStatistics
 from fasp_lightning.pruning.config import PruningConfig
 from fasp_lightning.structure.pair import ResolvedPair
 
@@ -50,15 +50,15 @@ def views_of(
 
 def _principal(pair: ResolvedPair, statistics: GramStatistics, refit_bias: bool) -> list[Basis]:
     """The principal basis of each KV head's dims, of the gram that its least squares are made of."""
-    gram, weight = statistics.gram(), pair.weight.double()
-    if refit_bias and getattr(pair.consumer, "bias", None) is not None:  # the bias carries the mean
-        gram = centre(gram, statistics.mean(), statistics.tokens)
+    weight = pair.weight.double()
+    # the bias carries the mean
+    moments = statistics.moments(centred=refit_bias and getattr(pair.consumer, "bias", None) is not None)
     bases, start = [], 0
     for dims in pair.layout.dims(pair.kept):
-        grams, energies = torch.zeros(dims, dims).to(gram), torch.zeros(dims, dims).to(weight)
+        grams, energies = torch.zeros(dims, dims).to(moments.gram), torch.zeros(dims, dims).to(weight)
         for _ in range(pair.layout.repeats):
-            of_head = slice(start, start := start + dims)
-            grams += gram[of_head, of_head]
+            of_head = torch.arange(start, start := start + dims, device=weight.device)
+            grams += moments.block(of_head, of_head)
             energies += weight[:, of_head].T @ weight[:, of_head]
         bases.append(principal_basis(grams, energies, DAMPING))
     return bases

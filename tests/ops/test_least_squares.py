@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
 
-from fasp_lightning.ops import least_squares
+from fasp_lightning.ops import least_squares, symmetric
 from fasp_lightning.ops.least_squares import (
-    error_per_output,
-    output_energies,
+    LeastSquares,
+    Restoration,
     refit_bias,
-    relative_error,
-    residual_energies,
-    restore_weight,
 )
-from fasp_lightning.ops.selection import complement
-from fasp_lightning.ops.statistics import centre
+from fasp_lightning.ops.moments import Moments, error_per_output, relative_error
 
 SHAPES = [(5, 8, 6), (16, 24, 10), (3, 40, 39), (8, 30, 1)]
 CONDITIONING = ["well", "ill", "rank-deficient", "few-tokens"]
@@ -31,6 +29,10 @@ def problem(out: int, width: int, conditioning: str, dtype: torch.dtype = torch.
     if conditioning == "rank-deficient":
         inputs[:, width // 2 :] = inputs[:, : width - width // 2] @ torch.eye(width - width // 2, dtype=torch.float64)
     return torch.randn(out, width, dtype=dtype), inputs
+
+
+def restore_weight(weight: Tensor, gram: Tensor, kept: Tensor, **options: Any) -> Restoration:
+    return least_squares.restore_weight(LeastSquares(weight, Moments(gram), kept), **options)
 
 
 def kept_columns(width: int, keep: int) -> Tensor:
@@ -71,8 +73,8 @@ def test_undamped_restoration_reaches_the_least_error(ridge: str, conditioning: 
     gram = inputs.T @ inputs
     found = restore_weight(weight, gram, kept, damping=0.0, ridge=ridge)
     best = torch.linalg.lstsq(inputs[:, kept], inputs @ weight.T, driver="gelsd").solution.T
-    least, reached = (residual_energies(weight, candidate, gram, kept).sum() for candidate in (best, found.weight))
-    assert reached <= least + 1e-5 * output_energies(weight, gram).sum()
+    least, reached = ((inputs @ weight.T - inputs[:, kept] @ to.T).square().sum() for to in (best, found.weight))
+    assert reached <= least + 1e-5 * (inputs @ weight.T).square().sum()
 
 
 @pytest.mark.parametrize("conditioning", CONDITIONING)
@@ -82,8 +84,8 @@ def test_restoration_towards_the_original_never_raises_the_error(damping: float,
     kept = kept_columns(20, 13)
     gram = inputs.T @ inputs
     restored = restore_weight(weight, gram, kept, damping=damping).weight
-    plain = residual_energies(weight, weight[:, kept], gram, kept).sum()
-    assert residual_energies(weight, restored, gram, kept).sum() <= plain * (1 + 1e-9)
+    plain, found = ((inputs @ weight.T - inputs[:, kept] @ to.T).square().sum() for to in (weight[:, kept], restored))
+    assert found <= plain * (1 + 1e-9)
 
 
 def test_heavy_damping_pulls_towards_the_anchor() -> None:
@@ -156,8 +158,8 @@ def test_bias_and_weight_refitted_together_are_least_squares_with_a_column_of_on
     weight, inputs = problem(6, 20, "well")
     bias, kept = torch.randn(6, dtype=torch.float64), kept_columns(20, 13)
     gram, mean = inputs.T @ inputs, inputs.mean(0)
-    centred = centre(gram, mean, len(inputs))
-    restored = restore_weight(weight, centred, kept, damping=0.0).weight
+    problem_of_both = LeastSquares(weight, Moments(gram, mean, len(inputs)), kept)
+    restored = least_squares.restore_weight(problem_of_both, damping=0.0).weight
     refitted = refit_bias(bias, weight, restored, mean, kept)
     ones = torch.ones(len(inputs), 1, dtype=torch.float64)
     solution = torch.linalg.lstsq(torch.cat([inputs[:, kept], ones], 1), inputs @ weight.T + bias).solution.T
@@ -165,19 +167,33 @@ def test_bias_and_weight_refitted_together_are_least_squares_with_a_column_of_on
     torch.testing.assert_close(refitted, solution[:, -1], atol=1e-8, rtol=1e-6)
 
 
-def test_energies_are_the_squared_norms_of_the_outputs() -> None:
+@pytest.mark.parametrize("centred", [False, True])
+def test_energies_are_the_squared_norms_of_the_outputs(centred: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(symmetric.panels, "__defaults__", (5,))
     weight, inputs = problem(6, 20, "well")
-    kept, gram = kept_columns(20, 13), inputs.T @ inputs
-    restored = torch.randn(6, 13, dtype=torch.float64)
-    outputs = inputs @ weight.T
-    exact = (outputs - inputs[:, kept] @ restored.T).square().sum(0)
-    energies, residuals = output_energies(weight, gram), residual_energies(weight, restored, gram, kept)
+    kept = kept_columns(20, 13)
+    removed = torch.tensor([column for column in range(20) if column not in kept])
+    restored, outputs = torch.randn(6, 13, dtype=torch.float64), inputs @ weight.T
+    gram = inputs.T @ inputs
+    found = LeastSquares(weight, Moments(gram, inputs.mean(0), len(inputs)) if centred else Moments(gram), kept)
+    exact = outputs - inputs[:, kept] @ restored.T
+    energies, errors = found.energies(), found.errors(restored)
     torch.testing.assert_close(energies, outputs.square().sum(0))
-    torch.testing.assert_close(residuals, exact)
-    removed = complement(kept, 20)
-    plain = residual_energies(weight, weight[:, kept], gram, kept)
-    torch.testing.assert_close(output_energies(weight[:, removed], gram[removed[:, None], removed]), plain)
-    assert relative_error(residuals, energies) == pytest.approx((exact.sum().sqrt() / outputs.norm()).item())
+    torch.testing.assert_close(errors, exact.square().sum(0))
+    torch.testing.assert_close(found.plain(), (inputs[:, removed] @ weight[:, removed].T).square().sum(0))
+    torch.testing.assert_close(found.errors(weight[:, kept]), found.plain())
+    assert relative_error(errors, energies) == pytest.approx((exact.norm() / outputs.norm()).item())
+
+
+def test_error_with_a_refitted_bias_is_that_of_inputs_less_their_means() -> None:
+    """Of the bias refitted on other tokens too, as for those held back."""
+    weight, inputs = problem(6, 20, "well")
+    kept, mean, other = kept_columns(20, 13), inputs.mean(0), torch.randn(20, dtype=torch.float64)
+    restored = torch.randn(6, 13, dtype=torch.float64)
+    found = LeastSquares(weight, Moments(inputs.T @ inputs, mean, len(inputs)), kept)
+    for about in (mean, other):
+        exact = (inputs - about) @ weight.T - (inputs - about)[:, kept] @ restored.T
+        torch.testing.assert_close(found.errors(restored, about), exact.square().sum(0))
 
 
 def test_error_per_output_weighs_all_outputs_alike() -> None:

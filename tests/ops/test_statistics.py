@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from fasp_lightning.ops import statistics
-from fasp_lightning.ops.statistics import GramStatistics, centre
+from fasp_lightning.ops.moments import Moments
+from fasp_lightning.ops.statistics import GramStatistics
 
 
 @pytest.mark.parametrize("width", [1, 7, 128, 129, 300, 777, 800])
@@ -119,28 +120,17 @@ def test_weighted_tokens_of_two_processes_add_up() -> None:
 def test_centred_gram_is_that_of_centred_inputs() -> None:
     inputs = torch.randn(50, 6, dtype=torch.float64) + 3
     centred = inputs - inputs.mean(0)
-    found = centre(inputs.T @ inputs, inputs.mean(0), 50)
-    torch.testing.assert_close(found, centred.T @ centred)
+    found = Moments(inputs.T @ inputs, inputs.mean(0), 50)
+    torch.testing.assert_close(found.block(torch.arange(6), torch.arange(6)), centred.T @ centred)
+    torch.testing.assert_close(found.diagonal(), centred.square().sum(0))
 
 
 def test_centred_gram_counts_weights() -> None:
     inputs, weights = torch.randn(50, 6, dtype=torch.float64) + 3, torch.rand(50, 1, dtype=torch.float64)
     mean = (weights * inputs).sum(0) / weights.sum()
-    found = centre((weights * inputs).T @ inputs, mean, float(weights.sum()))
-    torch.testing.assert_close(found, (weights * (inputs - mean)).T @ (inputs - mean))
-
-
-def test_gram_can_be_centred_about_any_point() -> None:
-    inputs, weights = torch.randn(50, 6, dtype=torch.float64) + 3, torch.rand(50, 1, dtype=torch.float64)
-    mean, point = (weights * inputs).sum(0) / weights.sum(), torch.randn(6, dtype=torch.float64)
-    gram = (weights * inputs).T @ inputs
-    shifted = inputs - point
-    found = centre(gram, mean, float(weights.sum()), about=point)
-    torch.testing.assert_close(found, (weights * shifted).T @ shifted)
-    torch.testing.assert_close(centre(gram, mean, float(weights.sum()), about=torch.zeros(6)), gram)
-    torch.testing.assert_close(
-        centre(gram, mean, float(weights.sum()), about=mean), centre(gram, mean, float(weights.sum()))
-    )
+    found = Moments((weights * inputs).T @ inputs, mean, float(weights.sum()))
+    centred = (weights * (inputs - mean)).T @ (inputs - mean)
+    torch.testing.assert_close(found.block(torch.arange(2, 6), torch.arange(4)), centred[2:, :4])
 
 
 @pytest.mark.parametrize("limit", [4, statistics.DOUBLE_LIMIT], ids=["float32", "float64"])
