@@ -108,11 +108,8 @@ def record_plan(model: PreTrainedModel, pairs: list[list[ResolvedPair]]) -> Prun
     plan = whole.of(cut)
     spec, config = spec_for(model), own_config(model)
     model.fasp_plan = plan  # type: ignore[assignment]  # for the user to read; what counts is the config
-    config.fasp = {
-        "form": form_in_memory(spec, plan),
-        **plan.to_dict(),
-        **carried_row(plan.model_type, spec_for(config)),
-    }
+    row = carried_row(plan.model_type, spec_for(config))
+    config.fasp = {"form": form_in_memory(spec, plan), **plan.to_dict(), **row}
     for name, value in config_fields(spec, whole.widths).items():
         setattr(text_config(config), name, value)
         if hasattr(model, name):  # the count of experts, for the loss that balances them
