@@ -113,9 +113,7 @@ def save_pruned(
 
         FASPPruner(PruningConfig(sparsity=0.2)).prune(model, batches)
         saved = save_pruned(model, folder, tokenizer)
-        print(saved.form, saved.bytes)
-        for loader in saved.loaders:
-            print(loader.name, loader.ok, loader.reason)
+        print(saved.form, saved.bytes, [loader.name for loader in saved.loaders if loader.ok])
     """
     return save_held(Whole, model, path, tokenizer, form, verify, overwrite, dtype, push_to_hub, private)
 
