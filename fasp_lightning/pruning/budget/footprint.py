@@ -20,7 +20,7 @@ must be, with what is computed of the weight's rows; the fp32 sum is gone by the
 HELD_BYTES = 12
 """The same for the gram of the tokens that damping is chosen by: sums in fp32 and fp64."""
 
-WIDE_GRAM_BYTES = 14
+WIDE_GRAM_BYTES = 16
 """The same as the first beyond it: the fp32 sum, what is factorised, and the rows (measured at 11,008 columns)."""
 
 RUNTIME_BYTES = 600_000_000
