@@ -155,3 +155,21 @@ def test_any_value_dims_of_each_head_can_be_left(family: str, tmp_path: Path) ->
         save_pruned(cut, tmp_path / form, form=form)
         attention = {"attn_implementation": cut.config._attn_implementation}
         assert load_pruned(tmp_path / form, **attention).fasp_plan == plan
+
+
+def test_pairs_of_one_config_field_that_lost_different_parts_are_not_stock(tmp_path: Path) -> None:
+    model = tiny_model("deepseek_v2")  # its config holds one width for its experts and, twice that, for the shared ones
+    FASPPruner(basic(0.2, allocation="block_influence")).prune(model, calibration())
+    assert save_pruned(model, tmp_path / "out").form == "zero_filled"
+    torch.testing.assert_close(logits(load_pruned(tmp_path / "out")), logits(model))
+    torch.testing.assert_close(logits(stock_of(model, tmp_path / "out")), logits(model))
+
+
+def test_a_model_that_nothing_was_cut_from_loads_as_any_of_its_shapes(tmp_path: Path) -> None:
+    model = tiny_model("bloom")  # whose FFN width no config holds, so that it has no stock form once it is cut
+    FASPPruner(basic(0.0)).prune(model, calibration())
+    saved = save_pruned(model, tmp_path / "out")
+    assert (saved.form, {one.name: one.reason for one in saved.loaders}["transformers AutoModelForCausalLM"]) == (
+        "stock",
+        "same text; original shapes",
+    )
