@@ -123,7 +123,7 @@ def loaders_for(form: str, config: Any, cuts: Cuts) -> list[LoaderSupport]:
 
 def tried_form(form: str, cuts: Cuts) -> str:
     """The form under which the loaders were tried that decides on a model with these cuts."""
-    if not cuts.kinds:  # the original shapes
+    if form == "stock" and not cuts.kinds:  # the original shapes
         return "zero_filled"
     if form == "stock" and "groups" in cuts.kinds:
         return "stock, fewer KV groups"

@@ -52,7 +52,7 @@ def require_prunable(config: Any, name: str) -> None:
 
 def quantization_method(config: Any) -> str | None:
     """Name of a checkpoint's quantisation, or ``None``; the leftover of a GGUF file does not count."""
-    for part in (config, getattr(config, "text_config", None)):
+    for part in (config, text_config(config)):
         settings = getattr(part, "quantization_config", None)
         if settings is None:
             continue
@@ -102,7 +102,7 @@ def require_unpacked(config: Any, name: str) -> None:
 def unpacking(config: Any) -> Any:
     """A copy of a quantised checkpoint's config that has transformers read it in full precision."""
     copied = copy.deepcopy(config)
-    parts = (copied, getattr(copied, "text_config", None))
+    parts = (copied, text_config(copied))
     settings = next(found for part in parts if (found := getattr(part, "quantization_config", None)) is not None)
     fields = settings if isinstance(settings, dict) else settings.to_dict()
     drop_quantization(copied)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -122,30 +123,20 @@ def _for_speedup(job: PruneJob, factor: float, config: Any, pruning: PruningConf
         )
 
 
-def already_pruned(setup: Setup) -> str:
-    """What the user should know about a model that was pruned before."""
-    return (
-        f"{setup.source.name} is already pruned by {percent(setup.already_pruned)} of its blocks' linear "
-        "parameters: it is pruned further, and sparsity counts from the original model"
-    )
-
-
-def text_alone(setup: Setup) -> str:
-    """What the user should know of a model that takes more than text; empty of any other."""
-    if whole_class(setup.config) is None:
-        return ""
-    return (
-        f"{setup.config.model_type} takes more than text: its {text_family(setup.config)} decoder is pruned, on text "
-        "alone, and the rest is saved as it is"
-    )
-
-
-def dequantized(setup: Setup) -> str:
-    """What the user should know of a model that is stored quantised; empty of any other."""
-    method = quantization_method(setup.config)
-    if method is None:
-        return ""
-    return f"{setup.source.name} is quantised ({method}): it is read, pruned and saved in full precision"
+def remarks(setup: Setup) -> Iterator[str]:
+    """What the user should know of a model before anything is done to it."""
+    if setup.already_pruned:
+        yield (
+            f"{setup.source.name} is already pruned by {percent(setup.already_pruned)} of its blocks' linear "
+            "parameters: it is pruned further, and sparsity counts from the original model"
+        )
+    if whole_class(setup.config) is not None:
+        yield (
+            f"{setup.config.model_type} takes more than text: its {text_family(setup.config)} decoder is pruned, on "
+            "text alone, and the rest is saved as it is"
+        )
+    if (method := quantization_method(setup.config)) is not None:
+        yield f"{setup.source.name} is quantised ({method}): it is read, pruned and saved in full precision"
 
 
 def bytes_before(setup: Setup, job: PruneJob) -> int:

@@ -102,7 +102,7 @@ def is_spread(tensor: Tensor) -> bool:
     return module is not None and isinstance(tensor, module.DTensor)
 
 
-def require_whole(layer: str, parameters: Iterable[Tensor]) -> None:
+def require_unspread(layer: str, parameters: Iterable[Tensor]) -> None:
     """Refuse to cut a layer of which each process has a part.
 
     Args:

@@ -21,7 +21,7 @@ from fasp_lightning.structure.compact import (
     set_widths,
 )
 from fasp_lightning.structure.layout import PairLayout
-from fasp_lightning.structure.ownership import require_whole
+from fasp_lightning.structure.ownership import require_unspread
 from fasp_lightning.structure.spec import CoupledPair
 
 T = TypeVar("T")
@@ -196,7 +196,7 @@ class ResolvedPair:
         kept = kept.to("cpu")
         if torch.equal(kept, self.kept):
             return
-        require_whole(self.layer, (piece.parameter for piece in self.pieces()))
+        require_unspread(self.layer, (piece.parameter for piece in self.pieces()))
         for parameter, dim, index in list(self.slices(self.kept, kept)):  # those of experts are told by their shapes
             shrink(parameter, index, dim)
         self.kept = kept
@@ -215,7 +215,7 @@ class ResolvedPair:
 
     def widen(self) -> None:
         """Give the pair its original shapes again, in place, with zeros where units are gone."""
-        require_whole(self.layer, (piece.parameter for piece in self.pieces()))
+        require_unspread(self.layer, (piece.parameter for piece in self.pieces()))
         whole = torch.arange(self.layout.width, device="cpu")
         for piece in list(self.pieces()):
             piece.parameter.grad = None

@@ -117,9 +117,10 @@ def validation_quality(
         autocast = trainer.precision_plugin.forward_context()
         with processes.together():  # all read first: a sharded model's forward waits for the other processes
             read = [_read_validation(batch) for loader in loaders for batch in islice(loader, batches)]
-            given_inputs = [ModelInputs(model).checked(given, "validation data") for given in read]
+            inputs_of = ModelInputs(model)
+            checked = [inputs_of.checked(given, "validation data") for given in read]
         with processes.together(), evaluating(model), eagerly(), autocast:
-            for given, inputs in zip(read, given_inputs, strict=True):
+            for given, inputs in zip(read, checked, strict=True):
                 logits: Tensor = model(**inputs, use_cache=False).logits
                 moved = given.to(logits.device)
                 metric.to(logits.device).update(logits, moved.targets)

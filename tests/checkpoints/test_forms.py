@@ -173,3 +173,5 @@ def test_a_model_that_nothing_was_cut_from_loads_as_any_of_its_shapes(tmp_path: 
         "stock",
         "same text; original shapes",
     )
+    compact = save_pruned(model, tmp_path / "compact", form="compact").loaders
+    assert {one.name: one.ok for one in compact}["transformers AutoModelForCausalLM"] is False  # by its architecture

@@ -13,12 +13,10 @@ from fasp_lightning.cli.console import change, dtype_name, gibibytes, megabytes,
 from fasp_lightning.cli.jobs import PlanJob, PruneJob
 from fasp_lightning.cli.model_setup import (
     Setup,
-    already_pruned,
     bytes_before,
-    dequantized,
     memory_of,
+    remarks,
     set_up,
-    text_alone,
 )
 from fasp_lightning.cli.quiet import one_thread, quiet_libraries
 from fasp_lightning.cli.startup import without_collection
@@ -44,10 +42,8 @@ def run(job: PlanJob) -> int:
         quiet_libraries()
         texts_of(job)
         setup = set_up(job)
-    if setup.already_pruned:
-        note(already_pruned(setup))
-    for told in filter(None, (text_alone(setup), dequantized(setup))):
-        note(told)
+    for remark in remarks(setup):
+        note(remark)
     _print_sizes(job, setup)
     _print_widths(setup)
     print_speedup(setup)

@@ -17,13 +17,11 @@ from fasp_lightning.cli.jobs import PruneJob
 from fasp_lightning.cli.measured import domains_of, measure, place, prune_measured, save
 from fasp_lightning.cli.model_setup import (
     Setup,
-    already_pruned,
-    dequantized,
     load,
     memory_of,
+    remarks,
     saved_dtype,
     set_up,
-    text_alone,
 )
 from fasp_lightning.cli.quiet import quiet_libraries
 from fasp_lightning.cli.texts import (
@@ -97,10 +95,8 @@ def announce(
 ) -> None:
     """Say what is about to happen, what it will take, and what the figures will not show."""
     memory = memory_of(setup, job, calibration.tokens, streamed)
-    if setup.already_pruned:
-        note(already_pruned(setup))
-    for told in filter(None, (text_alone(setup), dequantized(setup))):
-        note(told)
+    for remark in remarks(setup):
+        note(remark)
     note(
         f"pruning {setup.source.name} to {percent(setup.budget.sparsity)} sparsity on {calibration.tokens:,} tokens "
         f"of {calibration.name}, in {dtype_name(setup.dtype)} on {setup.device}; "

@@ -25,7 +25,7 @@ from fasp_lightning.cli.console import PruningProgress, dtype_name, gibibytes, n
 from fasp_lightning.cli.generation import check_prompt, continuation
 from fasp_lightning.cli.jobs import PruneJob, TaskOptions
 from fasp_lightning.cli.measured import domains_of, measure, place, prune_measured, save
-from fasp_lightning.cli.model_setup import Setup, already_pruned, bytes_before, load, memory_of, saved_dtype, set_up
+from fasp_lightning.cli.model_setup import Setup, bytes_before, load, memory_of, remarks, saved_dtype, set_up
 from fasp_lightning.cli.quiet import quiet_libraries
 from fasp_lightning.cli.tasks.harness import Tasks, find_tasks, run_tasks
 from fasp_lightning.cli.texts import (
@@ -239,8 +239,8 @@ class _Sweep:
             return
         job, setup = left[0]
         memory = memory_of(setup, job, self.calibration.tokens)
-        if setup.already_pruned:
-            note(already_pruned(setup))
+        for remark in remarks(setup):
+            note(remark)
         note(
             f"each on {self.calibration.tokens:,} tokens of {self.calibration.name}, in {dtype_name(setup.dtype)} on "
             f"{setup.device}; about {gibibytes(memory.total + memory.weights)} of memory{saved_dtype(setup)}"

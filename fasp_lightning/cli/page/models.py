@@ -11,8 +11,9 @@ from fasp_lightning.checkpoints.forms import LoaderSupport, loaders_for
 from fasp_lightning.checkpoints.publishing.record import without_paths
 from fasp_lightning.checkpoints.source import weight_files
 from fasp_lightning.staging import read_json
+from fasp_lightning.structure.configs.stock_fields import cuts_in
 from fasp_lightning.structure.pruning_plan import PruningPlan
-from fasp_lightning.structure.registry import known_architectures
+from fasp_lightning.structure.registry import known_architectures, spec_for
 
 CONFIG_FILE = "config.json"
 MAPPINGS = ("saved", "base", "config", "seconds", "peak_memory", "calibration", "computed")
@@ -60,7 +61,7 @@ def read_model(folder: Path) -> Model:
     )
     plan = PruningPlan.from_dict(read_json(folder / CONFIG_FILE)["fasp"])
     known = facts.model_type in known_architectures()
-    loaders = loaders_for(facts.form, plan, plan.cuts) if known else None
+    loaders = loaders_for(facts.form, plan, cuts_in(spec_for(plan), plan)) if known else None
     return Model(folder.resolve().name, told, _size(weight_files(folder)), _size(folder.rglob("*")), loaders)
 
 

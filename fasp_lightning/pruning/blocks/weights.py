@@ -16,7 +16,7 @@ from fasp_lightning.pruning.blocks.store import TensorStore
 from fasp_lightning.pruning.config import OwnTextConfig
 from fasp_lightning.pruning.report import PairReport
 from fasp_lightning.structure.modes import placed
-from fasp_lightning.structure.ownership import require_whole
+from fasp_lightning.structure.ownership import require_unspread
 from fasp_lightning.structure.pair import ResolvedPair
 from fasp_lightning.structure.resolve import device_of
 
@@ -59,7 +59,7 @@ class Weights:
             FaspError: If one is on ``meta``, spread over processes, or cannot be trained.
         """
         for name, parameter in model.named_parameters():
-            require_whole(name, [parameter])
+            require_unspread(name, [parameter])
         for name, tensor in (*model.named_parameters(), *model.named_buffers()):
             if tensor.is_meta:
                 raise FaspError(
